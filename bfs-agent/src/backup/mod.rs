@@ -1,0 +1,1 @@
+//! The role of the backup host: receive, log, confirm, apply.

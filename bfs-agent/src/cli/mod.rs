@@ -1,0 +1,4 @@
+//! The two command lines.
+
+pub mod agent;
+pub mod replayer;

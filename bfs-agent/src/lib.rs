@@ -1,0 +1,12 @@
+//! The agent of the primary and the replayer of the backup, as a library.
+//!
+//! The two roles, [`primary`] and [`backup`], know each other only through the records of
+//! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication)
+//! and [`tree`] (reading files and attributes). [`cli`] holds the two command lines; the binaries
+//! are thin.
+
+pub mod backup;
+pub mod cli;
+pub mod net;
+pub mod primary;
+pub mod tree;

@@ -1,0 +1,1 @@
+//! Addresses, frames and authentication of the connection between agent and replayer.

@@ -1,0 +1,1 @@
+//! The probes: loading, pinning, the ring and the maps.

@@ -1,0 +1,1 @@
+//! The socket through which commands reach a running agent.

@@ -1,0 +1,1 @@
+//! From captured events to ordered records: model, resolver, cut, settling.

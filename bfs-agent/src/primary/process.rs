@@ -1,0 +1,1 @@
+//! The selected processes: starting the command of `run`, finding the tree of `attach`.

@@ -1,0 +1,1 @@
+//! One group at work: capture, engine, shipper and control tied together.

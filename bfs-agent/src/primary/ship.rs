@@ -1,0 +1,1 @@
+//! Sending the stream to its destination.

@@ -1,0 +1,1 @@
+//! Reading files and attributes: what both roles need.

@@ -1,0 +1,433 @@
+//! Frames of the connection between agent and replayer.
+//!
+//! ```text
+//! 0  u32  length of the rest of the frame (head length, head and body)   little-endian
+//! 4  u32  length of the head
+//! 8  head: the Frame as MessagePack
+//! .. body: raw bytes (encoded records), may be empty
+//! ```
+//! A connection begins with [`PREAMBLE`] from each side, sent at once: magic and version. Then
+//! the replayer sends [`Frame::Challenge`], the agent answers with [`Frame::Prove`], and only a
+//! peer that is known gets further. Nothing of a peer is parsed before that but frames of at most
+//! [`FRAME_BEFORE_AUTH_MAX`] bytes.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+
+use crate::record::{
+    ChainHash, CheckpointId, CheckpointLabel, Epoch, FileKind, GapScope, GroupId, Identity, Meta, Name,
+    ObjectId, PathBytes, Sequence,
+};
+
+/// Version of the protocol, with its history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Version {
+    /// The first.
+    V1 = 1,
+}
+
+/// What this build speaks.
+pub const VERSION: Version = Version::V1;
+
+/// Magic bytes, then the version (little-endian): the first bytes from either side.
+pub const PREAMBLE: [u8; 8] = [b'b', b'f', b's', b'1', VERSION as u8, 0, 0, 0];
+
+/// Longest frame of a known peer.
+pub const FRAME_MAX: usize = 8 << 20;
+/// Longest frame of a peer that is not known yet.
+pub const FRAME_BEFORE_AUTH_MAX: usize = 4096;
+
+/// Bytes before the head.
+pub const FRAME_PREFIX: usize = 8;
+
+/// Where a destination stands in a group's stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Epoch of the last durable record.
+    pub epoch: Epoch,
+    /// The last durable record.
+    pub sequence: Sequence,
+    /// Chain hash after it.
+    pub chain: ChainHash,
+}
+
+impl Position {
+    /// Before the first record of a group.
+    pub const START: Self = Self { epoch: Epoch(0), sequence: Sequence(0), chain: ChainHash::START };
+}
+
+/// Why a replayer refuses. Each says what to do in its text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// The other side speaks another version.
+    #[error(
+        "the replayer speaks protocol version {ours}, the agent {theirs}: install the same release on both"
+    )]
+    Version {
+        /// Version of the replayer.
+        ours: u32,
+        /// Version of the agent.
+        theirs: u32,
+    },
+    /// The proof does not fit the secret, or the peer's user may not connect.
+    #[error("not authenticated: {0}")]
+    NotAuthenticated(String),
+    /// The store holds this group name with another group identity.
+    #[error("the store already holds another group named {name:?}: choose another --group or another store")]
+    OtherGroup {
+        /// The name.
+        name: String,
+    },
+    /// A newer epoch was granted: this agent is fenced.
+    #[error("fenced: a newer agent (epoch {newest}) writes this group")]
+    Fenced {
+        /// The newest epoch.
+        newest: Epoch,
+    },
+    /// Another agent is connected for this group.
+    #[error("another agent is connected for group {name:?}: stop it first")]
+    Busy {
+        /// Name of the group.
+        name: String,
+    },
+    /// A record is missing before the one that was sent.
+    #[error("a gap in the stream: got record {got} after {have}")]
+    Gap {
+        /// The last that is there.
+        have: Sequence,
+        /// The one that came.
+        got: Sequence,
+    },
+    /// The same number with other content.
+    #[error("the stream forked at record {at}: this agent's history is not the one in the store")]
+    Fork {
+        /// Where.
+        at: Sequence,
+    },
+    /// A marker came while suspects were open.
+    #[error("checkpoint {checkpoint} refused: {open} suspects are not repaired")]
+    OpenGap {
+        /// The marker.
+        checkpoint: CheckpointId,
+        /// How many scopes are open.
+        open: u64,
+    },
+    /// The store cannot take more (full, failed disk).
+    #[error("the store takes nothing: {0}")]
+    Store(String),
+    /// The request or record cannot be understood or is not allowed.
+    #[error("refused: {0}")]
+    Bad(String),
+}
+
+/// One line of the catalogue: an object as the store knows it at its last durable record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CatalogObject {
+    /// Its number.
+    pub object: ObjectId,
+    /// The primary's inode.
+    pub identity: Identity,
+    /// Its type.
+    pub kind: FileKind,
+    /// Device number, user-space form.
+    pub device: u64,
+    /// Attributes.
+    pub meta: Meta,
+    /// Size of a regular file in bytes, else 0.
+    pub size: u64,
+    /// Names and values of the extended attributes.
+    pub xattrs: Vec<(String, Bytes)>,
+    /// Target of a symlink, else empty.
+    pub target: Bytes,
+    /// Entries of a directory, else empty.
+    pub entries: Vec<(Name, ObjectId)>,
+}
+
+/// One file of the backup at its applied checkpoint, for verify.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestLine {
+    /// Index into the group's list of roots.
+    pub root: u32,
+    /// Path below the root; empty for the root itself.
+    pub path: PathBytes,
+    /// Object number.
+    pub object: ObjectId,
+    /// Type, read from the backup file.
+    pub kind: FileKind,
+    /// Attributes, read from the backup file.
+    pub meta: Meta,
+    /// Size of a regular file.
+    pub size: u64,
+    /// Device number.
+    pub device: u64,
+    /// blake3 of the content, the symlink target, or nothing.
+    pub content: [u8; 32],
+    /// blake3 over the sorted extended attributes: for each, u32 length and name, u32 length and
+    /// value.
+    pub xattrs: [u8; 32],
+}
+
+/// How many bytes of state each destination has, for status.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// Name of the group.
+    pub group: String,
+    /// The last durable record.
+    pub durable: Sequence,
+    /// Epoch of it.
+    pub epoch: Epoch,
+    /// The last confirmed checkpoint.
+    pub confirmed: CheckpointId,
+    /// The last applied checkpoint.
+    pub applied: CheckpointId,
+    /// Label of the applied checkpoint.
+    pub applied_label: CheckpointLabel,
+    /// Whether the applier is at work on the tree right now.
+    pub applying: bool,
+    /// Bytes in the log that belong to no confirmed checkpoint.
+    pub pending_bytes: u64,
+    /// Records in the log that belong to no confirmed checkpoint.
+    pub pending_records: u64,
+    /// Scopes of gaps that are open.
+    pub open_gaps: u64,
+    /// Whether an agent is connected.
+    pub attached: bool,
+    /// What is wrong, if anything is.
+    pub trouble: Option<String>,
+}
+
+/// A frame.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Frame {
+    /// Replayer: prove that you know the secret. On a unix socket `nonce` is there too, but the
+    /// peer's credentials decide.
+    Challenge {
+        /// Random.
+        nonce: [u8; 32],
+    },
+    /// Agent: `blake3::keyed_hash(key, "agent" nonce own_nonce)`, where the key is
+    /// `blake3::derive_key("bfs 2026 shared secret v1", secret)`; zeros on a unix socket.
+    Prove {
+        /// The agent's nonce, which the replayer must prove in turn.
+        own_nonce: [u8; 32],
+        /// The proof.
+        proof: [u8; 32],
+    },
+    /// Replayer: `blake3::keyed_hash(key, "replayer" own_nonce nonce)`.
+    Proven {
+        /// The proof.
+        proof: [u8; 32],
+    },
+    /// Agent: I write this group. The first frame after authentication on a writing connection.
+    Hello {
+        /// Name of the group.
+        group: String,
+        /// Its identity. On first contact the store binds the name to it.
+        group_id: GroupId,
+        /// The primary's boot.
+        boot_id: [u8; 16],
+        /// The epoch that this agent holds, to go on in it after a reconnect; `None` asks for a
+        /// new one.
+        epoch: Option<Epoch>,
+        /// The epoch granted last may be taken away from an agent that is still connected.
+        take_over: bool,
+        /// FROM=TO of `--map`: the primary's path prefix and the place on the backup (below
+        /// `STORE/tree/GROUP` when relative, else absolute and allowed by the replayer).
+        maps: Vec<(PathBytes, PathBytes)>,
+    },
+    /// Replayer: you may write.
+    Welcome {
+        /// Granted or confirmed.
+        epoch: Epoch,
+        /// Where to go on.
+        position: Position,
+        /// Last confirmed checkpoint.
+        confirmed: CheckpointId,
+        /// Last applied checkpoint.
+        applied: CheckpointId,
+        /// Highest object number ever seen.
+        highest_object: ObjectId,
+        /// Scopes of gaps that are open at `position`.
+        gaps: Vec<GapScope>,
+        /// The group's roots at `position`.
+        roots: Vec<(PathBytes, ObjectId)>,
+        /// The boot in which the last epoch wrote.
+        boot_id: [u8; 16],
+    },
+    /// Agent: encoded records follow as the body, in order and without a gap.
+    Records {
+        /// Number of the first.
+        first: Sequence,
+        /// How many.
+        count: u32,
+    },
+    /// Replayer: durable up to here.
+    Ack {
+        /// Position.
+        position: Position,
+        /// Last confirmed checkpoint.
+        confirmed: CheckpointId,
+        /// Last applied checkpoint.
+        applied: CheckpointId,
+    },
+    /// Replayer: I refuse, and close the connection.
+    Refused(Refusal),
+    /// Agent: send the catalogue (the state at the last durable record). Answered by
+    /// [`Frame::Catalog`] frames, the last with `last`.
+    GetCatalog,
+    /// Replayer: objects of the catalogue.
+    Catalog {
+        /// Some of the objects.
+        objects: Vec<CatalogObject>,
+        /// No more to come.
+        last: bool,
+    },
+    /// Agent: send the manifest of the applied tree as soon as at least this checkpoint is
+    /// applied. Answered by [`Frame::Manifest`] frames.
+    GetManifest {
+        /// Name of the group.
+        group: String,
+        /// Applied at least.
+        at_least: CheckpointId,
+    },
+    /// Replayer: lines of the manifest. The applier waits while a manifest is made.
+    Manifest {
+        /// The checkpoint that it is of.
+        checkpoint: CheckpointId,
+        /// The group's roots (primary paths).
+        roots: Vec<PathBytes>,
+        /// Some of the lines.
+        lines: Vec<ManifestLine>,
+        /// No more to come.
+        last: bool,
+    },
+    /// Anyone who may connect: how do the groups stand? Answered by [`Frame::Status`].
+    GetStatus,
+    /// Replayer: the groups.
+    Status {
+        /// One line a group.
+        groups: Vec<GroupStatus>,
+    },
+    /// Either side: still there? The other answers with the same number in [`Frame::Pong`].
+    Ping(u64),
+    /// The answer.
+    Pong(u64),
+}
+
+/// Why bytes are not a frame.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WireError {
+    /// Longer than allowed.
+    #[error("a frame of {0} bytes is beyond the limit")]
+    TooLong(usize),
+    /// Not a frame of this protocol.
+    #[error("not a frame of this protocol: {0}")]
+    Bad(String),
+    /// The first bytes are not ours.
+    #[error("the peer does not speak the bfs protocol")]
+    NotBfs,
+    /// Another version.
+    #[error("the peer speaks protocol version {0}, this is version {ours}", ours = VERSION as u32)]
+    Version(u32),
+}
+
+/// Checks the other side's [`PREAMBLE`].
+///
+/// # Errors
+/// [`WireError::NotBfs`] or [`WireError::Version`].
+pub fn check_preamble(theirs: [u8; 8]) -> Result<(), WireError> {
+    if theirs[..4] != PREAMBLE[..4] {
+        return Err(WireError::NotBfs);
+    }
+    let version = u32::from_le_bytes(theirs[4..].try_into().expect("4 bytes"));
+    if version == VERSION as u32 { Ok(()) } else { Err(WireError::Version(version)) }
+}
+
+/// A frame as bytes.
+///
+/// # Panics
+/// If the frame would be longer than [`FRAME_MAX`] (senders keep batches below it).
+#[must_use]
+pub fn encode_frame(frame: &Frame, body: &[u8]) -> Bytes {
+    let mut out = BytesMut::with_capacity(FRAME_PREFIX + 64 + body.len());
+    out.put_bytes(0, FRAME_PREFIX);
+    rmp_serde::encode::write(&mut (&mut out).writer(), frame).expect("frames can be encoded");
+    let head = out.len() - FRAME_PREFIX;
+    out.put_slice(body);
+    assert!(out.len() <= FRAME_MAX, "frame of {} bytes", out.len());
+    let rest = out.len() - 4;
+    out[..4].copy_from_slice(&(rest as u32).to_le_bytes());
+    out[4..8].copy_from_slice(&(head as u32).to_le_bytes());
+    out.freeze()
+}
+
+/// How many bytes the whole frame has, from its first four.
+///
+/// # Errors
+/// [`WireError::TooLong`] beyond `limit`.
+pub fn frame_len(prefix: [u8; 4], limit: usize) -> Result<usize, WireError> {
+    let len = (u32::from_le_bytes(prefix) as usize).saturating_add(4);
+    if len > limit || len < FRAME_PREFIX {
+        return Err(WireError::TooLong(len));
+    }
+    Ok(len)
+}
+
+/// Takes a whole frame apart.
+///
+/// # Errors
+/// [`WireError::Bad`] if it is not one.
+pub fn decode_frame(mut bytes: Bytes) -> Result<(Frame, Bytes), WireError> {
+    if bytes.len() < FRAME_PREFIX {
+        return Err(WireError::Bad("too short".into()));
+    }
+    let head = u32::from_le_bytes(bytes[4..8].try_into().expect("4 bytes")) as usize;
+    if bytes.len() - FRAME_PREFIX < head {
+        return Err(WireError::Bad("its head is longer than the frame".into()));
+    }
+    let body = bytes.split_off(FRAME_PREFIX + head);
+    let frame = rmp_serde::from_slice(&bytes[FRAME_PREFIX..]).map_err(|e| WireError::Bad(e.to_string()))?;
+    Ok((frame, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_encoded_is_decoded() {
+        let frame = Frame::Records { first: Sequence(1), count: 2 };
+        let bytes = encode_frame(&frame, b"body");
+        let prefix = bytes[..4].try_into().unwrap();
+        assert_eq!(frame_len(prefix, FRAME_MAX).unwrap(), bytes.len());
+        assert_eq!(decode_frame(bytes).unwrap(), (frame, Bytes::from_static(b"body")));
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let hex: String = encode_frame(&Frame::GetStatus, b"").iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(hex, "0e0000000a000000a9476574537461747573");
+    }
+
+    #[test]
+    fn strangers_are_told_apart() {
+        assert_eq!(check_preamble(PREAMBLE), Ok(()));
+        assert_eq!(check_preamble(*b"GET / HT"), Err(WireError::NotBfs));
+        assert_eq!(check_preamble(*b"bfs1\x02\0\0\0"), Err(WireError::Version(2)));
+    }
+
+    #[test]
+    fn no_bytes_make_the_decoder_panic() {
+        let good = encode_frame(&Frame::Ping(7), b"xyz");
+        for cut in 0..good.len() {
+            let _ = decode_frame(good.slice(..cut));
+        }
+        for bit in 0..good.len() * 8 {
+            let mut flipped = good.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let _ = decode_frame(Bytes::from(flipped));
+        }
+        assert!(frame_len([0xff; 4], FRAME_MAX).is_err());
+    }
+}

@@ -1,0 +1,3 @@
+//! The probes of bfs.
+#![no_std]
+#![no_main]
