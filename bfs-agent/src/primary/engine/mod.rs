@@ -1,1 +1,356 @@
 //! From captured events to ordered records: model, resolver, cut, settling.
+//!
+//! Data flows one way: event -> [`interpret`](interpret::interpret) (what the call did, in terms
+//! of the model) -> [`apply`](Engine::consume) (records, and what is suspect) -> settling reads
+//! what is suspect from the file system -> a checkpoint marker. The decisions are free of I/O:
+//! everything from outside comes through [`host::Host`].
+//!
+//! A read of the file system is good for as long as no call touched the same thing before the
+//! read ended. [`Reads`] remembers when each thing was read; an event that touches it and
+//! started before makes it dirty again, whenever that event is consumed.
+
+mod apply;
+mod cut;
+pub mod dirty;
+pub mod host;
+pub mod interpret;
+pub mod model;
+pub mod outbox;
+pub mod ranges;
+pub mod recent;
+pub mod resolve;
+mod settle;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ops::Range;
+use std::path::PathBuf;
+
+use bfs_common::abi::InodeId;
+use bfs_common::record::{CheckpointId, Meta, Name, ObjectId, Record};
+use bytes::Bytes;
+
+pub use cut::{CheckpointError, Request, Stop, Taken};
+use dirty::DirtySet;
+use host::{Host, HostError, OwnedEvent, Stat};
+use interpret::Thing;
+use model::{Model, NewObject};
+use outbox::Outbox;
+use recent::{Recent, SLACK_NS, Span};
+
+/// Attributes of an object as a probe or a read saw them; the latest counts.
+#[derive(Clone, Copy, Debug)]
+struct Snapshot {
+    end_ns: u64,
+    meta: Meta,
+    size: u64,
+}
+
+/// When things were read from the file system.
+#[derive(Debug, Default)]
+struct Reads {
+    entries: HashMap<(ObjectId, Name), u64>,
+    lists: HashMap<ObjectId, u64>,
+    data: HashMap<ObjectId, Vec<(Range<u64>, u64)>>,
+    meta: HashMap<ObjectId, u64>,
+    xattrs: HashMap<ObjectId, u64>,
+    /// Everything counts as read then.
+    everything: u64,
+}
+
+impl Reads {
+    /// Whether the thing was read after `start_ns`, or too close before to tell.
+    fn after(&self, thing: &Thing, start_ns: u64) -> bool {
+        let late = |read: Option<&u64>| read.is_some_and(|r| r + SLACK_NS >= start_ns);
+        if self.everything + SLACK_NS >= start_ns {
+            return true;
+        }
+        match thing {
+            Thing::Data(object, range) => self.data.get(object).is_some_and(|reads| {
+                reads.iter().any(|(r, at)| r.start < range.end && range.start < r.end && late(Some(at)))
+            }),
+            Thing::Meta(object) => late(self.meta.get(object)),
+            Thing::Xattrs(object) => late(self.xattrs.get(object)),
+            Thing::Entry(directory, name) => {
+                late(self.lists.get(directory)) || late(self.entries.get(&(*directory, name.clone())))
+            }
+            Thing::Everything => {
+                !(self.entries.is_empty() && self.lists.is_empty() && self.data.is_empty())
+                    || !(self.meta.is_empty() && self.xattrs.is_empty())
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        *self = Self { everything: self.everything, ..Self::default() };
+    }
+}
+
+/// Bytes of a large write that arrived before its event.
+#[derive(Debug, Default)]
+struct Chunks {
+    start_ns: u64,
+    pieces: Vec<(u64, Bytes)>,
+}
+
+/// Inodes that were seen and were not in the model. Records can come in the wrong order (by some
+/// microseconds): a write before the creation of its file, a creation before that of its
+/// directory. When the inode enters the model, what was missed is read.
+#[derive(Debug, Default)]
+struct Strangers {
+    seen: VecDeque<(InodeId, u64)>,
+    floor: u64,
+}
+
+/// How many strangers are remembered.
+const STRANGERS_MAX: usize = 1024;
+
+impl Strangers {
+    fn note(&mut self, inode: InodeId, end_ns: u64) {
+        if let Some(last) = self.seen.back_mut().filter(|l| l.0 == inode) {
+            last.1 = end_ns;
+            return;
+        }
+        if self.seen.len() >= STRANGERS_MAX
+            && let Some(old) = self.seen.pop_front()
+        {
+            self.floor = self.floor.max(old.1);
+        }
+        self.seen.push_back((inode, end_ns));
+    }
+
+    /// Whether a call on the inode may have been missed, given when the call that made it began.
+    fn missed(&self, inode: InodeId, start_ns: u64) -> bool {
+        let start = start_ns.saturating_sub(SLACK_NS);
+        self.floor >= start || self.seen.iter().any(|s| s.1 >= start && s.0 == inode)
+    }
+}
+
+/// What the engine counted since it was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Calls that changed something of the group.
+    pub ops: u64,
+    /// Bytes that were captured inline.
+    pub inline_bytes: u64,
+    /// Bytes that were read from files.
+    pub read_bytes: u64,
+    /// Calls whose order or effect had to be settled by reading.
+    pub ambiguous: u64,
+    /// Times that everything became suspect.
+    pub everything: u64,
+    /// Events that could not be parsed.
+    pub malformed: u64,
+    /// Tries of a cut that had to be taken again later.
+    pub retries: u64,
+}
+
+/// The engine of one group.
+pub struct Engine {
+    model: Model,
+    out: Outbox,
+    dirty: DirtySet,
+    snapshots: HashMap<ObjectId, Snapshot>,
+    recent_data: Recent<ObjectId>,
+    recent_entries: Recent<(ObjectId, Name)>,
+    recent_paths: Recent<()>,
+    moved: VecDeque<(ObjectId, Span)>,
+    strangers: Strangers,
+    reads: Reads,
+    chunks: HashMap<u32, Chunks>,
+    entered: HashMap<u32, (u64, Vec<u8>, Vec<u8>)>,
+    deferred: VecDeque<OwnedEvent>,
+    mapped: HashSet<ObjectId>,
+    /// Behind the last event that was taken in, while none is half taken in.
+    position: Option<u64>,
+    last_checkpoint: CheckpointId,
+    /// Counters.
+    pub stats: Stats,
+}
+
+impl Engine {
+    /// An engine over a model and a place in the stream.
+    #[must_use]
+    pub fn new(model: Model, out: Outbox, last_checkpoint: CheckpointId) -> Self {
+        Self {
+            model,
+            out,
+            dirty: DirtySet::default(),
+            snapshots: HashMap::new(),
+            recent_data: Recent::default(),
+            recent_entries: Recent::default(),
+            recent_paths: Recent::default(),
+            moved: VecDeque::new(),
+            strangers: Strangers::default(),
+            reads: Reads::default(),
+            chunks: HashMap::new(),
+            entered: HashMap::new(),
+            deferred: VecDeque::new(),
+            mapped: HashSet::new(),
+            position: None,
+            last_checkpoint,
+            stats: Stats::default(),
+        }
+    }
+
+    /// Puts a record into the stream that the model does not follow (the start of an epoch).
+    pub fn announce(&mut self, record: &Record) {
+        self.out.push(record, b"");
+    }
+
+    /// Sets the roots of the group; what is below them is settled with the next checkpoint.
+    /// Roots that the model has already keep their objects.
+    pub fn set_roots(&mut self, roots: Vec<(PathBuf, Stat)>) {
+        let mut list = Vec::new();
+        for (path, stat) in roots {
+            let known = self.model.find(stat.inode).filter(|o| {
+                self.model.get(*o).is_some_and(|known| known.kind == stat.kind)
+            });
+            let object = known.unwrap_or_else(|| self.create(&stat, 0));
+            list.push((path, object));
+        }
+        if self.model.roots() != list.as_slice() {
+            self.model.set_roots(list, &mut self.out);
+        }
+    }
+
+    /// Everything in the group is suspect: it is all read before the next checkpoint.
+    pub fn suspect_everything(&mut self, now: u64) {
+        self.stats.everything += 1;
+        let ids: Vec<_> = self.model.ids().collect();
+        for object in ids {
+            self.suspect_object(object, now);
+        }
+        let roots: Vec<_> = self.model.roots().iter().map(|r| r.1).collect();
+        for root in roots {
+            self.dirty.rescan(root, true);
+        }
+    }
+
+    /// Events that started before `t` are already in what the model was made from, or not: what
+    /// they touch is read.
+    pub fn suspect_events_before(&mut self, t: u64) {
+        self.reads.everything = t;
+    }
+
+    /// A gap is open in the stream that was taken over.
+    pub fn adopt_gaps(&mut self, gaps: &[bfs_common::record::GapScope], now: u64) {
+        use bfs_common::record::GapScope;
+        for gap in gaps {
+            self.dirty.adopt_gap();
+            match gap {
+                GapScope::Everything => self.suspect_everything(now),
+                GapScope::Subtree(object) => {
+                    self.suspect_object(*object, now);
+                    self.dirty.rescan(*object, true);
+                }
+                GapScope::Object(object) | GapScope::Range(object, ..) => {
+                    self.suspect_object(*object, now);
+                }
+                GapScope::Entry(directory, name) => self.dirty.entry(*directory, name, true),
+            }
+        }
+    }
+
+    fn suspect_object(&mut self, object: ObjectId, now: u64) {
+        use bfs_common::record::FileKind;
+        match self.model.get(object).map(|o| o.kind) {
+            Some(FileKind::Regular) => self.dirty.whole(object),
+            Some(FileKind::Directory) => self.dirty.rescan(object, false),
+            Some(_) => {}
+            None => return,
+        }
+        self.dirty.meta(object, now);
+        self.dirty.xattrs(object);
+    }
+
+    fn create(&mut self, stat: &Stat, read_ns: u64) -> ObjectId {
+        let new = NewObject {
+            inode: stat.inode,
+            kind: stat.kind,
+            device: stat.device,
+            meta: stat.meta,
+            target: Bytes::copy_from_slice(&stat.target),
+        };
+        let object = self.model.create(new, &mut self.out);
+        if read_ns > 0 {
+            self.reads.meta.insert(object, read_ns);
+        }
+        object
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The last sequence number given.
+    #[must_use]
+    pub fn last_sequence(&self) -> bfs_common::record::Sequence {
+        self.out.last()
+    }
+
+    /// Records and bytes pushed so far.
+    #[must_use]
+    pub fn pushed(&self) -> (u64, u64) {
+        (self.out.records, self.out.bytes)
+    }
+
+    /// The last checkpoint that was put into the stream.
+    #[must_use]
+    pub fn last_checkpoint(&self) -> CheckpointId {
+        self.last_checkpoint
+    }
+
+    /// How many objects wait to be settled.
+    #[must_use]
+    pub fn suspects(&self) -> usize {
+        self.dirty.len()
+    }
+
+    /// Files with a writable shared mapping.
+    #[must_use]
+    pub fn mapped(&self) -> usize {
+        self.mapped.len()
+    }
+
+    /// Sends what has been collected. What is not exact is named in the stream first, so that
+    /// the ring can be released.
+    ///
+    /// # Errors
+    /// [`HostError::Detached`].
+    pub fn flush(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        if self.deferred.is_empty() {
+            self.send_snapshots();
+        }
+        for scope in self.dirty.announce() {
+            self.out.push(&Record::Gap { scope }, b"");
+        }
+        self.out.close(self.position);
+        host.ship(self.out.take())
+    }
+
+    /// Whether something waits to be flushed.
+    #[must_use]
+    pub fn needs_flush(&self) -> bool {
+        self.out.is_dirty() || !self.snapshots.is_empty()
+    }
+
+    /// Ships full batches only.
+    ///
+    /// # Errors
+    /// [`HostError::Detached`].
+    fn ship_full(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        let batches = self.out.take();
+        if batches.is_empty() { Ok(()) } else { host.ship(batches) }
+    }
+
+    fn send_snapshots(&mut self) {
+        let mut ids: Vec<_> = self.snapshots.keys().copied().collect();
+        ids.sort_unstable();
+        for object in ids {
+            let meta = self.snapshots[&object].meta;
+            self.model.set_meta(object, meta, &mut self.out);
+        }
+    }
+}

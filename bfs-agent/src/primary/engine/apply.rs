@@ -1,0 +1,459 @@
+//! Acts become records, and what is not exact becomes dirty.
+
+use std::ops::Range;
+
+use bfs_common::abi::{Event, InodeAttr, flag, kind};
+use bfs_common::record::{FileKind, Meta, Name, ObjectId};
+use bytes::Bytes;
+
+use super::host::{Host, HostError, OwnedEvent};
+use super::interpret::{Act, CAPABILITY, Thing, interpret, meta_of, object_at, span_of};
+use super::model::NewObject;
+use super::recent::Span;
+use super::resolve::Place;
+use super::{Chunks, Engine, Snapshot};
+
+/// How many moves of directories are remembered.
+const MOVES_MAX: usize = 256;
+
+/// xattr that new entries of a directory inherit.
+const DEFAULT_ACL: &str = "system.posix_acl_default";
+
+impl Engine {
+    /// Takes in an event: the model follows, records go to the outbox, what is not exact becomes
+    /// dirty.
+    ///
+    /// # Errors
+    /// [`HostError`] when something had to be read and could not be.
+    pub fn consume(&mut self, event: &OwnedEvent, host: &mut dyn Host) -> Result<(), HostError> {
+        let Some(parsed) = Event::parse(&event.bytes) else {
+            self.stats.malformed += 1;
+            self.suspect_everything(host.now());
+            return Ok(());
+        };
+        self.take_in(&parsed, host);
+        // A write whose pieces are still arriving must be read again by a successor.
+        if self.chunks.is_empty() && self.deferred.is_empty() {
+            self.position = Some(event.ring_position);
+        }
+        self.ship_full(host)
+    }
+
+    fn take_in(&mut self, event: &Event<'_>, host: &mut dyn Host) {
+        let tid = event.header().tid;
+        match event {
+            Event::Data { event: e, data } => {
+                let chunks = self.chunks.entry(tid).or_default();
+                if chunks.start_ns != e.header.start_ns {
+                    *chunks = Chunks { start_ns: e.header.start_ns, pieces: Vec::new() };
+                }
+                chunks.pieces.push((e.offset, Bytes::copy_from_slice(data)));
+                return;
+            }
+            Event::Path { event: e, path1, path2 } if e.header.kind == kind::PATH_ENTER => {
+                self.entered.insert(tid, (e.header.start_ns, path1.to_vec(), path2.to_vec()));
+                return;
+            }
+            Event::Task { event: e } if e.header.kind == kind::EXIT => {
+                self.chunks.remove(&tid);
+                self.entered.remove(&tid);
+                return;
+            }
+            _ => {}
+        }
+        let act = interpret(&self.model, host, event);
+        let span = span_of(event);
+        if let Event::File { event: e, .. } = event {
+            for inode in [e.attr.id, e.parent.id] {
+                if self.model.find(inode).is_none() {
+                    self.strangers.note(inode, span.end_ns);
+                }
+            }
+        }
+        let touches = act.touches(&self.model);
+        if act != Act::Nothing {
+            self.stats.ops += 1;
+        }
+        let ambiguous = self.note(&touches, &act, span);
+        self.apply(act, event, span, ambiguous, host);
+        // What was read from the file system after this call started holds an unknown part of it.
+        for thing in &touches {
+            if self.reads.after(thing, span.start_ns) {
+                self.stain(thing, span.end_ns, false);
+            }
+        }
+        self.check_entered(event, host, span);
+        self.chunks.remove(&tid);
+    }
+
+    /// Another thread could change a path while the kernel used it: where the path at the start
+    /// differs from the one at the end, both places are suspect.
+    fn check_entered(&mut self, event: &Event<'_>, host: &mut dyn Host, span: Span) {
+        let Event::Path { event: e, path1, path2 } = event else { return };
+        let Some((start_ns, old1, old2)) = self.entered.remove(&span.tid) else { return };
+        if start_ns != e.header.start_ns || (old1 == *path1 && old2 == *path2) {
+            return;
+        }
+        self.stats.ambiguous += 1;
+        let then = Event::Path { event: *e, path1: &old1, path2: &old2 };
+        for other in [&then, event] {
+            for thing in interpret(&self.model, host, other).touches(&self.model) {
+                self.stain(&thing, span.end_ns, true);
+            }
+        }
+    }
+
+    /// Makes a thing dirty.
+    pub(super) fn stain(&mut self, thing: &Thing, end_ns: u64, deep: bool) {
+        match thing {
+            Thing::Data(object, range) => self.stain_range(*object, range.clone()),
+            Thing::Meta(object) => self.dirty.meta(*object, end_ns),
+            Thing::Xattrs(object) => self.dirty.xattrs(*object),
+            Thing::Entry(directory, name) => self.dirty.entry(*directory, name, deep),
+            Thing::Everything => self.suspect_everything(end_ns),
+        }
+    }
+
+    fn stain_range(&mut self, object: ObjectId, range: Range<u64>) {
+        if range == (0..u64::MAX) {
+            self.dirty.whole(object);
+        } else {
+            self.dirty.range(object, range);
+        }
+    }
+
+    /// Notes the call among the recent ones; says whether its order against another is unknown.
+    fn note(&mut self, touches: &[Thing], act: &Act, span: Span) -> bool {
+        let mut ambiguous = false;
+        let mut names = false;
+        for thing in touches {
+            match thing {
+                Thing::Data(object, range) => {
+                    ambiguous |= self.recent_data.note(*object, span, range.clone());
+                }
+                Thing::Entry(directory, name) => {
+                    names = true;
+                    let key = (*directory, name.clone());
+                    ambiguous |= self.recent_entries.note(key, span, 0..1);
+                }
+                Thing::Meta(_) | Thing::Xattrs(_) | Thing::Everything => {}
+            }
+        }
+        // A path that was followed while a directory moved may have led elsewhere. (Creates name
+        // their directory's inode, not a path.)
+        if names && !matches!(act, Act::Create { .. }) {
+            let crossed = self.recent_paths.note((), span, 0..1);
+            let moving = self.moved_directory(act);
+            let mut doubtful = Vec::new();
+            if let Some(object) = moving.filter(|_| crossed) {
+                doubtful.push(object);
+            }
+            let start = span.start_ns.saturating_sub(super::SLACK_NS);
+            doubtful.extend(
+                self.moved.iter().filter(|m| m.1.tid != span.tid && m.1.end_ns >= start).map(|m| m.0),
+            );
+            ambiguous |= !doubtful.is_empty();
+            for directory in doubtful {
+                self.rescan_below(directory);
+            }
+            if let Some(object) = moving {
+                self.moved.push_back((object, span));
+                if self.moved.len() > MOVES_MAX {
+                    self.moved.pop_front();
+                }
+            }
+        }
+        if ambiguous {
+            self.stats.ambiguous += 1;
+        }
+        ambiguous
+    }
+
+    /// The directory (or symlink) that a rename moves.
+    fn moved_directory(&self, act: &Act) -> Option<ObjectId> {
+        let Act::Rename { from, to, exchange, .. } = act else { return None };
+        let directory = |place: &Place| {
+            object_at(&self.model, place).filter(|o| {
+                self.model.get(*o).is_some_and(|o| matches!(o.kind, FileKind::Directory | FileKind::Symlink))
+            })
+        };
+        directory(from).or_else(|| directory(to).filter(|_| *exchange))
+    }
+
+    /// All directories below, listed again.
+    fn rescan_below(&mut self, directory: ObjectId) {
+        let mut todo = vec![directory];
+        while let Some(at) = todo.pop() {
+            let Some(o) = self.model.get(at).filter(|o| o.kind == FileKind::Directory) else { continue };
+            todo.extend(o.entries.values().copied());
+            self.dirty.rescan(at, false);
+        }
+    }
+
+    fn snapshot(&mut self, object: ObjectId, attr: &InodeAttr, span: Span) {
+        self.saw(object, meta_of(attr), attr.size, span.end_ns);
+    }
+
+    /// Attributes were seen at `end_ns`; the latest look counts (every call that started before
+    /// it and ends after it brings a later one, or makes them dirty).
+    pub(super) fn saw(&mut self, object: ObjectId, meta: Meta, size: u64, end_ns: u64) {
+        let seen = self.snapshots.entry(object).or_insert(Snapshot { end_ns: 0, meta, size });
+        if end_ns >= seen.end_ns {
+            *seen = Snapshot { end_ns, meta, size };
+            self.dirty.meta_exact(object, end_ns);
+        }
+    }
+
+    fn meta_after(&mut self, object: ObjectId, attr: Option<&InodeAttr>, span: Span) {
+        match attr {
+            Some(attr) => self.snapshot(object, attr, span),
+            None => self.dirty.meta(object, span.end_ns),
+        }
+    }
+
+    /// The directory of a place got another modification time.
+    fn parent_after(&mut self, place: &Place, attr: Option<&InodeAttr>, span: Span) {
+        match place {
+            Place::Entry(directory, _) => self.meta_after(*directory, attr, span),
+            Place::Missing(directory, name) => {
+                self.dirty.meta(*directory, span.end_ns);
+                self.dirty.entry(*directory, name, true);
+            }
+            Place::Unknown => self.suspect_everything(span.end_ns),
+            Place::Object(_) | Place::Outside => {}
+        }
+    }
+
+    fn suspect_entry(&mut self, place: &Place, deep: bool) {
+        if let Place::Entry(directory, name) = place {
+            self.dirty.entry(*directory, name, deep);
+        }
+    }
+
+    fn apply(&mut self, act: Act, event: &Event<'_>, span: Span, ambiguous: bool, host: &mut dyn Host) {
+        match act {
+            Act::Nothing => {}
+            Act::Everything => self.suspect_everything(span.end_ns),
+            Act::Create { parent, parent_attr, name, attr } => {
+                let mut missed = false;
+                let object = match self.model.find(attr.id) {
+                    // Seen by a read before its record came: what follows replays onto it.
+                    Some(object) => {
+                        self.model.truncate(object, 0, &mut self.out);
+                        object
+                    }
+                    None => {
+                        let new = NewObject {
+                            inode: attr.id,
+                            kind: FileKind::Regular,
+                            device: 0,
+                            meta: meta_of(&attr),
+                            target: Bytes::new(),
+                        };
+                        let object = self.model.create(new, &mut self.out);
+                        if self.inherits_xattrs(parent) {
+                            self.dirty.xattrs(object);
+                        }
+                        missed = self.strangers.missed(attr.id, span.start_ns);
+                        object
+                    }
+                };
+                if missed {
+                    self.suspect_object(object, span.end_ns);
+                }
+                self.model.link(parent, &name, object, &mut self.out);
+                self.snapshot(object, &attr, span);
+                self.snapshot(parent, &parent_attr, span);
+                if ambiguous {
+                    self.dirty.entry(parent, &name, true);
+                }
+            }
+            Act::Write { object, range, inline, attr } => {
+                self.snapshot(object, &attr, span);
+                if self.model.get(object).is_some_and(|o| o.xattrs.contains_key(CAPABILITY)) {
+                    self.dirty.xattrs(object);
+                }
+                let whole = self.dirty.get(object).is_some_and(|d| d.whole);
+                if inline && !ambiguous && self.write_inline(object, &range, event) {
+                    if !whole {
+                        self.dirty.range_exact(object, range);
+                    }
+                } else {
+                    self.stain_range(object, range);
+                }
+            }
+            Act::Truncate { object, size, attr } => {
+                self.model.truncate(object, size, &mut self.out);
+                self.meta_after(object, attr.as_ref(), span);
+                if ambiguous {
+                    self.dirty.whole(object);
+                } else {
+                    self.dirty.range_exact(object, size..u64::MAX);
+                }
+            }
+            Act::Attr { object, attr, xattrs } => {
+                self.meta_after(object, attr.as_ref(), span);
+                if xattrs {
+                    self.dirty.xattrs(object);
+                }
+            }
+            Act::Touch { object, mapped } => {
+                if mapped {
+                    self.mapped.insert(object);
+                }
+                self.suspect_object(object, span.end_ns);
+            }
+            Act::Suspect { place } => {
+                self.parent_after(&place, None, span);
+                self.suspect_entry(&place, true);
+                if let Some(object) = object_at(&self.model, &place) {
+                    self.suspect_object(object, span.end_ns);
+                }
+            }
+            Act::Unlink { place, parent_attr } => {
+                self.parent_after(&place, parent_attr.as_ref(), span);
+                if let Place::Entry(directory, name) = &place {
+                    if self.model.entry(*directory, name).is_none() || ambiguous {
+                        self.dirty.entry(*directory, name, true);
+                    }
+                    self.model.unlink(*directory, name, &mut self.out);
+                }
+            }
+            Act::Make { place, parent_attr } => {
+                self.parent_after(&place, parent_attr.as_ref(), span);
+                self.make(&place, ambiguous, span, host);
+            }
+            Act::Link { object, place, parent_attr } => {
+                self.parent_after(&place, parent_attr.as_ref(), span);
+                if let Place::Entry(directory, name) = &place {
+                    match object {
+                        Some(object) => self.model.link(*directory, name, object, &mut self.out),
+                        None => self.dirty.entry(*directory, name, true),
+                    }
+                    if ambiguous {
+                        self.dirty.entry(*directory, name, true);
+                    }
+                }
+            }
+            Act::Rename { from, to, exchange, whiteout, from_attr, to_attr } => {
+                self.parent_after(&from, from_attr.as_ref(), span);
+                self.parent_after(&to, to_attr.as_ref(), span);
+                if ambiguous {
+                    self.suspect_entry(&from, true);
+                    self.suspect_entry(&to, true);
+                }
+                self.rename(&from, &to, exchange, whiteout);
+            }
+        }
+    }
+
+    fn inherits_xattrs(&self, parent: ObjectId) -> bool {
+        let labelled = |o: ObjectId| {
+            self.model.get(o).is_some_and(|o| o.xattrs.keys().any(|n| n.starts_with("security.") && n != CAPABILITY))
+        };
+        self.dirty.get(parent).is_some_and(|d| d.xattrs)
+            || self.model.get(parent).is_none_or(|o| o.xattrs.contains_key(DEFAULT_ACL))
+            || labelled(parent)
+    }
+
+    /// Puts the bytes of an inline write into the stream; `false` if they are not all there.
+    fn write_inline(&mut self, object: ObjectId, range: &Range<u64>, event: &Event<'_>) -> bool {
+        let Event::File { event: e, data, .. } = event else { return false };
+        let chunks = self.chunks.remove(&e.header.tid).filter(|c| c.start_ns == e.header.start_ns);
+        let pieces = chunks.map(|c| c.pieces).unwrap_or_default();
+        let carried: u64 = pieces.iter().map(|p| p.1.len() as u64).sum();
+        if carried + data.len() as u64 != range.end - range.start {
+            return false;
+        }
+        if e.header.flags & flag::UNLINKED != 0 && !self.model.is_linked(object) {
+            return true;
+        }
+        self.stats.inline_bytes += range.end - range.start;
+        for (offset, bytes) in &pieces {
+            self.model.write(object, range.start + offset, bytes, &mut self.out);
+        }
+        if !data.is_empty() {
+            self.model.write(object, range.start + carried, data, &mut self.out);
+        }
+        true
+    }
+
+    /// A new entry whose inode the record does not name: a look right away mostly finds it.
+    fn make(&mut self, place: &Place, ambiguous: bool, span: Span, host: &mut dyn Host) {
+        let Place::Entry(directory, name) = place else { return };
+        let Some(inode) = self.model.get(*directory).map(|o| o.inode) else { return };
+        let found = host.child(inode, name);
+        let read_ns = host.now();
+        match found {
+            Ok(Some(stat)) if stat.kind != FileKind::Regular && !ambiguous => {
+                let object = self.model.find(stat.inode).unwrap_or_else(|| {
+                    let object = self.create(&stat, read_ns);
+                    if self.inherits_xattrs(*directory) {
+                        self.dirty.xattrs(object);
+                    }
+                    if self.strangers.missed(stat.inode, span.start_ns) {
+                        self.dirty.rescan(object, true);
+                    }
+                    object
+                });
+                self.model.link(*directory, name, object, &mut self.out);
+                self.saw(object, stat.meta, stat.size, read_ns);
+                self.reads.meta.insert(object, read_ns);
+                self.reads.entries.insert((*directory, name.clone()), read_ns);
+            }
+            _ => self.dirty.entry(*directory, name, true),
+        }
+    }
+
+    fn rename(&mut self, from: &Place, to: &Place, exchange: bool, whiteout: bool) {
+        let moved = match from {
+            Place::Entry(directory, name) => self.model.entry(*directory, name),
+            _ => None,
+        };
+        match (from, to) {
+            (Place::Entry(d1, n1), Place::Entry(d2, n2)) => {
+                let other = self.model.entry(*d2, n2);
+                match moved {
+                    Some(object) if exchange => {
+                        if other.is_none() {
+                            self.both_suspect(from, to);
+                        } else if other != Some(object) {
+                            self.model.exchange((*d1, n1), (*d2, n2), &mut self.out);
+                        }
+                    }
+                    // Two names of one inode: rename does nothing (rename(2)).
+                    Some(object) if other == Some(object) => {}
+                    Some(object) => {
+                        self.model.link(*d2, n2, object, &mut self.out);
+                        self.model.unlink(*d1, n1, &mut self.out);
+                        if whiteout {
+                            self.dirty.entry(*d1, n1, true);
+                        }
+                    }
+                    None => self.both_suspect(from, to),
+                }
+            }
+            (Place::Entry(directory, name), Place::Outside) if !exchange => {
+                self.model.unlink(*directory, name, &mut self.out);
+                if moved.is_none() || whiteout {
+                    self.dirty.entry(*directory, name, true);
+                }
+            }
+            _ => self.both_suspect(from, to),
+        }
+    }
+
+    fn both_suspect(&mut self, from: &Place, to: &Place) {
+        self.suspect_entry(from, true);
+        self.suspect_entry(to, true);
+    }
+
+    /// Names of an object that nobody can find any more.
+    pub(super) fn suspect_names(&mut self, object: ObjectId) {
+        let links: Vec<(ObjectId, Name)> =
+            self.model.get(object).map(|o| o.links.clone()).unwrap_or_default();
+        for (directory, name) in links {
+            self.dirty.entry(directory, &name, true);
+        }
+    }
+}

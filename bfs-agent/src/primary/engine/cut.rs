@@ -1,0 +1,413 @@
+//! The checkpoint as a cut: choosing the instant, settling, the marker.
+//!
+//! A cut at t covers the calls that started at or before t. It counts when
+//! 1. every covered call has ended and its record was consumed,
+//! 2. no covered call that was still running at t shares anything with a call that started after
+//!    t and before its end (capture rule 3.1),
+//! 3. whatever had to be read from the file system was read before any call outside the cut
+//!    touched it: every call that started before the end of the reading has ended, and none
+//!    that touches what was read lies outside.
+//!
+//! Calls outside the cut are held back until the marker stands. If a condition fails, they are
+//! taken in and another t is tried; after [`TRIES`] the processes are stopped.
+
+use std::time::Duration;
+
+use bfs_common::abi::Event;
+use bfs_common::record::{CheckpointId, CheckpointLabel, GapScope, Record, Sequence};
+
+use super::Engine;
+use super::host::{Host, HostError, OwnedEvent};
+use super::interpret::{Thing, interpret, span_of};
+use super::recent::SLACK_NS;
+
+/// Cuts that are tried before the processes are stopped.
+const TRIES: u32 = 12;
+/// Rounds of reading ahead of the cut, while there is much to read.
+const ROUNDS_AHEAD: u32 = 6;
+/// How long covered calls may take to end before the checkpoint is given up for now.
+const COVERED_NS_MAX: u64 = 5_000_000_000;
+/// How long calls that began during the reading may take to end before the cut is tried again.
+const READING_NS_MAX: u64 = 20_000_000;
+/// More than this is read before the instant is chosen.
+const AHEAD_BYTES: u64 = 1 << 20;
+/// See [`AHEAD_BYTES`]; in things.
+const AHEAD_THINGS: usize = 64;
+/// Calls that are held back at most while a cut is tried.
+const DEFERRED_MAX: usize = 200_000;
+
+/// Whether the processes are stopped for a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Never: rather no checkpoint.
+    Never,
+    /// When the cut does not settle without.
+    IfNeeded,
+    /// Yes, and the caller lets them go.
+    Hold,
+}
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The user's tag.
+    pub tag: String,
+    /// What triggered it.
+    pub trigger: &'static str,
+    /// Wall time now, nanoseconds since 1970.
+    pub wall_ns: i64,
+    /// Whether to stop.
+    pub stop: Stop,
+}
+
+/// A checkpoint that stands in the stream.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// Its number.
+    pub checkpoint: CheckpointId,
+    /// Its marker: when this is durable, the checkpoint is confirmed.
+    pub sequence: Sequence,
+    /// Whether the processes were stopped.
+    pub stopped: bool,
+    /// How many cuts were tried.
+    pub tries: u32,
+    /// From the request to the marker.
+    pub took: Duration,
+}
+
+/// Why there is no checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// A covered call does not end.
+    #[error("process {tgid} (thread {tid}) has been in system call {nr} for {for_ms} ms: no checkpoint until it ends")]
+    CallInFlight {
+        /// Process.
+        tgid: u32,
+        /// Thread.
+        tid: u32,
+        /// System call number.
+        nr: u32,
+        /// Since when, milliseconds.
+        for_ms: u64,
+    },
+    /// Nothing settled, also not with the processes stopped.
+    #[error("the files kept changing under the reads ({suspects} still suspect): somebody who is not stopped writes them")]
+    Unsettled {
+        /// Objects that are still suspect.
+        suspects: usize,
+    },
+    /// The outside world failed.
+    #[error(transparent)]
+    Host(#[from] HostError),
+}
+
+enum Tried {
+    Settled,
+    Again,
+}
+
+impl Engine {
+    /// Takes a checkpoint. With [`Stop::Hold`] the processes stand when this returns `Ok`, and
+    /// the caller must let them go.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]; no marker stands then, and the processes run.
+    pub fn checkpoint(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
+        let begun = host.now();
+        self.read_ahead(host)?;
+        // Stores into a shared mapping leave no record: they hold still only in a stop.
+        let must_stop = request.stop != Stop::Never && !self.mapped.is_empty();
+        let mut tries = 0;
+        if request.stop != Stop::Hold && !must_stop {
+            while tries < TRIES {
+                tries += 1;
+                match self.try_cut(host)? {
+                    Tried::Settled => {
+                        let taken = self.mark(host, request, begun, tries, false, 0)?;
+                        self.replay(host)?;
+                        return Ok(taken);
+                    }
+                    Tried::Again => {
+                        self.stats.retries += 1;
+                        self.replay(host)?;
+                    }
+                }
+            }
+            if request.stop == Stop::Never {
+                return Err(CheckpointError::Unsettled { suspects: self.dirty.len() });
+            }
+        }
+        let stopping = host.now();
+        host.stop()?;
+        let taken = self.cut_stopped(host, request, begun, tries, stopping);
+        if taken.is_err() || request.stop != Stop::Hold {
+            host.go();
+        }
+        let taken = taken?;
+        self.replay(host)?;
+        Ok(taken)
+    }
+
+    fn cut_stopped(
+        &mut self,
+        host: &mut dyn Host,
+        request: &Request,
+        begun: u64,
+        tries: u32,
+        stopping: u64,
+    ) -> Result<Taken, CheckpointError> {
+        for object in self.mapped.clone() {
+            if self.model.get(object).is_some() {
+                self.suspect_object(object, host.now());
+            }
+        }
+        // Calls of processes that are not stopped can still cross the reads.
+        for _ in 0..TRIES {
+            match self.try_cut(host)? {
+                Tried::Settled => {
+                    let stopped_us = (host.now() - stopping) / 1000;
+                    return self.mark(host, request, begun, tries, true, stopped_us.max(1));
+                }
+                Tried::Again => self.replay(host)?,
+            }
+        }
+        Err(CheckpointError::Unsettled { suspects: self.dirty.len() })
+    }
+
+    /// Takes in all events that are there.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn drain(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        while let Some(event) = host.next_event()? {
+            self.consume(&event, host)?;
+        }
+        self.take_losses(host)
+    }
+
+    fn take_losses(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        let losses = host.losses()?;
+        let mut everything = losses.everything;
+        for inode in losses.inodes {
+            match self.model.find(inode) {
+                Some(object) => self.suspect_object(object, host.now()),
+                // An object that the model does not know: its creation may be what was lost.
+                None => everything = true,
+            }
+        }
+        if everything {
+            self.suspect_everything(host.now());
+        }
+        Ok(())
+    }
+
+    /// While there is much to read, it is read before an instant is chosen, and events go on
+    /// being taken in: so little is held back later.
+    fn read_ahead(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        for _ in 0..ROUNDS_AHEAD {
+            self.drain(host)?;
+            let model = &self.model;
+            let (bytes, things) = self.dirty.weight(|o| model.get(o).map_or(0, |o| o.size.max(1 << 16)));
+            if bytes < AHEAD_BYTES && things < AHEAD_THINGS {
+                break;
+            }
+            self.settle(host, true)?;
+        }
+        Ok(())
+    }
+
+    fn try_cut(&mut self, host: &mut dyn Host) -> Result<Tried, CheckpointError> {
+        self.drain(host)?;
+        let t = host.now();
+        let Some(crossing) = self.wait_covered(host, t)? else { return Ok(Tried::Again) };
+        self.take_losses(host)?;
+        if self.crosses(host, &crossing) {
+            return Ok(Tried::Again);
+        }
+        if !self.dirty.is_empty() {
+            self.settle(host, false)?;
+            let read_until = host.now();
+            if !self.wait_reading(host, read_until)? {
+                return Ok(Tried::Again);
+            }
+            self.take_losses(host)?;
+            self.stain_reads(host);
+        }
+        Ok(if self.dirty.is_empty() { Tried::Settled } else { Tried::Again })
+    }
+
+    /// Waits until the calls that started at or before `t` have ended, takes them in and holds
+    /// the others back. Gives what the calls that were running at `t` touched, each with its
+    /// end; `None` when too much had to be held back.
+    fn wait_covered(
+        &mut self,
+        host: &mut dyn Host,
+        t: u64,
+    ) -> Result<Option<Vec<(Vec<Thing>, u64)>>, CheckpointError> {
+        let mut crossing = Vec::new();
+        loop {
+            // Looked at before the ring is drained: a call that is not in flight any more has
+            // its record in the ring.
+            let flying = host.in_flight(t)?;
+            while let Some(event) = host.next_event()? {
+                self.cover(host, event, t, &mut crossing)?;
+            }
+            let Some(oldest) = flying.iter().min_by_key(|f| f.start_ns) else { return Ok(Some(crossing)) };
+            if self.deferred.len() > DEFERRED_MAX {
+                return Ok(None);
+            }
+            let waited = host.now().saturating_sub(t);
+            if waited > COVERED_NS_MAX {
+                let for_ms = host.now().saturating_sub(oldest.start_ns) / 1_000_000;
+                let (tgid, tid, nr) = (oldest.tgid, oldest.tid, oldest.nr);
+                self.replay(host)?;
+                return Err(CheckpointError::CallInFlight { tgid, tid, nr, for_ms });
+            }
+            host.pause(Duration::from_micros(20));
+        }
+    }
+
+    fn cover(
+        &mut self,
+        host: &mut dyn Host,
+        event: OwnedEvent,
+        t: u64,
+        crossing: &mut Vec<(Vec<Thing>, u64)>,
+    ) -> Result<(), HostError> {
+        let Some(parsed) = Event::parse(&event.bytes) else { return self.consume(&event, host) };
+        let span = span_of(&parsed);
+        if span.start_ns > t {
+            self.deferred.push_back(event);
+            return Ok(());
+        }
+        if span.end_ns > t {
+            let act = interpret(&self.model, host, &parsed);
+            crossing.push((act.touches(&self.model), span.end_ns));
+        }
+        self.consume(&event, host)
+    }
+
+    /// Whether a call that is held back shares something with a covered one that it may have
+    /// overtaken.
+    fn crosses(&mut self, host: &mut dyn Host, crossing: &[(Vec<Thing>, u64)]) -> bool {
+        if crossing.is_empty() {
+            return false;
+        }
+        let last = crossing.iter().map(|c| c.1).max().unwrap_or(0);
+        for event in &self.deferred {
+            let Some(parsed) = Event::parse(&event.bytes) else { return true };
+            let start = span_of(&parsed).start_ns;
+            if start > last + SLACK_NS {
+                continue;
+            }
+            let touches = interpret(&self.model, host, &parsed).touches(&self.model);
+            let shared = crossing
+                .iter()
+                .filter(|(_, end)| start <= end + SLACK_NS)
+                .any(|(covered, _)| covered.iter().any(|a| touches.iter().any(|b| a.shares(b))));
+            if shared {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Waits until the calls that started while we read have ended, and holds them back.
+    fn wait_reading(&mut self, host: &mut dyn Host, read_until: u64) -> Result<bool, HostError> {
+        loop {
+            let flying = host.in_flight(read_until)?;
+            while let Some(event) = host.next_event()? {
+                self.deferred.push_back(event);
+            }
+            if flying.is_empty() {
+                return Ok(true);
+            }
+            if host.now().saturating_sub(read_until) > READING_NS_MAX || self.deferred.len() > DEFERRED_MAX {
+                return Ok(false);
+            }
+            host.pause(Duration::from_micros(20));
+        }
+    }
+
+    /// What was read and then touched by a call outside the cut, before the reading ended, is
+    /// dirty again.
+    fn stain_reads(&mut self, host: &mut dyn Host) {
+        let deferred = std::mem::take(&mut self.deferred);
+        for event in &deferred {
+            let Some(parsed) = Event::parse(&event.bytes) else { continue };
+            let span = span_of(&parsed);
+            for thing in interpret(&self.model, host, &parsed).touches(&self.model) {
+                if self.reads.after(&thing, span.start_ns) {
+                    self.stain(&thing, span.end_ns, false);
+                }
+            }
+        }
+        self.deferred = deferred;
+    }
+
+    /// Takes in what was held back.
+    fn replay(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        let mut deferred = std::mem::take(&mut self.deferred);
+        while let Some(event) = deferred.pop_front() {
+            if let Err(e) = self.consume(&event, host) {
+                self.deferred = deferred;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// The marker. Everything covered is in the stream, nothing else is.
+    fn mark(
+        &mut self,
+        host: &mut dyn Host,
+        request: &Request,
+        begun: u64,
+        tries: u32,
+        stopped: bool,
+        stopped_us: u64,
+    ) -> Result<Taken, CheckpointError> {
+        self.reconcile();
+        for object in self.model.forget_orphans(&mut self.out) {
+            self.dirty.forget(object);
+            self.snapshots.remove(&object);
+            self.mapped.remove(&object);
+        }
+        self.send_snapshots();
+        self.snapshots.clear();
+        self.reads.clear();
+        let horizon = begun.saturating_sub(2_000_000_000);
+        self.recent_data.prune(horizon);
+        self.recent_entries.prune(horizon);
+        self.recent_paths.prune(horizon);
+        self.moved.retain(|m| m.1.end_ns >= horizon);
+        if self.dirty.close_gap() {
+            self.out.push(&Record::Repaired { scope: GapScope::Everything }, b"");
+        }
+        let checkpoint = self.last_checkpoint.next();
+        let label = CheckpointLabel {
+            wall_ns: request.wall_ns,
+            tag: request.tag.clone(),
+            trigger: request.trigger.into(),
+            stopped_us,
+        };
+        let sequence = self.out.push(&Record::Checkpoint { checkpoint, label }, b"");
+        self.last_checkpoint = checkpoint;
+        self.out.close(self.position);
+        host.ship(self.out.take())?;
+        let took = Duration::from_nanos(host.now().saturating_sub(begun));
+        Ok(Taken { checkpoint, sequence, stopped, tries, took })
+    }
+
+    /// Lengths as last seen: appends and truncations of others show here.
+    fn reconcile(&mut self) {
+        let mut sizes: Vec<_> = self.snapshots.iter().map(|(o, s)| (*o, s.size)).collect();
+        sizes.sort_unstable();
+        for (object, size) in sizes {
+            let regular = |o: &super::model::Object| o.kind == bfs_common::record::FileKind::Regular;
+            if self.model.get(object).is_some_and(|o| regular(o) && o.size != size) {
+                self.model.truncate(object, size, &mut self.out);
+            }
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! What the engine needs from the outside world, as one trait: so that the decisions run against
+//! the real kernel and file systems, and in tests against a simulated world.
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bfs_common::abi::InodeId;
+use bfs_common::record::{FileKind, Meta, Name};
+
+use super::outbox::Batch;
+
+/// An inode as read from the file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stat {
+    /// Which.
+    pub inode: InodeId,
+    /// Its type.
+    pub kind: FileKind,
+    /// Attributes.
+    pub meta: Meta,
+    /// Bytes of a regular file, else 0.
+    pub size: u64,
+    /// Device number (`makedev` form) of a device.
+    pub device: u64,
+    /// Target of a symlink.
+    pub target: Vec<u8>,
+}
+
+/// A piece of a file's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Segment<'a> {
+    /// Bytes at an offset.
+    Data(u64, &'a [u8]),
+    /// A hole: offset and length.
+    Hole(u64, u64),
+}
+
+/// A call that a followed task is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlight {
+    /// Thread.
+    pub tid: u32,
+    /// Process.
+    pub tgid: u32,
+    /// System call number.
+    pub nr: u32,
+    /// When it started.
+    pub start_ns: u64,
+}
+
+/// A record of the ring, copied out, and the ring position after it.
+#[derive(Clone, Debug)]
+pub struct OwnedEvent {
+    /// The record.
+    pub bytes: Box<[u8]>,
+    /// Ring position behind it.
+    pub ring_position: u64,
+}
+
+/// Losses that the probes named.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Losses {
+    /// Objects whose records were lost.
+    pub inodes: Vec<InodeId>,
+    /// Something was lost that has no name: everything is suspect.
+    pub everything: bool,
+}
+
+/// Why the engine cannot go on for now.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// Reading the replicated set failed in a way that is not "gone".
+    #[error("cannot read {what}: {source}")]
+    Read {
+        /// What was read.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The destination is away and the bound of what is kept for it is reached.
+    #[error("the destination is away and {0} bytes wait for it: detached")]
+    Detached(u64),
+    /// The probes cannot be read any more.
+    #[error("the probes cannot be read: {0}")]
+    Probes(String),
+    /// The processes could not be stopped.
+    #[error("the processes could not be stopped: {0}")]
+    Stop(String),
+}
+
+/// The outside world. Reads by inode give `None` when the inode is gone.
+pub trait Host {
+    /// `CLOCK_MONOTONIC` in nanoseconds.
+    fn now(&self) -> u64;
+
+    /// What an entry of a directory names; `None` when it is absent or lies on another file
+    /// system.
+    ///
+    /// # Errors
+    /// [`HostError::Read`]; a directory that is gone is an absent entry.
+    fn child(&mut self, directory: InodeId, name: &Name) -> Result<Option<Stat>, HostError>;
+
+    /// The names in a directory.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn list(&mut self, directory: InodeId) -> Result<Option<Vec<Name>>, HostError>;
+
+    /// The attributes of an inode.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn stat(&mut self, inode: InodeId) -> Result<Option<Stat>, HostError>;
+
+    /// The extended attributes of an inode.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn xattrs(&mut self, inode: InodeId) -> Result<Option<Vec<(String, Vec<u8>)>>, HostError>;
+
+    /// Reads a range of a regular file, in order, in segments; what lies beyond its end is not
+    /// given. `None` when the inode is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn read(
+        &mut self,
+        inode: InodeId,
+        range: Range<u64>,
+        each: &mut dyn FnMut(Segment<'_>),
+    ) -> Result<Option<()>, HostError>;
+
+    /// The absolute path of a directory that is not in the replicated set, if it can be found:
+    /// through the inode, or as working directory of the process.
+    fn outside_path(&mut self, directory: InodeId, tgid: u32) -> Option<PathBuf>;
+
+    /// The same path without symlinks, as far as it exists.
+    fn canonical(&mut self, path: &Path) -> PathBuf;
+
+    /// Whether this is the root directory of the host.
+    fn is_host_root(&mut self, directory: InodeId) -> bool;
+
+    /// The calls in flight that may have started at or before `t`.
+    ///
+    /// # Errors
+    /// [`HostError::Probes`].
+    fn in_flight(&mut self, t: u64) -> Result<Vec<InFlight>, HostError>;
+
+    /// The next record of the ring, if there is one.
+    ///
+    /// # Errors
+    /// [`HostError::Probes`].
+    fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError>;
+
+    /// What was lost since the last call.
+    ///
+    /// # Errors
+    /// [`HostError::Probes`].
+    fn losses(&mut self) -> Result<Losses, HostError>;
+
+    /// Lets a little time pass.
+    fn pause(&mut self, time: Duration);
+
+    /// Hands batches to the shipper. Waits (bounded) where too much is queued already.
+    ///
+    /// # Errors
+    /// [`HostError::Detached`] past the bound.
+    fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError>;
+
+    /// Stops the selected processes.
+    ///
+    /// # Errors
+    /// [`HostError::Stop`]; they run then.
+    fn stop(&mut self) -> Result<(), HostError>;
+
+    /// Lets them go; gives how long they stood.
+    fn go(&mut self) -> Duration;
+}

@@ -1,0 +1,411 @@
+//! What an event means: from the record of a system call to an act on the model.
+//!
+//! An [`Act`] names its places in the model, but changes nothing; [`Act::touches`] says what it
+//! shares with others, which the cut needs also of calls that it leaves out.
+
+use std::ops::Range;
+
+use bfs_common::abi::{Event, FileEvent, InodeAttr, PathEvent, flag, kind};
+use bfs_common::record::{Meta, Name, ObjectId};
+
+use super::host::Host;
+use super::model::Model;
+use super::recent::Span;
+use super::resolve::{Place, Start, resolve};
+
+/// What a call did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// Nothing that concerns the group.
+    Nothing,
+    /// It cannot be told what: everything is suspect.
+    Everything,
+    /// An open made a file.
+    Create {
+        /// Its directory, with attributes after the call.
+        parent: ObjectId,
+        /// See `parent`.
+        parent_attr: InodeAttr,
+        /// Its name.
+        name: Name,
+        /// The file.
+        attr: InodeAttr,
+    },
+    /// Bytes of a file changed.
+    Write {
+        /// The file.
+        object: ObjectId,
+        /// Where.
+        range: Range<u64>,
+        /// Whether the event holds the bytes.
+        inline: bool,
+        /// The file after the call.
+        attr: InodeAttr,
+    },
+    /// A file got a length.
+    Truncate {
+        /// The file.
+        object: ObjectId,
+        /// The length.
+        size: u64,
+        /// The file after the call, where the probe could read it.
+        attr: Option<InodeAttr>,
+    },
+    /// Attributes changed.
+    Attr {
+        /// The object.
+        object: ObjectId,
+        /// The object after the call, where the probe could read it.
+        attr: Option<InodeAttr>,
+        /// Whether extended attributes may have changed.
+        xattrs: bool,
+    },
+    /// Content and attributes changed in a way that is not known.
+    Touch {
+        /// The object.
+        object: ObjectId,
+        /// A writable shared mapping was made.
+        mapped: bool,
+    },
+    /// A call that may have changed an entry and what it names.
+    Suspect {
+        /// The entry.
+        place: Place,
+    },
+    /// An entry was removed.
+    Unlink {
+        /// The entry.
+        place: Place,
+        /// Its directory after the call.
+        parent_attr: Option<InodeAttr>,
+    },
+    /// A directory, special file, symlink or socket was made.
+    Make {
+        /// The entry.
+        place: Place,
+        /// Its directory after the call.
+        parent_attr: Option<InodeAttr>,
+    },
+    /// A further name was made.
+    Link {
+        /// The object, where the model knows it.
+        object: Option<ObjectId>,
+        /// The new entry.
+        place: Place,
+        /// Its directory after the call.
+        parent_attr: Option<InodeAttr>,
+    },
+    /// An entry was renamed.
+    Rename {
+        /// From here.
+        from: Place,
+        /// To here.
+        to: Place,
+        /// `RENAME_EXCHANGE`.
+        exchange: bool,
+        /// `RENAME_WHITEOUT`.
+        whiteout: bool,
+        /// The directories after the call.
+        from_attr: Option<InodeAttr>,
+        /// See `from_attr`.
+        to_attr: Option<InodeAttr>,
+    },
+}
+
+/// What an act shares with others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Thing {
+    /// Bytes of a file.
+    Data(ObjectId, Range<u64>),
+    /// Attributes of an object.
+    Meta(ObjectId),
+    /// Extended attributes of an object.
+    Xattrs(ObjectId),
+    /// An entry.
+    Entry(ObjectId, Name),
+    /// Anything.
+    Everything,
+}
+
+/// The attributes as records carry them.
+#[must_use]
+pub fn meta_of(attr: &InodeAttr) -> Meta {
+    Meta {
+        permissions: attr.mode & 0o7777,
+        uid: attr.uid,
+        gid: attr.gid,
+        mtime_sec: attr.mtime_sec,
+        mtime_nsec: attr.mtime_nsec,
+    }
+}
+
+/// When the call of an event ran.
+#[must_use]
+pub fn span_of(event: &Event<'_>) -> Span {
+    let h = event.header();
+    Span { tid: h.tid, start_ns: h.start_ns, end_ns: h.end_ns }
+}
+
+/// What an event means, given the model as it stands.
+pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> Act {
+    match event {
+        Event::File { event, name, .. } => file(model, event, name),
+        Event::Path { event, path1, path2 } if event.header.kind == kind::PATH => {
+            path(model, host, event, path1, path2)
+        }
+        Event::Task { event } if event.header.kind == kind::COMPAT => Act::Everything,
+        Event::Path { .. } | Event::Data { .. } | Event::Task { .. } => Act::Nothing,
+    }
+}
+
+fn is_open(nr: i64) -> bool {
+    matches!(nr, libc::SYS_open | libc::SYS_creat | libc::SYS_openat | libc::SYS_openat2)
+}
+
+fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
+    let nr = i64::from(e.header.nr);
+    let flags = e.header.flags;
+    let known = model.find(e.attr.id);
+    if is_open(nr) && flags & flag::CREATED != 0 && flags & flag::FAILED == 0 {
+        return match (model.find(e.parent.id), Name::new(name)) {
+            (Some(parent), Some(name)) => {
+                Act::Create { parent, parent_attr: e.parent, name, attr: e.attr }
+            }
+            _ => known.map_or(Act::Nothing, |object| Act::Touch { object, mapped: false }),
+        };
+    }
+    let Some(object) = known else { return Act::Nothing };
+    if e.header.kind == kind::TOUCH || flags & flag::FAILED != 0 {
+        return Act::Touch { object, mapped: false };
+    }
+    if e.header.kind == kind::MAPPED {
+        return Act::Touch { object, mapped: true };
+    }
+    let attr = e.attr;
+    match nr {
+        _ if is_open(nr) => {
+            if flags & flag::TRUNCATED == 0 {
+                return Act::Nothing;
+            }
+            Act::Truncate { object, size: 0, attr: Some(attr) }
+        }
+        libc::SYS_ftruncate => Act::Truncate { object, size: e.file_offset, attr: Some(attr) },
+        libc::SYS_write
+        | libc::SYS_pwrite64
+        | libc::SYS_writev
+        | libc::SYS_pwritev
+        | libc::SYS_pwritev2 => {
+            let range = if flags & flag::OFFSET_UNKNOWN == 0 {
+                e.file_offset..e.file_offset.saturating_add(e.count)
+            } else if e.range_end > 0 {
+                e.range_start..e.range_end
+            } else {
+                0..u64::MAX
+            };
+            let inline = flags & flag::INLINE != 0
+                && flags & (flag::DATA_LOST | flag::OFFSET_UNKNOWN | flag::BY_REFERENCE) == 0;
+            Act::Write { object, range, inline, attr }
+        }
+        libc::SYS_fchmod | libc::SYS_fchown => Act::Attr { object, attr: Some(attr), xattrs: true },
+        libc::SYS_utimensat | libc::SYS_futimesat => Act::Attr { object, attr: Some(attr), xattrs: false },
+        libc::SYS_fsetxattr | libc::SYS_fremovexattr => {
+            Act::Attr { object, attr: Some(attr), xattrs: true }
+        }
+        libc::SYS_close => Act::Nothing,
+        _ => Act::Touch { object, mapped: false },
+    }
+}
+
+struct Paths<'a> {
+    event: &'a PathEvent,
+    path1: &'a [u8],
+    path2: &'a [u8],
+}
+
+impl Paths<'_> {
+    fn place(&self, model: &Model, host: &mut dyn Host, second: bool, follow: bool) -> Place {
+        let (base, path) =
+            if second { (self.event.base2.id, self.path2) } else { (self.event.base1.id, self.path1) };
+        if path.is_empty() {
+            return model.find(base).map_or(Place::Outside, Place::Object);
+        }
+        let start = Start { base, root: self.event.root, tgid: self.event.header.tgid };
+        resolve(model, host, start, path, follow)
+    }
+
+    fn parent_attr(&self, model: &Model, place: &Place, second: bool) -> Option<InodeAttr> {
+        let (attr, bit) =
+            if second { (self.event.base2, flag::PARENT2_ATTR) } else { (self.event.base1, flag::PARENT1_ATTR) };
+        let Place::Entry(directory, _) = place else { return None };
+        let same = model.get(*directory).is_some_and(|o| o.inode == attr.id);
+        (self.event.header.flags & bit != 0 && same).then_some(attr)
+    }
+}
+
+fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: &[u8]) -> Act {
+    let p = Paths { event: e, path1, path2 };
+    if e.header.flags & flag::PATH_UNREADABLE != 0 {
+        return Act::Everything;
+    }
+    let nr = i64::from(e.header.nr);
+    let at_flags = |i: usize| e.args[i] as i32;
+    if e.header.flags & flag::FAILED != 0 {
+        return Act::Suspect { place: p.place(model, host, false, true) };
+    }
+    match nr {
+        _ if is_open(nr) => Act::Suspect { place: p.place(model, host, false, true) },
+        libc::SYS_unlink | libc::SYS_rmdir | libc::SYS_unlinkat => {
+            let place = p.place(model, host, false, false);
+            Act::Unlink { parent_attr: p.parent_attr(model, &place, false), place }
+        }
+        libc::SYS_mkdir | libc::SYS_mkdirat | libc::SYS_mknod | libc::SYS_mknodat | libc::SYS_bind => {
+            let place = p.place(model, host, false, false);
+            Act::Make { parent_attr: p.parent_attr(model, &place, false), place }
+        }
+        libc::SYS_symlink | libc::SYS_symlinkat => {
+            let place = p.place(model, host, true, false);
+            Act::Make { parent_attr: p.parent_attr(model, &place, true), place }
+        }
+        libc::SYS_link | libc::SYS_linkat => {
+            let follow = nr == libc::SYS_linkat && at_flags(4) & libc::AT_SYMLINK_FOLLOW != 0;
+            let object = object_at(model, &p.place(model, host, false, follow));
+            let place = p.place(model, host, true, false);
+            Act::Link { object, parent_attr: p.parent_attr(model, &place, true), place }
+        }
+        libc::SYS_rename | libc::SYS_renameat | libc::SYS_renameat2 => {
+            let bits = if nr == libc::SYS_renameat2 { e.args[4] as u32 } else { 0 };
+            let from = p.place(model, host, false, false);
+            let to = p.place(model, host, true, false);
+            Act::Rename {
+                from_attr: p.parent_attr(model, &from, false),
+                to_attr: p.parent_attr(model, &to, true),
+                from,
+                to,
+                exchange: bits & libc::RENAME_EXCHANGE != 0,
+                whiteout: bits & libc::RENAME_WHITEOUT != 0,
+            }
+        }
+        libc::SYS_truncate => {
+            let place = p.place(model, host, false, true);
+            match object_at(model, &place) {
+                Some(object) => Act::Truncate { object, size: e.args[1], attr: None },
+                None => Act::Suspect { place },
+            }
+        }
+        _ => {
+            // What is left changes attributes by path.
+            let (follow, xattrs) = match nr {
+                libc::SYS_lchown | SYS_LSETXATTR | SYS_LREMOVEXATTR => (false, true),
+                libc::SYS_fchmodat => (true, true),
+                SYS_FCHMODAT2 => (at_flags(3) & libc::AT_SYMLINK_NOFOLLOW == 0, true),
+                libc::SYS_fchownat => (at_flags(4) & libc::AT_SYMLINK_NOFOLLOW == 0, true),
+                libc::SYS_utimensat => (at_flags(3) & libc::AT_SYMLINK_NOFOLLOW == 0, false),
+                SYS_SETXATTRAT | SYS_REMOVEXATTRAT => {
+                    (at_flags(2) & libc::AT_SYMLINK_NOFOLLOW == 0, true)
+                }
+                libc::SYS_utime | libc::SYS_utimes | libc::SYS_futimesat => (true, false),
+                _ => (true, true),
+            };
+            let place = p.place(model, host, false, follow);
+            match object_at(model, &place) {
+                Some(object) => Act::Attr { object, attr: None, xattrs },
+                None => Act::Suspect { place },
+            }
+        }
+    }
+}
+
+// Numbers of arch/x86/entry/syscalls/syscall_64.tbl that the libc crate names otherwise or not yet.
+const SYS_LSETXATTR: i64 = 189;
+const SYS_LREMOVEXATTR: i64 = 198;
+const SYS_FCHMODAT2: i64 = 452;
+const SYS_SETXATTRAT: i64 = 463;
+const SYS_REMOVEXATTRAT: i64 = 466;
+
+/// The object at a place, if the model knows it.
+#[must_use]
+pub fn object_at(model: &Model, place: &Place) -> Option<ObjectId> {
+    match place {
+        Place::Entry(directory, name) => model.entry(*directory, name),
+        Place::Object(object) => Some(*object),
+        Place::Outside | Place::Missing(..) | Place::Unknown => None,
+    }
+}
+
+impl Act {
+    /// Everything that the act reads or changes and that others may share.
+    #[must_use]
+    pub fn touches(&self, model: &Model) -> Vec<Thing> {
+        let mut things = Vec::new();
+        let mut place = |place: &Place| match place {
+            Place::Entry(directory, name) => {
+                things.push(Thing::Entry(*directory, name.clone()));
+                things.push(Thing::Meta(*directory));
+            }
+            Place::Missing(directory, name) => things.push(Thing::Entry(*directory, name.clone())),
+            Place::Object(object) => things.push(Thing::Meta(*object)),
+            Place::Outside => {}
+            Place::Unknown => things.push(Thing::Everything),
+        };
+        match self {
+            Self::Nothing => {}
+            Self::Everything => things.push(Thing::Everything),
+            Self::Create { parent, name, attr, .. } => {
+                place(&Place::Entry(*parent, name.clone()));
+                if let Some(object) = model.find(attr.id) {
+                    things.extend([Thing::Data(object, 0..u64::MAX), Thing::Meta(object), Thing::Xattrs(object)]);
+                }
+            }
+            Self::Write { object, range, .. } => {
+                things.extend([Thing::Data(*object, range.clone()), Thing::Meta(*object)]);
+                // The first write to a file with a capability drops it.
+                if model.get(*object).is_some_and(|o| o.xattrs.contains_key(CAPABILITY)) {
+                    things.push(Thing::Xattrs(*object));
+                }
+            }
+            Self::Truncate { object, size, .. } => {
+                things.extend([Thing::Data(*object, *size..u64::MAX), Thing::Meta(*object)]);
+            }
+            Self::Attr { object, xattrs, .. } => {
+                things.push(Thing::Meta(*object));
+                if *xattrs {
+                    things.push(Thing::Xattrs(*object));
+                }
+            }
+            Self::Touch { object, .. } => {
+                things.extend([Thing::Data(*object, 0..u64::MAX), Thing::Meta(*object), Thing::Xattrs(*object)]);
+            }
+            Self::Suspect { place: at } => {
+                place(at);
+                if let Some(object) = object_at(model, at) {
+                    things.extend([Thing::Data(object, 0..u64::MAX), Thing::Meta(object), Thing::Xattrs(object)]);
+                }
+            }
+            Self::Unlink { place: at, .. } | Self::Make { place: at, .. } | Self::Link { place: at, .. } => {
+                place(at);
+            }
+            Self::Rename { from, to, .. } => {
+                place(from);
+                place(to);
+            }
+        }
+        things
+    }
+}
+
+/// The xattr of file capabilities.
+pub const CAPABILITY: &str = "security.capability";
+
+impl Thing {
+    /// Whether two acts that touch these share something.
+    #[must_use]
+    pub fn shares(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Everything, _) | (_, Self::Everything) => true,
+            (Self::Data(a, r), Self::Data(b, s)) => a == b && r.start < s.end && s.start < r.end,
+            (Self::Meta(a), Self::Meta(b)) | (Self::Xattrs(a), Self::Xattrs(b)) => a == b,
+            (Self::Entry(a, n), Self::Entry(b, m)) => a == b && n == m,
+            _ => false,
+        }
+    }
+}

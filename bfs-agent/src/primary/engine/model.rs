@@ -1,0 +1,388 @@
+//! The namespace model: the tree of the replicated set, by object.
+//!
+//! Invariant: the model *is* the state that the stream has reached. Nothing changes it but the
+//! methods here, and each of them puts the record that says the same into the [`Outbox`].
+//! Directories have at most one link; an object without a link is an orphan until
+//! [`Model::forget_orphans`] lets it go. Pure: no I/O.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+
+use bfs_common::abi::InodeId;
+use bfs_common::codec::PAYLOAD_MAX;
+use bfs_common::record::{FileKind, Identity, Meta, Name, ObjectId, PathBytes, Record};
+use bfs_common::wire::CatalogObject;
+use bytes::Bytes;
+
+use super::outbox::Outbox;
+
+/// One object of the group.
+#[derive(Clone, Debug)]
+pub struct Object {
+    /// The inode, as the kernel names it in this boot.
+    pub inode: InodeId,
+    /// Its type.
+    pub kind: FileKind,
+    /// Device number (`makedev` form) of a device.
+    pub device: u64,
+    /// Attributes as last sent.
+    pub meta: Meta,
+    /// Length of a regular file as the stream has it.
+    pub size: u64,
+    /// Target of a symlink.
+    pub target: Bytes,
+    /// Extended attributes as last sent.
+    pub xattrs: BTreeMap<String, Bytes>,
+    /// Entries of a directory.
+    pub entries: BTreeMap<Name, ObjectId>,
+    /// Names of the object. A root has none.
+    pub links: Vec<(ObjectId, Name)>,
+}
+
+/// What a new object is made from.
+#[derive(Clone, Debug)]
+pub struct NewObject {
+    /// The inode.
+    pub inode: InodeId,
+    /// Its type.
+    pub kind: FileKind,
+    /// Device number of a device.
+    pub device: u64,
+    /// Attributes.
+    pub meta: Meta,
+    /// Target of a symlink.
+    pub target: Bytes,
+}
+
+/// Ties device numbers of this boot to file systems (semantics 1.1: not the device number).
+#[derive(Clone, Debug, Default)]
+pub struct FileSystems {
+    known: Vec<(u32, u128, u64)>,
+}
+
+impl FileSystems {
+    /// Makes a device known: kernel form of the device, file system UUID, subvolume.
+    pub fn add(&mut self, dev: u32, file_system: u128, subvolume: u64) {
+        if !self.known.iter().any(|k| k.0 == dev) {
+            self.known.push((dev, file_system, subvolume));
+        }
+    }
+
+    fn identity(&self, inode: InodeId) -> Identity {
+        let (_, file_system, subvolume) =
+            self.known.iter().copied().find(|k| k.0 == inode.dev).unwrap_or((inode.dev, u128::from(inode.dev), 0));
+        Identity { file_system, subvolume, ino: inode.ino, generation: inode.generation }
+    }
+
+    fn inode(&self, identity: &Identity) -> InodeId {
+        let dev = self
+            .known
+            .iter()
+            .find(|k| k.1 == identity.file_system && k.2 == identity.subvolume)
+            .map_or(0, |k| k.0);
+        InodeId { ino: identity.ino, dev, generation: identity.generation }
+    }
+}
+
+/// The tree.
+#[derive(Debug, Default)]
+pub struct Model {
+    objects: HashMap<ObjectId, Object>,
+    by_inode: HashMap<InodeId, ObjectId>,
+    roots: Vec<(PathBuf, ObjectId)>,
+    highest: ObjectId,
+    orphans: HashSet<ObjectId>,
+    /// Device numbers and file systems.
+    pub file_systems: FileSystems,
+}
+
+impl Model {
+    /// An empty tree; objects get numbers above `highest`.
+    #[must_use]
+    pub fn new(highest: ObjectId, file_systems: FileSystems) -> Self {
+        Self { highest, file_systems, ..Self::default() }
+    }
+
+    /// The tree as a replayer's catalogue has it.
+    #[must_use]
+    pub fn from_catalog(
+        highest: ObjectId,
+        file_systems: FileSystems,
+        roots: &[(PathBytes, ObjectId)],
+        catalog: Vec<CatalogObject>,
+    ) -> Self {
+        let mut model = Self::new(highest, file_systems);
+        model.roots = roots.iter().map(|(p, o)| (p.as_path().to_path_buf(), *o)).collect();
+        let mut links = Vec::new();
+        for line in catalog {
+            let inode = model.file_systems.inode(&line.identity);
+            for (name, child) in &line.entries {
+                links.push((*child, line.object, name.clone()));
+            }
+            model.by_inode.insert(inode, line.object);
+            model.objects.insert(
+                line.object,
+                Object {
+                    inode,
+                    kind: line.kind,
+                    device: line.device,
+                    meta: line.meta,
+                    size: line.size,
+                    target: line.target,
+                    xattrs: line.xattrs.into_iter().collect(),
+                    entries: line.entries.into_iter().collect(),
+                    links: Vec::new(),
+                },
+            );
+        }
+        for (child, directory, name) in links {
+            if let Some(object) = model.objects.get_mut(&child) {
+                object.links.push((directory, name));
+            }
+        }
+        model
+    }
+
+    /// The roots: the primary's absolute path and the directory object.
+    #[must_use]
+    pub fn roots(&self) -> &[(PathBuf, ObjectId)] {
+        &self.roots
+    }
+
+    /// Replaces the list of roots.
+    pub fn set_roots(&mut self, roots: Vec<(PathBuf, ObjectId)>, out: &mut Outbox) {
+        let record =
+            Record::Roots { roots: roots.iter().map(|(p, o)| (PathBytes::new(p), *o)).collect() };
+        out.push(&record, b"");
+        let gone: Vec<_> =
+            self.roots.iter().map(|r| r.1).filter(|old| !roots.iter().any(|new| new.1 == *old)).collect();
+        self.orphans.extend(gone);
+        self.roots = roots;
+    }
+
+    /// The object, if it is in the group.
+    #[must_use]
+    pub fn get(&self, object: ObjectId) -> Option<&Object> {
+        self.objects.get(&object)
+    }
+
+    /// The object of an inode.
+    #[must_use]
+    pub fn find(&self, inode: InodeId) -> Option<ObjectId> {
+        self.by_inode.get(&inode).copied()
+    }
+
+    /// What an entry names.
+    #[must_use]
+    pub fn entry(&self, directory: ObjectId, name: &Name) -> Option<ObjectId> {
+        self.objects.get(&directory)?.entries.get(name).copied()
+    }
+
+    /// Whether the object has a name (or is a root).
+    #[must_use]
+    pub fn is_linked(&self, object: ObjectId) -> bool {
+        self.objects.get(&object).is_some_and(|o| !o.links.is_empty()) || self.is_root(object)
+    }
+
+    /// Whether the object is a root of the replicated set.
+    #[must_use]
+    pub fn is_root(&self, object: ObjectId) -> bool {
+        self.roots.iter().any(|r| r.1 == object)
+    }
+
+    /// How many objects there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    /// All objects.
+    pub fn ids(&self) -> impl Iterator<Item = ObjectId> + '_ {
+        self.objects.keys().copied()
+    }
+
+    /// An object enters the group. It has no name yet.
+    pub fn create(&mut self, new: NewObject, out: &mut Outbox) -> ObjectId {
+        self.highest = self.highest.next();
+        let object = self.highest;
+        let identity = self.file_systems.identity(new.inode);
+        let record = Record::Object { object, identity, kind: new.kind, device: new.device, meta: new.meta };
+        out.push(&record, &new.target);
+        // An inode that is seen again under another object was reused: the old one is history.
+        self.by_inode.insert(new.inode, object);
+        self.objects.insert(
+            object,
+            Object {
+                inode: new.inode,
+                kind: new.kind,
+                device: new.device,
+                meta: new.meta,
+                size: 0,
+                target: new.target,
+                xattrs: BTreeMap::new(),
+                entries: BTreeMap::new(),
+                links: Vec::new(),
+            },
+        );
+        self.orphans.insert(object);
+        object
+    }
+
+    /// The entry names this object now. Both must be in the group, the first a directory.
+    pub fn link(&mut self, directory: ObjectId, name: &Name, object: ObjectId, out: &mut Outbox) {
+        let before = self.entry(directory, name);
+        if before == Some(object) || !self.objects.contains_key(&object) {
+            return;
+        }
+        if let Some(before) = before {
+            self.drop_link(before, directory, name);
+        }
+        let Some(parent) = self.objects.get_mut(&directory) else { return };
+        parent.entries.insert(name.clone(), object);
+        out.push(&Record::EntrySet { directory, name: name.clone(), object }, b"");
+        let mut left = Vec::new();
+        if let Some(o) = self.objects.get_mut(&object) {
+            if o.kind == FileKind::Directory {
+                left = std::mem::take(&mut o.links);
+            }
+            o.links.push((directory, name.clone()));
+        }
+        self.orphans.remove(&object);
+        // A directory has one name: where it stood before, it stands no more.
+        for (directory, name) in left {
+            if let Some(parent) = self.objects.get_mut(&directory)
+                && parent.entries.get(&name) == Some(&object)
+            {
+                parent.entries.remove(&name);
+                out.push(&Record::EntryDelete { directory, name }, b"");
+            }
+        }
+    }
+
+    /// The entry is absent now.
+    pub fn unlink(&mut self, directory: ObjectId, name: &Name, out: &mut Outbox) {
+        let Some(parent) = self.objects.get_mut(&directory) else { return };
+        if let Some(object) = parent.entries.remove(name) {
+            out.push(&Record::EntryDelete { directory, name: name.clone() }, b"");
+            self.drop_link(object, directory, name);
+        }
+    }
+
+    /// Two entries trade what they name.
+    pub fn exchange(&mut self, a: (ObjectId, &Name), b: (ObjectId, &Name), out: &mut Outbox) {
+        let (Some(x), Some(y)) = (self.entry(a.0, a.1), self.entry(b.0, b.1)) else { return };
+        if x == y {
+            return;
+        }
+        self.drop_link(x, a.0, a.1);
+        self.drop_link(y, b.0, b.1);
+        for (place, object) in [(a, y), (b, x)] {
+            if let Some(parent) = self.objects.get_mut(&place.0) {
+                parent.entries.insert(place.1.clone(), object);
+            }
+            if let Some(o) = self.objects.get_mut(&object) {
+                o.links.push((place.0, place.1.clone()));
+            }
+            self.orphans.remove(&object);
+            out.push(&Record::EntrySet { directory: place.0, name: place.1.clone(), object }, b"");
+        }
+    }
+
+    fn drop_link(&mut self, object: ObjectId, directory: ObjectId, name: &Name) {
+        if let Some(o) = self.objects.get_mut(&object) {
+            o.links.retain(|l| !(l.0 == directory && l.1 == *name));
+            if o.links.is_empty() {
+                self.orphans.insert(object);
+            }
+        }
+    }
+
+    /// Bytes of a file are now these.
+    pub fn write(&mut self, object: ObjectId, offset: u64, data: &[u8], out: &mut Outbox) {
+        let Some(o) = self.objects.get_mut(&object) else { return };
+        o.size = o.size.max(offset + data.len() as u64);
+        for (i, piece) in data.chunks(PAYLOAD_MAX).enumerate() {
+            let offset = offset + (i * PAYLOAD_MAX) as u64;
+            out.push(&Record::Write { object, offset }, piece);
+        }
+    }
+
+    /// A range of a file reads as zeros now; the file grows if it was shorter.
+    pub fn zero(&mut self, object: ObjectId, offset: u64, length: u64, out: &mut Outbox) {
+        let Some(o) = self.objects.get(&object) else { return };
+        let inside = o.size.saturating_sub(offset).min(length);
+        if inside > 0 {
+            out.push(&Record::Zero { object, offset, length: inside }, b"");
+        }
+        if offset + length > o.size {
+            self.truncate(object, offset + length, out);
+        }
+    }
+
+    /// A file has this length now.
+    pub fn truncate(&mut self, object: ObjectId, size: u64, out: &mut Outbox) {
+        let Some(o) = self.objects.get_mut(&object) else { return };
+        if o.size != size {
+            o.size = size;
+            out.push(&Record::Truncate { object, size }, b"");
+        }
+    }
+
+    /// The attributes are these now.
+    pub fn set_meta(&mut self, object: ObjectId, meta: Meta, out: &mut Outbox) {
+        let Some(o) = self.objects.get_mut(&object) else { return };
+        if o.meta != meta {
+            o.meta = meta;
+            out.push(&Record::Meta { object, meta }, b"");
+        }
+    }
+
+    /// The extended attributes are exactly these now.
+    pub fn set_xattrs(&mut self, object: ObjectId, xattrs: Vec<(String, Vec<u8>)>, out: &mut Outbox) {
+        let Some(o) = self.objects.get_mut(&object) else { return };
+        let now: BTreeMap<String, Bytes> = xattrs.into_iter().map(|(n, v)| (n, Bytes::from(v))).collect();
+        for name in o.xattrs.keys().filter(|n| !now.contains_key(*n)) {
+            out.push(&Record::XattrRemove { object, name: name.clone() }, b"");
+        }
+        for (name, value) in &now {
+            if o.xattrs.get(name) != Some(value) {
+                out.push(&Record::XattrSet { object, name: name.clone() }, value);
+            }
+        }
+        o.xattrs = now;
+    }
+
+    /// Lets go of objects that have no name any more, and of everything below them. Returns them.
+    pub fn forget_orphans(&mut self, out: &mut Outbox) -> Vec<ObjectId> {
+        let mut gone = Vec::new();
+        let mut todo: Vec<ObjectId> = std::mem::take(&mut self.orphans).into_iter().collect();
+        todo.sort_unstable();
+        while let Some(object) = todo.pop() {
+            if self.is_linked(object) {
+                continue;
+            }
+            let Some(o) = self.objects.remove(&object) else { continue };
+            if self.by_inode.get(&o.inode) == Some(&object) {
+                self.by_inode.remove(&o.inode);
+            }
+            for (name, child) in o.entries {
+                out.push(&Record::EntryDelete { directory: object, name: name.clone() }, b"");
+                if let Some(c) = self.objects.get_mut(&child) {
+                    c.links.retain(|l| l.0 != object || l.1 != name);
+                    if c.links.is_empty() {
+                        todo.push(child);
+                    }
+                }
+            }
+            out.push(&Record::Forget { object }, b"");
+            gone.push(object);
+        }
+        gone
+    }
+}

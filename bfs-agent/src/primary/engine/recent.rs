@@ -1,0 +1,113 @@
+//! Which calls overlapped: the recent calls on each thing. Pure.
+//!
+//! Two calls of different tasks whose times overlap and that share a thing have an order that
+//! their records do not tell. Stamps closer than [`SLACK_NS`] count as overlapping (capture rule
+//! 3.5: ring order and stamps were seen inverted by up to 19 us).
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::ops::Range;
+
+/// Stamps closer than this are not told apart.
+pub const SLACK_NS: u64 = 50_000;
+
+/// When a call ran and who made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Thread.
+    pub tid: u32,
+    /// Start.
+    pub start_ns: u64,
+    /// End.
+    pub end_ns: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Op {
+    span: Span,
+    range: Range<u64>,
+}
+
+/// How many calls are kept for one thing; older ones count by their end only.
+const OPS_MAX: usize = 8;
+
+/// For how long calls are kept.
+const KEEP_NS: u64 = 1_000_000_000;
+
+#[derive(Clone, Debug, Default)]
+struct Thing {
+    ops: Vec<Op>,
+    floor: u64,
+}
+
+/// The recent calls on things of one kind.
+#[derive(Debug)]
+pub struct Recent<K> {
+    things: HashMap<K, Thing>,
+    floor: u64,
+}
+
+impl<K> Default for Recent<K> {
+    fn default() -> Self {
+        Self { things: HashMap::new(), floor: 0 }
+    }
+}
+
+impl<K: Hash + Eq> Recent<K> {
+    /// Notes a call on a range of a thing; says whether it may have overlapped, in time and in
+    /// bytes, with a call of another task that was noted before.
+    pub fn note(&mut self, key: K, span: Span, range: Range<u64>) -> bool {
+        let thing = self.things.entry(key).or_default();
+        let start = span.start_ns.saturating_sub(SLACK_NS);
+        let overlapped = thing
+            .ops
+            .iter()
+            .filter(|op| op.span.tid != span.tid && op.span.end_ns >= start)
+            .any(|op| op.range.start < range.end && range.start < op.range.end);
+        // Of calls that are not kept any more only the end is known. The calls of one task start
+        // after the end of the one before, so this is no false alarm for them.
+        let forgotten = span.start_ns < thing.floor || span.start_ns < self.floor;
+        let old = thing.ops.iter().filter(|op| op.span.end_ns + KEEP_NS < span.start_ns).count();
+        let surplus = old.max((thing.ops.len() + 1).saturating_sub(OPS_MAX));
+        for op in thing.ops.drain(..surplus) {
+            thing.floor = thing.floor.max(op.span.end_ns);
+        }
+        thing.ops.push(Op { span, range });
+        overlapped || forgotten
+    }
+
+    /// Forgets calls that ended before `before`.
+    pub fn prune(&mut self, before: u64) {
+        self.things.retain(|_, thing| thing.ops.last().is_some_and(|op| op.span.end_ns >= before));
+        self.floor = self.floor.max(before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(tid: u32, start_us: u64, end_us: u64) -> Span {
+        Span { tid, start_ns: start_us * 1000, end_ns: end_us * 1000 }
+    }
+
+    #[test]
+    fn overlap_needs_another_task_shared_bytes_and_time() {
+        let mut recent = Recent::default();
+        assert!(!recent.note(1, span(1, 1000, 1100), 0..10));
+        assert!(!recent.note(1, span(1, 1101, 1110), 0..10), "the same task");
+        assert!(!recent.note(1, span(2, 1105, 1120), 10..20), "other bytes");
+        assert!(!recent.note(2, span(2, 1105, 1120), 0..10), "another thing");
+        assert!(recent.note(1, span(2, 1105, 1120), 5..8));
+        assert!(recent.note(1, span(3, 1150, 1160), 15..16), "closer than the slack");
+        assert!(!recent.note(1, span(3, 1300, 1310), 0..99));
+    }
+
+    #[test]
+    fn what_was_forgotten_counts_as_overlapping() {
+        let mut recent = Recent::default();
+        recent.prune(5_000_000);
+        assert!(recent.note(1, span(1, 4000, 9000), 0..1));
+        assert!(!recent.note(1, span(1, 9001, 9002), 0..1));
+    }
+}

@@ -1,0 +1,176 @@
+//! From (base directory, path) to a place in the model.
+//!
+//! Inside the replicated set every step is taken in the model. Outside of it a path is followed
+//! as text, made canonical through the host, until it reaches the absolute path of a root.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+
+use bfs_common::abi::InodeId;
+use bfs_common::record::{FileKind, Name, ObjectId};
+
+use super::host::Host;
+use super::model::Model;
+
+/// Where a path leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// An entry of a directory in the set, present or not.
+    Entry(ObjectId, Name),
+    /// An object reached without naming an entry (`.`, `..`, a root, an empty path).
+    Object(ObjectId),
+    /// Not in the replicated set.
+    Outside,
+    /// A component on the way is missing in the model: the entry that was looked for there.
+    Missing(ObjectId, Name),
+    /// The start of the path is not known: it may lead anywhere.
+    Unknown,
+}
+
+/// As the kernel: more symlinks than this are `ELOOP` (`MAXSYMLINKS`, include/linux/namei.h).
+const SYMLINKS_MAX: usize = 40;
+
+/// The starting point of a path.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    /// Directory that a relative path starts from.
+    pub base: InodeId,
+    /// Root directory of the process.
+    pub root: InodeId,
+    /// The process, to ask for its working directory when nothing else helps.
+    pub tgid: u32,
+}
+
+enum At {
+    Inside(ObjectId),
+    Outside(PathBuf),
+}
+
+/// Follows a path. `follow`: whether a symlink as the last component is followed.
+pub fn resolve(model: &Model, host: &mut dyn Host, start: Start, path: &[u8], follow: bool) -> Place {
+    let mut at = match begin(model, host, start, path) {
+        Ok(at) => at,
+        Err(place) => return place,
+    };
+    let mut todo: VecDeque<Vec<u8>> = components(path).collect();
+    if todo.is_empty() {
+        return match at {
+            At::Inside(object) => Place::Object(object),
+            At::Outside(_) => Place::Outside,
+        };
+    }
+    let mut symlinks = 0;
+    while let Some(component) = todo.pop_front() {
+        let last = todo.is_empty();
+        at = match at {
+            At::Outside(mut path) => {
+                match component.as_slice() {
+                    b".." => {
+                        path.pop();
+                    }
+                    name => path.push(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(name)),
+                }
+                if let Some(root) = root_at(model, &path) {
+                    At::Inside(root)
+                } else if last {
+                    At::Outside(path)
+                } else {
+                    match enter(model, host.canonical(&path)) {
+                        Ok(next) => next,
+                        Err(missing) => return missing,
+                    }
+                }
+            }
+            At::Inside(directory) => {
+                if component == b".." {
+                    match parent(model, directory) {
+                        Some(next) => next,
+                        None => return Place::Unknown,
+                    }
+                } else {
+                    let Some(name) = Name::new(&component) else { return Place::Outside };
+                    match model.entry(directory, &name) {
+                        None if last => return Place::Entry(directory, name),
+                        None => return Place::Missing(directory, name),
+                        Some(object) => {
+                            let known = model.get(object);
+                            let symlink = known.is_some_and(|o| o.kind == FileKind::Symlink);
+                            if symlink && (!last || follow) {
+                                symlinks += 1;
+                                if symlinks > SYMLINKS_MAX {
+                                    return Place::Outside;
+                                }
+                                let target = known.map(|o| o.target.clone()).unwrap_or_default();
+                                for piece in components(&target).collect::<Vec<_>>().into_iter().rev() {
+                                    todo.push_front(piece);
+                                }
+                                if target.first() == Some(&b'/') {
+                                    match begin(model, host, start, b"/") {
+                                        Ok(next) => next,
+                                        Err(place) => return place,
+                                    }
+                                } else {
+                                    At::Inside(directory)
+                                }
+                            } else if last {
+                                return Place::Entry(directory, name);
+                            } else {
+                                At::Inside(object)
+                            }
+                        }
+                    }
+                }
+            }
+        };
+    }
+    match at {
+        At::Inside(object) => Place::Object(object),
+        At::Outside(_) => Place::Outside,
+    }
+}
+
+fn components(path: &[u8]) -> impl Iterator<Item = Vec<u8>> + '_ {
+    path.split(|b| *b == b'/').filter(|c| !c.is_empty() && *c != b".").map(<[u8]>::to_vec)
+}
+
+fn begin(model: &Model, host: &mut dyn Host, start: Start, path: &[u8]) -> Result<At, Place> {
+    let from = if path.first() == Some(&b'/') { start.root } else { start.base };
+    if let Some(object) = model.find(from) {
+        return Ok(At::Inside(object));
+    }
+    if path.first() == Some(&b'/') && host.is_host_root(from) {
+        return Ok(At::Outside(PathBuf::from("/")));
+    }
+    let path = host.outside_path(from, start.tgid).ok_or(Place::Unknown)?;
+    enter(model, path)
+}
+
+/// Where a canonical path stands: inside when it is a root or below one, as far as the model
+/// knows it.
+fn enter(model: &Model, path: PathBuf) -> Result<At, Place> {
+    let Some((root_path, root)) = model.roots().iter().find(|r| path.starts_with(&r.0)) else {
+        return Ok(At::Outside(path));
+    };
+    let mut at = *root;
+    for component in path.strip_prefix(root_path).unwrap_or(Path::new("")).components() {
+        let bytes = std::os::unix::ffi::OsStrExt::as_bytes(component.as_os_str());
+        let Some(name) = Name::new(bytes) else { return Err(Place::Unknown) };
+        match model.entry(at, &name) {
+            Some(next) => at = next,
+            None => return Err(Place::Missing(at, name)),
+        }
+    }
+    Ok(At::Inside(at))
+}
+
+fn root_at(model: &Model, path: &Path) -> Option<ObjectId> {
+    model.roots().iter().find(|r| r.0 == path).map(|r| r.1)
+}
+
+fn parent(model: &Model, directory: ObjectId) -> Option<At> {
+    if let Some((path, _)) = model.roots().iter().find(|r| r.1 == directory) {
+        let above = path.parent().unwrap_or(Path::new("/"));
+        return Some(At::Outside(above.to_path_buf()));
+    }
+    model.get(directory)?.links.first().map(|l| At::Inside(l.0))
+}

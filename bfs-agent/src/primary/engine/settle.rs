@@ -1,0 +1,184 @@
+//! Settling: what is dirty is read from the file system and put into the stream.
+//!
+//! Nothing here decides whether a read counts; it is noted in [`super::Reads`], and the cut
+//! compares it with what happened meanwhile.
+
+use bfs_common::record::{FileKind, Name, ObjectId};
+
+use super::Engine;
+use super::dirty::Dirty;
+use super::host::{Host, HostError, Segment, Stat};
+
+/// Bytes that are read before what was read is shipped.
+const PIECE: u64 = 4 << 20;
+
+impl Engine {
+    /// Reads everything that is dirty now, and what turns up while reading. What cannot be found
+    /// any more stays dirty, and so do its names.
+    ///
+    /// `ahead`: before the instant of a cut is chosen, so events are taken in all the time.
+    pub(super) fn settle(&mut self, host: &mut dyn Host, ahead: bool) -> Result<(), HostError> {
+        let mut again: Vec<(ObjectId, Dirty)> = Vec::new();
+        while !self.dirty.is_empty() {
+            for object in self.dirty.ids() {
+                let Some(dirty) = self.dirty.take(object) else { continue };
+                if self.model.get(object).is_none() {
+                    continue;
+                }
+                match self.settle_object(object, &dirty, host, ahead) {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        if self.model.is_linked(object) {
+                            again.push((object, dirty));
+                        }
+                    }
+                    Err(e) => {
+                        self.dirty.put(object, dirty);
+                        for (object, dirty) in again {
+                            self.dirty.put(object, dirty);
+                        }
+                        return Err(e);
+                    }
+                }
+                self.breathe(host, ahead)?;
+            }
+        }
+        for (object, dirty) in again {
+            // An inode that is gone while it has a name: the name is what changed.
+            self.suspect_names(object);
+            self.dirty.put(object, dirty);
+        }
+        Ok(())
+    }
+
+    fn breathe(&mut self, host: &mut dyn Host, ahead: bool) -> Result<(), HostError> {
+        if ahead { self.drain(host) } else { self.ship_full(host) }
+    }
+
+    /// `false` when the inode is gone.
+    fn settle_object(
+        &mut self,
+        object: ObjectId,
+        dirty: &Dirty,
+        host: &mut dyn Host,
+        ahead: bool,
+    ) -> Result<bool, HostError> {
+        let Some(known) = self.model.get(object) else { return Ok(true) };
+        let (inode, kind) = (known.inode, known.kind);
+        let mut names: Vec<(Name, bool)> = dirty.entries.iter().map(|(n, d)| (n.clone(), *d)).collect();
+        if let Some(deep) = dirty.rescan
+            && kind == FileKind::Directory
+        {
+            let Some(mut list) = host.list(inode)? else { return Ok(false) };
+            self.reads.lists.insert(object, host.now());
+            list.extend(self.model.get(object).into_iter().flat_map(|o| o.entries.keys().cloned()));
+            list.sort_unstable();
+            list.dedup();
+            names.retain(|(n, _)| list.binary_search(n).is_err());
+            names.extend(list.into_iter().map(|name| {
+                let deep = deep || dirty.entries.get(&name).copied().unwrap_or(false);
+                (name, deep)
+            }));
+        }
+        for (name, deep) in names {
+            let found = host.child(inode, &name)?;
+            self.reads.entries.insert((object, name.clone()), host.now());
+            self.settle_entry(object, &name, found, deep);
+        }
+        if dirty.whole || dirty.meta_since.is_some() {
+            let Some(stat) = host.stat(inode)? else { return Ok(false) };
+            let now = host.now();
+            self.reads.meta.insert(object, now);
+            self.saw(object, stat.meta, stat.size, now);
+            if dirty.whole && kind == FileKind::Regular {
+                if !self.read_range(object, 0, stat.size, host, ahead)? {
+                    return Ok(false);
+                }
+                // What was appended meanwhile is dirty by its own record.
+                self.reads.data.entry(object).or_default().push((0..u64::MAX, host.now()));
+                self.model.truncate(object, stat.size, &mut self.out);
+            }
+        }
+        if !dirty.whole {
+            for range in dirty.ranges.iter() {
+                // No end given: to the end of the file.
+                let end = match range.end {
+                    u64::MAX => match host.stat(inode)? {
+                        Some(stat) => stat.size.max(range.start),
+                        None => return Ok(false),
+                    },
+                    end => end,
+                };
+                if !self.read_range(object, range.start, end, host, ahead)? {
+                    return Ok(false);
+                }
+                self.reads.data.entry(object).or_default().push((range, host.now()));
+            }
+        }
+        if dirty.xattrs {
+            let Some(xattrs) = host.xattrs(inode)? else { return Ok(false) };
+            self.reads.xattrs.insert(object, host.now());
+            self.model.set_xattrs(object, xattrs, &mut self.out);
+        }
+        Ok(true)
+    }
+
+    fn read_range(
+        &mut self,
+        object: ObjectId,
+        start: u64,
+        end: u64,
+        host: &mut dyn Host,
+        ahead: bool,
+    ) -> Result<bool, HostError> {
+        let Some(inode) = self.model.get(object).map(|o| o.inode) else { return Ok(true) };
+        let mut at = start;
+        while at < end {
+            let next = at.saturating_add(PIECE).min(end);
+            let (model, out, read) = (&mut self.model, &mut self.out, &mut self.stats.read_bytes);
+            let there = host.read(inode, at..next, &mut |segment| match segment {
+                Segment::Data(offset, bytes) => {
+                    *read += bytes.len() as u64;
+                    model.write(object, offset, bytes, out);
+                }
+                Segment::Hole(offset, length) => model.zero(object, offset, length, out),
+            })?;
+            if there.is_none() {
+                return Ok(false);
+            }
+            self.breathe(host, ahead)?;
+            at = next;
+        }
+        Ok(true)
+    }
+
+    fn settle_entry(&mut self, directory: ObjectId, name: &Name, found: Option<Stat>, deep: bool) {
+        let Some(stat) = found else {
+            self.model.unlink(directory, name, &mut self.out);
+            return;
+        };
+        let now = self.reads.entries.get(&(directory, name.clone())).copied().unwrap_or(0);
+        let known = self.model.find(stat.inode);
+        let object = known.unwrap_or_else(|| self.create(&stat, now));
+        if self.model.is_root(object) {
+            return;
+        }
+        self.model.link(directory, name, object, &mut self.out);
+        self.reads.meta.insert(object, now);
+        self.saw(object, stat.meta, stat.size, now);
+        // Nothing is known of what was not in the group before, and little of what came from
+        // outside: its content, attributes and all below are taken.
+        if known.is_none() || deep {
+            match stat.kind {
+                FileKind::Regular => {
+                    if known.is_none() || deep {
+                        self.dirty.whole(object);
+                    }
+                }
+                FileKind::Directory => self.dirty.rescan(object, true),
+                _ => {}
+            }
+            self.dirty.xattrs(object);
+        }
+    }
+}
