@@ -1,1 +1,0 @@
-//! Sending the stream to its destination.

@@ -1,0 +1,172 @@
+//! One connection at a time, and what happens between two: the shipper's thread.
+//!
+//! Reading and writing are two futures that run side by side, so that a writer that waits for a
+//! slow peer never keeps acknowledgements from being read. Neither is cancelled in the middle of
+//! a frame: both end only with the connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bfs_common::wire::{Frame, Refusal};
+use tokio::time::Instant;
+
+use super::{Shared, ShipError, ShipOptions, Welcome};
+use crate::net::{ConnectError, Connection, FrameError, FrameReader, FrameWriter};
+
+/// Between two pings.
+const PING_EVERY: Duration = Duration::from_secs(1);
+/// A peer that was silent for so long is dead. Pings make a living one speak.
+const DEAD_AFTER: Duration = Duration::from_millis(4500);
+/// For the answer to Hello.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+const BACKOFF_MIN: Duration = Duration::from_millis(20);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+/// Runs until the shipper is dropped or refused for good.
+pub(super) async fn run(shared: Arc<Shared>, options: ShipOptions) {
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        let served = tokio::select! {
+            connected = connect(&shared, &options) => connected,
+            () = shared.until_ended() => return,
+        };
+        let served = match served {
+            Ok((connection, welcome)) => {
+                backoff = BACKOFF_MIN;
+                match shared.welcomed(&welcome) {
+                    Ok(()) => serve(&shared, connection).await,
+                    Err(refusal) => Err(ShipError::Refused(refusal)),
+                }
+            }
+            Err(error) => Err(error),
+        };
+        match served {
+            Ok(()) => return,
+            Err(error) => {
+                let fatal = is_fatal(&error, shared.was_welcome());
+                shared.disconnected(error, fatal);
+                if fatal {
+                    return;
+                }
+            }
+        }
+        let pause = jittered(backoff);
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = shared.until_ended() => return,
+        }
+    }
+}
+
+/// Whether trying again is of no use. Before the first welcome the user is waiting and is told
+/// everything at once.
+fn is_fatal(error: &ShipError, was_welcome: bool) -> bool {
+    let refusal = match error {
+        ShipError::Refused(refusal) | ShipError::Connect(ConnectError::Refused { refusal, .. }) => refusal,
+        _ => return !was_welcome,
+    };
+    // The replayer may still hold our own broken connection for a moment; a full disk may get
+    // room again.
+    !was_welcome || !matches!(refusal, Refusal::Busy { .. } | Refusal::Store(_))
+}
+
+/// Half to all of it, so that several agents do not come back in step. The clock's nanoseconds
+/// are random enough for that.
+fn jittered(pause: Duration) -> Duration {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let share = now.subsec_nanos() % 1000;
+    pause / 2 + pause / 2 * share / 1000
+}
+
+async fn connect(shared: &Shared, options: &ShipOptions) -> Result<(Connection, Welcome), ShipError> {
+    let mut connection = (options.connect)().await?;
+    let held = shared.held_epoch();
+    let hello = Frame::Hello {
+        group: options.group.clone(),
+        group_id: options.group_id,
+        boot_id: options.boot_id,
+        epoch: held.or(options.epoch),
+        take_over: held.is_none() && options.take_over,
+        maps: options.maps.clone(),
+    };
+    connection.writer.send(&hello, b"").await?;
+    let deadline = Instant::now() + HELLO_LIMIT;
+    loop {
+        let next = tokio::time::timeout_at(deadline, connection.reader.next());
+        let frame = next.await.map_err(|_| ShipError::Silent(HELLO_LIMIT.as_secs()))??;
+        match frame.ok_or(ShipError::Closed)?.0 {
+            Frame::Welcome { epoch, position, confirmed, applied, highest_object, gaps, roots, boot_id } => {
+                let welcome =
+                    Welcome { epoch, position, confirmed, applied, highest_object, gaps, roots, boot_id };
+                return Ok((connection, welcome));
+            }
+            Frame::Refused(refusal) => return Err(ShipError::Refused(refusal)),
+            Frame::Ping(number) => connection.writer.send(&Frame::Pong(number), b"").await?,
+            _ => return Err(ShipError::Unexpected),
+        }
+    }
+}
+
+/// Until the shipper ends (`Ok`) or the connection does.
+async fn serve(shared: &Shared, connection: Connection) -> Result<(), ShipError> {
+    let Connection { mut reader, mut writer, .. } = connection;
+    tokio::select! {
+        error = read(shared, &mut reader) => Err(error),
+        error = write(shared, &mut writer) => Err(error),
+        () = shared.until_ended() => Ok(()),
+    }
+}
+
+async fn read(shared: &Shared, reader: &mut FrameReader) -> ShipError {
+    loop {
+        let frame = match tokio::time::timeout(DEAD_AFTER, reader.next()).await {
+            Err(_) => return ShipError::Silent(DEAD_AFTER.as_secs()),
+            Ok(Err(error)) => return error.into(),
+            Ok(Ok(None)) => return ShipError::Closed,
+            Ok(Ok(Some((frame, _)))) => frame,
+        };
+        match frame {
+            Frame::Ack { position, confirmed, applied } => {
+                if let Err(refusal) = shared.acknowledged(position, confirmed, applied) {
+                    return ShipError::Refused(refusal);
+                }
+            }
+            Frame::Pong(number) => shared.ponged(number),
+            Frame::Ping(number) => shared.answer(Frame::Pong(number)),
+            Frame::Catalog { objects, last } => shared.catalog_part(objects, last),
+            Frame::Refused(refusal) => return ShipError::Refused(refusal),
+            _ => return ShipError::Unexpected,
+        }
+    }
+}
+
+async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
+    let mut ping_at = Instant::now();
+    loop {
+        let sent: Result<(), FrameError> = async {
+            if Instant::now() >= ping_at {
+                ping_at = Instant::now() + PING_EVERY;
+                writer.send(&Frame::Ping(shared.pinging()), b"").await?;
+            }
+            while let Some(frame) = shared.next_answer() {
+                writer.send(&frame, b"").await?;
+            }
+            Ok(())
+        }
+        .await;
+        if let Err(error) = sent {
+            return error.into();
+        }
+        let Some(batch) = shared.next_batch() else {
+            // A notification that came since is kept, so nothing is missed.
+            let _ = tokio::time::timeout_at(ping_at, shared.wake.notified()).await;
+            continue;
+        };
+        let frame = Frame::Records { first: batch.first, count: batch.count };
+        if let Err(error) = writer.send(&frame, &batch.bytes).await {
+            return error.into();
+        }
+        shared.sent(&batch);
+    }
+}

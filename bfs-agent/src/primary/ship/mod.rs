@@ -1,0 +1,469 @@
+//! Sending the stream to its destination.
+//!
+//! A [`Shipper`] has a thread with an event loop of its own; the engine, which is not async, hands
+//! batches over with [`Shipper::try_push`] and looks at [`Shipper::progress`]. What is not durable
+//! at the destination is retained, bounded; a lost connection is made again, for ever, and the
+//! stream goes on behind the destination's last durable record. What can not be healed by trying
+//! again (a fork, a newer agent) stands in [`Progress::refusal`], and then nothing more is sent.
+
+mod link;
+mod queue;
+mod remote;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bfs_common::record::{CheckpointId, Epoch, GapScope, GroupId, ObjectId, PathBytes};
+use bfs_common::wire::{CatalogObject, Frame, Position, Refusal};
+use tokio::sync::Notify;
+
+pub use queue::{BATCHES_MAX, BODY_MAX, Batch};
+pub use remote::{Connect, ConnectFuture, Manifest, Remote, RemoteError, network};
+
+use crate::net::{ConnectError, FrameError};
+use queue::Queue;
+
+/// Answers that wait to be written; a peer that makes more of them is not served.
+const ANSWERS_MAX: usize = 64;
+
+/// What a shipper needs to know.
+#[derive(Clone)]
+pub struct ShipOptions {
+    /// How to reach the destination: [`network`], or an in-process replayer.
+    pub connect: Connect,
+    /// Name of the group.
+    pub group: String,
+    /// Its identity.
+    pub group_id: GroupId,
+    /// This boot.
+    pub boot_id: [u8; 16],
+    /// The epoch to go on in; `None` (a new agent) asks for a new one.
+    pub epoch: Option<Epoch>,
+    /// The agent before may still seem connected.
+    pub take_over: bool,
+    /// FROM=TO of `--map`.
+    pub maps: Vec<(PathBytes, PathBytes)>,
+    /// Most bytes of records that are retained until they are durable.
+    pub retain_bytes_max: usize,
+    /// How long the first connection may take.
+    pub start_limit: Duration,
+}
+
+impl std::fmt::Debug for ShipOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ShipOptions").field("group", &self.group).finish_non_exhaustive()
+    }
+}
+
+/// What the destination said at the (first) connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// Granted.
+    pub epoch: Epoch,
+    /// Where to go on.
+    pub position: Position,
+    /// Last confirmed checkpoint.
+    pub confirmed: CheckpointId,
+    /// Last applied checkpoint.
+    pub applied: CheckpointId,
+    /// Highest object number ever seen.
+    pub highest_object: ObjectId,
+    /// Gaps that are open at `position`.
+    pub gaps: Vec<GapScope>,
+    /// The group's roots at `position`.
+    pub roots: Vec<(PathBytes, ObjectId)>,
+    /// The boot in which the last epoch wrote.
+    pub boot_id: [u8; 16],
+}
+
+/// Why the destination is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum ShipError {
+    /// There is no connection.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// It broke.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The replayer ended it.
+    #[error("the replayer closed the connection")]
+    Closed,
+    /// The replayer says nothing any more.
+    #[error("the replayer was silent for {0} s")]
+    Silent(u64),
+    /// Refused, by the replayer or, seeing its position, by us.
+    #[error("refused: {0}")]
+    Refused(#[from] Refusal),
+    /// Something that the protocol does not have here.
+    #[error("the replayer sent a frame that does not belong here")]
+    Unexpected,
+    /// No connection within the limit.
+    #[error("no connection to the replayer within {0} s")]
+    Timeout(u64),
+    /// The thread or its event loop cannot be started.
+    #[error("cannot start the shipper: {0}")]
+    Start(std::io::Error),
+}
+
+/// How far the destination is. Cheap to get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Goes up with every change, for [`Shipper::wait_change`].
+    pub version: u64,
+    /// Whether there is a connection now.
+    pub connected: bool,
+    /// What is durable there.
+    pub durable: Position,
+    /// Last confirmed checkpoint.
+    pub confirmed: CheckpointId,
+    /// Last applied checkpoint.
+    pub applied: CheckpointId,
+    /// Ring space up to here holds nothing that is not durable.
+    pub released_ring_position: Option<u64>,
+    /// Bytes of records that are retained.
+    pub retained_bytes: usize,
+    /// Bytes of records sent, resent ones included.
+    pub sent_bytes: u64,
+    /// How often the connection was made again.
+    pub reconnects: u64,
+    /// Why there is no connection, or why the one before ended.
+    pub last_error: Option<String>,
+    /// Nothing more will be sent, because of this.
+    pub refusal: Option<Refusal>,
+    /// Of the last heartbeat; 0 before the first.
+    pub round_trip_us: u64,
+}
+
+/// Why a batch was not taken.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Full(pub Batch);
+
+/// Sends the stream of one group to one destination. Ends with its drop, without waiting for
+/// what is not durable.
+#[derive(Debug)]
+pub struct Shipper {
+    shared: Arc<Shared>,
+    remote: Remote,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the engine's side and the shipper's thread share.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// There is something to write.
+    wake: Notify,
+    ended: tokio::sync::watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct State {
+    progress: Progress,
+    welcome: Option<Welcome>,
+    first_error: Option<ShipError>,
+    queue: Queue,
+    answers: VecDeque<Frame>,
+    ping: (u64, Instant),
+    catalog: Catalog,
+}
+
+#[derive(Debug)]
+enum Catalog {
+    None,
+    Asked(Vec<CatalogObject>),
+    Complete(Vec<CatalogObject>),
+}
+
+impl Shipper {
+    /// Connects, and returns when the destination has welcomed this group.
+    ///
+    /// # Errors
+    /// [`ShipError`]: at the start every failure is final, for the user is there to be told.
+    pub fn start(options: ShipOptions) -> Result<(Self, Welcome), ShipError> {
+        let shared = Arc::new(Shared::new(options.retain_bytes_max));
+        let remote = Remote::new(Arc::clone(&options.connect));
+        let limit = options.start_limit;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ShipError::Start)?;
+        let theirs = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("bfs-ship".into())
+            .spawn(move || runtime.block_on(link::run(theirs, options)))
+            .map_err(ShipError::Start)?;
+        let shipper = Self { shared, remote, thread: Some(thread) };
+        let deadline = Instant::now() + limit;
+        let mut state = shipper.shared.lock();
+        loop {
+            if let Some(welcome) = state.welcome.clone() {
+                drop(state);
+                return Ok((shipper, welcome));
+            }
+            if let Some(error) = state.first_error.take() {
+                return Err(error);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ShipError::Timeout(limit.as_secs()));
+            }
+            state = shipper.shared.wait(state, left);
+        }
+    }
+
+    /// Hands a batch over. It must begin with the record after the last one handed over (or
+    /// after [`Welcome::position`]).
+    ///
+    /// # Errors
+    /// [`Full`] gives it back when as much is retained as may be.
+    ///
+    /// # Panics
+    /// When the batch does not follow the one before.
+    pub fn try_push(&self, batch: Batch) -> Result<(), Full> {
+        let mut state = self.shared.lock();
+        state.queue.push(batch).map_err(Full)?;
+        state.progress.retained_bytes = state.queue.bytes();
+        drop(state);
+        self.shared.wake.notify_one();
+        Ok(())
+    }
+
+    /// How far the destination is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.shared.lock().progress.clone()
+    }
+
+    /// Waits until the progress is another than at `seen` (a [`Progress::version`]) or the
+    /// deadline passes; returns it either way.
+    #[must_use]
+    pub fn wait_change(&self, seen: u64, deadline: Instant) -> Progress {
+        let mut state = self.shared.lock();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.progress.version != seen || left.is_zero() {
+                return state.progress.clone();
+            }
+            state = self.shared.wait(state, left);
+        }
+    }
+
+    /// Everything that the destination knows of the group at its last durable record. To be
+    /// called before the first batch of this agent's life is handed over.
+    ///
+    /// # Errors
+    /// [`ShipError::Refused`] or [`ShipError::Timeout`].
+    pub fn catalog(&self, limit: Duration) -> Result<Vec<CatalogObject>, ShipError> {
+        let deadline = Instant::now() + limit;
+        let mut state = self.shared.lock();
+        state.catalog = Catalog::Asked(Vec::new());
+        state.answers.push_back(Frame::GetCatalog);
+        self.shared.wake.notify_one();
+        loop {
+            if let Catalog::Complete(objects) = &mut state.catalog {
+                let objects = std::mem::take(objects);
+                state.catalog = Catalog::None;
+                return Ok(objects);
+            }
+            if let Some(refusal) = &state.progress.refusal {
+                return Err(refusal.clone().into());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                state.catalog = Catalog::None;
+                return Err(ShipError::Timeout(limit.as_secs()));
+            }
+            state = self.shared.wait(state, left);
+        }
+    }
+
+    /// For questions on connections of their own (manifest, status).
+    #[must_use]
+    pub fn remote(&self) -> Remote {
+        self.remote.clone()
+    }
+}
+
+impl Drop for Shipper {
+    fn drop(&mut self) {
+        self.shared.ended.send_replace(true);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn new(bytes_max: usize) -> Self {
+        let progress = Progress {
+            version: 0,
+            connected: false,
+            durable: Position::START,
+            confirmed: CheckpointId(0),
+            applied: CheckpointId(0),
+            released_ring_position: None,
+            retained_bytes: 0,
+            sent_bytes: 0,
+            reconnects: 0,
+            last_error: None,
+            refusal: None,
+            round_trip_us: 0,
+        };
+        Self {
+            state: Mutex::new(State {
+                progress,
+                welcome: None,
+                first_error: None,
+                queue: Queue::new(Position::START, bytes_max),
+                answers: VecDeque::new(),
+                ping: (0, Instant::now()),
+                catalog: Catalog::None,
+            }),
+            changed: Condvar::new(),
+            wake: Notify::new(),
+            ended: tokio::sync::watch::Sender::new(false),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing is left half done by a panic while the lock is held: the asserts of the queue
+        // come before its first change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, limit: Duration) -> MutexGuard<'a, State> {
+        self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Changes the state, and tells those who wait for it.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let result = change(&mut state);
+        let State { progress, queue, .. } = &mut *state;
+        progress.version += 1;
+        progress.durable = queue.durable();
+        progress.released_ring_position = queue.released();
+        progress.retained_bytes = queue.bytes();
+        drop(state);
+        self.changed.notify_all();
+        result
+    }
+
+    async fn until_ended(&self) {
+        // The sender is ours, so the wait cannot fail.
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
+    }
+
+    fn held_epoch(&self) -> Option<Epoch> {
+        self.lock().welcome.as_ref().map(|w| w.epoch)
+    }
+
+    fn was_welcome(&self) -> bool {
+        self.lock().welcome.is_some()
+    }
+
+    fn welcomed(&self, welcome: &Welcome) -> Result<(), Refusal> {
+        self.change(|state| {
+            if let Some(first) = &state.welcome {
+                if welcome.epoch != first.epoch {
+                    return Err(Refusal::Fenced { newest: welcome.epoch });
+                }
+                state.queue.reconnected(welcome.position)?;
+                state.progress.reconnects += 1;
+            } else {
+                state.queue.begin(welcome.position);
+                state.welcome = Some(welcome.clone());
+            }
+            state.answers.clear();
+            if let Catalog::Asked(objects) = &mut state.catalog {
+                objects.clear();
+                state.answers.push_back(Frame::GetCatalog);
+            }
+            state.progress.connected = true;
+            state.progress.confirmed = welcome.confirmed;
+            state.progress.applied = welcome.applied;
+            Ok(())
+        })
+    }
+
+    fn disconnected(&self, error: ShipError, fatal: bool) {
+        self.change(|state| {
+            state.progress.connected = false;
+            state.progress.last_error = Some(error.to_string());
+            if fatal {
+                if let ShipError::Refused(refusal)
+                | ShipError::Connect(ConnectError::Refused { refusal, .. }) = &error
+                {
+                    state.progress.refusal = Some(refusal.clone());
+                }
+                if state.welcome.is_none() {
+                    state.first_error = Some(error);
+                }
+            }
+        });
+    }
+
+    fn acknowledged(
+        &self,
+        position: Position,
+        confirmed: CheckpointId,
+        applied: CheckpointId,
+    ) -> Result<(), Refusal> {
+        self.change(|state| {
+            state.progress.confirmed = confirmed;
+            state.progress.applied = applied;
+            state.queue.acknowledged(position)
+        })
+    }
+
+    fn catalog_part(&self, part: Vec<CatalogObject>, last: bool) {
+        self.change(|state| {
+            if let Catalog::Asked(objects) = &mut state.catalog {
+                objects.extend(part);
+                if last {
+                    state.catalog = Catalog::Complete(std::mem::take(objects));
+                }
+            }
+        });
+    }
+
+    fn answer(&self, frame: Frame) {
+        let mut state = self.lock();
+        if state.answers.len() < ANSWERS_MAX {
+            state.answers.push_back(frame);
+        }
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    fn next_answer(&self) -> Option<Frame> {
+        self.lock().answers.pop_front()
+    }
+
+    fn pinging(&self) -> u64 {
+        let mut state = self.lock();
+        state.ping = (state.ping.0 + 1, Instant::now());
+        state.ping.0
+    }
+
+    fn ponged(&self, number: u64) {
+        self.change(|state| {
+            if state.ping.0 == number {
+                let us = state.ping.1.elapsed().as_micros();
+                state.progress.round_trip_us = u64::try_from(us).unwrap_or(u64::MAX);
+            }
+        });
+    }
+
+    fn next_batch(&self) -> Option<Batch> {
+        self.lock().queue.next_to_send()
+    }
+
+    fn sent(&self, batch: &Batch) {
+        self.lock().progress.sent_bytes += batch.bytes.len() as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,245 @@
+//! The shipper against a scripted replayer that speaks the real codec.
+
+use super::queue::tests::batch;
+use super::*;
+use bfs_common::codec;
+use bfs_common::record::{ChainHash, Sequence};
+
+use crate::net::{Connection, local_pair};
+use std::sync::mpsc;
+
+/// The replayer's ends of the connections, in the order in which the shipper makes them.
+fn replayer() -> (Connect, mpsc::Receiver<Connection>) {
+    let (ends, theirs) = mpsc::channel();
+    let ends = Mutex::new(ends);
+    let connect: Connect = Arc::new(move || {
+        let (ours, theirs) = local_pair();
+        let sent = ends.lock().unwrap().send(theirs);
+        Box::pin(async move {
+            sent.map_err(|_| ConnectError::NotANetwork("the script has ended".into()))?;
+            Ok(ours)
+        })
+    });
+    (connect, theirs)
+}
+
+fn options(connect: Connect) -> ShipOptions {
+    ShipOptions {
+        connect,
+        group: "g".into(),
+        group_id: GroupId([1; 16]),
+        boot_id: [2; 16],
+        epoch: None,
+        take_over: false,
+        maps: Vec::new(),
+        retain_bytes_max: 4000,
+        start_limit: Duration::from_secs(10),
+    }
+}
+
+fn welcome(position: Position) -> Frame {
+    Frame::Welcome {
+        epoch: Epoch(5),
+        position,
+        confirmed: CheckpointId(0),
+        applied: CheckpointId(0),
+        highest_object: ObjectId(0),
+        gaps: Vec::new(),
+        roots: Vec::new(),
+        boot_id: [0; 16],
+    }
+}
+
+fn position(at: (Sequence, ChainHash)) -> Position {
+    Position { epoch: Epoch(5), sequence: at.0, chain: at.1 }
+}
+
+const BEGIN: (Sequence, ChainHash) = (Sequence(0), ChainHash::START);
+
+struct Script {
+    connection: Connection,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Script {
+    fn accept(ends: &mpsc::Receiver<Connection>, answer: Frame) -> (Self, Option<Epoch>) {
+        let connection = ends.recv_timeout(Duration::from_secs(10)).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut script = Self { connection, runtime };
+        let Frame::Hello { epoch, .. } = script.next().0 else { panic!("no Hello") };
+        script.send(answer);
+        (script, epoch)
+    }
+
+    fn next(&mut self) -> (Frame, bytes::Bytes) {
+        let next = self.connection.reader.next();
+        self.runtime
+            .block_on(async { tokio::time::timeout(Duration::from_secs(10), next).await })
+            .unwrap()
+            .unwrap()
+            .unwrap()
+    }
+
+    fn send(&mut self, frame: Frame) {
+        self.runtime.block_on(self.connection.writer.send(&frame, b"")).unwrap();
+    }
+
+    /// The numbers of the next records; answers pings.
+    fn records(&mut self) -> Vec<u64> {
+        loop {
+            match self.next() {
+                (Frame::Ping(number), _) => self.send(Frame::Pong(number)),
+                (Frame::Records { first, count }, mut body) => {
+                    let mut numbers = Vec::new();
+                    while let Some(record) = codec::take(&mut body).unwrap() {
+                        numbers.push(record.sequence.0);
+                    }
+                    assert_eq!((numbers[0], numbers.len()), (first.0, count as usize));
+                    return numbers;
+                }
+                (other, _) => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn ack(&mut self, at: (Sequence, ChainHash)) {
+        let position = position(at);
+        self.send(Frame::Ack { position, confirmed: CheckpointId(1), applied: CheckpointId(0) });
+    }
+}
+
+fn started(first: Frame) -> (Shipper, Script, mpsc::Receiver<Connection>) {
+    let (connect, ends) = replayer();
+    let starting = std::thread::spawn(move || Shipper::start(options(connect)).unwrap());
+    let (script, epoch) = Script::accept(&ends, first);
+    assert_eq!(epoch, None);
+    let (shipper, welcome) = starting.join().unwrap();
+    assert_eq!(welcome.epoch, Epoch(5));
+    (shipper, script, ends)
+}
+
+fn until(shipper: &Shipper, what: impl Fn(&Progress) -> bool) -> Progress {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut progress = shipper.progress();
+    while !what(&progress) {
+        assert!(Instant::now() < deadline, "{progress:?}");
+        progress = shipper.wait_change(progress.version, deadline);
+    }
+    progress
+}
+
+#[test]
+fn a_reconnect_resends_exactly_what_is_not_durable() {
+    let (shipper, mut script, ends) = started(welcome(position(BEGIN)));
+    let mut at = BEGIN;
+    shipper.try_push(batch(&mut at, &[10, 10])).unwrap();
+    let first = at;
+    shipper.try_push(batch(&mut at, &[10])).unwrap();
+    assert_eq!(script.records(), [1, 2]);
+    assert_eq!(script.records(), [3]);
+    script.ack(first);
+    let progress = until(&shipper, |p| p.durable.sequence == first.0);
+    assert_eq!(progress.released_ring_position, Some(200));
+    assert_eq!(progress.confirmed, CheckpointId(1));
+    drop(script);
+
+    let (mut script, epoch) = Script::accept(&ends, welcome(position(first)));
+    assert_eq!(epoch, Some(Epoch(5)), "the epoch is held over a reconnect");
+    assert_eq!(script.records(), [3]);
+    shipper.try_push(batch(&mut at, &[10])).unwrap();
+    assert_eq!(script.records(), [4], "nothing is sent twice on one connection");
+    script.ack(at);
+    let progress = until(&shipper, |p| p.retained_bytes == 0);
+    assert_eq!((progress.reconnects, progress.released_ring_position), (1, Some(400)));
+}
+
+#[test]
+fn the_bound_gives_the_batch_back_and_an_acknowledgement_makes_room() {
+    let (shipper, mut script, _ends) = started(welcome(position(BEGIN)));
+    let mut at = BEGIN;
+    shipper.try_push(batch(&mut at, &[3000])).unwrap();
+    let first = at;
+    let Err(Full(second)) = shipper.try_push(batch(&mut at, &[3000])) else { panic!("beyond the bound") };
+    assert_eq!(script.records(), [1]);
+    script.ack(first);
+    until(&shipper, |p| p.retained_bytes == 0);
+    shipper.try_push(second).unwrap();
+    assert_eq!(script.records(), [2]);
+}
+
+#[test]
+fn a_refusal_is_final() {
+    let (shipper, mut script, ends) = started(welcome(position(BEGIN)));
+    script.send(Frame::Refused(Refusal::Fenced { newest: Epoch(6) }));
+    let progress = until(&shipper, |p| p.refusal.is_some());
+    assert_eq!(progress.refusal, Some(Refusal::Fenced { newest: Epoch(6) }));
+    assert!(!progress.connected);
+    drop(shipper);
+    assert!(ends.try_recv().is_err(), "there was no further connection");
+}
+
+#[test]
+fn a_fork_is_seen_by_the_agent_too() {
+    let (shipper, script, ends) = started(welcome(position(BEGIN)));
+    let mut at = BEGIN;
+    shipper.try_push(batch(&mut at, &[1, 1])).unwrap();
+    drop(script);
+    let _script = Script::accept(&ends, welcome(position((Sequence(1), ChainHash([3; 32])))));
+    let progress = until(&shipper, |p| p.refusal.is_some());
+    assert_eq!(progress.refusal, Some(Refusal::Fork { at: Sequence(1) }));
+}
+
+#[test]
+fn a_busy_store_is_tried_again_but_not_at_the_start() {
+    let busy = || Frame::Refused(Refusal::Busy { name: "g".into() });
+    let (shipper, script, ends) = started(welcome(position(BEGIN)));
+    drop(script);
+    drop(Script::accept(&ends, busy()));
+    let _script = Script::accept(&ends, welcome(position(BEGIN)));
+    until(&shipper, |p| p.connected && p.reconnects == 1);
+
+    let (connect, ends) = replayer();
+    let starting = std::thread::spawn(move || Shipper::start(options(connect)));
+    let _script = Script::accept(&ends, busy());
+    assert!(matches!(starting.join().unwrap(), Err(ShipError::Refused(Refusal::Busy { .. }))));
+}
+
+#[test]
+fn a_catalogue_comes_in_parts_and_again_after_a_break() {
+    let (shipper, mut script, ends) = started(welcome(position(BEGIN)));
+    let asking = std::thread::spawn(move || (shipper.catalog(Duration::from_secs(10)), shipper));
+    let object = |n| CatalogObject {
+        object: ObjectId(n),
+        identity: bfs_common::record::Identity::default(),
+        kind: bfs_common::record::FileKind::Regular,
+        device: 0,
+        meta: bfs_common::record::Meta::default(),
+        size: 0,
+        xattrs: Vec::new(),
+        target: bytes::Bytes::new(),
+        entries: Vec::new(),
+    };
+    let asked = |script: &mut Script| {
+        while !matches!(script.next().0, Frame::GetCatalog) {}
+    };
+    asked(&mut script);
+    script.send(Frame::Catalog { objects: vec![object(9)], last: false });
+    drop(script);
+    let (mut script, _) = Script::accept(&ends, welcome(position(BEGIN)));
+    asked(&mut script);
+    script.send(Frame::Catalog { objects: vec![object(1)], last: false });
+    script.send(Frame::Catalog { objects: vec![object(2)], last: true });
+    let (catalog, _shipper) = asking.join().unwrap();
+    let numbers: Vec<_> = catalog.unwrap().iter().map(|o| o.object.0).collect();
+    assert_eq!(numbers, [1, 2]);
+}
+
+#[test]
+fn a_silent_peer_is_left() {
+    let (shipper, script, _ends) = started(welcome(position(BEGIN)));
+    let since = Instant::now();
+    until(&shipper, |p| !p.connected);
+    assert!(since.elapsed() < Duration::from_secs(6));
+    assert!(shipper.progress().last_error.unwrap().contains("silent"));
+    drop(script);
+}
