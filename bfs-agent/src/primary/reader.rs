@@ -1,0 +1,547 @@
+//! Reading the replicated set by inode: file handles, never paths.
+//!
+//! A probe names an inode by device, number and generation. The file systems of exportfs encode
+//! just that in their handles (ext4 and the generic form: `generic_encode_ino32_fh` in
+//! fs/libfs.c; xfs: fs/xfs/xfs_export.c; btrfs: fs/btrfs/export.c; tmpfs: `shmem_encode_fh` in
+//! mm/shmem.c), so a handle can be made from what the probe saw, and a handle of an entry tells
+//! which inode it names. The form in use is taken from the handle of the root directory and
+//! checked against it; a file system with another form is refused by name.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use bfs_common::abi::InodeId;
+use bfs_common::record::{FileKind, Name};
+use rustix::fs::{CWD, Dir, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::engine::host::{HostError, Segment, Stat};
+use crate::tree;
+
+/// Bytes read at a time.
+const BUFFER: usize = 1 << 20;
+
+/// Longest handle (`MAX_HANDLE_SZ`, include/uapi/linux/fcntl.h).
+const HANDLE_MAX: usize = 128;
+
+#[repr(C)]
+struct FileHandle {
+    bytes: u32,
+    kind: i32,
+    data: [u8; HANDLE_MAX],
+}
+
+/// How a file system puts inode number and generation into a handle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// u32 number, u32 generation (ext4, xfs with small numbers).
+    Ino32Gen,
+    /// u64 number, u32 generation (xfs).
+    Ino64Gen,
+    /// u32 generation, u32 low and high half of the number (tmpfs).
+    GenIno64,
+    /// u64 number, u64 subvolume, u32 generation (btrfs).
+    Btrfs,
+}
+
+#[derive(Debug)]
+struct Mount {
+    dev: u32,
+    fd: OwnedFd,
+    form: Form,
+    kind: i32,
+    subvolume: u64,
+}
+
+/// A subtree cannot be replicated.
+#[derive(Debug, thiserror::Error)]
+pub enum ReaderError {
+    /// The file system's handles are not understood.
+    #[error("{path:?} lies on a file system (type {magic:#x}) that cannot be read by inode: ext4, xfs, btrfs and tmpfs can be replicated")]
+    FileSystem {
+        /// The subtree.
+        path: PathBuf,
+        /// `f_type` of statfs(2).
+        magic: u64,
+    },
+    /// A call failed.
+    #[error("cannot open {path:?}: {source}")]
+    Open {
+        /// The subtree.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Opens inodes of the file systems that the subtrees lie on.
+#[derive(Debug)]
+pub struct Reader {
+    mounts: Vec<Mount>,
+    host_root: InodeId,
+    buffer: Vec<u8>,
+}
+
+/// A subtree's root, opened.
+#[derive(Clone, Debug)]
+pub struct Root {
+    /// Its canonical absolute path.
+    pub path: PathBuf,
+    /// The directory.
+    pub stat: Stat,
+    /// UUID of its file system.
+    pub file_system: u128,
+    /// Its subvolume.
+    pub subvolume: u64,
+}
+
+impl Default for Reader {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Reader {
+    /// Knows no file system yet.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut reader = Self { mounts: Vec::new(), host_root: InodeId::NONE, buffer: vec![0; BUFFER] };
+        if let Ok(stat) = rustix::fs::stat("/") {
+            reader.host_root =
+                InodeId { ino: stat.st_ino, dev: kernel_dev(stat.st_dev), generation: 0 };
+        }
+        reader
+    }
+
+    /// Makes the file system of a subtree known.
+    ///
+    /// # Errors
+    /// [`ReaderError`].
+    pub fn add_root(&mut self, path: &Path) -> Result<Root, ReaderError> {
+        let fail = |source: io::Error| ReaderError::Open { path: path.to_path_buf(), source };
+        let fd = open_directory(path).map_err(fail)?;
+        let stat = tree::stat_fd(fd.as_fd()).map_err(fail)?;
+        let dev = kernel_dev(stat.on_device);
+        let file_system = file_system_id(fd.as_fd()).map_err(fail)?;
+        if self.mount(dev).is_none() {
+            let mount = mount_of(&fd, dev).map_err(fail)?.ok_or_else(|| ReaderError::FileSystem {
+                path: path.to_path_buf(),
+                magic: magic_of(fd.as_fd()),
+            })?;
+            self.mounts.push(mount);
+        }
+        let subvolume = self.mount(dev).map_or(0, |m| m.subvolume);
+        let stat = self.stat_of(fd.as_fd()).map_err(fail)?.ok_or_else(|| fail(Errno::XDEV.into()))?;
+        Ok(Root { path: path.to_path_buf(), stat, file_system, subvolume })
+    }
+
+    /// The devices of the subtrees, as the kernel numbers them.
+    #[must_use]
+    pub fn devices(&self) -> Vec<u32> {
+        self.mounts.iter().map(|m| m.dev).collect()
+    }
+
+    fn mount(&self, dev: u32) -> Option<&Mount> {
+        self.mounts.iter().find(|m| m.dev == dev)
+    }
+
+    fn open(&self, inode: InodeId, flags: OFlags) -> io::Result<Option<OwnedFd>> {
+        let Some(mount) = self.mount(inode.dev) else { return Ok(None) };
+        let handle = mount.handle(inode);
+        let flags = flags | OFlags::CLOEXEC;
+        // SAFETY: the handle is a valid struct file_handle whose length field fits its data.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_open_by_handle_at,
+                mount.fd.as_raw_fd(),
+                std::ptr::from_ref(&handle),
+                flags.bits(),
+            )
+        };
+        if fd >= 0 {
+            // SAFETY: the kernel just gave us this descriptor.
+            return Ok(Some(unsafe { OwnedFd::from_raw_fd(fd as i32) }));
+        }
+        match io::Error::last_os_error() {
+            e if matches!(e.raw_os_error(), Some(libc::ESTALE | libc::ENOENT)) => Ok(None),
+            e => Err(e),
+        }
+    }
+
+    /// The inode and attributes behind a descriptor; `None` on a file system that is not known.
+    fn stat_of(&self, fd: BorrowedFd<'_>) -> io::Result<Option<Stat>> {
+        let stat = tree::stat_fd(fd)?;
+        let Some(mount) = self.mount(kernel_dev(stat.on_device)) else { return Ok(None) };
+        let handle = handle_of(fd)?;
+        let Some(inode) = mount.inode(&handle) else { return Ok(None) };
+        let target = match stat.kind {
+            FileKind::Symlink => rustix::fs::readlinkat(fd, c"", Vec::new())?.into_bytes(),
+            _ => Vec::new(),
+        };
+        Ok(Some(Stat {
+            inode,
+            kind: stat.kind,
+            meta: stat.meta,
+            size: stat.size,
+            device: stat.device,
+            target,
+        }))
+    }
+
+    /// What an entry names; `None` when absent, or not on the file system of its directory.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    pub fn child(&self, directory: InodeId, name: &Name) -> Result<Option<Stat>, HostError> {
+        let inner = || -> io::Result<Option<Stat>> {
+            let Some(dir) = self.open(directory, OFlags::PATH | OFlags::DIRECTORY)? else { return Ok(None) };
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            match rustix::fs::openat(&dir, name.as_os_str(), flags, Mode::empty()) {
+                Ok(fd) => match self.stat_of(fd.as_fd()) {
+                    Ok(found) => Ok(found.filter(|s| s.inode.dev == directory.dev)),
+                    // Removed between the two calls.
+                    Err(e) if gone(&e) => Ok(None),
+                    Err(e) => Err(e),
+                },
+                Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+                Err(e) => Err(e.into()),
+            }
+        };
+        inner().map_err(|source| HostError::Read { what: format!("entry {name:?} of {directory:?}"), source })
+    }
+
+    /// The names in a directory; `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    pub fn list(&self, directory: InodeId) -> Result<Option<Vec<Name>>, HostError> {
+        let inner = || -> io::Result<Option<Vec<Name>>> {
+            let Some(fd) = self.open(directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME)? else {
+                return Ok(None);
+            };
+            let mut names = Vec::new();
+            for entry in Dir::new(fd)? {
+                let entry = entry?;
+                names.extend(Name::new(entry.file_name().to_bytes()));
+            }
+            Ok(Some(names))
+        };
+        inner().map_err(|source| HostError::Read { what: format!("directory {directory:?}"), source })
+    }
+
+    /// Attributes of an inode; `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    pub fn stat(&self, inode: InodeId) -> Result<Option<Stat>, HostError> {
+        let inner = || -> io::Result<Option<Stat>> {
+            let Some(fd) = self.open(inode, OFlags::PATH)? else { return Ok(None) };
+            self.stat_of(fd.as_fd())
+        };
+        inner().map_err(|source| HostError::Read { what: format!("attributes of {inode:?}"), source })
+    }
+
+    /// Extended attributes of an inode; `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    pub fn xattrs(&self, inode: InodeId) -> Result<Option<Vec<(String, Vec<u8>)>>, HostError> {
+        let inner = || -> io::Result<Option<Vec<(String, Vec<u8>)>>> {
+            let Some(fd) = self.open(inode, OFlags::PATH)? else { return Ok(None) };
+            tree::xattrs(fd.as_fd()).map(Some)
+        };
+        inner().map_err(|source| HostError::Read { what: format!("xattrs of {inode:?}"), source })
+    }
+
+    /// Reads a range of a regular file in segments; `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    pub fn read(
+        &mut self,
+        inode: InodeId,
+        range: Range<u64>,
+        each: &mut dyn FnMut(Segment<'_>),
+    ) -> Result<Option<()>, HostError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let result = self.read_with(inode, range, &mut buffer, each);
+        self.buffer = buffer;
+        result.map_err(|source| HostError::Read { what: format!("content of {inode:?}"), source })
+    }
+
+    fn read_with(
+        &self,
+        inode: InodeId,
+        range: Range<u64>,
+        buffer: &mut [u8],
+        each: &mut dyn FnMut(Segment<'_>),
+    ) -> io::Result<Option<()>> {
+        let flags = OFlags::RDONLY | OFlags::NOATIME | OFlags::NONBLOCK;
+        let Some(fd) = self.open(inode, flags)? else { return Ok(None) };
+        let mut at = range.start;
+        while at < range.end {
+            // A hole is told from data by lseek(2); a file system without holes says "data".
+            let data = match rustix::fs::seek(&fd, rustix::fs::SeekFrom::Data(at)) {
+                Ok(data) => data.min(range.end),
+                // No data after this: a hole to the end, if the end is not here already.
+                Err(Errno::NXIO) => rustix::fs::fstat(&fd)?.st_size.cast_unsigned().min(range.end).max(at),
+                Err(Errno::INVAL) => at,
+                Err(e) => return Err(e.into()),
+            };
+            if data > at {
+                each(Segment::Hole(at, data - at));
+                at = data;
+                continue;
+            }
+            let want = ((range.end - at) as usize).min(buffer.len());
+            match rustix::io::pread(&fd, &mut buffer[..want], at) {
+                Ok(0) => break,
+                Ok(n) => {
+                    each(Segment::Data(at, &buffer[..n]));
+                    at += n as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(Some(()))
+    }
+
+    /// The absolute path of a directory, by its inode, or as the working directory or root of a
+    /// process.
+    #[must_use]
+    pub fn outside_path(&mut self, directory: InodeId, tgid: u32) -> Option<PathBuf> {
+        if self.mount(directory.dev).is_none() {
+            self.learn(directory.dev);
+        }
+        if let Ok(Some(fd)) = self.open(directory, OFlags::PATH | OFlags::DIRECTORY) {
+            return std::fs::read_link(tree::fd_path(fd.as_fd())).ok().filter(|p| p.is_absolute());
+        }
+        ["cwd", "root"].into_iter().find_map(|what| {
+            let link = format!("/proc/{tgid}/{what}");
+            let stat = rustix::fs::stat(&link).ok()?;
+            let same = stat.st_ino == directory.ino && kernel_dev(stat.st_dev) == directory.dev;
+            if same { std::fs::read_link(&link).ok() } else { None }
+        })
+    }
+
+    /// Looks for a mounted file system that directories outside the set lie on.
+    fn learn(&mut self, dev: u32) {
+        let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
+        let numbers = format!("{}:{}", dev >> 20, dev & 0xf_ffff);
+        // mountinfo: id, parent, major:minor, root, mount point (proc_pid_mountinfo(5)).
+        let point = table.lines().find_map(|line| {
+            let mut fields = line.split(' ').skip(2);
+            (fields.next()? == numbers).then(|| fields.nth(1)).flatten()
+        });
+        let found = point
+            .and_then(|p| open_directory(Path::new(p)).ok())
+            .and_then(|fd| mount_of(&fd, dev).ok().flatten());
+        self.mounts.extend(found);
+    }
+
+    /// Whether this is the root directory of the host.
+    #[must_use]
+    pub fn is_host_root(&self, directory: InodeId) -> bool {
+        directory.ino == self.host_root.ino && directory.dev == self.host_root.dev
+    }
+}
+
+impl Mount {
+    fn handle(&self, inode: InodeId) -> FileHandle {
+        let mut data = [0; HANDLE_MAX];
+        let mut len = 0;
+        let mut put = |bytes: &[u8]| {
+            data[len..len + bytes.len()].copy_from_slice(bytes);
+            len += bytes.len();
+        };
+        let generation = inode.generation.to_ne_bytes();
+        match self.form {
+            Form::Ino32Gen => {
+                put(&(inode.ino as u32).to_ne_bytes());
+                put(&generation);
+            }
+            Form::Ino64Gen => {
+                put(&inode.ino.to_ne_bytes());
+                put(&generation);
+            }
+            Form::GenIno64 => {
+                put(&generation);
+                put(&(inode.ino as u32).to_ne_bytes());
+                put(&((inode.ino >> 32) as u32).to_ne_bytes());
+            }
+            Form::Btrfs => {
+                put(&inode.ino.to_ne_bytes());
+                put(&self.subvolume.to_ne_bytes());
+                put(&generation);
+            }
+        }
+        FileHandle { bytes: len as u32, kind: self.kind, data }
+    }
+
+    fn inode(&self, handle: &FileHandle) -> Option<InodeId> {
+        if handle.kind != self.kind {
+            return None;
+        }
+        let u32_at = |at: usize| Some(u32::from_ne_bytes(handle.data.get(at..at + 4)?.try_into().ok()?));
+        let u64_at = |at: usize| Some(u64::from_ne_bytes(handle.data.get(at..at + 8)?.try_into().ok()?));
+        let (ino, generation) = match self.form {
+            Form::Ino32Gen => (u64::from(u32_at(0)?), u32_at(4)?),
+            Form::Ino64Gen => (u64_at(0)?, u32_at(8)?),
+            Form::GenIno64 => (u64::from(u32_at(4)?) | u64::from(u32_at(8)?) << 32, u32_at(0)?),
+            Form::Btrfs => (u64_at(0)?, u32_at(16)?),
+        };
+        Some(InodeId { ino, dev: self.dev, generation })
+    }
+}
+
+fn gone(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESTALE))
+}
+
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOATIME;
+    Ok(rustix::fs::openat(CWD, path, flags, Mode::empty())?)
+}
+
+/// `st_dev` as the kernel numbers it inside (`MKDEV`, include/linux/kdev_t.h).
+#[must_use]
+pub fn kernel_dev(st_dev: u64) -> u32 {
+    rustix::fs::major(st_dev) << 20 | rustix::fs::minor(st_dev)
+}
+
+fn magic_of(fd: BorrowedFd<'_>) -> u64 {
+    rustix::fs::fstatfs(fd).map_or(0, |s| s.f_type.cast_unsigned())
+}
+
+fn handle_of(fd: BorrowedFd<'_>) -> io::Result<FileHandle> {
+    let mut handle = FileHandle { bytes: HANDLE_MAX as u32, kind: 0, data: [0; HANDLE_MAX] };
+    let mut mount_id = 0i32;
+    let empty: &CStr = c"";
+    // SAFETY: the handle has room for the HANDLE_MAX bytes that its length field promises.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            fd.as_raw_fd(),
+            empty.as_ptr(),
+            std::ptr::from_mut(&mut handle),
+            std::ptr::from_mut(&mut mount_id),
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    if result == 0 { Ok(handle) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The form of a file system's handles, from the handle of a directory on it; `None` if it is
+/// not understood.
+fn mount_of(fd: &OwnedFd, dev: u32) -> io::Result<Option<Mount>> {
+    let handle = match handle_of(fd.as_fd()) {
+        Ok(handle) => handle,
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let ino = rustix::fs::fstat(fd)?.st_ino;
+    let form = match (magic_of(fd.as_fd()), handle.bytes) {
+        (0xEF53 | 0x5846_5342, 8) => Form::Ino32Gen,
+        (0x5846_5342, 12) => Form::Ino64Gen,
+        (0x0102_1994, 12) => Form::GenIno64,
+        (0x9123_683E, 20) => Form::Btrfs,
+        _ => return Ok(None),
+    };
+    let subvolume = match form {
+        Form::Btrfs => u64::from_ne_bytes(handle.data[8..16].try_into().unwrap_or([0; 8])),
+        _ => 0,
+    };
+    let mount = Mount { dev, fd: fd.try_clone()?, form, kind: handle.kind, subvolume };
+    Ok(mount.inode(&handle).is_some_and(|i| i.ino == ino).then_some(mount))
+}
+
+/// UUID of the file system, or what `statfs` gives as its id where the kernel tells none
+/// (`FS_IOC_GETFSUUID`, include/uapi/linux/fs.h, since 6.9).
+fn file_system_id(fd: BorrowedFd<'_>) -> io::Result<u128> {
+    const FS_IOC_GETFSUUID: libc::c_ulong = 0x8011_1500;
+    let mut uuid = [0u8; 17];
+    // SAFETY: the call writes one struct fsuuid2 of 17 bytes.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_GETFSUUID, uuid.as_mut_ptr()) };
+    if result == 0 && uuid[0] == 16 {
+        return Ok(u128::from_le_bytes(uuid[1..].try_into().unwrap_or([0; 16])));
+    }
+    let file = File::from(fd.try_clone_to_owned()?);
+    // SAFETY: an all-zero statfs is a valid value to be written over.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open and the struct is ours.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: fsid_t is two ints.
+    let id: [u32; 2] = unsafe { std::mem::transmute(stat.f_fsid) };
+    Ok(u128::from(id[0]) << 32 | u128::from(id[1]))
+}
+
+/// The path without symlinks, as far as it exists; the rest as it is.
+#[must_use]
+pub fn canonical(path: &Path) -> PathBuf {
+    match std::fs::canonicalize(path) {
+        Ok(path) => path,
+        Err(_) => match (path.parent(), path.file_name()) {
+            (Some(parent), Some(name)) => canonical(parent).join(name),
+            _ => path.to_path_buf(),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_inode_is_found_again_by_what_its_handle_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut reader = Reader::new();
+        let root = reader.add_root(dir.path()).unwrap();
+        std::fs::write(dir.path().join("f"), b"hello").unwrap();
+        let name = Name::new(b"f").unwrap();
+        let stat = reader.child(root.stat.inode, &name).unwrap().unwrap();
+        assert_eq!(stat.kind, FileKind::Regular);
+        assert_eq!(reader.stat(stat.inode).unwrap().unwrap(), stat);
+        let mut content = Vec::new();
+        reader
+            .read(stat.inode, 0..100, &mut |s| match s {
+                Segment::Data(_, bytes) => content.extend_from_slice(bytes),
+                Segment::Hole(_, n) => content.extend(std::iter::repeat_n(0, n as usize)),
+            })
+            .unwrap()
+            .unwrap();
+        assert_eq!(content, b"hello");
+        assert_eq!(reader.list(root.stat.inode).unwrap().unwrap(), vec![name.clone()]);
+        std::fs::remove_file(dir.path().join("f")).unwrap();
+        assert_eq!(reader.child(root.stat.inode, &name).unwrap(), None);
+        assert_eq!(reader.stat(stat.inode).unwrap(), None);
+        let back = reader.outside_path(root.stat.inode, std::process::id()).unwrap();
+        assert_eq!(back, dir.path());
+    }
+
+    #[test]
+    fn holes_are_told_from_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut reader = Reader::new();
+        let root = reader.add_root(dir.path()).unwrap();
+        let file = File::create(dir.path().join("f")).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"x", 1 << 20).unwrap();
+        file.set_len(4 << 20).unwrap();
+        let stat = reader.child(root.stat.inode, &Name::new(b"f").unwrap()).unwrap().unwrap();
+        let (mut data, mut hole) = (0, 0);
+        reader
+            .read(stat.inode, 0..u64::MAX, &mut |s| match s {
+                Segment::Data(_, bytes) => data += bytes.len() as u64,
+                Segment::Hole(_, n) => hole += n,
+            })
+            .unwrap();
+        assert_eq!(data + hole, 4 << 20);
+        assert!(hole >= 3 << 20 || data == 4 << 20);
+    }
+}
