@@ -61,7 +61,9 @@ struct Mount {
 #[derive(Debug, thiserror::Error)]
 pub enum ReaderError {
     /// The file system's handles are not understood.
-    #[error("{path:?} lies on a file system (type {magic:#x}) that cannot be read by inode: ext4, xfs, btrfs and tmpfs can be replicated")]
+    #[error(
+        "{path:?} lies on a file system (type {magic:#x}) that cannot be read by inode: ext4, xfs, btrfs and tmpfs can be replicated"
+    )]
     FileSystem {
         /// The subtree.
         path: PathBuf,
@@ -111,8 +113,7 @@ impl Reader {
     pub fn new() -> Self {
         let mut reader = Self { mounts: Vec::new(), host_root: InodeId::NONE, buffer: vec![0; BUFFER] };
         if let Ok(stat) = rustix::fs::stat("/") {
-            reader.host_root =
-                InodeId { ino: stat.st_ino, dev: kernel_dev(stat.st_dev), generation: 0 };
+            reader.host_root = InodeId { ino: stat.st_ino, dev: kernel_dev(stat.st_dev), generation: 0 };
         }
         reader
     }
@@ -189,6 +190,7 @@ impl Reader {
             size: stat.size,
             device: stat.device,
             target,
+            links: u32::try_from(stat.nlink).unwrap_or(u32::MAX),
         }))
     }
 

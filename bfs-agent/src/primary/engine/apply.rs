@@ -1,12 +1,13 @@
 //! Acts become records, and what is not exact becomes dirty.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use bfs_common::abi::{Event, InodeAttr, flag, kind};
 use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 use bytes::Bytes;
 
-use super::host::{Host, HostError, OwnedEvent};
+use super::host::{Host, HostError, OwnedEvent, Stat};
 use super::interpret::{Act, CAPABILITY, Thing, interpret, meta_of, object_at, span_of};
 use super::model::NewObject;
 use super::recent::Span;
@@ -123,26 +124,32 @@ impl Engine {
     }
 
     /// Notes the call among the recent ones; says whether its order against another is unknown.
+    /// What the other one did with names is then suspect as well.
     fn note(&mut self, touches: &[Thing], act: &Act, span: Span) -> bool {
         let mut ambiguous = false;
-        let mut names = false;
+        let entries: Rc<[Thing]> =
+            touches.iter().filter(|t| matches!(t, Thing::Entry(..))).cloned().collect();
         for thing in touches {
             match thing {
                 Thing::Data(object, range) => {
-                    ambiguous |= self.recent_data.note(*object, span, range.clone());
+                    ambiguous |= self.recent_data.note(*object, span, range.clone(), ()).any();
                 }
                 Thing::Entry(directory, name) => {
-                    names = true;
                     let key = (*directory, name.clone());
-                    ambiguous |= self.recent_entries.note(key, span, 0..1);
+                    let overlap = self.recent_entries.note(key, span, 0..1, Rc::clone(&entries));
+                    ambiguous |= overlap.any();
+                    for other in overlap.with.iter().flat_map(|o| o.iter()) {
+                        self.stain(other, span.end_ns, true);
+                    }
                 }
                 Thing::Meta(_) | Thing::Xattrs(_) | Thing::Everything => {}
             }
         }
+        let names = !entries.is_empty();
         // A path that was followed while a directory moved may have led elsewhere. (Creates name
         // their directory's inode, not a path.)
         if names && !matches!(act, Act::Create { .. }) {
-            let crossed = self.recent_paths.note((), span, 0..1);
+            let crossed = self.recent_paths.note((), span, 0..1, ()).any();
             let moving = self.moved_directory(act);
             let mut doubtful = Vec::new();
             if let Some(object) = moving.filter(|_| crossed) {
@@ -191,12 +198,35 @@ impl Engine {
     }
 
     fn snapshot(&mut self, object: ObjectId, attr: &InodeAttr, span: Span) {
+        self.note_links(object, attr.nlink);
         self.saw(object, meta_of(attr), attr.size, span.end_ns);
+    }
+
+    /// Attributes were read from the file system.
+    pub(super) fn saw_stat(&mut self, object: ObjectId, stat: &Stat, read_ns: u64) {
+        self.note_links(object, stat.links);
+        self.saw(object, stat.meta, stat.size, read_ns);
+    }
+
+    fn note_links(&mut self, object: ObjectId, links: u32) {
+        if links > 1 && self.model.get(object).is_some_and(|o| o.kind != FileKind::Directory) {
+            self.multiple.insert(object);
+        }
+    }
+
+    /// A call changed an object by a name of which the model does not know for sure what it
+    /// names. What the name names is read when the entry is settled; but should the name be gone
+    /// by then, the object may live on under another one.
+    fn suspect_multiple(&mut self, end_ns: u64) {
+        let multiple: Vec<_> = self.multiple.iter().copied().collect();
+        for object in multiple {
+            self.suspect_object(object, end_ns);
+        }
     }
 
     /// Attributes were seen at `end_ns`; the latest look counts (every call that started before
     /// it and ends after it brings a later one, or makes them dirty).
-    pub(super) fn saw(&mut self, object: ObjectId, meta: Meta, size: u64, end_ns: u64) {
+    fn saw(&mut self, object: ObjectId, meta: Meta, size: u64, end_ns: u64) {
         let seen = self.snapshots.entry(object).or_insert(Snapshot { end_ns: 0, meta, size });
         if end_ns >= seen.end_ns {
             *seen = Snapshot { end_ns, meta, size };
@@ -222,6 +252,14 @@ impl Engine {
             Place::Unknown => self.suspect_everything(span.end_ns),
             Place::Object(_) | Place::Outside => {}
         }
+    }
+
+    /// Whether the model may be wrong about what an entry named when the call used it: what is
+    /// derived from it is suspect too.
+    fn doubtful(&self, place: &Place, span: Span) -> bool {
+        let Place::Entry(directory, name) = place else { return false };
+        self.dirty.get(*directory).is_some_and(|d| d.rescan.is_some() || d.entries.contains_key(name))
+            || self.reads.after(&Thing::Entry(*directory, name.clone()), span.start_ns)
     }
 
     fn suspect_entry(&mut self, place: &Place, deep: bool) {
@@ -282,7 +320,10 @@ impl Engine {
                     self.stain_range(object, range);
                 }
             }
-            Act::Truncate { object, size, attr } => {
+            Act::Truncate { object, size, attr, place } => {
+                if place.is_some_and(|place| self.doubtful(&place, span)) {
+                    self.suspect_multiple(span.end_ns);
+                }
                 self.model.truncate(object, size, &mut self.out);
                 self.meta_after(object, attr.as_ref(), span);
                 if ambiguous {
@@ -291,7 +332,10 @@ impl Engine {
                     self.dirty.range_exact(object, size..u64::MAX);
                 }
             }
-            Act::Attr { object, attr, xattrs } => {
+            Act::Attr { object, attr, xattrs, place } => {
+                if place.is_some_and(|place| self.doubtful(&place, span)) {
+                    self.suspect_multiple(span.end_ns);
+                }
                 self.meta_after(object, attr.as_ref(), span);
                 if xattrs {
                     self.dirty.xattrs(object);
@@ -306,6 +350,7 @@ impl Engine {
             Act::Suspect { place } => {
                 self.parent_after(&place, None, span);
                 self.suspect_entry(&place, true);
+                self.suspect_multiple(span.end_ns);
                 if let Some(object) = object_at(&self.model, &place) {
                     self.suspect_object(object, span.end_ns);
                 }
@@ -323,11 +368,17 @@ impl Engine {
                 self.parent_after(&place, parent_attr.as_ref(), span);
                 self.make(&place, ambiguous, span, host);
             }
-            Act::Link { object, place, parent_attr } => {
+            Act::Link { object, source, place, parent_attr } => {
                 self.parent_after(&place, parent_attr.as_ref(), span);
                 if let Place::Entry(directory, name) = &place {
+                    if source.is_some_and(|source| self.doubtful(&source, span)) {
+                        self.dirty.entry(*directory, name, true);
+                    }
                     match object {
-                        Some(object) => self.model.link(*directory, name, object, &mut self.out),
+                        Some(object) => {
+                            self.multiple.insert(object);
+                            self.model.link(*directory, name, object, &mut self.out);
+                        }
                         None => self.dirty.entry(*directory, name, true),
                     }
                     if ambiguous {
@@ -338,7 +389,7 @@ impl Engine {
             Act::Rename { from, to, exchange, whiteout, from_attr, to_attr } => {
                 self.parent_after(&from, from_attr.as_ref(), span);
                 self.parent_after(&to, to_attr.as_ref(), span);
-                if ambiguous {
+                if ambiguous || self.doubtful(&from, span) || (exchange && self.doubtful(&to, span)) {
                     self.suspect_entry(&from, true);
                     self.suspect_entry(&to, true);
                 }
@@ -349,7 +400,9 @@ impl Engine {
 
     fn inherits_xattrs(&self, parent: ObjectId) -> bool {
         let labelled = |o: ObjectId| {
-            self.model.get(o).is_some_and(|o| o.xattrs.keys().any(|n| n.starts_with("security.") && n != CAPABILITY))
+            self.model
+                .get(o)
+                .is_some_and(|o| o.xattrs.keys().any(|n| n.starts_with("security.") && n != CAPABILITY))
         };
         self.dirty.get(parent).is_some_and(|d| d.xattrs)
             || self.model.get(parent).is_none_or(|o| o.xattrs.contains_key(DEFAULT_ACL))
@@ -397,7 +450,7 @@ impl Engine {
                     object
                 });
                 self.model.link(*directory, name, object, &mut self.out);
-                self.saw(object, stat.meta, stat.size, read_ns);
+                self.saw_stat(object, &stat, read_ns);
                 self.reads.meta.insert(object, read_ns);
                 self.reads.entries.insert((*directory, name.clone()), read_ns);
             }
@@ -421,8 +474,9 @@ impl Engine {
                             self.model.exchange((*d1, n1), (*d2, n2), &mut self.out);
                         }
                     }
-                    // Two names of one inode: rename does nothing (rename(2)).
-                    Some(object) if other == Some(object) => {}
+                    // Two names of one inode: rename does nothing (rename(2)). Unless the second
+                    // name is known from a look after this very rename.
+                    Some(object) if other == Some(object) => self.both_suspect(from, to),
                     Some(object) => {
                         self.model.link(*d2, n2, object, &mut self.out);
                         self.model.unlink(*d1, n1, &mut self.out);

@@ -67,6 +67,8 @@ pub struct Taken {
     pub checkpoint: CheckpointId,
     /// Its marker: when this is durable, the checkpoint is confirmed.
     pub sequence: Sequence,
+    /// The instant: it covers the calls that started at or before.
+    pub at_ns: u64,
     /// Whether the processes were stopped.
     pub stopped: bool,
     /// How many cuts were tried.
@@ -79,7 +81,9 @@ pub struct Taken {
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// A covered call does not end.
-    #[error("process {tgid} (thread {tid}) has been in system call {nr} for {for_ms} ms: no checkpoint until it ends")]
+    #[error(
+        "process {tgid} (thread {tid}) has been in system call {nr} for {for_ms} ms: no checkpoint until it ends"
+    )]
     CallInFlight {
         /// Process.
         tgid: u32,
@@ -91,7 +95,9 @@ pub enum CheckpointError {
         for_ms: u64,
     },
     /// Nothing settled, also not with the processes stopped.
-    #[error("the files kept changing under the reads ({suspects} still suspect): somebody who is not stopped writes them")]
+    #[error(
+        "the files kept changing under the reads ({suspects} still suspect): somebody who is not stopped writes them"
+    )]
     Unsettled {
         /// Objects that are still suspect.
         suspects: usize,
@@ -102,8 +108,17 @@ pub enum CheckpointError {
 }
 
 enum Tried {
-    Settled,
+    /// Everything that started at or before this is in the stream, exactly.
+    Settled(u64),
     Again,
+}
+
+/// How a cut came about.
+struct How {
+    begun: u64,
+    tries: u32,
+    at_ns: u64,
+    stopped_us: u64,
 }
 
 impl Engine {
@@ -122,8 +137,9 @@ impl Engine {
             while tries < TRIES {
                 tries += 1;
                 match self.try_cut(host)? {
-                    Tried::Settled => {
-                        let taken = self.mark(host, request, begun, tries, false, 0)?;
+                    Tried::Settled(at_ns) => {
+                        let how = How { begun, tries, at_ns, stopped_us: 0 };
+                        let taken = self.mark(host, request, &how)?;
                         self.replay(host)?;
                         return Ok(taken);
                     }
@@ -164,9 +180,9 @@ impl Engine {
         // Calls of processes that are not stopped can still cross the reads.
         for _ in 0..TRIES {
             match self.try_cut(host)? {
-                Tried::Settled => {
-                    let stopped_us = (host.now() - stopping) / 1000;
-                    return self.mark(host, request, begun, tries, true, stopped_us.max(1));
+                Tried::Settled(at_ns) => {
+                    let stopped_us = (host.now().saturating_sub(stopping) / 1000).max(1);
+                    return self.mark(host, request, &How { begun, tries, at_ns, stopped_us });
                 }
                 Tried::Again => self.replay(host)?,
             }
@@ -220,6 +236,14 @@ impl Engine {
         self.drain(host)?;
         let t = host.now();
         let Some(crossing) = self.wait_covered(host, t)? else { return Ok(Tried::Again) };
+        // A call that started before a covered one ended may still run: its part in the covered
+        // one's record is known only when it has ended.
+        let last = crossing.iter().map(|c| c.1).max();
+        if let Some(last) = last
+            && !self.wait_reading(host, last + SLACK_NS)?
+        {
+            return Ok(Tried::Again);
+        }
         self.take_losses(host)?;
         if self.crosses(host, &crossing) {
             return Ok(Tried::Again);
@@ -233,7 +257,7 @@ impl Engine {
             self.take_losses(host)?;
             self.stain_reads(host);
         }
-        Ok(if self.dirty.is_empty() { Tried::Settled } else { Tried::Again })
+        Ok(if self.dirty.is_empty() { Tried::Settled(t) } else { Tried::Again })
     }
 
     /// Waits until the calls that started at or before `t` have ended, takes them in and holds
@@ -358,25 +382,18 @@ impl Engine {
     }
 
     /// The marker. Everything covered is in the stream, nothing else is.
-    fn mark(
-        &mut self,
-        host: &mut dyn Host,
-        request: &Request,
-        begun: u64,
-        tries: u32,
-        stopped: bool,
-        stopped_us: u64,
-    ) -> Result<Taken, CheckpointError> {
+    fn mark(&mut self, host: &mut dyn Host, request: &Request, how: &How) -> Result<Taken, CheckpointError> {
         self.reconcile();
         for object in self.model.forget_orphans(&mut self.out) {
             self.dirty.forget(object);
             self.snapshots.remove(&object);
             self.mapped.remove(&object);
+            self.multiple.remove(&object);
         }
         self.send_snapshots();
         self.snapshots.clear();
         self.reads.clear();
-        let horizon = begun.saturating_sub(2_000_000_000);
+        let horizon = how.begun.saturating_sub(2_000_000_000);
         self.recent_data.prune(horizon);
         self.recent_entries.prune(horizon);
         self.recent_paths.prune(horizon);
@@ -389,14 +406,20 @@ impl Engine {
             wall_ns: request.wall_ns,
             tag: request.tag.clone(),
             trigger: request.trigger.into(),
-            stopped_us,
+            stopped_us: how.stopped_us,
         };
         let sequence = self.out.push(&Record::Checkpoint { checkpoint, label }, b"");
         self.last_checkpoint = checkpoint;
         self.out.close(self.position);
         host.ship(self.out.take())?;
-        let took = Duration::from_nanos(host.now().saturating_sub(begun));
-        Ok(Taken { checkpoint, sequence, stopped, tries, took })
+        Ok(Taken {
+            checkpoint,
+            sequence,
+            at_ns: how.at_ns,
+            stopped: how.stopped_us > 0,
+            tries: how.tries,
+            took: Duration::from_nanos(host.now().saturating_sub(how.begun)),
+        })
     }
 
     /// Lengths as last seen: appends and truncations of others show here.

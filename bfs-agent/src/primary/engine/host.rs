@@ -26,6 +26,8 @@ pub struct Stat {
     pub device: u64,
     /// Target of a symlink.
     pub target: Vec<u8>,
+    /// Hard links.
+    pub links: u32,
 }
 
 /// A piece of a file's content.

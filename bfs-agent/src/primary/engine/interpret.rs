@@ -50,6 +50,8 @@ pub enum Act {
         size: u64,
         /// The file after the call, where the probe could read it.
         attr: Option<InodeAttr>,
+        /// The entry that it was found by, if it was one.
+        place: Option<Place>,
     },
     /// Attributes changed.
     Attr {
@@ -59,6 +61,8 @@ pub enum Act {
         attr: Option<InodeAttr>,
         /// Whether extended attributes may have changed.
         xattrs: bool,
+        /// The entry that it was found by, if it was one.
+        place: Option<Place>,
     },
     /// Content and attributes changed in a way that is not known.
     Touch {
@@ -90,6 +94,8 @@ pub enum Act {
     Link {
         /// The object, where the model knows it.
         object: Option<ObjectId>,
+        /// The entry that it was found by, if it was one.
+        source: Option<Place>,
         /// The new entry.
         place: Place,
         /// Its directory after the call.
@@ -168,9 +174,7 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
     let known = model.find(e.attr.id);
     if is_open(nr) && flags & flag::CREATED != 0 && flags & flag::FAILED == 0 {
         return match (model.find(e.parent.id), Name::new(name)) {
-            (Some(parent), Some(name)) => {
-                Act::Create { parent, parent_attr: e.parent, name, attr: e.attr }
-            }
+            (Some(parent), Some(name)) => Act::Create { parent, parent_attr: e.parent, name, attr: e.attr },
             _ => known.map_or(Act::Nothing, |object| Act::Touch { object, mapped: false }),
         };
     }
@@ -187,14 +191,10 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
             if flags & flag::TRUNCATED == 0 {
                 return Act::Nothing;
             }
-            Act::Truncate { object, size: 0, attr: Some(attr) }
+            Act::Truncate { object, size: 0, attr: Some(attr), place: None }
         }
-        libc::SYS_ftruncate => Act::Truncate { object, size: e.file_offset, attr: Some(attr) },
-        libc::SYS_write
-        | libc::SYS_pwrite64
-        | libc::SYS_writev
-        | libc::SYS_pwritev
-        | libc::SYS_pwritev2 => {
+        libc::SYS_ftruncate => Act::Truncate { object, size: e.file_offset, attr: Some(attr), place: None },
+        libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_writev | libc::SYS_pwritev | libc::SYS_pwritev2 => {
             let range = if flags & flag::OFFSET_UNKNOWN == 0 {
                 e.file_offset..e.file_offset.saturating_add(e.count)
             } else if e.range_end > 0 {
@@ -206,10 +206,14 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
                 && flags & (flag::DATA_LOST | flag::OFFSET_UNKNOWN | flag::BY_REFERENCE) == 0;
             Act::Write { object, range, inline, attr }
         }
-        libc::SYS_fchmod | libc::SYS_fchown => Act::Attr { object, attr: Some(attr), xattrs: true },
-        libc::SYS_utimensat | libc::SYS_futimesat => Act::Attr { object, attr: Some(attr), xattrs: false },
+        libc::SYS_fchmod | libc::SYS_fchown => {
+            Act::Attr { object, attr: Some(attr), xattrs: true, place: None }
+        }
+        libc::SYS_utimensat | libc::SYS_futimesat => {
+            Act::Attr { object, attr: Some(attr), xattrs: false, place: None }
+        }
         libc::SYS_fsetxattr | libc::SYS_fremovexattr => {
-            Act::Attr { object, attr: Some(attr), xattrs: true }
+            Act::Attr { object, attr: Some(attr), xattrs: true, place: None }
         }
         libc::SYS_close => Act::Nothing,
         _ => Act::Touch { object, mapped: false },
@@ -234,8 +238,11 @@ impl Paths<'_> {
     }
 
     fn parent_attr(&self, model: &Model, place: &Place, second: bool) -> Option<InodeAttr> {
-        let (attr, bit) =
-            if second { (self.event.base2, flag::PARENT2_ATTR) } else { (self.event.base1, flag::PARENT1_ATTR) };
+        let (attr, bit) = if second {
+            (self.event.base2, flag::PARENT2_ATTR)
+        } else {
+            (self.event.base1, flag::PARENT1_ATTR)
+        };
         let Place::Entry(directory, _) = place else { return None };
         let same = model.get(*directory).is_some_and(|o| o.inode == attr.id);
         (self.event.header.flags & bit != 0 && same).then_some(attr)
@@ -268,9 +275,14 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
         }
         libc::SYS_link | libc::SYS_linkat => {
             let follow = nr == libc::SYS_linkat && at_flags(4) & libc::AT_SYMLINK_FOLLOW != 0;
-            let object = object_at(model, &p.place(model, host, false, follow));
+            let source = p.place(model, host, false, follow);
             let place = p.place(model, host, true, false);
-            Act::Link { object, parent_attr: p.parent_attr(model, &place, true), place }
+            Act::Link {
+                object: object_at(model, &source),
+                source: Some(source),
+                parent_attr: p.parent_attr(model, &place, true),
+                place,
+            }
         }
         libc::SYS_rename | libc::SYS_renameat | libc::SYS_renameat2 => {
             let bits = if nr == libc::SYS_renameat2 { e.args[4] as u32 } else { 0 };
@@ -288,7 +300,7 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
         libc::SYS_truncate => {
             let place = p.place(model, host, false, true);
             match object_at(model, &place) {
-                Some(object) => Act::Truncate { object, size: e.args[1], attr: None },
+                Some(object) => Act::Truncate { object, size: e.args[1], attr: None, place: Some(place) },
                 None => Act::Suspect { place },
             }
         }
@@ -300,15 +312,13 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
                 SYS_FCHMODAT2 => (at_flags(3) & libc::AT_SYMLINK_NOFOLLOW == 0, true),
                 libc::SYS_fchownat => (at_flags(4) & libc::AT_SYMLINK_NOFOLLOW == 0, true),
                 libc::SYS_utimensat => (at_flags(3) & libc::AT_SYMLINK_NOFOLLOW == 0, false),
-                SYS_SETXATTRAT | SYS_REMOVEXATTRAT => {
-                    (at_flags(2) & libc::AT_SYMLINK_NOFOLLOW == 0, true)
-                }
+                SYS_SETXATTRAT | SYS_REMOVEXATTRAT => (at_flags(2) & libc::AT_SYMLINK_NOFOLLOW == 0, true),
                 libc::SYS_utime | libc::SYS_utimes | libc::SYS_futimesat => (true, false),
                 _ => (true, true),
             };
             let place = p.place(model, host, false, follow);
             match object_at(model, &place) {
-                Some(object) => Act::Attr { object, attr: None, xattrs },
+                Some(object) => Act::Attr { object, attr: None, xattrs, place: Some(place) },
                 None => Act::Suspect { place },
             }
         }
@@ -353,7 +363,11 @@ impl Act {
             Self::Create { parent, name, attr, .. } => {
                 place(&Place::Entry(*parent, name.clone()));
                 if let Some(object) = model.find(attr.id) {
-                    things.extend([Thing::Data(object, 0..u64::MAX), Thing::Meta(object), Thing::Xattrs(object)]);
+                    things.extend([
+                        Thing::Data(object, 0..u64::MAX),
+                        Thing::Meta(object),
+                        Thing::Xattrs(object),
+                    ]);
                 }
             }
             Self::Write { object, range, .. } => {
@@ -363,26 +377,44 @@ impl Act {
                     things.push(Thing::Xattrs(*object));
                 }
             }
-            Self::Truncate { object, size, .. } => {
+            Self::Truncate { object, size, place: at, .. } => {
+                if let Some(Place::Entry(directory, name)) = at {
+                    things.push(Thing::Entry(*directory, name.clone()));
+                }
                 things.extend([Thing::Data(*object, *size..u64::MAX), Thing::Meta(*object)]);
             }
-            Self::Attr { object, xattrs, .. } => {
+            Self::Attr { object, xattrs, place: at, .. } => {
+                if let Some(Place::Entry(directory, name)) = at {
+                    things.push(Thing::Entry(*directory, name.clone()));
+                }
                 things.push(Thing::Meta(*object));
                 if *xattrs {
                     things.push(Thing::Xattrs(*object));
                 }
             }
             Self::Touch { object, .. } => {
-                things.extend([Thing::Data(*object, 0..u64::MAX), Thing::Meta(*object), Thing::Xattrs(*object)]);
+                things.extend([
+                    Thing::Data(*object, 0..u64::MAX),
+                    Thing::Meta(*object),
+                    Thing::Xattrs(*object),
+                ]);
             }
             Self::Suspect { place: at } => {
                 place(at);
                 if let Some(object) = object_at(model, at) {
-                    things.extend([Thing::Data(object, 0..u64::MAX), Thing::Meta(object), Thing::Xattrs(object)]);
+                    things.extend([
+                        Thing::Data(object, 0..u64::MAX),
+                        Thing::Meta(object),
+                        Thing::Xattrs(object),
+                    ]);
                 }
             }
-            Self::Unlink { place: at, .. } | Self::Make { place: at, .. } | Self::Link { place: at, .. } => {
+            Self::Unlink { place: at, .. } | Self::Make { place: at, .. } => place(at),
+            Self::Link { place: at, source, .. } => {
                 place(at);
+                if let Some(Place::Entry(directory, name)) = source {
+                    things.push(Thing::Entry(*directory, name.clone()));
+                }
             }
             Self::Rename { from, to, .. } => {
                 place(from);

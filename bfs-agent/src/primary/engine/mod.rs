@@ -20,10 +20,13 @@ pub mod ranges;
 pub mod recent;
 pub mod resolve;
 mod settle;
+#[cfg(test)]
+mod simulation;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use bfs_common::abi::InodeId;
 use bfs_common::record::{CheckpointId, Meta, Name, ObjectId, Record};
@@ -60,7 +63,7 @@ struct Reads {
 impl Reads {
     /// Whether the thing was read after `start_ns`, or too close before to tell.
     fn after(&self, thing: &Thing, start_ns: u64) -> bool {
-        let late = |read: Option<&u64>| read.is_some_and(|r| r + SLACK_NS >= start_ns);
+        let late = |read: Option<&u64>| read.is_some_and(|r| r.saturating_add(SLACK_NS) >= start_ns);
         if self.everything + SLACK_NS >= start_ns {
             return true;
         }
@@ -151,7 +154,7 @@ pub struct Engine {
     dirty: DirtySet,
     snapshots: HashMap<ObjectId, Snapshot>,
     recent_data: Recent<ObjectId>,
-    recent_entries: Recent<(ObjectId, Name)>,
+    recent_entries: Recent<(ObjectId, Name), Rc<[Thing]>>,
     recent_paths: Recent<()>,
     moved: VecDeque<(ObjectId, Span)>,
     strangers: Strangers,
@@ -160,6 +163,8 @@ pub struct Engine {
     entered: HashMap<u32, (u64, Vec<u8>, Vec<u8>)>,
     deferred: VecDeque<OwnedEvent>,
     mapped: HashSet<ObjectId>,
+    /// Objects that were seen with more than one name.
+    multiple: HashSet<ObjectId>,
     /// Behind the last event that was taken in, while none is half taken in.
     position: Option<u64>,
     last_checkpoint: CheckpointId,
@@ -186,6 +191,7 @@ impl Engine {
             entered: HashMap::new(),
             deferred: VecDeque::new(),
             mapped: HashSet::new(),
+            multiple: HashSet::new(),
             position: None,
             last_checkpoint,
             stats: Stats::default(),
@@ -202,9 +208,10 @@ impl Engine {
     pub fn set_roots(&mut self, roots: Vec<(PathBuf, Stat)>) {
         let mut list = Vec::new();
         for (path, stat) in roots {
-            let known = self.model.find(stat.inode).filter(|o| {
-                self.model.get(*o).is_some_and(|known| known.kind == stat.kind)
-            });
+            let known = self
+                .model
+                .find(stat.inode)
+                .filter(|o| self.model.get(*o).is_some_and(|known| known.kind == stat.kind));
             let object = known.unwrap_or_else(|| self.create(&stat, 0));
             list.push((path, object));
         }

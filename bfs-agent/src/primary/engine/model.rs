@@ -69,8 +69,11 @@ impl FileSystems {
     }
 
     fn identity(&self, inode: InodeId) -> Identity {
-        let (_, file_system, subvolume) =
-            self.known.iter().copied().find(|k| k.0 == inode.dev).unwrap_or((inode.dev, u128::from(inode.dev), 0));
+        let (_, file_system, subvolume) = self.known.iter().copied().find(|k| k.0 == inode.dev).unwrap_or((
+            inode.dev,
+            u128::from(inode.dev),
+            0,
+        ));
         Identity { file_system, subvolume, ino: inode.ino, generation: inode.generation }
     }
 
@@ -151,8 +154,7 @@ impl Model {
 
     /// Replaces the list of roots.
     pub fn set_roots(&mut self, roots: Vec<(PathBuf, ObjectId)>, out: &mut Outbox) {
-        let record =
-            Record::Roots { roots: roots.iter().map(|(p, o)| (PathBytes::new(p), *o)).collect() };
+        let record = Record::Roots { roots: roots.iter().map(|(p, o)| (PathBytes::new(p), *o)).collect() };
         out.push(&record, b"");
         let gone: Vec<_> =
             self.roots.iter().map(|r| r.1).filter(|old| !roots.iter().any(|new| new.1 == *old)).collect();

@@ -23,9 +23,10 @@ pub struct Span {
 }
 
 #[derive(Clone, Debug)]
-struct Op {
+struct Op<W> {
     span: Span,
     range: Range<u64>,
+    with: W,
 }
 
 /// How many calls are kept for one thing; older ones count by their end only.
@@ -34,36 +35,55 @@ const OPS_MAX: usize = 8;
 /// For how long calls are kept.
 const KEEP_NS: u64 = 1_000_000_000;
 
-#[derive(Clone, Debug, Default)]
-struct Thing {
-    ops: Vec<Op>,
+#[derive(Clone, Debug)]
+struct Thing<W> {
+    ops: Vec<Op<W>>,
     floor: u64,
 }
 
-/// The recent calls on things of one kind.
+/// The recent calls on things of one kind, each `with` something that its caller wants back.
 #[derive(Debug)]
-pub struct Recent<K> {
-    things: HashMap<K, Thing>,
+pub struct Recent<K, W = ()> {
+    things: HashMap<K, Thing<W>>,
     floor: u64,
 }
 
-impl<K> Default for Recent<K> {
+/// With what a call overlapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlap<W> {
+    /// Calls of other tasks that it overlapped with.
+    pub with: Vec<W>,
+    /// It may have overlapped with others that are not kept any more.
+    pub forgotten: bool,
+}
+
+impl<W> Overlap<W> {
+    /// Whether the order of the call is unknown.
+    #[must_use]
+    pub fn any(&self) -> bool {
+        self.forgotten || !self.with.is_empty()
+    }
+}
+
+impl<K, W> Default for Recent<K, W> {
     fn default() -> Self {
         Self { things: HashMap::new(), floor: 0 }
     }
 }
 
-impl<K: Hash + Eq> Recent<K> {
-    /// Notes a call on a range of a thing; says whether it may have overlapped, in time and in
-    /// bytes, with a call of another task that was noted before.
-    pub fn note(&mut self, key: K, span: Span, range: Range<u64>) -> bool {
-        let thing = self.things.entry(key).or_default();
+impl<K: Hash + Eq, W: Clone> Recent<K, W> {
+    /// Notes a call on a range of a thing; gives the calls of other tasks, noted before, that it
+    /// may have overlapped with in time and in bytes.
+    pub fn note(&mut self, key: K, span: Span, range: Range<u64>, with: W) -> Overlap<W> {
+        let thing = self.things.entry(key).or_insert_with(|| Thing { ops: Vec::new(), floor: 0 });
         let start = span.start_ns.saturating_sub(SLACK_NS);
         let overlapped = thing
             .ops
             .iter()
             .filter(|op| op.span.tid != span.tid && op.span.end_ns >= start)
-            .any(|op| op.range.start < range.end && range.start < op.range.end);
+            .filter(|op| op.range.start < range.end && range.start < op.range.end)
+            .map(|op| op.with.clone())
+            .collect();
         // Of calls that are not kept any more only the end is known. The calls of one task start
         // after the end of the one before, so this is no false alarm for them.
         let forgotten = span.start_ns < thing.floor || span.start_ns < self.floor;
@@ -72,8 +92,8 @@ impl<K: Hash + Eq> Recent<K> {
         for op in thing.ops.drain(..surplus) {
             thing.floor = thing.floor.max(op.span.end_ns);
         }
-        thing.ops.push(Op { span, range });
-        overlapped || forgotten
+        thing.ops.push(Op { span, range, with });
+        Overlap { with: overlapped, forgotten }
     }
 
     /// Forgets calls that ended before `before`.
@@ -94,20 +114,20 @@ mod tests {
     #[test]
     fn overlap_needs_another_task_shared_bytes_and_time() {
         let mut recent = Recent::default();
-        assert!(!recent.note(1, span(1, 1000, 1100), 0..10));
-        assert!(!recent.note(1, span(1, 1101, 1110), 0..10), "the same task");
-        assert!(!recent.note(1, span(2, 1105, 1120), 10..20), "other bytes");
-        assert!(!recent.note(2, span(2, 1105, 1120), 0..10), "another thing");
-        assert!(recent.note(1, span(2, 1105, 1120), 5..8));
-        assert!(recent.note(1, span(3, 1150, 1160), 15..16), "closer than the slack");
-        assert!(!recent.note(1, span(3, 1300, 1310), 0..99));
+        assert!(!recent.note(1, span(1, 1000, 1100), 0..10, ()).any());
+        assert!(!recent.note(1, span(1, 1101, 1110), 0..10, ()).any(), "the same task");
+        assert!(!recent.note(1, span(2, 1105, 1120), 10..20, ()).any(), "other bytes");
+        assert!(!recent.note(2, span(2, 1105, 1120), 0..10, ()).any(), "another thing");
+        assert!(recent.note(1, span(2, 1105, 1120), 5..8, ()).any());
+        assert!(recent.note(1, span(3, 1150, 1160), 15..16, ()).any(), "closer than the slack");
+        assert!(!recent.note(1, span(3, 1300, 1310), 0..99, ()).any());
     }
 
     #[test]
     fn what_was_forgotten_counts_as_overlapping() {
         let mut recent = Recent::default();
         recent.prune(5_000_000);
-        assert!(recent.note(1, span(1, 4000, 9000), 0..1));
-        assert!(!recent.note(1, span(1, 9001, 9002), 0..1));
+        assert!(recent.note(1, span(1, 4000, 9000), 0..1, ()).any());
+        assert!(!recent.note(1, span(1, 9001, 9002), 0..1, ()).any());
     }
 }

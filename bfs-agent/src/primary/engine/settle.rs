@@ -3,6 +3,8 @@
 //! Nothing here decides whether a read counts; it is noted in [`super::Reads`], and the cut
 //! compares it with what happened meanwhile.
 
+use std::ops::Range;
+
 use bfs_common::record::{FileKind, Name, ObjectId};
 
 use super::Engine;
@@ -89,14 +91,13 @@ impl Engine {
             let Some(stat) = host.stat(inode)? else { return Ok(false) };
             let now = host.now();
             self.reads.meta.insert(object, now);
-            self.saw(object, stat.meta, stat.size, now);
+            self.saw_stat(object, &stat, now);
             if dirty.whole && kind == FileKind::Regular {
-                if !self.read_range(object, 0, stat.size, host, ahead)? {
+                // What is appended meanwhile becomes dirty by its own record.
+                self.model.truncate(object, stat.size, &mut self.out);
+                if !self.read_range(object, 0..u64::MAX, stat.size, host, ahead)? {
                     return Ok(false);
                 }
-                // What was appended meanwhile is dirty by its own record.
-                self.reads.data.entry(object).or_default().push((0..u64::MAX, host.now()));
-                self.model.truncate(object, stat.size, &mut self.out);
             }
         }
         if !dirty.whole {
@@ -109,10 +110,9 @@ impl Engine {
                     },
                     end => end,
                 };
-                if !self.read_range(object, range.start, end, host, ahead)? {
+                if !self.read_range(object, range, end, host, ahead)? {
                     return Ok(false);
                 }
-                self.reads.data.entry(object).or_default().push((range, host.now()));
             }
         }
         if dirty.xattrs {
@@ -123,16 +123,20 @@ impl Engine {
         Ok(true)
     }
 
+    /// Reads a range of a file up to `end`, which is or was the end of the file where the range
+    /// goes further.
     fn read_range(
         &mut self,
         object: ObjectId,
-        start: u64,
+        range: Range<u64>,
         end: u64,
         host: &mut dyn Host,
         ahead: bool,
     ) -> Result<bool, HostError> {
         let Some(inode) = self.model.get(object).map(|o| o.inode) else { return Ok(true) };
-        let mut at = start;
+        // Events that are taken in between the pieces must see that the read is going on.
+        self.reads.data.entry(object).or_default().push((range.clone(), u64::MAX));
+        let mut at = range.start;
         while at < end {
             let next = at.saturating_add(PIECE).min(end);
             let (model, out, read) = (&mut self.model, &mut self.out, &mut self.stats.read_bytes);
@@ -149,6 +153,12 @@ impl Engine {
             self.breathe(host, ahead)?;
             at = next;
         }
+        let now = host.now();
+        for read in self.reads.data.get_mut(&object).into_iter().flatten() {
+            if read.1 == u64::MAX {
+                read.1 = now;
+            }
+        }
         Ok(true)
     }
 
@@ -163,18 +173,16 @@ impl Engine {
         if self.model.is_root(object) {
             return;
         }
+        // Another object than the model says: calls that named this entry went to the wrong one.
+        let deep = deep || self.model.entry(directory, name) != Some(object);
         self.model.link(directory, name, object, &mut self.out);
         self.reads.meta.insert(object, now);
-        self.saw(object, stat.meta, stat.size, now);
+        self.saw_stat(object, &stat, now);
         // Nothing is known of what was not in the group before, and little of what came from
         // outside: its content, attributes and all below are taken.
-        if known.is_none() || deep {
+        if deep {
             match stat.kind {
-                FileKind::Regular => {
-                    if known.is_none() || deep {
-                        self.dirty.whole(object);
-                    }
-                }
+                FileKind::Regular => self.dirty.whole(object),
                 FileKind::Directory => self.dirty.rescan(object, true),
                 _ => {}
             }
