@@ -105,6 +105,17 @@ impl Inherited {
         Ok(Self { mask, ignored, taken })
     }
 
+    /// Undoes [`Inherited::take_over`] in this thread.
+    ///
+    /// # Errors
+    /// What `sigprocmask` said.
+    pub fn give_back(&self) -> io::Result<()> {
+        // SAFETY: the mask is initialised; the old one is not asked for.
+        let failed =
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.mask, std::ptr::null_mut()) };
+        if failed == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(failed)) }
+    }
+
     /// Async-signal-safe: called between fork and exec.
     fn restore(&self) {
         for signal in &self.ignored {
@@ -230,12 +241,24 @@ pub struct Held {
 /// # Errors
 /// [`ProcessError`].
 pub fn hold(command: &[OsString], inherited: &Inherited) -> Result<Held, ProcessError> {
+    hold_with(command, &[], inherited)
+}
+
+/// The same, with variables added to its environment.
+///
+/// # Errors
+/// [`ProcessError`].
+pub fn hold_with(
+    command: &[OsString],
+    variables: &[(OsString, OsString)],
+    inherited: &Inherited,
+) -> Result<Held, ProcessError> {
     let (program, arguments) = command.split_first().ok_or(ProcessError::NoCommand)?;
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|e| ProcessError::system("pipe", e));
     let (gate_read, gate) = pipe()?;
     let (pid_read, pid_write) = pipe()?;
     let mut child = Command::new(program);
-    child.args(arguments);
+    child.args(arguments).envs(variables.iter().map(|(k, v)| (k, v)));
     let restore = inherited.clone();
     let gate_in_child = gate.as_raw_fd();
     let pid_write_raw = pid_write.as_raw_fd();
