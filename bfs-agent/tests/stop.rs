@@ -116,6 +116,11 @@ fn a_stop_beyond_its_limit_is_ended_by_the_guard() {
     assert!(matches!(freezer.go(), Err(StopError::LetGo { .. })));
     freezer.stop(LIMITS).unwrap();
     freezer.go().unwrap();
+    drop(program);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while freezer.populated().unwrap() {
+        assert!(Instant::now() < deadline);
+    }
 }
 
 /// The agent that is killed: freezes and says so. Does nothing unless started by the test below.
