@@ -1,1 +1,13 @@
 //! The role of the backup host: receive, log, confirm, apply.
+
+pub mod apply;
+pub mod error;
+pub mod gate;
+pub mod index;
+pub mod log;
+pub mod places;
+pub mod plan;
+pub mod store;
+pub mod target;
+
+pub use error::BackupError;

@@ -1,1 +1,514 @@
-//! Command line of `bfs-agent`.
+//! Command line of `bfs-agent`: what can be written, and where it goes.
+//!
+//! The arguments are here, so that `--help` can be read in one place; `commands` asks a running
+//! agent and prints, `show` puts a status into words. Exit statuses are those of
+//! [`Kind`](crate::primary::failure::Kind), listed in [`STATUSES`].
+
+mod commands;
+mod show;
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::net::Destination;
+use crate::primary::control::WaitFor;
+use crate::primary::failure::{Failure, Kind};
+use crate::primary::process::Inherited;
+use crate::primary::schedule::{Schedule, parse_size, parse_time};
+use crate::primary::session::{self, SessionOptions};
+use crate::primary::{preflight, stop::guard};
+
+/// Exit statuses, for `--help`.
+pub const STATUSES: &str = "\
+Exit statuses:
+  0    done; for verify: equal
+  1    verify: different (each difference is listed)
+  2    verify: not everything could be compared
+  64   the command line makes no sense
+  65   a --path is missing, is no directory, lies in another, or overlaps the store
+  66   not root
+  67   the kernel has no BTF or refuses the probes
+  68   the replayer cannot be reached
+  69   the replayer refuses (its message says why)
+  70   anything else that went wrong
+  71   the group has an agent already
+  72   there is no agent for this group
+  73   the checkpoint was given up, or another command is in the way
+  74   not done within the time
+  75   run: the command ended with 0, but its last checkpoint is not confirmed
+  126, 127   run: the command cannot be executed, is not found
+run ends with the status of its command (128 + N when signal N ended it).";
+
+/// Keeps a second copy of chosen files exact while any program works on them.
+#[derive(Debug, Parser)]
+#[command(
+    name = "bfs-agent",
+    version,
+    about = "Keeps a second copy of chosen files exact, checkpoint by checkpoint, while any program works on them",
+    after_help = STATUSES,
+    after_long_help = STATUSES,
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a command and replicate what it and its children do to the files
+    ///
+    /// Example:
+    ///   bfs-agent run --path /srv/data --backup tcp://127.0.0.1:7400 --secret-file /etc/bfs/secret -- ./server
+    ///
+    /// What exists below --path is copied first, while the command is already running. A last
+    /// checkpoint is taken and waited for when the command has ended.
+    #[command(verbatim_doc_comment)]
+    Run {
+        #[command(flatten)]
+        options: Options,
+        /// The command and its arguments
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<OsString>,
+    },
+    /// Replicate what programs do that run already, and all their children
+    ///
+    /// Example:
+    ///   bfs-agent attach --path /srv/data --backup unix:/run/bfs/backup.sock --pid 4711
+    ///
+    /// Ends when they have ended, or with `bfs-agent stop`.
+    #[command(verbatim_doc_comment)]
+    Attach {
+        #[command(flatten)]
+        options: Options,
+        /// A process; its threads and descendants are selected with it (may be repeated)
+        #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+        pid: Vec<u32>,
+        /// Not in this version
+        #[arg(long, hide = true, value_name = "DIR")]
+        cgroup: Option<PathBuf>,
+        /// Not in this version
+        #[arg(long, hide = true)]
+        everyone: bool,
+    },
+    /// Go on for an agent that died, with the options that it was started with
+    ///
+    /// Example:
+    ///   bfs-agent resume --group default
+    ///
+    /// The kernel went on capturing meanwhile: nothing is lost.
+    #[command(verbatim_doc_comment)]
+    Resume {
+        #[command(flatten)]
+        group: Group,
+    },
+    /// Take a checkpoint now; prints its number
+    ///
+    /// Examples:
+    ///   bfs-agent checkpoint --tag before-upgrade
+    ///   bfs-agent checkpoint --stopped -- cp -a /srv/data /tmp/copy
+    ///
+    /// With --stopped the selected processes stand while CMD runs, and the checkpoint holds
+    /// exactly the files that CMD sees. CMD finds the number in BFS_CHECKPOINT.
+    #[command(verbatim_doc_comment)]
+    Checkpoint {
+        #[command(flatten)]
+        target: Target,
+        /// A name to find it by
+        #[arg(long, default_value = "", hide_default_value = true)]
+        tag: String,
+        /// Wait until it is so far
+        #[arg(long, value_enum, default_value = "confirmed")]
+        wait: Wait,
+        /// How long to wait, altogether
+        #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+        timeout: Duration,
+        /// Stop the selected processes, take it, run CMD, let them go
+        #[arg(long, requires = "command")]
+        stopped: bool,
+        /// With --stopped: they stand no longer than this
+        #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+        limit: Duration,
+        /// What to run while they stand
+        #[arg(last = true, value_name = "CMD", requires = "stopped")]
+        command: Vec<OsString>,
+    },
+    /// Show how far the backup is, and what is in the way
+    ///
+    /// Example:
+    ///   bfs-agent status --json
+    #[command(verbatim_doc_comment)]
+    Status {
+        #[command(flatten)]
+        target: Target,
+        /// As one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Send everything that is captured to the backup, and wait for it
+    ///
+    /// Example:
+    ///   bfs-agent flush --timeout 5m
+    #[command(verbatim_doc_comment)]
+    Flush {
+        #[command(flatten)]
+        target: Target,
+        /// How long to wait
+        #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+        timeout: Duration,
+    },
+    /// Take a checkpoint and compare the files of both sides, byte by byte
+    ///
+    /// Example:
+    ///   bfs-agent verify
+    ///
+    /// Ends with 0 when they are equal, 1 when they differ (each difference is listed), 2 when
+    /// not everything could be compared, because the program was changing it.
+    #[command(verbatim_doc_comment)]
+    Verify {
+        #[command(flatten)]
+        target: Target,
+        /// How long to wait
+        #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_time)]
+        timeout: Duration,
+        /// Not in this version
+        #[arg(long, hide = true)]
+        repair: bool,
+    },
+    /// Take a last checkpoint, and end the agent (never the program)
+    ///
+    /// Example:
+    ///   bfs-agent stop --group default
+    #[command(verbatim_doc_comment)]
+    Stop {
+        #[command(flatten)]
+        target: Target,
+        /// How long to wait for the last checkpoint
+        #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+        timeout: Duration,
+    },
+    /// Thaws what the agent stopped, should the agent die
+    #[command(name = guard::SUBCOMMAND, hide = true)]
+    Guard,
+}
+
+#[derive(Debug, Args)]
+struct Options {
+    /// A directory to replicate, with everything below it (may be repeated)
+    #[arg(long = "path", value_name = "DIR", required = true)]
+    paths: Vec<PathBuf>,
+    /// Where the backup is: tcp://HOST:PORT or unix:PATH of a replayer, or dir:STORE on another
+    /// disk of this machine
+    #[arg(long, value_name = "DEST", required = true, num_args = 1)]
+    backup: Vec<Destination>,
+    #[command(flatten)]
+    group: Group,
+    /// When checkpoints are taken: a comma list of every=TIME, bytes=SIZE, ops=NUMBER, or manual
+    #[arg(long, value_name = "WHEN", default_value = "every=1s")]
+    checkpoint: Schedule,
+    /// Keep files below FROM at TO on the backup, instead of at the same path (may be repeated)
+    #[arg(long = "map", value_name = "FROM=TO", value_parser = parse_map)]
+    maps: Vec<(PathBuf, PathBuf)>,
+    /// File of mode 0600 with the secret that agent and replayer share; needed for tcp://
+    #[arg(long, value_name = "FILE")]
+    secret_file: Option<PathBuf>,
+    /// Where commands reach this agent [default: /run/bfs/agent-GROUP.sock]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// How long to wait for the last checkpoint
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+    final_wait: Duration,
+    /// Longest write whose bytes travel through the ring
+    #[arg(long, value_name = "SIZE", hide = true, value_parser = parse_size)]
+    inline_max: Option<u64>,
+    /// Size of the ring, a power of two
+    #[arg(long, value_name = "SIZE", hide = true, value_parser = parse_size)]
+    ring_bytes: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+struct Group {
+    /// Name of the replicated set
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_group)]
+    group: String,
+}
+
+#[derive(Debug, Args)]
+struct Target {
+    #[command(flatten)]
+    group: Group,
+    /// Where the agent listens [default: /run/bfs/agent-GROUP.sock]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Wait {
+    /// All of it is durable somewhere
+    Sealed,
+    /// It is durable on the backup
+    Confirmed,
+    /// The backup's files are as at the checkpoint
+    Applied,
+}
+
+impl From<Wait> for WaitFor {
+    fn from(wait: Wait) -> Self {
+        match wait {
+            Wait::Sealed => Self::Sealed,
+            Wait::Confirmed => Self::Confirmed,
+            Wait::Applied => Self::Applied,
+        }
+    }
+}
+
+/// The group's name becomes part of file names on both sides.
+fn parse_group(text: &str) -> Result<String, String> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if text.is_empty() || text.len() > 64 || text.starts_with(['.', '-']) || !text.chars().all(fine) {
+        return Err("1 to 64 letters, digits, '.', '_' or '-', not beginning with '.' or '-'".into());
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_map(text: &str) -> Result<(PathBuf, PathBuf), String> {
+    let form = "write FROM=TO, for example --map /srv/data=/data";
+    let (from, to) = text.split_once('=').ok_or(form)?;
+    if to.is_empty() || !from.starts_with('/') {
+        return Err(format!("{form}; FROM is an absolute path"));
+    }
+    Ok((from.into(), to.into()))
+}
+
+/// Runs the command line of this process; returns its exit status.
+#[must_use]
+pub fn main() -> u8 {
+    // Before any thread exists: the signals are blocked in all of them.
+    let inherited = Inherited::take_over();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { Kind::Usage.exit_status() } else { 0 };
+        }
+    };
+    let done = inherited
+        .map_err(|e| Failure::new(Kind::Other, format!("cannot take over the signals: {e}"), ""))
+        .and_then(|inherited| dispatch(cli.command, inherited));
+    done.unwrap_or_else(|failure| {
+        complain(&failure);
+        failure.kind.exit_status()
+    })
+}
+
+/// What failed, and what to do, on two lines.
+fn complain(failure: &Failure) {
+    let mut err = std::io::stderr().lock();
+    let (bold, plain) = if err.is_terminal() { ("\x1b[1;31m", "\x1b[0m") } else { ("", "") };
+    let _ = writeln!(err, "{bold}bfs-agent:{plain} {}", failure.message);
+    if !failure.hint.is_empty() {
+        let _ = writeln!(err, "  try: {}", failure.hint);
+    }
+}
+
+fn later(what: &str, instead: &str) -> Failure {
+    Failure::new(Kind::Usage, format!("{what} comes in a later version"), instead)
+}
+
+fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
+    // Only what captures keeps the signals; a command that asks is ended by them as usual.
+    let asks = |inherited: Inherited| {
+        inherited
+            .give_back()
+            .map_err(|e| Failure::new(Kind::Other, format!("cannot give the signals back: {e}"), ""))
+    };
+    match command {
+        Command::Run { options, command } => session::run(options.check()?, command, inherited),
+        Command::Attach { options, pid, cgroup, everyone } => {
+            let instead = "name processes with --pid; their descendants are taken in too";
+            if cgroup.is_some() {
+                return Err(later("attach --cgroup", instead));
+            }
+            if everyone {
+                return Err(later("attach --everyone", instead));
+            }
+            if pid.is_empty() {
+                return Err(Failure::new(Kind::Usage, "attach needs at least one --pid", "add --pid PID"));
+            }
+            session::attach(options.check()?, pid, inherited)
+        }
+        Command::Resume { group } => {
+            logging();
+            preflight::check_user()?;
+            preflight::check_kernel()?;
+            session::resume(&group.group, inherited)
+        }
+        Command::Checkpoint { target, tag, wait, timeout, stopped: false, .. } => {
+            asks(inherited)?;
+            commands::checkpoint(&target, tag, wait.into(), timeout)
+        }
+        Command::Checkpoint { target, tag, wait, timeout, stopped: true, limit, command } => {
+            // The signals stay blocked: Ctrl-C ends CMD, and the processes go on right then.
+            commands::checkpoint_stopped(&target, tag, wait.into(), timeout, limit, &command, &inherited)
+        }
+        Command::Status { target, json } => {
+            asks(inherited)?;
+            commands::status(&target, json)
+        }
+        Command::Flush { target, timeout } => {
+            asks(inherited)?;
+            commands::flush(&target, timeout)
+        }
+        Command::Verify { repair: true, .. } => {
+            Err(later("verify --repair", "without --repair each difference is listed"))
+        }
+        Command::Verify { target, timeout, .. } => {
+            asks(inherited)?;
+            commands::verify(&target, timeout)
+        }
+        Command::Stop { target, timeout } => {
+            asks(inherited)?;
+            commands::stop(&target, timeout)
+        }
+        Command::Guard => guard::serve()
+            .map(|()| 0)
+            .map_err(|e| Failure::new(Kind::Other, format!("the guard cannot read its pipe: {e}"), "")),
+    }
+}
+
+impl Options {
+    /// Everything that can be checked before anything is started.
+    fn check(self) -> Result<SessionOptions, Failure> {
+        logging();
+        let backup = match <[Destination; 1]>::try_from(self.backup) {
+            Ok([backup]) => backup,
+            Err(_) => {
+                return Err(later("more than one --backup", "give one; run another --group for the other"));
+            }
+        };
+        if matches!(backup, Destination::Tcp(_)) && self.secret_file.is_none() {
+            return Err(Failure::new(
+                Kind::Usage,
+                format!("--backup {backup} needs the secret that is shared with the replayer"),
+                "add --secret-file FILE, the same that the replayer was started with",
+            ));
+        }
+        if let Some(ring) = self.ring_bytes
+            && !(ring.is_power_of_two() && (1 << 16..=1 << 32).contains(&ring))
+        {
+            return Err(Failure::new(Kind::Usage, "--ring-bytes is no power of two from 64K to 4G", ""));
+        }
+        let roots = preflight::check_roots(&self.paths, &backup)?;
+        if let Some((from, _)) = self
+            .maps
+            .iter()
+            .find(|(from, _)| !roots.iter().any(|r| r.starts_with(from) || from.starts_with(r)))
+        {
+            return Err(Failure::new(
+                Kind::Usage,
+                format!("--map {}=... has nothing to do with any --path", from.display()),
+                "FROM is a --path, a folder in one, or a folder above it",
+            ));
+        }
+        preflight::check_user()?;
+        preflight::check_kernel()?;
+        Ok(SessionOptions {
+            group: self.group.group,
+            roots,
+            backup,
+            schedule: self.checkpoint,
+            maps: self.maps,
+            secret_file: self.secret_file,
+            socket: self.socket,
+            final_wait: self.final_wait,
+            inline_max: self.inline_max,
+            ring_bytes: self.ring_bytes,
+        })
+    }
+}
+
+/// Messages of the agent itself go to standard error; `RUST_LOG=debug` shows more.
+fn logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}
+
+/// The command line as clap knows it, for the generated reference and its test.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split(' '))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn what_comes_after_the_dashes_is_the_command() {
+        let cli =
+            parse("bfs-agent run --path /a --path /b --backup dir:/s --map /a=/x -- cmd --path /c").unwrap();
+        let Command::Run { options, command } = cli.command else { panic!() };
+        assert_eq!(command, ["cmd", "--path", "/c"]);
+        assert_eq!(options.paths, [PathBuf::from("/a"), "/b".into()]);
+        assert_eq!(options.checkpoint.every, Some(Duration::from_secs(1)));
+        assert_eq!(options.maps, [(PathBuf::from("/a"), PathBuf::from("/x"))]);
+        assert_eq!(options.final_wait, Duration::from_secs(60));
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_the_parser() {
+        for line in [
+            "bfs-agent",
+            "bfs-agent run --path /a --backup dir:/s",
+            "bfs-agent run --path /a -- x",
+            "bfs-agent run --backup dir:/s -- x",
+            "bfs-agent run --path /a --backup ftp:/s -- x",
+            "bfs-agent run --path /a --backup dir:/s --group ../x -- x",
+            "bfs-agent run --path /a --backup dir:/s --checkpoint never -- x",
+            "bfs-agent run --path /a --backup dir:/s --map a -- x",
+            "bfs-agent attach --path /a --backup dir:/s --pid 0",
+            "bfs-agent checkpoint --stopped",
+            "bfs-agent checkpoint -- cmd",
+            "bfs-agent checkpoint --wait done",
+            "bfs-agent rollback",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn every_status_is_in_the_help_and_none_is_used_twice() {
+        let kinds = [
+            Kind::Usage,
+            Kind::Path,
+            Kind::NotRoot,
+            Kind::NoBpf,
+            Kind::Unreachable,
+            Kind::Refused,
+            Kind::Other,
+            Kind::GroupBusy,
+            Kind::NoAgent,
+            Kind::GivenUp,
+            Kind::Timeout,
+            Kind::NotConfirmed,
+        ];
+        let mut seen = std::collections::BTreeSet::from([0, 1, 2]);
+        for kind in kinds {
+            assert!(seen.insert(kind.exit_status()), "{kind:?}");
+            assert!(STATUSES.contains(&format!("\n  {}   ", kind.exit_status())), "{kind:?}");
+        }
+    }
+}

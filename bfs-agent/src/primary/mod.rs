@@ -3,8 +3,12 @@
 pub mod capture;
 pub mod control;
 pub mod engine;
+pub mod failure;
+pub mod preflight;
 pub mod process;
 pub mod reader;
+pub mod schedule;
 pub mod session;
 pub mod ship;
 pub mod stop;
+pub mod verify;

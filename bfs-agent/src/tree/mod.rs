@@ -219,7 +219,7 @@ pub fn readlink(fd: BorrowedFd<'_>) -> io::Result<Bytes> {
 /// What the system says.
 pub fn reopen_read(fd: BorrowedFd<'_>) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    let flags = (libc::O_NONBLOCK | libc::O_NOCTTY) as i32;
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     File::options().read(true).custom_flags(flags).open(fd_path(fd))
 }
 

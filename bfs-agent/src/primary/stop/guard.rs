@@ -46,6 +46,8 @@ impl Guard {
     /// What the start of the process said.
     pub fn start_program(program: &Path) -> io::Result<Self> {
         let mut command = Command::new(program);
+        // Its name in lists of processes.
+        command.arg0("bfs-agent");
         command.arg(SUBCOMMAND).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         command.current_dir("/");
         // SAFETY: setsid is async-signal-safe and touches no memory.

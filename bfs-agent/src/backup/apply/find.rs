@@ -1,0 +1,188 @@
+//! Finding objects by number while a step is under way, and opening below the roots only.
+//!
+//! Before the displaced objects are all aside, an object stands at its old place or aside; after
+//! that, in `stage/`, aside, or at its new place. Within each of the two phases the way up from
+//! an object is a path of one consistent tree, so the search ends. What is found must be the
+//! inode that the index holds for the object.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use bfs_common::record::ObjectId;
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use super::super::error::BackupError;
+use super::super::index::{Base, Node, Place};
+use super::{Step, anchor, show};
+use crate::tree;
+
+/// Nothing of a path is followed but what lies below the directory, on the same mount.
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS)
+    .union(ResolveFlags::NO_XDEV);
+
+/// Directories held open at once.
+const DIRS_MAX: usize = 256;
+
+/// Levels of directories, a bound for the search.
+const DEPTH_MAX: usize = 4096;
+
+/// A directory and a name in it.
+pub(super) type Spot = (Arc<OwnedFd>, Vec<u8>);
+
+pub(super) fn open_beneath(dir: impl AsFd, name: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat2(dir, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), BENEATH)
+}
+
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY);
+
+impl<B: Base> Step<'_, B> {
+    /// The directory and name of a place; `None` if the directory is gone for good.
+    pub(super) fn place(&mut self, place: &Place, make: bool) -> Result<Option<Spot>, BackupError> {
+        self.place_at(place, make, 0)
+    }
+
+    fn place_at(&mut self, place: &Place, make: bool, depth: usize) -> Result<Option<Spot>, BackupError> {
+        match place {
+            Place::Entry(directory, name) => {
+                let dir = self.directory(*directory, depth)?;
+                Ok(dir.map(|dir| (dir, name.as_bytes().to_vec())))
+            }
+            Place::Root(path) => self.root(path.as_path(), make),
+        }
+    }
+
+    fn root(&mut self, path: &std::path::Path, make: bool) -> Result<Option<Spot>, BackupError> {
+        let mut names = self.area.root_place(path)?.names;
+        let Some(last) = names.pop() else { return Ok(None) };
+        let mut dir =
+            open_beneath(&*self.area.tree, b".", DIRECTORY).map_err(BackupError::io("open", path))?;
+        for name in names {
+            if make {
+                let mode = Mode::from_raw_mode(0o755);
+                match rustix::fs::mkdirat(&dir, &name[..], mode) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(error) => return Err(BackupError::io("make a folder above", path)(error)),
+                }
+            }
+            dir = match open_beneath(&dir, &name, DIRECTORY) {
+                Ok(dir) => dir,
+                Err(Errno::NOENT) => return Ok(None),
+                Err(error) => return Err(BackupError::io("open a folder above", path)(error)),
+            };
+        }
+        Ok(Some((Arc::new(dir), last)))
+    }
+
+    /// A directory object, opened; `None` if it is gone.
+    fn directory(&mut self, object: ObjectId, depth: usize) -> Result<Option<Arc<OwnedFd>>, BackupError> {
+        if let Some(dir) = self.dirs.get(&object) {
+            return Ok(Some(dir.clone()));
+        }
+        let Some((parent, name)) = self.locate_at(object, depth + 1)? else { return Ok(None) };
+        let dir = match open_beneath(&*parent, &name, DIRECTORY) {
+            Ok(dir) => Arc::new(dir),
+            Err(Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(BackupError::io("open directory", show(&name))(error)),
+        };
+        self.check(object, dir.as_fd())?;
+        if self.dirs.len() >= DIRS_MAX {
+            self.dirs.clear();
+        }
+        self.dirs.insert(object, dir.clone());
+        Ok(Some(dir))
+    }
+
+    /// Where an object stands now; `None` if it stands nowhere.
+    pub(super) fn locate(&mut self, object: ObjectId) -> Result<Option<Spot>, BackupError> {
+        self.locate_at(object, 0)
+    }
+
+    fn locate_at(&mut self, object: ObjectId, depth: usize) -> Result<Option<Spot>, BackupError> {
+        if depth > DEPTH_MAX {
+            return Err(BackupError::Stream(format!(
+                "object {object} lies deeper than {DEPTH_MAX} directories"
+            )));
+        }
+        let (node, loose) = match self.plan.objects.get(&object) {
+            Some(touched) => {
+                let node = if self.detached { touched.after.as_ref() } else { touched.before.as_ref() };
+                (node.cloned(), touched.loose)
+            }
+            None => (self.base.node(object)?, false),
+        };
+        let homeless = node.as_ref().is_none_or(|n: &Node| n.places.is_empty());
+        if loose || homeless {
+            for dir in [&self.area.stage, &self.area.aside] {
+                let name = anchor(object);
+                if rustix::fs::statat(&**dir, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+                    return Ok(Some((dir.clone(), name)));
+                }
+            }
+        }
+        let Some(node) = node else { return Ok(None) };
+        for place in &node.places {
+            let Some((dir, name)) = self.place_at(place, false, depth)? else { continue };
+            if rustix::fs::statat(&*dir, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+                return Ok(Some((dir, name)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Opens an object that must be there.
+    pub(super) fn open(&mut self, object: ObjectId, access: OFlags) -> Result<OwnedFd, BackupError> {
+        let Some((dir, name)) = self.locate(object)? else {
+            return Err(BackupError::Foreign(format!("object {object} is missing")));
+        };
+        let flags = if access == OFlags::PATH { access } else { access | OFlags::NONBLOCK };
+        let fd = open_beneath(&*dir, &name, flags).map_err(BackupError::io("open", show(&name)))?;
+        self.check(object, fd.as_fd())?;
+        Ok(fd)
+    }
+
+    /// Whether this is the object's backup file.
+    fn check(&mut self, object: ObjectId, fd: BorrowedFd<'_>) -> Result<(), BackupError> {
+        let stat = tree::stat_fd(fd).map_err(BackupError::io("stat object", object.to_string()))?;
+        let node = match self.plan.objects.get(&object) {
+            Some(touched) => touched.before.clone().or_else(|| touched.after.clone()),
+            None => self.base.node(object)?,
+        };
+        let Some(node) = node else { return Ok(()) };
+        if node.kind != stat.kind || (node.ino != 0 && node.ino != stat.ino) {
+            return Err(BackupError::Foreign(format!(
+                "object {object} was {:?} with inode {}, found is {:?} with inode {}",
+                node.kind, node.ino, stat.kind, stat.ino
+            )));
+        }
+        if node.ino == 0 {
+            self.new_inos.insert(object, stat.ino);
+        }
+        Ok(())
+    }
+}
+
+/// Removes an entry and all below it.
+pub(super) fn remove(dir: BorrowedFd<'_>, name: &CStr) -> Result<(), BackupError> {
+    let failed = || BackupError::io("remove", show(name.to_bytes()));
+    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::ISDIR | Errno::PERM) => {}
+        Err(error) => return Err(failed()(error)),
+    }
+    if rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR).is_ok() {
+        return Ok(());
+    }
+    let fd =
+        open_beneath(dir, name.to_bytes(), OFlags::RDONLY | OFlags::DIRECTORY).map_err(|e| failed()(e))?;
+    for entry in rustix::fs::Dir::read_from(&fd).map_err(|e| failed()(e))? {
+        let entry = entry.map_err(|e| failed()(e))?;
+        if entry.file_name() != c"." && entry.file_name() != c".." {
+            remove(fd.as_fd(), entry.file_name())?;
+        }
+    }
+    rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR).map_err(|e| failed()(e))
+}

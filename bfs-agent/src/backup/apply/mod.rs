@@ -1,0 +1,527 @@
+//! The applier: does a planned step to the tree, so that every crash converges.
+//!
+//! Each line is durable before the next begins:
+//! 1. the plan row ([`Phase::Planned`]). The index is at the state before the step, the log holds
+//!    the records: both stay until the step is complete, so a redo computes the same plan;
+//! 2. every place that loses its object is emptied: the objects go to `aside/N`. Meanwhile an
+//!    object is at its old place or aside, so it is found by number ([`find`]);
+//! 3. the plan row ([`Phase::Detached`]), if anything was displaced;
+//! 4. new objects are made in `stage/N`, data and attributes are written, places are filled,
+//!    attributes of directories are set last. Meanwhile an object is at a new place, in `stage/`
+//!    or aside, and places only fill, so again it is found by number;
+//! 5. `syncfs`;
+//! 6. one transaction of the index: objects, entries, applied position, end of the plan;
+//! 7. what is left in `stage/` and `aside/` without being somebody's only place is removed (also
+//!    at start, so a crash here costs nothing).
+//!
+//! One `syncfs` instead of one `fsync` a file is sound because nothing counts before it returns:
+//! it writes back all data and metadata of the file system that were dirty when it was called,
+//! waits for them, and (Linux 5.8 and later) reports a write-back error that happened since its
+//! descriptor was opened, which is before the first write of the step. For ten thousand small
+//! files it is one journal commit instead of ten thousand.
+
+mod attributes;
+mod find;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bfs_common::record::{FileKind, ObjectId, PathBytes};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use super::error::BackupError;
+use super::index::{Base, Phase, Place, StepResult};
+use super::log::segment_path;
+use super::places::{self, RootPlace};
+use super::plan::{Plan, Touched};
+use super::store::Store;
+use super::target::{LogRef, Source};
+use crate::tree;
+
+/// Bytes copied at once from the log to a file.
+const COPY: usize = 1 << 20;
+
+/// The folders that one group's applier works in, all on one file system.
+#[derive(Debug)]
+pub struct Area {
+    tree: Arc<OwnedFd>,
+    stage: Arc<OwnedFd>,
+    aside: Arc<OwnedFd>,
+    base: Option<PathBuf>,
+    maps: Vec<(PathBytes, PathBytes)>,
+    allowed: Vec<PathBuf>,
+    log: PathBuf,
+}
+
+impl Area {
+    /// Opens the folders of a group.
+    ///
+    /// # Errors
+    /// If they cannot be made, or the maps lead nowhere that is allowed.
+    pub fn open(
+        store: &Store,
+        group: &str,
+        maps: &[(PathBytes, PathBytes)],
+        allowed: &[PathBuf],
+    ) -> Result<Self, BackupError> {
+        let mut base = None;
+        for (from, _) in maps {
+            let place = places::root_place(from.as_path(), maps, allowed)
+                .map_err(|e| BackupError::Stream(e.to_string()))?;
+            base = base.or(place.base);
+        }
+        let own = match &base {
+            None => store.path().to_path_buf(),
+            // Files are moved between these folders and the tree, so they lie on its file system.
+            Some(dir) => dir.join(".bfs-replayer"),
+        };
+        let open = |path: &Path| -> Result<OwnedFd, BackupError> {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            rustix::fs::open(path, flags, Mode::empty()).map_err(BackupError::io("open", path))
+        };
+        let make = |path: PathBuf| -> Result<OwnedFd, BackupError> {
+            match rustix::fs::mkdir(&path, Mode::RWXU) {
+                Ok(()) | Err(Errno::EXIST) => open(&path),
+                Err(error) => Err(BackupError::io("make", &path)(error)),
+            }
+        };
+        if base.is_some() {
+            make(own.clone())?;
+            make(own.join("stage"))?;
+            make(own.join("aside"))?;
+        }
+        Ok(Self {
+            tree: Arc::new(match &base {
+                None => open(&store.group_dir("tree", group)?)?,
+                Some(dir) => open(dir)?,
+            }),
+            stage: Arc::new(make(own.join("stage").join(group))?),
+            aside: Arc::new(make(own.join("aside").join(group))?),
+            base,
+            maps: maps.to_vec(),
+            allowed: allowed.to_vec(),
+            log: store.group_dir("log", group)?,
+        })
+    }
+
+    /// Where a root stands.
+    ///
+    /// # Errors
+    /// If that is not allowed or lies on another base than the rest of the group.
+    pub fn root_place(&self, root: &Path) -> Result<RootPlace, BackupError> {
+        let place = places::root_place(root, &self.maps, &self.allowed)
+            .map_err(|e| BackupError::Stream(e.to_string()))?;
+        if place.base != self.base {
+            let why = format!(
+                "root {}: all roots of a group go into the store or below one allowed folder",
+                root.display()
+            );
+            return Err(BackupError::Stream(why));
+        }
+        Ok(place)
+    }
+}
+
+/// Says whether to go on before each change of the tree: tests crash here.
+#[derive(Debug, Default)]
+pub struct CrashPoint {
+    /// Changes left until the crash.
+    #[cfg(test)]
+    pub left: Option<u64>,
+}
+
+impl CrashPoint {
+    #[cfg(test)]
+    fn pass(&mut self) -> Result<(), BackupError> {
+        match &mut self.left {
+            Some(0) => Err(BackupError::Crash),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "the test build does something here")]
+    fn pass(&mut self) -> Result<(), BackupError> {
+        Ok(())
+    }
+}
+
+/// Does one step. Made anew for every step, also for a redo.
+pub struct Step<'a, B> {
+    area: &'a Area,
+    base: &'a B,
+    plan: &'a Plan,
+    /// Roots before and after: places of root objects are looked up here too.
+    detached: bool,
+    dirs: HashMap<ObjectId, Arc<OwnedFd>>,
+    segments: HashMap<u64, File>,
+    new_inos: HashMap<ObjectId, u64>,
+    buffer: Vec<u8>,
+    crash: &'a mut CrashPoint,
+}
+
+impl<'a, B: Base> Step<'a, B> {
+    /// Prepares a step.
+    pub fn new(area: &'a Area, base: &'a B, plan: &'a Plan, crash: &'a mut CrashPoint) -> Self {
+        Self {
+            area,
+            base,
+            plan,
+            detached: false,
+            dirs: HashMap::new(),
+            segments: HashMap::new(),
+            new_inos: HashMap::new(),
+            buffer: Vec::new(),
+            crash,
+        }
+    }
+
+    /// Does the step from where it stands. `detached` is called when all displaced objects are
+    /// aside and synced; it makes that durable.
+    ///
+    /// # Errors
+    /// Whatever stopped it; the step can be done again.
+    pub fn run(
+        mut self,
+        phase: Phase,
+        detached: impl FnOnce() -> Result<(), BackupError>,
+    ) -> Result<StepResult, BackupError> {
+        // Opened before the first change: its syncfs reports every write-back error after this.
+        let sync = reopen_dir(&self.area.tree)?;
+        if phase == Phase::Planned && !self.plan.detach.is_empty() {
+            self.detach()?;
+            syncfs(&sync)?;
+            self.crash.pass()?;
+            detached()?;
+            self.crash.pass()?;
+        }
+        self.detached = true;
+        self.dirs.clear();
+        self.make()?;
+        self.write()?;
+        self.attach()?;
+        self.directories()?;
+        syncfs(&sync)?;
+        self.crash.pass()?;
+        self.result()
+    }
+
+    /// Empties every place that loses its object.
+    fn detach(&mut self) -> Result<(), BackupError> {
+        for (place, object) in &self.plan.detach {
+            let Some((dir, name)) = self.place(place, false)? else { continue };
+            let stat = match tree::stat_at(dir.as_fd(), &name[..]) {
+                Ok(stat) => stat,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(BackupError::io("stat", show(&name))(error)),
+            };
+            self.check_ino(*object, stat.ino)?;
+            self.crash.pass()?;
+            let anchor = anchor(*object);
+            let moved = rustix::fs::renameat_with(
+                &*dir,
+                &name[..],
+                &self.area.aside,
+                &anchor,
+                RenameFlags::NOREPLACE,
+            );
+            match moved {
+                Ok(()) => {}
+                // A second link of the same file: it is held aside already.
+                Err(Errno::EXIST) if stat.kind != FileKind::Directory => {
+                    let aside = tree::stat_at(self.area.aside.as_fd(), &anchor[..])
+                        .map_err(BackupError::io("stat", "aside"))?;
+                    self.check_ino(*object, aside.ino)?;
+                    rustix::fs::unlinkat(&*dir, &name[..], AtFlags::empty())
+                        .map_err(BackupError::io("unlink", show(&name)))?;
+                }
+                Err(error) => return Err(BackupError::io("move aside", show(&name))(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn check_ino(&self, object: ObjectId, found: u64) -> Result<(), BackupError> {
+        let known = self.plan.objects.get(&object).and_then(|t| t.before.as_ref()).map(|n| n.ino);
+        match known {
+            Some(known) if known != found => {
+                Err(BackupError::Foreign(format!("object {object} was inode {known}, found is {found}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes new objects in `stage/`, unless a redo finds them.
+    fn make(&mut self) -> Result<(), BackupError> {
+        let plan = self.plan;
+        for (object, touched) in &plan.objects {
+            let (None, Some(after)) = (&touched.before, &touched.after) else { continue };
+            if self.locate(*object)?.is_some() {
+                continue;
+            }
+            self.crash.pass()?;
+            let (stage, name) = (&*self.area.stage, anchor(*object));
+            let private = Mode::RUSR | Mode::WUSR;
+            let node = |kind| rustix::fs::mknodat(stage, &name, kind, private, after.device);
+            let made = match after.kind {
+                FileKind::Regular => {
+                    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+                    rustix::fs::openat(stage, &name, flags, private).map(drop)
+                }
+                FileKind::Directory => rustix::fs::mkdirat(stage, &name, Mode::RWXU),
+                FileKind::Symlink => rustix::fs::symlinkat(&after.target[..], stage, &name),
+                FileKind::Fifo => node(FileType::Fifo),
+                FileKind::Socket => node(FileType::Socket),
+                FileKind::CharDevice => node(FileType::CharacterDevice),
+                FileKind::BlockDevice => node(FileType::BlockDevice),
+            };
+            made.map_err(BackupError::io("make object", object.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Data and attributes of everything but directories.
+    fn write(&mut self) -> Result<(), BackupError> {
+        let plan = self.plan;
+        for (object, touched) in &plan.objects {
+            let Some(after) = &touched.after else { continue };
+            if after.kind == FileKind::Directory || !touched.attributes {
+                continue;
+            }
+            let content = after.kind == FileKind::Regular
+                && (touched.before.is_none() || !touched.change.content.is_empty());
+            let access = if content { OFlags::WRONLY } else { OFlags::PATH };
+            let fd = self.open(*object, access)?;
+            self.crash.pass()?;
+            if content {
+                self.content(*object, &fd, touched)?;
+            }
+            attributes::set(fd.as_fd(), after)
+                .map_err(BackupError::io("set the attributes of object", object.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn content(&mut self, object: ObjectId, fd: &OwnedFd, touched: &Touched) -> Result<(), BackupError> {
+        let content = &touched.change.content;
+        let failed = |what, error: Errno| BackupError::io(what, format!("object {object}"))(error);
+        let now = tree::stat_fd(fd.as_fd()).map_err(BackupError::io("stat", object.to_string()))?.size;
+        let size = touched.after.as_ref().map_or(0, |n| n.size);
+        if content.keep < now {
+            rustix::fs::ftruncate(fd, content.keep).map_err(|e| failed("cut", e))?;
+        }
+        if content.keep.min(now) != size {
+            rustix::fs::ftruncate(fd, size).map_err(|e| failed("set the size of", e))?;
+        }
+        for (start, end, source) in content.extents.iter() {
+            let end = end.min(size);
+            if start >= end {
+                continue;
+            }
+            self.crash.pass()?;
+            match source {
+                Source::Log(from) => self.copy(object, fd, start, end, from)?,
+                // All that is kept of a new file is nothing: it has a hole there.
+                Source::Zero if start >= content.keep => {}
+                Source::Zero => zero(fd, start, end).map_err(|e| failed("make a hole in", e))?,
+            }
+        }
+        Ok(())
+    }
+
+    fn copy(
+        &mut self,
+        object: ObjectId,
+        fd: &OwnedFd,
+        start: u64,
+        end: u64,
+        from: LogRef,
+    ) -> Result<(), BackupError> {
+        let path = segment_path(&self.area.log, from.segment);
+        if !self.segments.contains_key(&from.segment) {
+            let file = File::open(&path).map_err(BackupError::io("open", &path))?;
+            self.segments.insert(from.segment, file);
+        }
+        let file = &self.segments[&from.segment];
+        let mut at = start;
+        while at < end {
+            let len = (end - at).min(COPY as u64) as usize;
+            if self.buffer.len() < len {
+                self.buffer.resize(len, 0);
+            }
+            let buffer = &mut self.buffer[..len];
+            file.read_exact_at(buffer, from.offset + (at - start)).map_err(BackupError::io("read", &path))?;
+            write_all_at(fd, buffer, at).map_err(BackupError::io("write object", object.to_string()))?;
+            at += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Fills the places.
+    fn attach(&mut self) -> Result<(), BackupError> {
+        let plan = self.plan;
+        for (place, object) in &plan.attach {
+            let Some((dir, name)) = self.place(place, true)? else {
+                return Err(BackupError::Stream(format!(
+                    "object {object} goes into a directory that is gone"
+                )));
+            };
+            let places =
+                plan.objects.get(object).and_then(|t| t.after.as_ref()).map_or(0, |n| n.places.len());
+            if let Ok(there) = tree::stat_at(dir.as_fd(), &name[..]) {
+                // A redo: it is there already, or something is that we did not put there.
+                self.check_ino(*object, there.ino)?;
+                continue;
+            }
+            let Some((from, old)) = self.locate(*object)? else {
+                return Err(BackupError::Foreign(format!("object {object} is missing")));
+            };
+            self.crash.pass()?;
+            if places > 1 {
+                // Its other names are made or kept too; what is left in stage or aside goes at
+                // the end.
+                rustix::fs::linkat(&*from, &old[..], &*dir, &name[..], AtFlags::empty())
+                    .map_err(BackupError::io("link", show(&name)))?;
+            } else {
+                rustix::fs::renameat_with(&*from, &old[..], &*dir, &name[..], RenameFlags::NOREPLACE)
+                    .map_err(BackupError::io("move into place", show(&name)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Attributes of directories, after their last entry.
+    fn directories(&mut self) -> Result<(), BackupError> {
+        let plan = self.plan;
+        for (object, touched) in &plan.objects {
+            let Some(after) = &touched.after else { continue };
+            if after.kind == FileKind::Directory && touched.attributes {
+                let fd = self.open(*object, OFlags::PATH)?;
+                self.crash.pass()?;
+                attributes::set(fd.as_fd(), after)
+                    .map_err(BackupError::io("set the attributes of directory", object.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the index will hold.
+    fn result(mut self) -> Result<StepResult, BackupError> {
+        let plan = self.plan;
+        let mut result = StepResult::default();
+        for (object, touched) in &plan.objects {
+            let mut after = touched.after.clone();
+            if let (None, Some(node)) = (&touched.before, &mut after) {
+                node.ino = match self.new_inos.get(object) {
+                    Some(ino) => *ino,
+                    None => {
+                        let fd = self.open(*object, OFlags::PATH)?;
+                        tree::stat_fd(fd.as_fd())
+                            .map_err(BackupError::io("stat object", object.to_string()))?
+                            .ino
+                    }
+                };
+            }
+            result.objects.push((*object, after));
+        }
+        for place in plan.detach.keys().filter(|p| !plan.attach.contains_key(p)) {
+            if let Place::Entry(directory, name) = place {
+                result.entries.push((*directory, name.clone(), None));
+            }
+        }
+        for (place, object) in &plan.attach {
+            if let Place::Entry(directory, name) = place {
+                result.entries.push((*directory, name.clone(), Some(*object)));
+            }
+        }
+        Ok(result)
+    }
+}
+
+/// Name of an object in `stage/` and `aside/`.
+fn anchor(object: ObjectId) -> Vec<u8> {
+    object.0.to_string().into_bytes()
+}
+
+fn show(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
+}
+
+fn syncfs(fd: &OwnedFd) -> Result<(), BackupError> {
+    rustix::fs::syncfs(fd).map_err(BackupError::io("sync", "the file system of the tree"))
+}
+
+fn reopen_dir(fd: &OwnedFd) -> Result<OwnedFd, BackupError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(fd, c".", flags, Mode::empty()).map_err(BackupError::io("open", "the tree"))
+}
+
+fn zero(fd: &OwnedFd, start: u64, end: u64) -> Result<(), Errno> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(fd, hole, start, end - start) {
+        Err(Errno::OPNOTSUPP) => {
+            let zeros = vec![0; COPY];
+            let mut at = start;
+            while at < end {
+                let len = (end - at).min(COPY as u64) as usize;
+                write_all_at(fd, &zeros[..len], at)?;
+                at += len as u64;
+            }
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+fn write_all_at(fd: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        match rustix::io::pwrite(fd, bytes, at) {
+            Ok(len) => {
+                bytes = &bytes[len..];
+                at += len as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Removes what a finished step left in `stage/` and `aside/`: everything but objects that have
+/// no place. Only when no plan is open.
+///
+/// # Errors
+/// If a folder cannot be read or something not be removed.
+pub fn clean(area: &Area, base: &impl Base) -> Result<(), BackupError> {
+    for (fd, stage) in [(&area.stage, true), (&area.aside, false)] {
+        let dir = rustix::fs::Dir::read_from(&**fd).map_err(BackupError::io("read", "stage or aside"))?;
+        for entry in dir {
+            let entry = entry.map_err(BackupError::io("read", "stage or aside"))?;
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
+            }
+            let object = name.to_str().ok().and_then(|n| n.parse().ok()).map(ObjectId);
+            let node = object.map(|o| base.node(o)).transpose()?.flatten();
+            match node {
+                Some(node) if node.places.is_empty() => {
+                    if stage {
+                        rustix::fs::renameat(&**fd, name, &*area.aside, name)
+                            .map_err(BackupError::io("move aside", show(name.to_bytes())))?;
+                    }
+                }
+                _ => find::remove(fd.as_fd(), name)?,
+            }
+        }
+    }
+    Ok(())
+}

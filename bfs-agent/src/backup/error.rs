@@ -1,0 +1,114 @@
+//! What can go wrong in a store.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::net::AddressError;
+
+/// What can go wrong in a store.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// A file or folder could not be read, made or changed.
+    #[error("cannot {what} {path}: {error}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// Another process owns the store.
+    #[error("the store {store} is in use by process {pid}: stop that one, or give another --store")]
+    InUse {
+        /// The store.
+        store: PathBuf,
+        /// Who has it, as far as it said so.
+        pid: String,
+    },
+    /// Not a store, and not empty.
+    #[error("{0} is neither a store nor an empty folder: give a folder of its own with --store")]
+    NotAStore(PathBuf),
+    /// There is no store.
+    #[error("{0} is not a store: `bfs-replayer serve --store {0} ...` makes one")]
+    NoStore(PathBuf),
+    /// Written by a newer release.
+    #[error("the store {store} has format {found}, this release knows {known}: install a newer one")]
+    NewerFormat {
+        /// The store.
+        store: PathBuf,
+        /// Its format.
+        found: u32,
+        /// Ours.
+        known: u32,
+    },
+    /// What was written is not what is there.
+    #[error(
+        "the store is damaged: {path}: {why}; nothing was changed, keep a copy before anything else is tried"
+    )]
+    Corrupt {
+        /// Where.
+        path: PathBuf,
+        /// What was found.
+        why: String,
+    },
+    /// The index failed.
+    #[error("the store's index failed: {0}")]
+    Index(#[from] Box<redb::Error>),
+    /// The tree is not what the applier left.
+    #[error("{0}: the tree in the store was changed by something else than the replayer")]
+    Foreign(String),
+    /// Records that cannot be applied.
+    #[error("the stream cannot be applied: {0}")]
+    Stream(String),
+    /// An address to listen on cannot be used.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// Nothing can be bound there.
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// TCP without a secret.
+    #[error("{0} needs a secret that the agents share: give --secret-file FILE")]
+    SecretNeeded(String),
+    /// A crash that a test asked for.
+    #[cfg(test)]
+    #[error("crash point")]
+    Crash,
+}
+
+impl BackupError {
+    /// For `map_err`: an I/O error with what was tried on what.
+    pub(crate) fn io<E: Into<io::Error>>(
+        what: &'static str,
+        path: impl AsRef<Path>,
+    ) -> impl FnOnce(E) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |error| Self::Io { what, path, error: error.into() }
+    }
+
+    pub(crate) fn corrupt(path: impl AsRef<Path>, why: impl ToString) -> Self {
+        Self::Corrupt { path: path.as_ref().into(), why: why.to_string() }
+    }
+}
+
+macro_rules! from_redb {
+    ($($error:ty),*) => {
+        $(impl From<$error> for BackupError {
+            fn from(error: $error) -> Self {
+                Self::Index(Box::new(error.into()))
+            }
+        })*
+    };
+}
+from_redb!(
+    redb::DatabaseError,
+    redb::TransactionError,
+    redb::TableError,
+    redb::StorageError,
+    redb::CommitError
+);

@@ -1,0 +1,355 @@
+//! The store's index: what the groups are, and the state of each at its applied checkpoint.
+//!
+//! One transaction moves the applied position together with every object and entry that the step
+//! changed, so the index is at a checkpoint at every moment.
+
+use std::path::Path;
+
+use bfs_common::record::{
+    CheckpointId, CheckpointLabel, Epoch, FileKind, GroupId, Identity, Meta, Name, ObjectId, PathBytes,
+};
+use bfs_common::wire::Position;
+use bytes::Bytes;
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use super::error::BackupError;
+use super::gate::{Marker, PositionRow};
+
+const GROUPS: TableDefinition<&str, &[u8]> = TableDefinition::new("groups");
+/// (group number, object) -> Node
+const OBJECTS: TableDefinition<(u32, u64), &[u8]> = TableDefinition::new("objects");
+/// (group number, directory, name) -> object
+const ENTRIES: TableDefinition<(u32, u64, &[u8]), u64> = TableDefinition::new("entries");
+/// group number -> PlanRow
+const PLANS: TableDefinition<u32, &[u8]> = TableDefinition::new("plans");
+
+/// Memory for the index's pages.
+const CACHE_BYTES: usize = 64 << 20;
+
+/// A group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupRow {
+    /// Short number of the group in this store.
+    pub number: u32,
+    /// Its identity.
+    pub id: GroupId,
+    /// The newest epoch that was granted.
+    pub granted: Epoch,
+    /// FROM=TO of `--map`.
+    pub maps: Vec<(PathBytes, PathBytes)>,
+    /// Position of the applied marker.
+    pub applied: PositionRow,
+    /// The applied checkpoint.
+    pub checkpoint: CheckpointId,
+    /// Its label.
+    pub label: CheckpointLabel,
+    /// Highest object number at the applied checkpoint.
+    pub highest_object: ObjectId,
+    /// Roots at the applied checkpoint.
+    pub roots: Vec<(PathBytes, ObjectId)>,
+    /// Boot of the last epoch at the applied checkpoint.
+    pub boot_id: [u8; 16],
+}
+
+/// Where an object is named.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Place {
+    /// An entry of a directory.
+    Entry(ObjectId, Name),
+    /// It is a root; the primary's path.
+    Root(PathBytes),
+}
+
+/// An object at the applied checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// The primary's inode.
+    pub identity: Identity,
+    /// Type.
+    pub kind: FileKind,
+    /// Device number, user-space form.
+    pub device: u64,
+    /// Attributes.
+    pub meta: Meta,
+    /// Size of a regular file.
+    pub size: u64,
+    /// Extended attributes.
+    pub xattrs: Vec<(String, Bytes)>,
+    /// Target of a symlink.
+    pub target: Bytes,
+    /// Where it is named; with none, its file stands in `aside/`.
+    pub places: Vec<Place>,
+    /// Inode number of its backup file.
+    pub ino: u64,
+}
+
+/// How far the redo of a step has come for certain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Phase {
+    /// The plan is durable; objects are on their way to `aside/`.
+    Planned,
+    /// Everything that is displaced stands in `aside/`, durably.
+    Detached,
+}
+
+/// A step that was begun: from the applied checkpoint to this marker. What it does follows from
+/// the log and the index, neither of which changes before the step is complete.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanRow {
+    /// From which checkpoint.
+    pub from: CheckpointId,
+    /// The marker at the end.
+    pub to: Marker,
+    /// How far it is.
+    pub phase: Phase,
+}
+
+/// What a finished step changes in the index.
+#[derive(Debug, Default)]
+pub struct StepResult {
+    /// New or changed objects; `None` for gone ones.
+    pub objects: Vec<(ObjectId, Option<Node>)>,
+    /// New or changed entries; `None` for gone ones.
+    pub entries: Vec<(ObjectId, Name, Option<ObjectId>)>,
+}
+
+/// The index of a store.
+#[derive(Debug)]
+pub struct Index {
+    db: Database,
+}
+
+fn pack<T: Serialize>(value: &T) -> Vec<u8> {
+    rmp_serde::to_vec_named(value).expect("rows of the index can be encoded")
+}
+
+fn unpack<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8]) -> Result<T, BackupError> {
+    rmp_serde::from_slice(bytes).map_err(|e| BackupError::corrupt("index.redb", format!("{what}: {e}")))
+}
+
+impl Index {
+    /// Opens or makes the index of a store.
+    ///
+    /// # Errors
+    /// If it is damaged or cannot be written.
+    pub fn open(store: &Path) -> Result<Self, BackupError> {
+        let path = store.join("index.redb");
+        let db = redb::Builder::new().set_cache_size(CACHE_BYTES).create(&path).map_err(|e| match e {
+            redb::DatabaseError::Storage(redb::StorageError::Corrupted(why)) => {
+                BackupError::corrupt(&path, why)
+            }
+            other => other.into(),
+        })?;
+        let write = db.begin_write()?;
+        write.open_table(GROUPS)?;
+        write.open_table(OBJECTS)?;
+        write.open_table(ENTRIES)?;
+        write.open_table(PLANS)?;
+        write.commit()?;
+        Ok(Self { db })
+    }
+
+    /// All groups by name.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn groups(&self) -> Result<Vec<(String, GroupRow)>, BackupError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(GROUPS)?;
+        let mut found = Vec::new();
+        for line in table.iter()? {
+            let (name, row) = line?;
+            found.push((name.value().to_owned(), unpack("group", row.value())?));
+        }
+        Ok(found)
+    }
+
+    /// Puts a group in, durably.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn put_group(&self, name: &str, row: &GroupRow) -> Result<(), BackupError> {
+        let write = self.db.begin_write()?;
+        write.open_table(GROUPS)?.insert(name, &pack(row)[..])?;
+        Ok(write.commit()?)
+    }
+
+    /// Notes that an epoch was granted, durably.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn grant(&self, name: &str, epoch: Epoch) -> Result<(), BackupError> {
+        let write = self.db.begin_write()?;
+        {
+            let mut table = write.open_table(GROUPS)?;
+            let mut row = group_row(&table, name)?;
+            row.granted = epoch;
+            table.insert(name, &pack(&row)[..])?;
+        }
+        Ok(write.commit()?)
+    }
+
+    /// The step of a group that was begun and is not complete.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn plan(&self, group: u32) -> Result<Option<PlanRow>, BackupError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(PLANS)?;
+        table.get(group)?.map(|row| unpack("plan", row.value())).transpose()
+    }
+
+    /// Notes a plan or its next phase, durably.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn put_plan(&self, group: u32, plan: &PlanRow) -> Result<(), BackupError> {
+        let write = self.db.begin_write()?;
+        write.open_table(PLANS)?.insert(group, &pack(plan)[..])?;
+        Ok(write.commit()?)
+    }
+
+    /// Ends a step: objects, entries, applied position and the end of the plan in one
+    /// transaction. `update` changes the group's row.
+    ///
+    /// # Errors
+    /// If the index fails; then nothing is changed.
+    pub fn finish(
+        &self,
+        name: &str,
+        result: &StepResult,
+        update: impl FnOnce(&mut GroupRow),
+    ) -> Result<GroupRow, BackupError> {
+        let write = self.db.begin_write()?;
+        let row = {
+            let mut groups = write.open_table(GROUPS)?;
+            let mut row = group_row(&groups, name)?;
+            update(&mut row);
+            groups.insert(name, &pack(&row)[..])?;
+            let mut objects = write.open_table(OBJECTS)?;
+            for (object, node) in &result.objects {
+                match node {
+                    Some(node) => objects.insert((row.number, object.0), &pack(node)[..])?,
+                    None => objects.remove((row.number, object.0))?,
+                };
+            }
+            let mut entries = write.open_table(ENTRIES)?;
+            for (directory, name, object) in &result.entries {
+                let key = (row.number, directory.0, name.as_bytes());
+                match object {
+                    Some(object) => entries.insert(key, object.0)?,
+                    None => entries.remove(key)?,
+                };
+            }
+            write.open_table(PLANS)?.remove(row.number)?;
+            row
+        };
+        write.commit()?;
+        Ok(row)
+    }
+
+    /// A view of one group's objects that does not change while it is held.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn view(&self, group: u32) -> Result<View, BackupError> {
+        let read = self.db.begin_read()?;
+        Ok(View { objects: read.open_table(OBJECTS)?, entries: read.open_table(ENTRIES)?, group })
+    }
+}
+
+fn group_row(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    name: &str,
+) -> Result<GroupRow, BackupError> {
+    let row = table.get(name)?;
+    let row = row.ok_or_else(|| BackupError::corrupt("index.redb", format!("no group {name:?}")))?;
+    unpack("group", row.value())
+}
+
+/// One group's objects at its applied checkpoint.
+#[derive(Debug)]
+pub struct View {
+    objects: redb::ReadOnlyTable<(u32, u64), &'static [u8]>,
+    entries: redb::ReadOnlyTable<(u32, u64, &'static [u8]), u64>,
+    group: u32,
+}
+
+/// The state before a step: what planning needs to know.
+pub trait Base {
+    /// An object.
+    ///
+    /// # Errors
+    /// If it cannot be looked up.
+    fn node(&self, object: ObjectId) -> Result<Option<Node>, BackupError>;
+    /// An entry.
+    ///
+    /// # Errors
+    /// If it cannot be looked up.
+    fn entry(&self, directory: ObjectId, name: &Name) -> Result<Option<ObjectId>, BackupError>;
+    /// All entries of a directory, in the order of their names.
+    ///
+    /// # Errors
+    /// If they cannot be looked up.
+    fn entries(&self, directory: ObjectId) -> Result<Vec<(Name, ObjectId)>, BackupError>;
+}
+
+impl Base for View {
+    fn node(&self, object: ObjectId) -> Result<Option<Node>, BackupError> {
+        self.objects.get((self.group, object.0))?.map(|row| unpack("object", row.value())).transpose()
+    }
+
+    fn entry(&self, directory: ObjectId, name: &Name) -> Result<Option<ObjectId>, BackupError> {
+        let found = self.entries.get((self.group, directory.0, name.as_bytes()))?;
+        Ok(found.map(|object| ObjectId(object.value())))
+    }
+
+    fn entries(&self, directory: ObjectId) -> Result<Vec<(Name, ObjectId)>, BackupError> {
+        let mut found = Vec::new();
+        let from = (self.group, directory.0, &[][..]);
+        let to = (self.group, directory.0 + 1, &[][..]);
+        for line in self.entries.range(from..to)? {
+            let (key, object) = line?;
+            let name = Name::new(key.value().2)
+                .ok_or_else(|| BackupError::corrupt("index.redb", "an entry without a valid name"))?;
+            found.push((name, ObjectId(object.value())));
+        }
+        Ok(found)
+    }
+}
+
+impl View {
+    /// Objects in the order of their numbers, from `from` on, at most `limit`.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn objects(&self, from: ObjectId, limit: usize) -> Result<Vec<(ObjectId, Node)>, BackupError> {
+        let range = self.objects.range((self.group, from.0)..=(self.group, u64::MAX))?;
+        let mut found = Vec::new();
+        for line in range.take(limit) {
+            let (key, row) = line?;
+            found.push((ObjectId(key.value().1), unpack("object", row.value())?));
+        }
+        Ok(found)
+    }
+}
+
+impl GroupRow {
+    /// A group that has nothing yet.
+    #[must_use]
+    pub fn new(number: u32, id: GroupId, maps: Vec<(PathBytes, PathBytes)>) -> Self {
+        Self {
+            number,
+            id,
+            granted: Epoch(0),
+            maps,
+            applied: Position::START.into(),
+            checkpoint: CheckpointId(0),
+            label: CheckpointLabel::default(),
+            highest_object: ObjectId(0),
+            roots: Vec::new(),
+            boot_id: [0; 16],
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! One segment of a log.
+//!
+//! ```text
+//! 0    8   "bfslog1\n"
+//! 8    4   version 1                       all integers little-endian
+//! 12   4   CRC32C over bytes 0..12 and 16..104
+//! 16   16  group id
+//! 32   8   sequence number of the first record
+//! 40   8   epoch before it
+//! 48   32  chain hash before it
+//! 80   24  zeros
+//! 104  8   bytes of the file that are known to be synced
+//! 112  4   CRC32C over bytes 104..112
+//! 116  12  zeros
+//! 128      records, as bfs_common::codec lays them out
+//! ```
+//! The synced length is written together with the *next* batch: whoever finds a batch knows that
+//! everything before it was synced, so damage below that length is damage and not a torn tail.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use bfs_common::codec::{self, CodecError};
+use bfs_common::record::{ChainHash, Epoch, GroupId, Sequence};
+use bfs_common::wire::Position;
+use bytes::Bytes;
+
+use super::super::error::BackupError;
+use super::super::target::LogRef;
+use super::{LogRecord, segment_path};
+
+const MAGIC: [u8; 8] = *b"bfslog1\n";
+const VERSION: u32 = 1;
+/// Bytes before the first record.
+pub const HEADER: u64 = 128;
+const SYNCED_AT: usize = 104;
+/// How much is read at once: more than the longest record.
+const CHUNK: usize = 4 << 20;
+
+/// What a segment says about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The group.
+    pub group: GroupId,
+    /// Number of the first record.
+    pub first: Sequence,
+    /// Position before the first record.
+    pub before: Position,
+}
+
+impl Header {
+    /// As bytes, with a synced length of nothing but the header.
+    #[must_use]
+    pub fn encode(&self) -> [u8; HEADER as usize] {
+        let mut out = [0; HEADER as usize];
+        out[..8].copy_from_slice(&MAGIC);
+        out[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        out[16..32].copy_from_slice(&self.group.0);
+        out[32..40].copy_from_slice(&self.first.0.to_le_bytes());
+        out[40..48].copy_from_slice(&self.before.epoch.0.to_le_bytes());
+        out[48..80].copy_from_slice(&self.before.chain.0);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&out[..12]), &out[16..SYNCED_AT]);
+        out[12..16].copy_from_slice(&crc.to_le_bytes());
+        out[SYNCED_AT..SYNCED_AT + 12].copy_from_slice(&encode_synced(HEADER));
+        out
+    }
+
+    /// From bytes, with the synced length (`None` if that line was torn).
+    ///
+    /// # Errors
+    /// What does not fit, in words.
+    pub fn decode(bytes: &[u8; HEADER as usize]) -> Result<(Self, Option<u64>), String> {
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        if bytes[..8] != MAGIC {
+            return Err("does not begin like a log segment".into());
+        }
+        if u32_at(8) != VERSION {
+            return Err(format!("has version {}, this release knows {VERSION}", u32_at(8)));
+        }
+        if u32_at(12) != crc32c::crc32c_append(crc32c::crc32c(&bytes[..12]), &bytes[16..SYNCED_AT]) {
+            return Err("the checksum of its header does not fit".into());
+        }
+        let first = Sequence(u64_at(32));
+        if first.0 == 0 {
+            return Err("begins with record 0".into());
+        }
+        let before = Position {
+            epoch: Epoch(u64_at(40)),
+            sequence: Sequence(first.0 - 1),
+            chain: ChainHash(bytes[48..80].try_into().expect("32 bytes")),
+        };
+        let group = GroupId(bytes[16..32].try_into().expect("16 bytes"));
+        let fits = u32_at(SYNCED_AT + 8) == crc32c::crc32c(&bytes[SYNCED_AT..SYNCED_AT + 8]);
+        Ok((Self { group, first, before }, fits.then(|| u64_at(SYNCED_AT))))
+    }
+}
+
+fn encode_synced(length: u64) -> [u8; 12] {
+    let mut out = [0; 12];
+    out[..8].copy_from_slice(&length.to_le_bytes());
+    let crc = crc32c::crc32c(&out[..8]);
+    out[8..].copy_from_slice(&crc.to_le_bytes());
+    out
+}
+
+/// Makes a segment with its header, not synced.
+///
+/// # Errors
+/// What the system says.
+pub fn create(dir: &Path, header: &Header) -> Result<File, BackupError> {
+    let path = segment_path(dir, header.first.0);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(BackupError::io("make", &path))?;
+    file.write_all_at(&header.encode(), 0).map_err(BackupError::io("write", &path))?;
+    Ok(file)
+}
+
+/// Notes in the header how many bytes are synced (durable with the next sync).
+///
+/// # Errors
+/// What the system says.
+pub fn note_synced(file: &File, length: u64) -> std::io::Result<()> {
+    file.write_all_at(&encode_synced(length), SYNCED_AT as u64)
+}
+
+/// Reads the records of a segment in order.
+#[derive(Debug)]
+pub struct SegmentReader {
+    file: File,
+    path: PathBuf,
+    number: u64,
+    /// What it says about itself.
+    pub header: Header,
+    /// Bytes that are known to be synced.
+    pub synced: Option<u64>,
+    buffer: Bytes,
+    /// Offset in the file of the first byte of `buffer`.
+    at: u64,
+}
+
+/// How a segment ends.
+#[derive(Debug)]
+pub enum Tail {
+    /// After a whole record.
+    Clean,
+    /// With bytes that are no record, from here.
+    Torn {
+        /// Offset of the first bad byte.
+        at: u64,
+        /// What is wrong with them.
+        why: CodecError,
+    },
+}
+
+impl SegmentReader {
+    /// Opens a segment and checks its header.
+    ///
+    /// # Errors
+    /// [`BackupError::Corrupt`] or what the system says.
+    pub fn open(dir: &Path, number: u64, group: GroupId) -> Result<Self, BackupError> {
+        let path = segment_path(dir, number);
+        let file = File::open(&path).map_err(BackupError::io("open", &path))?;
+        let mut bytes = [0; HEADER as usize];
+        file.read_exact_at(&mut bytes, 0)
+            .map_err(|_| BackupError::corrupt(&path, "is shorter than its header"))?;
+        let (header, synced) = Header::decode(&bytes).map_err(|why| BackupError::corrupt(&path, why))?;
+        if header.group != group || header.first.0 != number {
+            return Err(BackupError::corrupt(&path, "belongs to another group or another place"));
+        }
+        Ok(Self { file, path, number, header, synced, buffer: Bytes::new(), at: HEADER })
+    }
+
+    /// The next record; `None` at the end of the file.
+    ///
+    /// # Errors
+    /// [`BackupError::Corrupt`] for anything that is not a whole, sound record.
+    pub fn next(&mut self) -> Result<Option<LogRecord>, BackupError> {
+        match self.next_or_tail()? {
+            Ok(found) => Ok(Some(found)),
+            Err(Tail::Clean) => Ok(None),
+            Err(Tail::Torn { at, why }) => {
+                Err(BackupError::corrupt(&self.path, format!("at byte {at}: {why}")))
+            }
+        }
+    }
+
+    /// The next record, or how the segment ends.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn next_or_tail(&mut self) -> Result<Result<LogRecord, Tail>, BackupError> {
+        loop {
+            match codec::take(&mut self.buffer) {
+                Ok(Some(encoded)) => {
+                    let (record, payload) = match encoded.decode() {
+                        Ok(found) => found,
+                        Err(why) => return Ok(Err(Tail::Torn { at: self.at, why })),
+                    };
+                    self.at += encoded.bytes.len() as u64;
+                    let at = LogRef { segment: self.number, offset: self.at - payload.len() as u64 };
+                    return Ok(Ok(LogRecord { encoded, record, payload, at, end: self.at }));
+                }
+                Ok(None) => {
+                    if !self.more()? {
+                        return Ok(Err(Tail::Clean));
+                    }
+                }
+                Err(why @ CodecError::Truncated { .. }) => {
+                    if !self.more()? {
+                        return Ok(Err(Tail::Torn { at: self.at, why }));
+                    }
+                }
+                Err(why) => return Ok(Err(Tail::Torn { at: self.at, why })),
+            }
+        }
+    }
+
+    /// Reads on behind what is in the buffer; false at the end of the file.
+    fn more(&mut self) -> Result<bool, BackupError> {
+        let have = self.buffer.len();
+        let mut bytes = vec![0; have + CHUNK];
+        bytes[..have].copy_from_slice(&self.buffer);
+        let mut len = have;
+        while len < bytes.len() {
+            match self.file.read_at(&mut bytes[len..], self.at + len as u64) {
+                Ok(0) => break,
+                Ok(n) => len += n,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(BackupError::io("read", &self.path)(error)),
+            }
+        }
+        bytes.truncate(len);
+        self.buffer = bytes.into();
+        Ok(len > have)
+    }
+}

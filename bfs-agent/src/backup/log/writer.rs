@@ -1,0 +1,402 @@
+//! The end of a log: opening it after whatever happened, appending, syncing, rotating.
+//!
+//! Order of writes: records of a batch, and in the header how far the file was synced *before*
+//! the batch; then one `fdatasync`; only then is the batch acknowledged. A new segment is synced,
+//! and its folder, before it gets a record. After a failed write or sync nothing since the last
+//! good one counts: the segment is cut there and a new one begun, because a second `fsync` may
+//! report success for pages that were thrown away.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use bfs_common::record::{GroupId, Sequence};
+use bfs_common::wire::Position;
+use bytes::Bytes;
+
+use super::super::error::BackupError;
+use super::super::store::sync_dir;
+use super::segment::{self, HEADER, Header, SegmentReader, Tail};
+use super::{LogRecord, segment_path, segments};
+
+/// A segment is ended when it is longer than this.
+pub const SEGMENT_BYTES: u64 = 64 << 20;
+
+/// The end of a group's log.
+#[derive(Debug)]
+pub struct LogWriter {
+    dir: PathBuf,
+    group: GroupId,
+    segment: Option<Open>,
+    /// The last synced record.
+    durable: Position,
+    segment_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Open {
+    file: File,
+    number: u64,
+    /// Bytes that are synced.
+    synced: u64,
+}
+
+/// What opening a log found.
+#[derive(Debug, Default)]
+pub struct Opened {
+    /// Bytes of a torn tail that were cut, with where.
+    pub cut: Option<(PathBuf, u64)>,
+}
+
+impl LogWriter {
+    /// Opens a log. `applied` is the index's position: every record after it must be there, and
+    /// is given to `each` in order.
+    ///
+    /// # Errors
+    /// Damage, or what `each` says.
+    pub fn open(
+        dir: &Path,
+        group: GroupId,
+        applied: Position,
+        mut each: impl FnMut(LogRecord) -> Result<(), BackupError>,
+    ) -> Result<(Self, Opened), BackupError> {
+        let mut all = segments(dir)?;
+        drop_unborn(dir, &mut all)?;
+        let mut opened = Opened::default();
+        let mut writer =
+            Self { dir: dir.into(), group, segment: None, durable: applied, segment_bytes: SEGMENT_BYTES };
+        let mut expected: Option<Position> = None;
+        for (index, number) in all.iter().enumerate() {
+            let path = segment_path(dir, *number);
+            let mut reader = SegmentReader::open(dir, *number, group)?;
+            let mut here = expected.unwrap_or(reader.header.before);
+            if here != reader.header.before {
+                return Err(BackupError::corrupt(&path, "does not go on where the segment before ended"));
+            }
+            if index == 0 && here.sequence > applied.sequence {
+                let why = format!("records after {} are missing before it", applied.sequence);
+                return Err(BackupError::corrupt(&path, why));
+            }
+            let mut end = HEADER;
+            let tail = loop {
+                match reader.next_or_tail()? {
+                    Err(tail) => break tail,
+                    Ok(found) => {
+                        if found.encoded.sequence != here.sequence.next() {
+                            let why = format!(
+                                "at byte {end}: record {} after {}",
+                                found.encoded.sequence, here.sequence
+                            );
+                            return Err(BackupError::corrupt(&path, why));
+                        }
+                        if let bfs_common::record::Record::EpochBegin { epoch, .. } = &found.record {
+                            here.epoch = *epoch;
+                        }
+                        here.sequence = found.encoded.sequence;
+                        here.chain = found.encoded.chain(here.chain);
+                        end = found.end;
+                        if here.sequence == applied.sequence && here.chain != applied.chain {
+                            let why = format!("record {} is not the one that was applied", here.sequence);
+                            return Err(BackupError::corrupt(&path, why));
+                        }
+                        if here.sequence > applied.sequence {
+                            each(found)?;
+                        }
+                    }
+                }
+            };
+            let last = index + 1 == all.len();
+            if let Tail::Torn { at, why } = &tail
+                && (!last || reader.synced.is_some_and(|synced| *at < synced))
+            {
+                return Err(BackupError::corrupt(&path, format!("at byte {at}: {why}")));
+            }
+            if let Some(synced) = reader.synced.filter(|synced| *synced > end) {
+                let why = format!("ends at byte {end}, but {synced} bytes were synced");
+                return Err(BackupError::corrupt(&path, why));
+            }
+            if last {
+                let file = OpenOptions::new().read(true).write(true).open(&path);
+                let file = file.map_err(BackupError::io("open", &path))?;
+                let length = file.metadata().map_err(BackupError::io("stat", &path))?.len();
+                if length > end {
+                    file.set_len(end).map_err(BackupError::io("cut", &path))?;
+                    opened.cut = Some((path.clone(), length - end));
+                }
+                // What was found may only be in memory: it counts once it is synced.
+                file.sync_all().map_err(BackupError::io("sync", &path))?;
+                writer.segment = Some(Open { file, number: *number, synced: end });
+            }
+            expected = Some(here);
+        }
+        if let Some(end) = expected {
+            if end.sequence < applied.sequence {
+                let why = format!("ends at record {}, but {} was applied", end.sequence, applied.sequence);
+                return Err(BackupError::corrupt(dir, why));
+            }
+            writer.durable = end;
+        }
+        Ok((writer, opened))
+    }
+
+    /// The last durable record.
+    #[must_use]
+    pub fn durable(&self) -> Position {
+        self.durable
+    }
+
+    /// Appends batches, each with the position after it, and syncs them as one. When this
+    /// returns `Ok`, all of them are durable; otherwise none of them counts.
+    ///
+    /// # Errors
+    /// [`BackupError::Io`]; the log then stands where it stood before.
+    pub fn append(&mut self, batches: &[(Bytes, Position)]) -> Result<(), BackupError> {
+        let Some((_, after)) = batches.last() else { return Ok(()) };
+        let result = self.try_append(batches);
+        match result {
+            Ok(end) => {
+                if let Some(open) = &mut self.segment {
+                    open.synced = end;
+                }
+                self.durable = *after;
+                Ok(())
+            }
+            Err(error) => {
+                self.abandon();
+                Err(error)
+            }
+        }
+    }
+
+    fn try_append(&mut self, batches: &[(Bytes, Position)]) -> Result<u64, BackupError> {
+        if self.segment.as_ref().is_none_or(|open| open.synced >= self.segment_bytes) {
+            self.rotate()?;
+        }
+        let open = self.segment.as_ref().expect("a segment was made if there was none");
+        let path = segment_path(&self.dir, open.number);
+        let write = || -> std::io::Result<u64> {
+            segment::note_synced(&open.file, open.synced)?;
+            let mut at = open.synced;
+            for (bytes, _) in batches {
+                open.file.write_all_at(bytes, at)?;
+                at += bytes.len() as u64;
+            }
+            Ok(at)
+        };
+        let end = write().map_err(BackupError::io("write", &path))?;
+        open.file.sync_data().map_err(BackupError::io("sync", &path))?;
+        Ok(end)
+    }
+
+    /// Ends the segment and begins the next one.
+    fn rotate(&mut self) -> Result<(), BackupError> {
+        self.seal()?;
+        let first = self.durable.sequence.next();
+        let file = segment::create(&self.dir, &Header { group: self.group, first, before: self.durable })?;
+        file.sync_all().map_err(BackupError::io("sync", segment_path(&self.dir, first.0)))?;
+        sync_dir(&self.dir)?;
+        self.segment = Some(Open { file, number: first.0, synced: HEADER });
+        Ok(())
+    }
+
+    /// Notes durably that the whole segment is synced.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn seal(&mut self) -> Result<(), BackupError> {
+        if let Some(open) = &self.segment {
+            let path = segment_path(&self.dir, open.number);
+            segment::note_synced(&open.file, open.synced)
+                .and_then(|()| open.file.sync_data())
+                .map_err(BackupError::io("sync", path))?;
+        }
+        Ok(())
+    }
+
+    /// After a failure: cuts the segment where it was last synced, as far as that works; the next
+    /// append begins a new one.
+    fn abandon(&mut self) {
+        let Some(open) = self.segment.take() else { return };
+        // An error here is found again when the log is opened or the next segment is made: what
+        // was cut off or not was never acknowledged.
+        let _ = open.file.set_len(open.synced).and_then(|()| open.file.sync_all());
+        if open.synced == HEADER {
+            // Its number is the one that the next segment will have.
+            let _ = fs::remove_file(segment_path(&self.dir, open.number));
+        }
+    }
+
+    /// Removes segments of which every record is applied; never the last one.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn remove_applied(dir: &Path, applied: Sequence) -> Result<(), BackupError> {
+        let all = segments(dir)?;
+        for pair in all.windows(2) {
+            if pair[1] > applied.0 + 1 {
+                break;
+            }
+            let path = segment_path(dir, pair[0]);
+            fs::remove_file(&path).map_err(BackupError::io("remove", &path))?;
+        }
+        Ok(())
+    }
+
+    /// For tests: shorter segments.
+    #[cfg(test)]
+    pub fn limit_segments(&mut self, bytes: u64) {
+        self.segment_bytes = bytes;
+    }
+}
+
+/// A last segment whose header was never synced: it has no record that was acknowledged.
+fn drop_unborn(dir: &Path, all: &mut Vec<u64>) -> Result<(), BackupError> {
+    if let Some(last) = all.last().copied() {
+        let path = segment_path(dir, last);
+        let file = File::open(&path).map_err(BackupError::io("open", &path))?;
+        let length = file.metadata().map_err(BackupError::io("stat", &path))?.len();
+        let mut head = [0; HEADER as usize];
+        let read = file.read_exact_at(&mut head, 0);
+        // Shorter than a header, or a header of zeros and nothing behind it: a crash between
+        // making and syncing it. A segment gets records only after that sync.
+        let unborn = length < HEADER || (length == HEADER && (read.is_err() || head == [0; HEADER as usize]));
+        if unborn {
+            fs::remove_file(&path).map_err(BackupError::io("remove", &path))?;
+            all.pop();
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bfs_common::codec;
+    use bfs_common::record::{ObjectId, Record};
+    use bytes::BytesMut;
+
+    const GROUP: GroupId = GroupId([7; 16]);
+
+    fn append(writer: &mut LogWriter, count: u64) {
+        let mut position = writer.durable();
+        let mut out = BytesMut::new();
+        for _ in 0..count {
+            let mut one = BytesMut::new();
+            let sequence = position.sequence.next();
+            let record = Record::Write { object: ObjectId(1), offset: sequence.0 };
+            codec::encode(&mut one, sequence, &record, b"some payload");
+            position.chain = codec::chain(position.chain, &one);
+            position.sequence = sequence;
+            out.extend_from_slice(&one);
+        }
+        writer.append(&[(out.freeze(), position)]).unwrap();
+    }
+
+    fn open(dir: &Path) -> Result<(LogWriter, Vec<u64>, Opened), BackupError> {
+        let mut seen = Vec::new();
+        let each = |r: LogRecord| {
+            seen.push(r.encoded.sequence.0);
+            Ok(())
+        };
+        let (writer, opened) = LogWriter::open(dir, GROUP, Position::START, each)?;
+        Ok((writer, seen, opened))
+    }
+
+    fn only_segment(dir: &Path) -> PathBuf {
+        segment_path(dir, *segments(dir).unwrap().last().unwrap())
+    }
+
+    #[test]
+    fn what_was_appended_is_there_again_over_segments() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut writer, ..) = open(dir.path()).unwrap();
+        writer.limit_segments(200);
+        for _ in 0..10 {
+            append(&mut writer, 3);
+        }
+        let end = writer.durable();
+        drop(writer);
+        assert!(segments(dir.path()).unwrap().len() > 3);
+        let (writer, seen, opened) = open(dir.path()).unwrap();
+        assert_eq!(seen, (1..=30).collect::<Vec<_>>());
+        assert_eq!(writer.durable(), end);
+        assert!(opened.cut.is_none());
+        let mut some = Vec::new();
+        super::super::read_range(dir.path(), GROUP, Sequence(7), Sequence(22), |r| {
+            some.push(r.encoded.sequence.0);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(some, (8..=22).collect::<Vec<_>>());
+        LogWriter::remove_applied(dir.path(), Sequence(22)).unwrap();
+        assert!(segments(dir.path()).unwrap()[0] <= 23);
+    }
+
+    #[test]
+    fn a_torn_tail_is_cut_and_the_log_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut writer, ..) = open(dir.path()).unwrap();
+        append(&mut writer, 3);
+        append(&mut writer, 1);
+        drop(writer);
+        let path = only_segment(dir.path());
+        let whole = fs::read(&path).unwrap();
+        let synced = 3 * (whole.len() as u64 - HEADER) / 4 + HEADER;
+        for cut in synced + 1..whole.len() as u64 {
+            fs::write(&path, &whole[..cut as usize]).unwrap();
+            let (mut writer, seen, opened) = open(dir.path()).unwrap();
+            assert_eq!(seen, [1, 2, 3]);
+            assert_eq!(opened.cut.unwrap().1, cut - synced);
+            append(&mut writer, 2);
+            drop(writer);
+            assert_eq!(open(dir.path()).unwrap().1, [1, 2, 3, 4, 5]);
+        }
+    }
+
+    #[test]
+    fn damage_below_what_was_synced_is_named_and_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut writer, ..) = open(dir.path()).unwrap();
+        append(&mut writer, 3);
+        append(&mut writer, 1);
+        drop(writer);
+        let path = only_segment(dir.path());
+        let whole = fs::read(&path).unwrap();
+        let synced = 3 * (whole.len() - HEADER as usize) / 4 + HEADER as usize;
+        for cut in HEADER as usize..synced {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let error = open(dir.path()).unwrap_err();
+            assert!(matches!(error, BackupError::Corrupt { .. }), "cut at {cut}: {error}");
+        }
+        // Bytes 104..116 are the synced length (a torn one only loses the lower bound), the rest
+        // up to 128 is zeros without meaning.
+        for at in (0..104).chain(HEADER as usize..synced) {
+            for bit in [0, 5] {
+                let mut flipped = whole.clone();
+                flipped[at] ^= 1 << bit;
+                fs::write(&path, &flipped).unwrap();
+                let error = open(dir.path()).unwrap_err();
+                assert!(matches!(error, BackupError::Corrupt { .. }), "byte {at}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_segment_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut writer, ..) = open(dir.path()).unwrap();
+        writer.limit_segments(200);
+        for _ in 0..6 {
+            append(&mut writer, 3);
+        }
+        drop(writer);
+        let all = segments(dir.path()).unwrap();
+        for gone in [all[0], all[1]] {
+            let path = segment_path(dir.path(), gone);
+            let kept = fs::read(&path).unwrap();
+            fs::remove_file(&path).unwrap();
+            assert!(matches!(open(dir.path()), Err(BackupError::Corrupt { .. })));
+            fs::write(&path, kept).unwrap();
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The folder of a store: its layout, its lock, its format.
+//!
+//! ```text
+//! STORE/                mode 0700
+//!   bfs.lock            flock: one owner; holds the owner's pid
+//!   format              "bfs store 1\n"
+//!   index.redb          objects, entries, positions, plans
+//!   replayer.sock       the owner's socket
+//!   log/GROUP/          segments
+//!   tree/GROUP/...      the backup files
+//!   stage/GROUP/N       object N while it is made
+//!   aside/GROUP/N       object N while it has no entry
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+
+use super::error::BackupError;
+
+/// Format of the store that this release writes.
+pub const FORMAT: u32 = 1;
+
+/// A store that this process owns.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Store {
+    /// Opens a store, or makes one of an empty or missing folder, and takes the lock.
+    ///
+    /// # Errors
+    /// [`BackupError`]: in use, of a newer format, not a store.
+    pub fn open(path: &Path) -> Result<Self, BackupError> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(BackupError::io("make", path))?;
+        let path = fs::canonicalize(path).map_err(BackupError::io("find", path))?;
+        let format = path.join("format");
+        let fresh = !format.exists();
+        if fresh && !is_empty_or_begun(&path)? {
+            return Err(BackupError::NotAStore(path));
+        }
+        let lock = take_lock(&path)?;
+        if fresh {
+            use std::os::unix::fs::PermissionsExt;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o700))
+                .map_err(BackupError::io("set the mode of", &path))?;
+            for dir in ["log", "tree", "stage", "aside"] {
+                make_dir(&path.join(dir))?;
+            }
+            write_new(&format, format!("bfs store {FORMAT}\n").as_bytes())?;
+        }
+        check_format(&path)?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A folder of a group: `log`, `tree`, `stage` or `aside`. Made if it is missing.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn group_dir(&self, kind: &str, group: &str) -> Result<PathBuf, BackupError> {
+        let dir = self.path.join(kind).join(group);
+        make_dir(&dir)?;
+        Ok(dir)
+    }
+}
+
+/// Whether a folder is empty but for what a store that was begun may have in it.
+fn is_empty_or_begun(path: &Path) -> Result<bool, BackupError> {
+    for entry in fs::read_dir(path).map_err(BackupError::io("read", path))? {
+        let entry = entry.map_err(BackupError::io("read", path))?;
+        let name = entry.file_name();
+        let begun = ["bfs.lock", "log", "tree", "stage", "aside", "format.new"];
+        if !begun.iter().any(|known| name == *known) && name != "lost+found" {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn take_lock(store: &Path) -> Result<File, BackupError> {
+    let path = store.join("bfs.lock");
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&path)
+        .map_err(BackupError::io("open", &path))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut pid = String::new();
+            let _ = file.read_to_string(&mut pid);
+            return Err(BackupError::InUse { store: store.into(), pid: pid.trim().into() });
+        }
+        Err(error) => return Err(BackupError::io("lock", &path)(error)),
+    }
+    let write = BackupError::io("write", &path);
+    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(write)?;
+    Ok(file)
+}
+
+/// Whether there is a store of a format that we know.
+///
+/// # Errors
+/// [`BackupError::NoStore`], [`BackupError::NewerFormat`] or what reading it says.
+pub fn check_format(store: &Path) -> Result<(), BackupError> {
+    let path = store.join("format");
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(BackupError::NoStore(store.into()));
+        }
+        Err(error) => return Err(BackupError::io("read", &path)(error)),
+    };
+    let found = text.strip_prefix("bfs store ").and_then(|v| v.trim().parse::<u32>().ok());
+    match found {
+        Some(FORMAT) => Ok(()),
+        Some(found) if found > FORMAT => {
+            Err(BackupError::NewerFormat { store: store.into(), found, known: FORMAT })
+        }
+        _ => Err(BackupError::corrupt(&path, format!("holds {text:?}, not a format"))),
+    }
+}
+
+fn make_dir(path: &Path) -> Result<(), BackupError> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => sync_dir(path.parent().unwrap_or(path)),
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(BackupError::io("make", path)(error)),
+    }
+}
+
+/// Writes a small file so that it is there as a whole or not at all.
+fn write_new(path: &Path, bytes: &[u8]) -> Result<(), BackupError> {
+    let new = path.with_extension("new");
+    let write = || -> std::io::Result<()> {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&new, path)
+    };
+    write().map_err(BackupError::io("write", path))?;
+    sync_dir(path.parent().unwrap_or(path))
+}
+
+/// Syncs a directory: its entries survive a crash.
+///
+/// # Errors
+/// What the system says.
+pub fn sync_dir(path: &Path) -> Result<(), BackupError> {
+    File::open(path).and_then(|d| d.sync_all()).map_err(BackupError::io("sync", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_has_one_owner_and_a_known_format() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let store = Store::open(&path).unwrap();
+        let error = Store::open(&path).unwrap_err();
+        let BackupError::InUse { pid, .. } = error else { panic!("{error}") };
+        assert_eq!(pid, std::process::id().to_string());
+        drop(store);
+        drop(Store::open(&path).unwrap());
+        fs::write(path.join("format"), "bfs store 99\n").unwrap();
+        assert!(matches!(Store::open(&path), Err(BackupError::NewerFormat { found: 99, .. })));
+        fs::write(path.join("format"), "junk").unwrap();
+        assert!(matches!(Store::open(&path), Err(BackupError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn somebody_elses_folder_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("thesis.txt"), "x").unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(BackupError::NotAStore(_))));
+    }
+}

@@ -1,0 +1,190 @@
+//! Commands that ask a running agent.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{Target, show};
+use crate::primary::control::{Client, FailureKind, Reply, Request, VerifyReport, WaitFor, default_socket};
+use crate::primary::failure::{Failure, Kind};
+use crate::primary::process::{self, Inherited};
+
+/// Beyond the exit statuses of failures: what verify found.
+const DIFFERENT: u8 = 1;
+const NOT_COMPARED: u8 = 2;
+
+fn connect(target: &Target) -> Result<Client, Failure> {
+    let path: PathBuf = target.socket.clone().unwrap_or_else(|| default_socket(&target.group.group));
+    Ok(Client::connect(&path)?)
+}
+
+fn ask(target: &Target, request: &Request) -> Result<Reply, Failure> {
+    sound(connect(target)?.ask(request)?)
+}
+
+/// Makes a failure of an answer that is one.
+fn sound(reply: Reply) -> Result<Reply, Failure> {
+    match reply {
+        Reply::Failed { kind, message, hint } => Err(Failure::of_reply(kind, message, hint)),
+        reply => Ok(reply),
+    }
+}
+
+fn unexpected(reply: &Reply) -> Failure {
+    Failure::of_reply(
+        FailureKind::Bad,
+        format!("the agent answered something else than was asked: {reply:?}"),
+        "use bfs-agent of the same release as the agent that runs".into(),
+    )
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Output that is asked for; a reader that went away is not an error of ours.
+fn print(text: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{text}");
+}
+
+pub(super) fn checkpoint(
+    target: &Target,
+    tag: String,
+    wait: WaitFor,
+    timeout: Duration,
+) -> Result<u8, Failure> {
+    let request = Request::Checkpoint { tag, wait, timeout_ms: milliseconds(timeout) };
+    match ask(target, &request)? {
+        Reply::Checkpoint { checkpoint, .. } => {
+            print(&checkpoint.to_string());
+            Ok(0)
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// Runs CMD between two messages. Its status is ours when it is not 0.
+pub(super) fn checkpoint_stopped(
+    target: &Target,
+    tag: String,
+    wait: WaitFor,
+    timeout: Duration,
+    limit: Duration,
+    command: &[OsString],
+    inherited: &Inherited,
+) -> Result<u8, Failure> {
+    let mut client = connect(target)?;
+    let request = Request::CheckpointStopped {
+        tag,
+        wait,
+        timeout_ms: milliseconds(timeout),
+        limit_ms: milliseconds(limit),
+    };
+    let Reply::Standing { checkpoint, .. } = sound(client.ask(&request)?)? else {
+        return Err(Failure::new(Kind::Other, "the agent did not stop the program", ""));
+    };
+    // From here on every way out lets the processes go: the end of the connection does, too.
+    let ran = run_command(command, &checkpoint.to_string(), inherited);
+    let reply = client.go()?;
+    let status = ran?;
+    match sound(reply)? {
+        Reply::Checkpoint { checkpoint, .. } => {
+            print(&checkpoint.to_string());
+            Ok(status)
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn run_command(command: &[OsString], checkpoint: &str, inherited: &Inherited) -> Result<u8, Failure> {
+    let variable = [(OsString::from("BFS_CHECKPOINT"), OsString::from(checkpoint))];
+    let mut running = process::hold_with(command, &variable, inherited)?.release()?;
+    let sender = running.sender()?;
+    let _signals = process::Signals::start(inherited, move |received| sender.forward(received))?;
+    let status = loop {
+        if let Some(status) = running.wait(Duration::from_secs(3600))? {
+            break status;
+        }
+    };
+    Ok(process::exit_status(status))
+}
+
+pub(super) fn status(target: &Target, json: bool) -> Result<u8, Failure> {
+    match ask(target, &Request::Status)? {
+        Reply::Status(status) => {
+            if json {
+                let text = serde_json::to_string_pretty(&status)
+                    .map_err(|e| Failure::new(Kind::Other, format!("cannot print the status: {e}"), ""))?;
+                print(&text);
+            } else {
+                print(&show::status(&status));
+            }
+            Ok(0)
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+pub(super) fn flush(target: &Target, timeout: Duration) -> Result<u8, Failure> {
+    match ask(target, &Request::Flush { timeout_ms: milliseconds(timeout) })? {
+        Reply::Flushed { durable, confirmed } => {
+            print(&format!("durable on the backup up to record {durable}; checkpoint {confirmed} confirmed"));
+            Ok(0)
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+pub(super) fn verify(target: &Target, timeout: Duration) -> Result<u8, Failure> {
+    match ask(target, &Request::Verify { timeout_ms: milliseconds(timeout) })? {
+        Reply::Verified(report) => {
+            print(&show::verify(&report));
+            Ok(verify_status(&report))
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn verify_status(report: &VerifyReport) -> u8 {
+    if report.different_count > 0 {
+        DIFFERENT
+    } else if report.not_compared_count > 0 {
+        NOT_COMPARED
+    } else {
+        0
+    }
+}
+
+pub(super) fn stop(target: &Target, timeout: Duration) -> Result<u8, Failure> {
+    match ask(target, &Request::Stop { timeout_ms: milliseconds(timeout) })? {
+        Reply::Ended { checkpoint, reached: Some(WaitFor::Confirmed | WaitFor::Applied) } => {
+            print(&format!("stopped; checkpoint {checkpoint} is confirmed"));
+            Ok(0)
+        }
+        Reply::Ended { checkpoint, .. } => Err(Failure::new(
+            Kind::NotConfirmed,
+            format!("stopped, but the last checkpoint ({checkpoint}) is not confirmed by the backup"),
+            format!(
+                "start the replayer again, then `bfs-agent resume --group {}`, then `bfs-agent flush`",
+                target.group.group
+            ),
+        )),
+        other => Err(unexpected(&other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_weighs_more_than_what_could_not_be_compared() {
+        let mut report = VerifyReport::default();
+        assert_eq!(verify_status(&report), 0);
+        report.skipped("x".into());
+        assert_eq!(verify_status(&report), 2);
+        report.differs("y".into());
+        assert_eq!(verify_status(&report), 1);
+    }
+}

@@ -1,0 +1,211 @@
+//! Status and comparison in words.
+
+use std::fmt::Write;
+
+use crate::primary::control::{CheckpointStatus, State, Status, VerifyReport};
+
+/// A status for people, first what matters most.
+#[must_use]
+pub fn status(status: &Status) -> String {
+    let mut text = String::new();
+    let mut line = |key: &str, value: String| {
+        let _ = writeln!(text, "{key:<12} {value}");
+    };
+    let state = match status.state {
+        State::Starting => "starting",
+        State::Copying => "copying what exists",
+        State::Following => "following",
+        State::Stopped => "the program is stopped for a checkpoint",
+        State::Ending => "ending",
+        State::Refused => "REFUSED by the replayer: nothing more is sent",
+    };
+    line("group", format!("{} ({state}, agent pid {})", status.group, status.pid));
+    line("program", format!("{}, {} threads selected", status.program, status.selected_threads));
+    line("paths", status.roots.join(", "));
+    for destination in &status.destinations {
+        let mut words = destination.address.clone();
+        words += if destination.connected { ", connected" } else { ", NOT CONNECTED" };
+        if destination.connected && destination.round_trip_us > 0 {
+            let _ = write!(words, ", round trip {}", duration_us(destination.round_trip_us));
+        }
+        line("backup", words);
+        if let Some(error) = destination.last_error.as_ref().filter(|_| !destination.connected) {
+            line("", format!("because {error}"));
+        }
+        if let Some(refusal) = &destination.refusal {
+            line("", format!("refused: {refusal}"));
+        }
+    }
+    line("sealed", checkpoint(&status.sealed));
+    line("confirmed", checkpoint(&status.confirmed));
+    line("applied", checkpoint(&status.applied));
+    if let Some(why) = &status.not_confirmed_because {
+        line("", format!("none newer because {why}"));
+    }
+    line(
+        "lag",
+        format!(
+            "{} records, {} not durable yet; record {} is the last",
+            status.lag_records,
+            size(status.lag_bytes),
+            status.last_sequence
+        ),
+    );
+    if status.suspects > 0 {
+        line(
+            "to re-read",
+            format!("{} objects, ranges or entries before the next checkpoint", status.suspects),
+        );
+    }
+    if let Some(waiting) = &status.waiting_for {
+        line("waiting for", waiting.clone());
+    }
+    line(
+        "checkpoints",
+        format!(
+            "{} taken ({}), {} late, {} given up",
+            status.checkpoints_taken, status.schedule, status.checkpoints_late, status.checkpoints_given_up
+        ),
+    );
+    let stops = &status.stops;
+    if stops.count > 0 {
+        line(
+            "stops",
+            format!(
+                "{} stops; half at most {}, 99 % at most {}, longest {}",
+                stops.count,
+                duration_us(stops.p50_us),
+                duration_us(stops.p99_us),
+                duration_us(stops.max_us)
+            ),
+        );
+    }
+    let counters = &status.counters;
+    line(
+        "captured",
+        format!(
+            "{} events, {} writes with their bytes, {} by reference",
+            counters.records, counters.inline, counters.by_reference
+        ),
+    );
+    line("ring", format!("{} of {} in use", size(status.ring_used_bytes), size(status.ring_bytes)));
+    let losses = [
+        (counters.reserve_failed, "events found no room in the ring (named and re-read)"),
+        (counters.rescan, "times everything had to be compared"),
+        (counters.tasks_full, "threads found no room in the table"),
+        (counters.probe_misses, "times a probe did not run"),
+        (counters.compat, "calls of 32-bit programs"),
+    ];
+    for (count, what) in losses.into_iter().filter(|(count, _)| *count > 0) {
+        line("", format!("{count} {what}"));
+    }
+    if let Some(error) = &status.last_error {
+        line("last error", error.clone());
+    }
+    text.truncate(text.trim_end().len());
+    text
+}
+
+fn checkpoint(checkpoint: &CheckpointStatus) -> String {
+    if checkpoint.number.0 == 0 {
+        return "none yet".into();
+    }
+    let mut text = format!("checkpoint {}", checkpoint.number);
+    if !checkpoint.tag.is_empty() {
+        let _ = write!(text, " ({})", checkpoint.tag);
+    }
+    if let Some(age) = checkpoint.age_ms {
+        let _ = write!(text, ", {}.{} s old", age / 1000, age % 1000 / 100);
+    }
+    text
+}
+
+/// A comparison for people.
+#[must_use]
+pub fn verify(report: &VerifyReport) -> String {
+    let mut text = String::new();
+    let mut list = |word: &str, lines: &[String], count: u64| {
+        for line in lines {
+            let _ = writeln!(text, "{word}: {line}");
+        }
+        let more = count - lines.len() as u64;
+        if more > 0 {
+            let _ = writeln!(text, "{word}: {more} more");
+        }
+    };
+    list("different", &report.different, report.different_count);
+    list("not compared", &report.not_compared, report.not_compared_count);
+    let verdict = match (report.different_count, report.not_compared_count) {
+        (0, 0) => "equal".to_owned(),
+        (0, skipped) => format!("no difference found, but {skipped} could not be compared"),
+        (different, 0) => format!("{different} DIFFERENCES"),
+        (different, skipped) => format!("{different} DIFFERENCES, and {skipped} could not be compared"),
+    };
+    let _ = write!(
+        text,
+        "checkpoint {}: {} files, directories and links compared ({}): {verdict}",
+        report.checkpoint,
+        report.compared,
+        size(report.bytes)
+    );
+    text
+}
+
+/// A size with the unit that fits.
+#[must_use]
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    let mut value = bytes as f64;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} bytes") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+fn duration_us(us: u64) -> String {
+    match us {
+        0..1000 => format!("{us} us"),
+        1000..1_000_000 => format!("{:.1} ms", us as f64 / 1e3),
+        _ => format!("{:.1} s", us as f64 / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bfs_common::record::CheckpointId;
+
+    #[test]
+    fn a_status_says_what_is_wrong() {
+        let text = status(&Status {
+            group: "default".into(),
+            confirmed: CheckpointStatus { number: CheckpointId(4), age_ms: Some(1250), tag: "t".into() },
+            destinations: vec![crate::primary::control::DestinationStatus {
+                address: "unix:/x".into(),
+                last_error: Some("it is gone".into()),
+                ..Default::default()
+            }],
+            not_confirmed_because: Some("the backup is away".into()),
+            ..Status::default()
+        });
+        for part in
+            ["NOT CONNECTED", "because it is gone", "checkpoint 4 (t), 1.2 s old", "none newer because"]
+        {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn lists_that_were_cut_say_so() {
+        let report =
+            VerifyReport { different: vec!["a: x".into()], different_count: 3, ..Default::default() };
+        let text = verify(&report);
+        assert!(
+            text.contains("different: a: x\ndifferent: 2 more\n") && text.contains("3 DIFFERENCES"),
+            "{text}"
+        );
+        assert_eq!((size(1023), size(1536)), ("1023 bytes".into(), "1.5 KiB".into()));
+    }
+}

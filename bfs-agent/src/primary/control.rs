@@ -1,1 +1,0 @@
-//! The socket through which commands reach a running agent.

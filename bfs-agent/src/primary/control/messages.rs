@@ -1,0 +1,341 @@
+//! What commands ask of an agent, and what it answers.
+
+use bfs_common::record::{CheckpointId, Epoch, Sequence};
+use serde::{Deserialize, Serialize};
+
+/// A state of a checkpoint that can be waited for, in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitFor {
+    /// All its records are durable somewhere.
+    Sealed,
+    /// Durable on the backup.
+    #[default]
+    Confirmed,
+    /// The backup's files are as at the checkpoint.
+    Applied,
+}
+
+/// What a command asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum Request {
+    /// How does it stand? Answered by [`Reply::Status`].
+    Status,
+    /// Take a checkpoint. Answered by [`Reply::Checkpoint`] when `wait` is reached.
+    Checkpoint {
+        /// The user's tag, empty for none.
+        tag: String,
+        /// Which state to wait for.
+        wait: WaitFor,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Stop the selected processes, take a checkpoint, answer [`Reply::Standing`], let them go at
+    /// [`Inbound::Go`](super::Inbound::Go), and answer [`Reply::Checkpoint`] when `wait` is
+    /// reached.
+    CheckpointStopped {
+        /// The user's tag, empty for none.
+        tag: String,
+        /// Which state to wait for after they go on.
+        wait: WaitFor,
+        /// How long to wait, altogether.
+        timeout_ms: u64,
+        /// They stand no longer than this, whatever happens.
+        limit_ms: u64,
+    },
+    /// Send everything that is captured. Answered by [`Reply::Flushed`].
+    Flush {
+        /// How long to wait.
+        timeout_ms: u64,
+    },
+    /// Take a checkpoint, wait until it is applied, compare. Answered by [`Reply::Verified`].
+    Verify {
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Take a last checkpoint, wait for it, and end. Answered by [`Reply::Ended`], as late as
+    /// possible.
+    Stop {
+        /// How long to wait for the last checkpoint.
+        timeout_ms: u64,
+    },
+}
+
+/// What the agent answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// How it stands.
+    Status(Box<Status>),
+    /// All selected processes stand, everything was read, the marker is placed. The only reply
+    /// that is followed by another.
+    Standing {
+        /// Number of the checkpoint.
+        checkpoint: CheckpointId,
+        /// From the request to the stop of the last one, microseconds.
+        reached_us: u64,
+    },
+    /// The checkpoint is where it was to be.
+    Checkpoint {
+        /// Its number.
+        checkpoint: CheckpointId,
+        /// The state that it has reached (at least what was asked for).
+        reached: WaitFor,
+        /// How long processes stood for it, microseconds.
+        stopped_us: u64,
+    },
+    /// Everything captured until the request is durable at the destination.
+    Flushed {
+        /// The last durable record.
+        durable: Sequence,
+        /// The last confirmed checkpoint.
+        confirmed: CheckpointId,
+    },
+    /// The comparison.
+    Verified(VerifyReport),
+    /// It ends now.
+    Ended {
+        /// The last checkpoint.
+        checkpoint: CheckpointId,
+        /// Where that has come to; `None` when not even all of it is durable.
+        reached: Option<WaitFor>,
+    },
+    /// It was not done.
+    Failed {
+        /// What kind of failure, for the exit status.
+        kind: FailureKind,
+        /// What failed, on what, why.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
+}
+
+impl Reply {
+    /// Whether another reply follows.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        !matches!(self, Self::Standing { .. })
+    }
+
+    /// A failure.
+    #[must_use]
+    pub fn failed(kind: FailureKind, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Failed { kind, message: message.into(), hint: hint.into() }
+    }
+}
+
+/// Kinds of failures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// Not within the time.
+    Timeout,
+    /// The replayer refuses this agent for good.
+    Refused,
+    /// The processes could not be stopped, or were let go too early: no checkpoint was taken.
+    GivenUp,
+    /// Something of the kind is being done already.
+    Busy,
+    /// The agent ends or ended.
+    Ending,
+    /// The request is not understood.
+    Bad,
+    /// Something else went wrong.
+    Failed,
+}
+
+/// What an agent is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Loading the probes, scanning.
+    #[default]
+    Starting,
+    /// Sending the first copy of what exists.
+    Copying,
+    /// Following what the program does.
+    Following,
+    /// The selected processes stand.
+    Stopped,
+    /// Waiting for the last checkpoint.
+    Ending,
+    /// Refused by the replayer: nothing more is sent.
+    Refused,
+}
+
+/// A checkpoint in the status.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointStatus {
+    /// Its number; 0 for none yet.
+    pub number: CheckpointId,
+    /// How long ago its instant was; `None` when that is not known (taken by an agent before).
+    pub age_ms: Option<u64>,
+    /// The user's tag.
+    pub tag: String,
+}
+
+/// A destination in the status.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DestinationStatus {
+    /// As given to `--backup`.
+    pub address: String,
+    /// Whether there is a connection now.
+    pub connected: bool,
+    /// The last durable record there.
+    pub durable: Sequence,
+    /// The last confirmed checkpoint.
+    pub confirmed: CheckpointId,
+    /// The last applied checkpoint.
+    pub applied: CheckpointId,
+    /// Round trip of the last heartbeat.
+    pub round_trip_us: u64,
+    /// How often the connection was made again.
+    pub reconnects: u64,
+    /// Why there is no connection, or why the one before ended.
+    pub last_error: Option<String>,
+    /// Why nothing more is sent.
+    pub refusal: Option<String>,
+}
+
+/// What was counted since the agent's start. `reserve_failed` to `compat` come from the probes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Events captured.
+    pub records: u64,
+    /// Writes whose bytes came with the event.
+    pub inline: u64,
+    /// Writes whose bytes were read from the file.
+    pub by_reference: u64,
+    /// Events that found no room in the ring (each names its inode).
+    pub reserve_failed: u64,
+    /// Times when not even the inode could be named, so that everything was compared.
+    pub rescan: u64,
+    /// Memory of the program that could not be read.
+    pub user_unreadable: u64,
+    /// Ends of calls without a beginning, not counted as operations.
+    pub no_enter: u64,
+    /// Calls of 32-bit programs.
+    pub compat: u64,
+    /// Tasks that found no room in the table of selected ones.
+    pub tasks_full: u64,
+    /// Times when a probe did not run because it was running (`recursion_misses`).
+    pub probe_misses: u64,
+    /// Records of the stream made.
+    pub stream_records: u64,
+    /// Bytes of the stream made.
+    pub stream_bytes: u64,
+}
+
+/// How long processes were stopped, microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopTimes {
+    /// Number of stops.
+    pub count: u64,
+    /// Half of them took at most this.
+    pub p50_us: u64,
+    /// 99 of 100 took at most this.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
+}
+
+/// How an agent stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Name of the group.
+    pub group: String,
+    /// What the agent is doing.
+    pub state: State,
+    /// The agent's process id.
+    pub pid: u32,
+    /// What it replicates: the command of `run`, or the pids of `attach`.
+    pub program: String,
+    /// How many threads are selected.
+    pub selected_threads: u64,
+    /// The subtrees.
+    pub roots: Vec<String>,
+    /// When checkpoints are taken, as given to `--checkpoint`.
+    pub schedule: String,
+    /// Where the stream goes.
+    pub destinations: Vec<DestinationStatus>,
+    /// The agent's epoch.
+    pub epoch: Epoch,
+    /// The last checkpoint whose records are all durable somewhere.
+    pub sealed: CheckpointStatus,
+    /// The last confirmed checkpoint.
+    pub confirmed: CheckpointStatus,
+    /// The last applied checkpoint.
+    pub applied: CheckpointStatus,
+    /// The last record made.
+    pub last_sequence: Sequence,
+    /// Records made that are not durable yet.
+    pub lag_records: u64,
+    /// Their bytes.
+    pub lag_bytes: u64,
+    /// Objects, ranges and entries that have to be read before the next checkpoint.
+    pub suspects: u64,
+    /// Calls in flight or unsettled things that keep a checkpoint from being placed, in words.
+    pub waiting_for: Option<String>,
+    /// Why no (further) checkpoint is confirmed; `None` when all is well.
+    pub not_confirmed_because: Option<String>,
+    /// Checkpoints taken.
+    pub checkpoints_taken: u64,
+    /// Checkpoints that came later than scheduled.
+    pub checkpoints_late: u64,
+    /// Checkpoints given up.
+    pub checkpoints_given_up: u64,
+    /// Checkpoints for which processes had to be stopped.
+    pub checkpoints_stopped: u64,
+    /// How long they were stopped.
+    pub stops: StopTimes,
+    /// Bytes of the ring.
+    pub ring_bytes: u64,
+    /// Bytes of it in use.
+    pub ring_used_bytes: u64,
+    /// Counters.
+    pub counters: Counters,
+    /// The last thing that went wrong, also when it was overcome.
+    pub last_error: Option<String>,
+}
+
+/// What comparing primary and backup gave.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyReport {
+    /// The applied checkpoint that was compared.
+    pub checkpoint: CheckpointId,
+    /// Entries that were compared.
+    pub compared: u64,
+    /// Bytes that were read on the primary.
+    pub bytes: u64,
+    /// Each difference, one line; the first [`VerifyReport::LINES_MAX`].
+    pub different: Vec<String>,
+    /// How many there are.
+    pub different_count: u64,
+    /// What could not be compared, and why; the first [`VerifyReport::LINES_MAX`].
+    pub not_compared: Vec<String>,
+    /// How many there are.
+    pub not_compared_count: u64,
+}
+
+impl VerifyReport {
+    /// Longest lists; what is beyond is counted only.
+    pub const LINES_MAX: usize = 10_000;
+
+    /// Notes a difference.
+    pub fn differs(&mut self, line: String) {
+        self.different_count += 1;
+        if self.different.len() < Self::LINES_MAX {
+            self.different.push(line);
+        }
+    }
+
+    /// Notes what could not be compared.
+    pub fn skipped(&mut self, line: String) {
+        self.not_compared_count += 1;
+        if self.not_compared.len() < Self::LINES_MAX {
+            self.not_compared.push(line);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! The socket through which commands reach a running agent.
+//!
+//! One line of JSON a message ([`Request`], [`Reply`]), over a unix socket of mode 0600 whose
+//! peer must be root or the agent's own user. The [`Server`] turns requests into [`Inbound`]
+//! messages on a channel that the engine reads between two events; the engine never waits for a
+//! client.
+
+mod client;
+mod messages;
+mod server;
+
+use std::path::PathBuf;
+
+pub use client::{Client, ClientError};
+pub use messages::{
+    CheckpointStatus, Counters, DestinationStatus, FailureKind, Reply, Request, State, Status, StopTimes,
+    VerifyReport, WaitFor,
+};
+pub use server::{Inbound, Replies, Server, ServerError, Ticket};
+
+/// Longest request.
+const REQUEST_MAX: usize = 64 << 10;
+/// Longest reply: the longest lists of a [`VerifyReport`] fit.
+const REPLY_MAX: usize = 64 << 20;
+
+/// Where the agent of a group listens unless told otherwise.
+#[must_use]
+pub fn default_socket(group: &str) -> PathBuf {
+    PathBuf::from(format!("/run/bfs/agent-{group}.sock"))
+}

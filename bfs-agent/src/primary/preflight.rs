@@ -1,0 +1,137 @@
+//! What is checked before anything is started, so that a mistake costs nothing.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::failure::{Failure, Kind};
+use crate::net::Destination;
+
+/// Where the kernel shows its types.
+pub const BTF: &str = "/sys/kernel/btf/vmlinux";
+/// Another place to look for them, for tests.
+pub const BTF_VARIABLE: &str = "BFS_BTF";
+
+/// Whether this user may capture.
+///
+/// # Errors
+/// [`Kind::NotRoot`].
+pub fn check_user() -> Result<(), Failure> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Kind::NotRoot,
+        "capturing needs root: loading probes into the kernel is refused to other users",
+        "run it with sudo; the command of `run` can become another user again: \
+         `bfs-agent run ... -- setpriv --reuid USER --regid GROUP --init-groups CMD`",
+    ))
+}
+
+/// Whether the kernel describes its types.
+///
+/// # Errors
+/// [`Kind::NoBpf`].
+pub fn check_kernel() -> Result<(), Failure> {
+    let path = std::env::var_os(BTF_VARIABLE).map_or_else(|| PathBuf::from(BTF), PathBuf::from);
+    fs::metadata(&path).map(drop).map_err(|e| {
+        Failure::new(
+            Kind::NoBpf,
+            format!("this kernel has no BTF: {}: {e}", path.display()),
+            "use a kernel >= 6.1 built with CONFIG_DEBUG_INFO_BTF=y (those of the distributions are)",
+        )
+    })
+}
+
+/// The subtrees in their real place: absolute, without symlinks. None may lie in another, nor
+/// overlap the store.
+///
+/// # Errors
+/// [`Kind::Path`].
+pub fn check_roots(paths: &[PathBuf], backup: &Destination) -> Result<Vec<PathBuf>, Failure> {
+    let mut roots: Vec<PathBuf> = Vec::new();
+    for path in paths {
+        let shown = path.display();
+        let root = fs::canonicalize(path).map_err(|e| {
+            Failure::new(Kind::Path, format!("--path {shown}: {e}"), "give a directory that exists")
+        })?;
+        if !root.is_dir() {
+            let hint = format!("give the directory that it is in: --path {}", parent(&root).display());
+            return Err(Failure::new(Kind::Path, format!("--path {shown} is not a directory"), hint));
+        }
+        if let Some(other) = roots.iter().find(|r| root.starts_with(r) || r.starts_with(&root)) {
+            return Err(Failure::new(
+                Kind::Path,
+                format!("--path {shown} and --path {} overlap", other.display()),
+                "give the outer one only: everything below it belongs to it",
+            ));
+        }
+        roots.push(root);
+    }
+    if let Destination::Dir(store) = backup {
+        let store = real_place(store);
+        if let Some(root) = roots.iter().find(|r| store.starts_with(r) || r.starts_with(&store)) {
+            return Err(Failure::new(
+                Kind::Path,
+                format!("--path {} overlaps the store {}", root.display(), store.display()),
+                "put the store on another disk, outside of every --path",
+            ));
+        }
+    }
+    Ok(roots)
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(path)
+}
+
+/// Where a path that need not exist yet will be: the part that exists without symlinks, the rest
+/// as it is.
+fn real_place(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut rest: Vec<OsString> = Vec::new();
+    let mut known: &Path = &absolute;
+    loop {
+        if let Ok(real) = fs::canonicalize(known) {
+            return rest.iter().rev().fold(real, |place, part| place.join(part));
+        }
+        let (Some(name), Some(up)) = (known.file_name(), known.parent()) else { return absolute };
+        rest.push(name.to_owned());
+        known = up;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(paths: &[&Path], backup: &str) -> Result<Vec<PathBuf>, Kind> {
+        let paths: Vec<PathBuf> = paths.iter().map(|p| p.to_path_buf()).collect();
+        check_roots(&paths, &backup.parse().unwrap()).map_err(|f| {
+            assert!(!f.message.is_empty() && !f.hint.is_empty());
+            f.kind
+        })
+    }
+
+    #[test]
+    fn roots_are_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        fs::create_dir_all(a.join("in")).unwrap();
+        fs::create_dir(&b).unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        std::os::unix::fs::symlink(&a, dir.path().join("link")).unwrap();
+        let real = |p: &Path| fs::canonicalize(p).unwrap();
+
+        assert_eq!(kind(&[&dir.path().join("link"), &b], "unix:/x"), Ok(vec![real(&a), real(&b)]));
+        assert_eq!(kind(&[&dir.path().join("none")], "unix:/x"), Err(Kind::Path));
+        assert_eq!(kind(&[&dir.path().join("file")], "unix:/x"), Err(Kind::Path));
+        assert_eq!(kind(&[&a.join("in"), &dir.path().join("link")], "unix:/x"), Err(Kind::Path));
+        assert_eq!(
+            kind(&[&a], &format!("dir:{}/new/store", dir.path().join("link").display())),
+            Err(Kind::Path)
+        );
+        assert_eq!(kind(&[&a], &format!("dir:{}", dir.path().display())), Err(Kind::Path));
+        assert_eq!(kind(&[&a], &format!("dir:{}/ab", dir.path().display())), Ok(vec![real(&a)]));
+    }
+}

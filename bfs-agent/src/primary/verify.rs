@@ -1,0 +1,375 @@
+//! Comparing the primary's files with a manifest of the backup.
+//!
+//! The program may be running: what changed while it was read, or since the checkpoint's instant,
+//! is *not comparable*, never called equal and never called different. Everything is read from
+//! the files themselves, so this is independent of what was captured.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use bfs_common::record::{FileKind, ObjectId};
+use bfs_common::wire::ManifestLine;
+use rustix::fs::{Dir, Mode, OFlags};
+
+use super::control::VerifyReport;
+use super::ship::Manifest;
+use crate::tree::{self, FileStat};
+
+/// The kernel stamps files with a clock that lags behind by up to a tick (`current_time()` in
+/// fs/inode.c, at most 10 ms).
+const CLOCK_SLACK_NS: i64 = 20_000_000;
+
+/// What one object on the primary is, in the terms of a manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Local {
+    stat: FileStat,
+    content: [u8; 32],
+    xattrs: [u8; 32],
+}
+
+/// Compares. `wall_ns` is the wall time of the checkpoint's instant, when it is known: what
+/// changed later is not comparable. Without it every difference counts.
+#[must_use]
+pub fn compare(manifest: &Manifest, wall_ns: Option<i64>) -> VerifyReport {
+    let mut compare = Comparison {
+        report: VerifyReport { checkpoint: manifest.checkpoint, ..VerifyReport::default() },
+        lines: manifest.lines.iter().map(|l| ((l.root, l.path.0.to_vec()), l)).collect(),
+        skipped: HashSet::new(),
+        objects: HashMap::new(),
+        inodes: HashMap::new(),
+        since: wall_ns.map(|ns| ns.saturating_sub(CLOCK_SLACK_NS)),
+    };
+    for (index, root) in manifest.roots.iter().enumerate() {
+        let index = u32::try_from(index).unwrap_or(u32::MAX);
+        compare.root(index, root.as_path());
+    }
+    compare.leftovers(manifest);
+    compare.report
+}
+
+struct Comparison<'a> {
+    report: VerifyReport,
+    /// Lines that were not met yet, by root and path.
+    lines: BTreeMap<(u32, Vec<u8>), &'a ManifestLine>,
+    /// Directories whose inside was not compared.
+    skipped: HashSet<(u32, Vec<u8>)>,
+    /// Which inode an object is, and the other way round: hard links.
+    objects: HashMap<ObjectId, (u64, u64)>,
+    inodes: HashMap<(u64, u64), ObjectId>,
+    since: Option<i64>,
+}
+
+impl Comparison<'_> {
+    fn root(&mut self, index: u32, root: &Path) {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::open(root, flags, Mode::empty()) {
+            Ok(fd) => self.walk(index, root, fd),
+            Err(e) => {
+                self.skipped.insert((index, Vec::new()));
+                self.report.skipped(format!("{}: {e}", root.display()));
+            }
+        }
+    }
+
+    /// Depth first, with descriptors on a stack of its own: only one path's worth is open.
+    fn walk(&mut self, index: u32, root: &Path, fd: OwnedFd) {
+        let device = tree::stat_fd(fd.as_fd()).map(|s| s.on_device).ok();
+        let mut stack = vec![];
+        if let Some(level) = self.entry(index, root, Vec::new(), fd, device) {
+            stack.push(level);
+        }
+        while let Some(level) = stack.last_mut() {
+            let Some(name) = level.names.pop() else {
+                stack.pop();
+                continue;
+            };
+            let mut path = level.path.clone();
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(&name);
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            match rustix::fs::openat(&level.fd, OsStr::from_bytes(&name), flags, Mode::empty()) {
+                Ok(fd) => {
+                    if let Some(level) = self.entry(index, root, path, fd, device) {
+                        stack.push(level);
+                    }
+                }
+                Err(e) => self.skip(index, root, path, &e.to_string()),
+            }
+        }
+    }
+
+    /// Compares one object; a directory comes back to be walked.
+    fn entry(
+        &mut self,
+        index: u32,
+        root: &Path,
+        path: Vec<u8>,
+        fd: OwnedFd,
+        device: Option<u64>,
+    ) -> Option<Level> {
+        let local = match read(fd.as_fd()) {
+            Ok(Some(local)) => local,
+            Ok(None) => {
+                self.skip(index, root, path, "changed while it was read");
+                return None;
+            }
+            Err(e) => {
+                self.skip(index, root, path, &e.to_string());
+                return None;
+            }
+        };
+        if Some(local.stat.on_device) != device {
+            self.skip(index, root, path, "another file system is mounted here");
+            return None;
+        }
+        self.report.bytes += local.stat.size;
+        let shown = place(root, &path);
+        let changed_since = self.since.is_some_and(|s| ctime_ns(&local.stat) >= s);
+        let line = self.lines.remove(&(index, path.clone()));
+        let mut differences = match line {
+            Some(line) => differences(&local, line),
+            None => vec!["is not on the backup".to_owned()],
+        };
+        if let Some(line) = line {
+            let inode = (local.stat.on_device, local.stat.ino);
+            let object = *self.inodes.entry(inode).or_insert(line.object);
+            let as_before = *self.objects.entry(line.object).or_insert(inode);
+            if object != line.object || as_before != inode {
+                differences.push("hard links differ".to_owned());
+            }
+        }
+        if differences.is_empty() {
+            self.report.compared += 1;
+        } else if changed_since {
+            self.report.skipped(format!("{}: changed since the checkpoint", shown.display()));
+            self.skipped.insert((index, path.clone()));
+        } else {
+            self.report.compared += 1;
+            for difference in differences {
+                self.report.differs(format!("{}: {difference}", shown.display()));
+            }
+        }
+        if local.stat.kind != FileKind::Directory {
+            return None;
+        }
+        match names(fd.as_fd()) {
+            Ok(names) => Some(Level { fd, path, names }),
+            Err(e) => {
+                self.skip(index, root, path, &e.to_string());
+                None
+            }
+        }
+    }
+
+    fn skip(&mut self, index: u32, root: &Path, path: Vec<u8>, why: &str) {
+        self.report.skipped(format!("{}: {why}", place(root, &path).display()));
+        self.lines.remove(&(index, path.clone()));
+        self.skipped.insert((index, path));
+    }
+
+    /// What is on the backup only.
+    fn leftovers(&mut self, manifest: &Manifest) {
+        for (root, path) in std::mem::take(&mut self.lines).into_keys() {
+            let Some(at) = manifest.roots.get(root as usize) else {
+                self.report.differs(format!("the backup has a line of root {root}, which does not exist"));
+                continue;
+            };
+            let shown = place(at.as_path(), &path);
+            if self.below_skipped(root, &path) || self.changed_above(at.as_path(), &shown) {
+                self.report.skipped(format!("{}: changed since the checkpoint", shown.display()));
+            } else {
+                self.report.differs(format!("{}: is on the backup only", shown.display()));
+            }
+        }
+    }
+
+    /// Whether a directory above changed since the checkpoint: the entry may have gone then.
+    fn changed_above(&self, root: &Path, shown: &Path) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let Some(since) = self.since else { return false };
+        shown.ancestors().skip(1).take_while(|a| a.starts_with(root)).any(|directory| {
+            std::fs::symlink_metadata(directory).is_ok_and(|m| {
+                m.ctime().saturating_mul(1_000_000_000).saturating_add(m.ctime_nsec()) >= since
+            })
+        })
+    }
+
+    fn below_skipped(&self, root: u32, path: &[u8]) -> bool {
+        let mut up = path;
+        while !up.is_empty() {
+            up = up.iter().rposition(|b| *b == b'/').map_or(&[][..], |slash| &up[..slash]);
+            if self.skipped.contains(&(root, up.to_vec())) {
+                return true;
+            }
+        }
+        self.skipped.contains(&(root, Vec::new()))
+    }
+}
+
+/// A directory on the way down.
+struct Level {
+    fd: OwnedFd,
+    path: Vec<u8>,
+    names: Vec<Vec<u8>>,
+}
+
+fn place(root: &Path, path: &[u8]) -> PathBuf {
+    if path.is_empty() { root.to_owned() } else { root.join(OsStr::from_bytes(path)) }
+}
+
+fn ctime_ns(stat: &FileStat) -> i64 {
+    stat.ctime.0.saturating_mul(1_000_000_000).saturating_add(i64::from(stat.ctime.1))
+}
+
+fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = rustix::fs::openat(directory, c".", flags, Mode::empty())?;
+    let mut names = Vec::new();
+    for entry in Dir::new(opened)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(name.to_vec());
+        }
+    }
+    names.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(names)
+}
+
+/// Reads an object; `None` when it changed meanwhile.
+fn read(fd: BorrowedFd<'_>) -> io::Result<Option<Local>> {
+    let stat = tree::stat_fd(fd)?;
+    let content = match stat.kind {
+        FileKind::Regular => tree::content_digest(tree::reopen_read(fd)?.as_fd())?,
+        FileKind::Symlink => tree::bytes_digest(&tree::readlink(fd)?),
+        _ => tree::bytes_digest(b""),
+    };
+    let xattrs = tree::xattr_digest(&tree::xattrs(fd)?);
+    let again = tree::stat_fd(fd)?;
+    Ok((again == stat).then_some(Local { stat, content, xattrs }))
+}
+
+fn differences(local: &Local, line: &ManifestLine) -> Vec<String> {
+    let (stat, mut found) = (&local.stat, Vec::new());
+    if stat.kind != line.kind {
+        return vec![format!("is a {:?}, on the backup a {:?}", stat.kind, line.kind)];
+    }
+    let (ours, theirs) = (stat.meta, line.meta);
+    // A symlink's permissions mean nothing and cannot be set (symlink(7)).
+    if stat.kind != FileKind::Symlink && ours.permissions != theirs.permissions {
+        found.push(format!("mode {:04o}, on the backup {:04o}", ours.permissions, theirs.permissions));
+    }
+    if (ours.uid, ours.gid) != (theirs.uid, theirs.gid) {
+        found.push(format!("owner {}:{}, on the backup {}:{}", ours.uid, ours.gid, theirs.uid, theirs.gid));
+    }
+    if (ours.mtime_sec, ours.mtime_nsec) != (theirs.mtime_sec, theirs.mtime_nsec) {
+        found.push(format!(
+            "mtime {}.{:09}, on the backup {}.{:09}",
+            ours.mtime_sec, ours.mtime_nsec, theirs.mtime_sec, theirs.mtime_nsec
+        ));
+    }
+    if stat.size != line.size {
+        found.push(format!("{} bytes, on the backup {}", stat.size, line.size));
+    } else if local.content != line.content {
+        let what = if stat.kind == FileKind::Symlink { "target" } else { "content" };
+        found.push(format!("{what} differs"));
+    }
+    if stat.device != line.device {
+        found.push(format!("device {:x}, on the backup {:x}", stat.device, line.device));
+    }
+    if local.xattrs != line.xattrs {
+        found.push("extended attributes differ".to_owned());
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bfs_common::record::{CheckpointId, PathBytes};
+    use std::fs;
+
+    /// The manifest that a perfect backup would give.
+    fn manifest(root: &Path) -> Manifest {
+        fn add(root: &Path, path: &Path, lines: &mut Vec<ManifestLine>) {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW;
+            let fd = rustix::fs::open(path, flags, Mode::empty()).unwrap();
+            let local = read(fd.as_fd()).unwrap().unwrap();
+            lines.push(ManifestLine {
+                root: 0,
+                path: PathBytes::new(path.strip_prefix(root).unwrap()),
+                object: ObjectId(local.stat.ino),
+                kind: local.stat.kind,
+                meta: local.stat.meta,
+                size: local.stat.size,
+                device: local.stat.device,
+                content: local.content,
+                xattrs: local.xattrs,
+            });
+            if local.stat.kind == FileKind::Directory {
+                for entry in fs::read_dir(path).unwrap() {
+                    add(root, &entry.unwrap().path(), lines);
+                }
+            }
+        }
+        let mut lines = Vec::new();
+        add(root, root, &mut lines);
+        Manifest { checkpoint: CheckpointId(4), roots: vec![PathBytes::new(root)], lines }
+    }
+
+    fn tree() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("d")).unwrap();
+        fs::write(dir.path().join("d/f"), "content").unwrap();
+        fs::hard_link(dir.path().join("d/f"), dir.path().join("g")).unwrap();
+        std::os::unix::fs::symlink("d/f", dir.path().join("l")).unwrap();
+        dir
+    }
+
+    #[test]
+    fn an_equal_tree_is_equal() {
+        let dir = tree();
+        let report = compare(&manifest(dir.path()), None);
+        assert_eq!((report.different_count, report.not_compared_count, report.compared), (0, 0, 5));
+    }
+
+    #[test]
+    fn each_difference_is_listed() {
+        let dir = tree();
+        let mut expected = manifest(dir.path());
+        let line =
+            |m: &mut Manifest, p: &str| m.lines.iter().position(|l| &*l.path.0 == p.as_bytes()).unwrap();
+        let (f, g, l) = (line(&mut expected, "d/f"), line(&mut expected, "g"), line(&mut expected, "l"));
+        expected.lines[f].content = [1; 32];
+        expected.lines[g].object = ObjectId(1);
+        expected.lines[l].path = PathBytes((*b"only").into());
+        let report = compare(&expected, None);
+        let text = report.different.join("\n");
+        for part in [
+            "d/f: content differs",
+            "g: hard links differ",
+            "l: is not on the backup",
+            "only: is on the backup only",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        assert_eq!(report.different_count, 4);
+    }
+
+    #[test]
+    fn what_changed_since_the_checkpoint_is_not_compared() {
+        let dir = tree();
+        let expected = manifest(dir.path());
+        fs::write(dir.path().join("d/f"), "other").unwrap();
+        fs::remove_file(dir.path().join("l")).unwrap();
+        let report = compare(&expected, Some(0));
+        assert_eq!(report.different_count, 0, "{report:?}");
+        assert!(report.not_compared_count >= 3, "{report:?}");
+    }
+}

@@ -1,0 +1,115 @@
+//! The real binary with bad input: each mistake has a sentence, a hint and a status of its own.
+
+use std::path::Path;
+use std::process::Command;
+
+/// Status and standard error.
+fn agent(arguments: &[&str], variables: &[(&str, &str)]) -> (i32, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_bfs-agent"))
+        .args(arguments)
+        .envs(variables.iter().copied())
+        .output()
+        .expect("the binary starts");
+    let error = String::from_utf8(output.stderr).unwrap();
+    (output.status.code().expect("it is not killed"), error)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn each_mistake_has_its_status_and_a_hint() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, file) = (dir.path().join("data"), dir.path().join("file"));
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(&file, "").unwrap();
+    let store = format!("dir:{}", dir.path().join("store").display());
+    let inside = format!("dir:{}", data.join("store").display());
+    let none = dir.path().join("none");
+    let run = |path: &Path, backup: &str, more: &[&str], variables: &[(&str, &str)]| {
+        let mut arguments = vec!["run", "--path", text(path), "--backup", backup];
+        arguments.extend_from_slice(more);
+        arguments.extend_from_slice(&["--", "true"]);
+        let (status, error) = agent(&arguments, variables);
+        assert!(error.starts_with("bfs-agent: ") && error.contains("\n  try: "), "{error}");
+        (status, error)
+    };
+    assert_eq!(run(&none, &store, &[], &[]).0, 65);
+    assert_eq!(run(&file, &store, &[], &[]).0, 65);
+    assert_eq!(run(&data, &inside, &[], &[]).0, 65);
+    assert_eq!(run(&data, &store, &["--path", text(&data)], &[]).0, 65);
+    assert_eq!(run(&data, "tcp://127.0.0.1:1", &[], &[]).0, 64);
+    assert_eq!(run(&data, &store, &["--map", "/elsewhere=/x"], &[]).0, 64);
+    let (status, error) = run(&data, &store, &[], &[("BFS_BTF", "/does/not/exist")]);
+    assert!(status == 67 && error.contains("BTF"), "{error}");
+
+    assert_eq!(agent(&["run", "--path", "/x"], &[]).0, 64);
+    assert_eq!(agent(&["--help"], &[]).0, 0);
+    let attach = ["attach", "--path", text(&data), "--backup", &store];
+    for more in [&[][..], &["--everyone"], &["--cgroup", "/x"]] {
+        assert_eq!(agent(&[&attach[..], more].concat(), &[]).0, 64);
+    }
+}
+
+#[test]
+fn commands_without_an_agent_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("agent-x.sock");
+    for command in ["status", "flush", "verify", "stop", "checkpoint"] {
+        let (status, error) = agent(&[command, "--socket", text(&socket)], &[]);
+        assert_eq!(status, 72, "{command}: {error}");
+        assert!(error.contains(text(&socket)), "{error}");
+    }
+    assert_eq!(agent(&["verify", "--repair", "--socket", text(&socket)], &[]).0, 64);
+}
+
+#[test]
+fn other_users_are_told_to_become_root() {
+    let dir = tempfile::tempdir().unwrap();
+    let binary = dir.path().join("bfs-agent");
+    std::fs::copy(env!("CARGO_BIN_EXE_bfs-agent"), &binary).unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new("setpriv")
+        .args(["--reuid", "65534", "--clear-groups", text(&binary)])
+        .args(["run", "--path", text(dir.path()), "--backup", "unix:/x", "--", "true"])
+        .output()
+        .expect("this test needs setpriv and root");
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(66), "{error}");
+}
+
+/// An agent of which only the control socket is real.
+#[test]
+fn stopped_runs_the_command_between_two_messages() {
+    use bfs_agent::primary::control::{Inbound, Reply, Request, Server, WaitFor};
+    use bfs_common::record::CheckpointId;
+    use std::time::Duration;
+
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let (engine, inbound) = std::sync::mpsc::channel();
+    let _server = Server::start("g", Some(&socket), engine, || {}).unwrap();
+    let mark = dir.path().join("mark");
+    let script = format!("echo $BFS_CHECKPOINT > {}; exit 3", mark.display());
+    let child = Command::new(env!("CARGO_BIN_EXE_bfs-agent"))
+        .args(["checkpoint", "--stopped", "--tag", "t", "--socket", text(&socket), "--", "sh", "-c", &script])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let next = || inbound.recv_timeout(Duration::from_secs(10)).unwrap();
+    let Inbound::Request { request: Request::CheckpointStopped { tag, .. }, replies, ticket } = next() else {
+        panic!()
+    };
+    assert_eq!(tag, "t");
+    assert!(!mark.exists(), "nothing runs before the program stands");
+    replies.send(Reply::Standing { checkpoint: CheckpointId(12), reached_us: 1 });
+    let Inbound::Go { ticket: again } = next() else { panic!() };
+    assert_eq!(ticket, again);
+    assert_eq!(std::fs::read_to_string(&mark).unwrap(), "12\n");
+    let checkpoint = CheckpointId(12);
+    replies.send(Reply::Checkpoint { checkpoint, reached: WaitFor::Confirmed, stopped_us: 2 });
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), &output.stdout[..]), (Some(3), &b"12\n"[..]));
+}
