@@ -23,6 +23,8 @@
 mod attributes;
 mod find;
 
+pub(super) use find::open_beneath;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -124,6 +126,24 @@ impl Area {
             return Err(BackupError::Stream(why));
         }
         Ok(place)
+    }
+}
+
+impl Area {
+    /// Opens the directory of a root (`O_PATH`); `None` if it is not there.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn open_root(&self, root: &Path) -> Result<Option<OwnedFd>, BackupError> {
+        let mut fd = open_beneath(&*self.tree, b".", OFlags::PATH).map_err(BackupError::io("open", root))?;
+        for name in self.root_place(root)?.names {
+            fd = match open_beneath(&fd, &name, OFlags::PATH) {
+                Ok(fd) => fd,
+                Err(Errno::NOENT) => return Ok(None),
+                Err(error) => return Err(BackupError::io("open", root)(error)),
+            };
+        }
+        Ok(Some(fd))
     }
 }
 
