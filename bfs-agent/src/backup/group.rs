@@ -111,11 +111,11 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The gate and the open markers, from the index and the log.
-fn open_log(
-    log: &std::path::Path,
-    row: &GroupRow,
-) -> Result<(LogWriter, Gate, VecDeque<Marker>, (u64, u64)), BackupError> {
+/// What opening a log gives: its end, the gate there, the markers that are not applied, and how
+/// many records and bytes stand behind the last of them.
+type OpenLog = (LogWriter, Gate, VecDeque<Marker>, (u64, u64));
+
+fn open_log(log: &std::path::Path, row: &GroupRow) -> Result<OpenLog, BackupError> {
     let applied: Position = row.applied.into();
     let mut gate = Gate::new(applied, row.checkpoint, row.highest_object, row.roots.clone(), row.boot_id);
     let mut markers = VecDeque::new();

@@ -16,3 +16,6 @@ pub mod target;
 
 pub use error::BackupError;
 pub use serve::{Replayer, ReplayerHandle, ServeOptions};
+
+#[cfg(test)]
+mod crash_tests;

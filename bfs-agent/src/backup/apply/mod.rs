@@ -26,6 +26,7 @@ mod find;
 pub(super) use find::open_beneath;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -367,11 +368,10 @@ impl<'a, B: Base> Step<'a, B> {
         from: LogRef,
     ) -> Result<(), BackupError> {
         let path = segment_path(&self.area.log, from.segment);
-        if !self.segments.contains_key(&from.segment) {
-            let file = File::open(&path).map_err(BackupError::io("open", &path))?;
-            self.segments.insert(from.segment, file);
-        }
-        let file = &self.segments[&from.segment];
+        let file = match self.segments.entry(from.segment) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(free) => free.insert(File::open(&path).map_err(BackupError::io("open", &path))?),
+        };
         let mut at = start;
         while at < end {
             let len = (end - at).min(COPY as u64) as usize;
