@@ -409,3 +409,106 @@ async fn ten_thousand_small_files_take_seconds() {
     println!("and removed after {:?}", start.elapsed());
     assert_eq!(std::fs::read_dir(tree(&store).join("d7")).unwrap().count(), 0);
 }
+
+/// A replayer in a process of its own, that can be killed.
+struct Process {
+    child: std::process::Child,
+    address: Destination,
+}
+
+impl Process {
+    fn start(store: &Path) -> Self {
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_bfs-replayer"))
+            .args(["serve", "--store"])
+            .arg(store)
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut errors = std::io::BufReader::new(child.stderr.take().unwrap());
+        std::io::BufRead::read_line(&mut errors, &mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("{line}"));
+        Self { address: address.parse().unwrap(), child }
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn nothing_acknowledged_is_lost_by_kill_9() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let mut process = Process::start(&store);
+    let mut agent = Agent::new(net::connect(&process.address, None).await.unwrap()).await;
+    let epoch = agent.epoch;
+    agent.root();
+    for file in 0..4 {
+        agent.object(10 + file, FileKind::Regular, 0o600, b"");
+        agent.entry(1, &format!("f{file}"), 10 + file);
+    }
+    // The whole history, record by record, so that it can be sent again from anywhere.
+    for n in 0..3000u64 {
+        agent.write(10 + n % 4, n / 4 * 6, format!("{n:05} ").as_bytes());
+        if n % 7 == 0 {
+            agent.delete(1, &format!("g{}", (n + 7) % 21));
+            agent.entry(1, &format!("g{}", n % 21), 10 + n % 4);
+        }
+        if n % 100 == 99 {
+            let checkpoint = CheckpointId(n / 100 + 1);
+            agent.put(Record::Checkpoint { checkpoint, label: CheckpointLabel::default() }, b"");
+        }
+    }
+    let mut history = Vec::new();
+    let mut all = std::mem::take(&mut agent.batch).freeze();
+    while let Some(record) = codec::take(&mut all).unwrap() {
+        history.push(record.bytes);
+    }
+    let end = agent.position;
+    let mut connection = agent.connection;
+    let (mut sent, mut acked) = (0, 0);
+    let mut seed = 12345u64;
+    for kill in 0..=12 {
+        // Send and read acknowledgements until this many more are acknowledged, then kill.
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let enough = if kill == 12 { history.len() as u64 } else { acked + (seed >> 33) % 300 };
+        loop {
+            if sent < history.len() && sent < acked as usize + 200 {
+                let some = (history.len() - sent).min(17);
+                let body = history[sent..sent + some].concat();
+                let frame = Frame::Records { first: Sequence(sent as u64 + 1), count: some as u32 };
+                connection.writer.send(&frame, &body).await.unwrap();
+                sent += some;
+                continue;
+            }
+            let Frame::Ack { position, .. } = next(&mut connection).await else { panic!() };
+            acked = position.sequence.0;
+            if acked >= enough.min(history.len() as u64) {
+                break;
+            }
+        }
+        if kill == 12 {
+            break;
+        }
+        process.kill();
+        process = Process::start(&store);
+        connection = net::connect(&process.address, None).await.unwrap();
+        // Epoch 1 was granted, durably, before anything else.
+        let Ok(Frame::Welcome { position, .. }) = hello(&mut connection, Some(epoch), false).await else {
+            panic!()
+        };
+        assert!(position.sequence.0 >= acked, "{} acknowledged, {} there", acked, position.sequence);
+        (sent, acked) = (position.sequence.0 as usize, position.sequence.0);
+    }
+    assert_eq!(acked, end.sequence.0);
+    let ask = Frame::GetManifest { group: "g".into(), at_least: CheckpointId(30) };
+    connection.writer.send(&ask, b"").await.unwrap();
+    while !matches!(next(&mut connection).await, Frame::Manifest { last: true, .. }) {}
+    for file in 0..4u64 {
+        let expected: String = (0..3000).filter(|n| n % 4 == file).map(|n| format!("{n:05} ")).collect();
+        assert_eq!(read(tree(&store).join(format!("f{file}"))), expected);
+    }
+    process.kill();
+}

@@ -171,8 +171,11 @@ impl Replayer {
     pub fn start(options: ServeOptions) -> Result<ReplayerHandle, BackupError> {
         // First what costs nothing to refuse.
         for listen in &options.listen {
-            if matches!(listen, Destination::Tcp(_)) && options.secret.is_none() {
-                return Err(BackupError::SecretNeeded(listen.to_string()));
+            if let Destination::Tcp(address) = listen {
+                destination::resolve_loopback_now(address)?;
+                if options.secret.is_none() {
+                    return Err(BackupError::SecretNeeded(listen.to_string()));
+                }
             }
         }
         let shared = Arc::new(Shared::open(&options)?);
