@@ -512,3 +512,55 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
     }
     process.kill();
 }
+
+#[tokio::test]
+async fn maps_lead_only_where_the_replayer_allows() {
+    let dir = tempfile::tempdir().unwrap();
+    let outside = dir.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    let options = ServeOptions {
+        store: dir.path().join("store"),
+        allow_roots: vec![outside.clone()],
+        ..ServeOptions::default()
+    };
+    let replayer = Replayer::start(options).unwrap();
+    let map = |group: &str, to: &Path| Frame::Hello {
+        group: group.into(),
+        group_id: GROUP_ID,
+        boot_id: [1; 16],
+        epoch: None,
+        take_over: false,
+        maps: vec![(PathBytes::new("/data".as_ref()), PathBytes::new(to))],
+    };
+    for bad in [Path::new("/etc/x"), Path::new("../x"), &outside] {
+        let mut connection = replayer.connect_local();
+        connection.writer.send(&map("bad", bad), b"").await.unwrap();
+        assert!(matches!(refusal(&mut connection).await, Refusal::Bad(_)), "{bad:?}");
+    }
+    for (group, to) in [("near", PathBuf::from("x/y")), ("far", outside.join("z"))] {
+        let mut connection = replayer.connect_local();
+        connection.writer.send(&map(group, &to), b"").await.unwrap();
+        let welcome = next(&mut connection).await;
+        let Frame::Welcome { epoch, position, .. } = welcome.clone() else { panic!("{welcome:?}") };
+        let (confirmed, applied) = (CheckpointId(0), CheckpointId(0));
+        let mut agent = Agent {
+            connection,
+            epoch,
+            position,
+            welcome,
+            confirmed,
+            applied,
+            batch: BytesMut::new(),
+            first: None,
+            count: 0,
+            next_checkpoint: 1,
+        };
+        agent.put(Record::EpochBegin { epoch, boot_id: [1; 16], complete: true }, b"");
+        agent.root();
+        agent.object(2, FileKind::Regular, 0o600, b"");
+        agent.entry(1, "file", 2);
+        agent.checkpoint().await;
+    }
+    assert!(dir.path().join("store/tree/near/x/y/app/file").exists());
+    assert!(outside.join("z/app/file").exists());
+}
