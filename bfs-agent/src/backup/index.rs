@@ -175,19 +175,21 @@ impl Index {
         Ok(write.commit()?)
     }
 
-    /// Notes that an epoch was granted, durably.
+    /// Grants the next epoch, durably.
     ///
     /// # Errors
-    /// If the index fails.
-    pub fn grant(&self, name: &str, epoch: Epoch) -> Result<(), BackupError> {
+    /// If the index fails; then none is granted.
+    pub fn grant(&self, name: &str) -> Result<Epoch, BackupError> {
         let write = self.db.begin_write()?;
-        {
+        let epoch = {
             let mut table = write.open_table(GROUPS)?;
             let mut row = group_row(&table, name)?;
-            row.granted = epoch;
+            row.granted = row.granted.next();
             table.insert(name, &pack(&row)[..])?;
-        }
-        Ok(write.commit()?)
+            row.granted
+        };
+        write.commit()?;
+        Ok(epoch)
     }
 
     /// The step of a group that was begun and is not complete.

@@ -1,13 +1,21 @@
 //! The role of the backup host: receive, log, confirm, apply.
 
 pub mod apply;
+pub mod connection;
 pub mod error;
 pub mod gate;
+pub mod group;
 pub mod index;
 pub mod log;
 pub mod places;
 pub mod plan;
+pub mod read;
+pub mod serve;
 pub mod store;
 pub mod target;
 
 pub use error::BackupError;
+pub use serve::{Replayer, ReplayerHandle, ServeOptions};
+
+#[cfg(test)]
+mod crash_tests;

@@ -1,1 +1,260 @@
 //! Command line of `bfs-replayer`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use bfs_common::wire::{Frame, GroupStatus};
+use clap::{Parser, Subcommand};
+
+use crate::backup::{BackupError, Replayer, ServeOptions, store};
+use crate::net::{self, AddressError, ConnectError, Destination, Secret, SecretError};
+
+/// How long `status` waits for an answer.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How the program ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Anything else.
+    Other = 1,
+    /// The command line is wrong (clap's own status).
+    Usage = 2,
+    /// The store is in use by another process.
+    InUse = 10,
+    /// The store is damaged.
+    Corrupt = 11,
+    /// The store was written by a newer release.
+    NewerFormat = 12,
+    /// The folder is no store.
+    NotAStore = 13,
+    /// An address cannot be used or bound.
+    Address = 14,
+    /// The secret file is missing, readable by others, or too short.
+    Secret = 15,
+    /// No replayer answers.
+    Unreachable = 16,
+    /// The replayer refused, or did not authenticate itself.
+    Refused = 17,
+    /// The peer speaks another protocol or version.
+    Protocol = 18,
+}
+
+const EXIT_HELP: &str = "\
+Exit status:
+  0   all went well
+  1   another error
+  2   the command line is wrong
+  10  the store is in use by another process
+  11  the store is damaged (the message names the file and the place)
+  12  the store was written by a newer release
+  13  the folder is neither a store nor empty
+  14  an address cannot be used
+  15  the secret file is missing, readable by others, or too short
+  16  no replayer answers
+  17  the replayer refused, or is not the one that was meant
+  18  the peer speaks another protocol or version";
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "bfs-replayer",
+    version,
+    about = "Keeps the backup: takes the stream of agents, and brings the backup files from checkpoint to checkpoint",
+    after_help = EXIT_HELP
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Own a store and take the streams of agents, until SIGTERM or SIGINT
+    #[command(after_help = "\
+Example:
+  (umask 077; head -c 32 /dev/urandom | base64 > secret)
+  bfs-replayer serve --store /backup/store --listen tcp://127.0.0.1:7400 --secret-file secret
+The backup files of group G stand at STORE/tree/G/ followed by the path on the primary.")]
+    Serve {
+        /// Folder of the store; made if it is missing
+        #[arg(long, value_name = "DIR")]
+        store: PathBuf,
+        /// Where to listen: unix:PATH or tcp://127.0.0.1:PORT (port 0 takes a free one). May be
+        /// given several times. The owner's own socket is always STORE/replayer.sock
+        #[arg(long, value_name = "ADDR")]
+        listen: Vec<Destination>,
+        /// File of mode 0600 with the secret that TCP agents share (at least 16 bytes)
+        #[arg(long, value_name = "FILE")]
+        secret_file: Option<PathBuf>,
+        /// Folder outside the store that an agent's --map may lead into. May be given several
+        /// times
+        #[arg(long, value_name = "DIR")]
+        allow_root: Vec<PathBuf>,
+    },
+    /// Show how the groups of a store stand
+    Status {
+        /// Folder of the store, whose owner is asked over STORE/replayer.sock
+        #[arg(long, value_name = "DIR", required_unless_present = "connect", conflicts_with = "connect")]
+        store: Option<PathBuf>,
+        /// Address of a replayer
+        #[arg(long, value_name = "ADDR")]
+        connect: Option<Destination>,
+        /// File with the secret, for tcp
+        #[arg(long, value_name = "FILE")]
+        secret_file: Option<PathBuf>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Runs the command line.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BFS_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let result = match cli.command {
+        Command::Serve { store, listen, secret_file, allow_root } => {
+            serve(store, listen, secret_file.as_deref(), allow_root)
+        }
+        Command::Status { store, connect, secret_file, json } => {
+            status(store.as_deref(), connect, secret_file.as_deref(), json)
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bfs-replayer: {error:#}");
+            ExitCode::from(exit_of(&error) as u8)
+        }
+    }
+}
+
+fn exit_of(error: &anyhow::Error) -> Exit {
+    if let Some(error) = error.downcast_ref::<BackupError>() {
+        return match error {
+            BackupError::InUse { .. } => Exit::InUse,
+            BackupError::Corrupt { .. } | BackupError::Foreign(_) => Exit::Corrupt,
+            BackupError::NewerFormat { .. } => Exit::NewerFormat,
+            BackupError::NotAStore(_) | BackupError::NoStore(_) => Exit::NotAStore,
+            BackupError::Address(_) | BackupError::Listen { .. } => Exit::Address,
+            BackupError::SecretNeeded(_) => Exit::Secret,
+            _ => Exit::Other,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<ConnectError>() {
+        return match error {
+            ConnectError::Address(_) | ConnectError::NotANetwork(_) => Exit::Address,
+            ConnectError::Unreachable { .. } | ConnectError::Timeout { .. } | ConnectError::Broken { .. } => {
+                Exit::Unreachable
+            }
+            ConnectError::SecretNeeded(_) => Exit::Secret,
+            ConnectError::Wire { .. } => Exit::Protocol,
+            ConnectError::Impostor(_) | ConnectError::Refused { .. } => Exit::Refused,
+        };
+    }
+    if error.is::<SecretError>() {
+        return Exit::Secret;
+    }
+    if error.is::<AddressError>() {
+        return Exit::Address;
+    }
+    Exit::Other
+}
+
+fn serve(
+    store: PathBuf,
+    listen: Vec<Destination>,
+    secret_file: Option<&Path>,
+    allow_roots: Vec<PathBuf>,
+) -> anyhow::Result<()> {
+    let secret = secret_file.map(Secret::from_file).transpose()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Before the store is opened: a signal during a long start ends it cleanly too.
+    let mut signals = {
+        let _inside = runtime.enter();
+        use tokio::signal::unix::{SignalKind, signal};
+        [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
+    };
+    let handle = Replayer::start(ServeOptions { store, listen, secret, allow_roots })?;
+    for address in handle.listening() {
+        eprintln!("listening on {address}");
+    }
+    let [terminate, interrupt] = &mut signals;
+    runtime.block_on(async {
+        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+    });
+    drop(handle);
+    Ok(())
+}
+
+fn status(
+    store: Option<&Path>,
+    connect: Option<Destination>,
+    secret_file: Option<&Path>,
+    json: bool,
+) -> anyhow::Result<()> {
+    let secret = secret_file.map(Secret::from_file).transpose()?;
+    let address = match (store, connect) {
+        (Some(path), _) => {
+            store::check_format(path)?;
+            Destination::Unix(net::store_socket(path))
+        }
+        (None, Some(address)) => address,
+        (None, None) => anyhow::bail!("give --store DIR or --connect ADDR"),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let groups = runtime.block_on(ask(&address, secret.as_ref()))?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&groups)?);
+    } else {
+        print!("{}", table(&groups));
+    }
+    Ok(())
+}
+
+async fn ask(address: &Destination, secret: Option<&Secret>) -> anyhow::Result<Vec<GroupStatus>> {
+    let mut connection = net::connect(address, secret).await?;
+    connection.writer.send(&Frame::GetStatus, b"").await?;
+    let answer = tokio::time::timeout(STATUS_TIMEOUT, connection.reader.next()).await;
+    let answer = answer
+        .map_err(|_| anyhow::anyhow!("{address} did not answer within {} s", STATUS_TIMEOUT.as_secs()))?;
+    match answer? {
+        Some((Frame::Status { groups }, _)) => Ok(groups),
+        Some((Frame::Refused(refusal), _)) => {
+            Err(ConnectError::Refused { destination: address.to_string(), refusal }.into())
+        }
+        _ => anyhow::bail!("{address} did not answer with its status"),
+    }
+}
+
+fn table(groups: &[GroupStatus]) -> String {
+    use std::fmt::Write;
+    let mut out = String::new();
+    if groups.is_empty() {
+        out.push_str("no groups yet: an agent makes one when it connects\n");
+    }
+    for g in groups {
+        let agent = if g.attached { "an agent is connected" } else { "no agent" };
+        let applying = if g.applying { ", applying the next one now" } else { "" };
+        // Writing to a string does not fail.
+        let _ = writeln!(out, "group {} ({agent}, epoch {})", g.group, g.epoch);
+        let _ = writeln!(out, "  checkpoint  applied {}{applying}, confirmed {}", g.applied, g.confirmed);
+        let _ = writeln!(out, "  stream      durable to record {}", g.durable);
+        let _ = writeln!(
+            out,
+            "  pending     {} records, {} bytes after the last checkpoint",
+            g.pending_records, g.pending_bytes
+        );
+        if g.open_gaps > 0 {
+            let _ = writeln!(out, "  suspect     {} places are not exact yet", g.open_gaps);
+        }
+        if let Some(trouble) = &g.trouble {
+            let _ = writeln!(out, "  TROUBLE     {trouble}");
+        }
+    }
+    out
+}

@@ -87,8 +87,24 @@ impl fmt::Display for Destination {
 /// # Errors
 /// [`AddressError::Resolve`], or [`AddressError::NotLoopback`] if any of them is not.
 pub async fn resolve_loopback(address: &str) -> Result<Vec<SocketAddr>, AddressError> {
+    let found = tokio::net::lookup_host(address).await.map(Iterator::collect);
+    only_loopback(address, found)
+}
+
+/// The same, outside a runtime; blocks while a name is looked up.
+///
+/// # Errors
+/// As [`resolve_loopback`].
+pub fn resolve_loopback_now(address: &str) -> Result<Vec<SocketAddr>, AddressError> {
+    only_loopback(address, std::net::ToSocketAddrs::to_socket_addrs(address).map(Iterator::collect))
+}
+
+fn only_loopback(
+    address: &str,
+    found: std::io::Result<Vec<SocketAddr>>,
+) -> Result<Vec<SocketAddr>, AddressError> {
     let resolve = |error| AddressError::Resolve { address: address.into(), error };
-    let found: Vec<SocketAddr> = tokio::net::lookup_host(address).await.map_err(resolve)?.collect();
+    let found = found.map_err(resolve)?;
     if let Some(far) = found.iter().find(|a| !a.ip().is_loopback()) {
         return Err(AddressError::NotLoopback { address: address.into(), resolved: *far });
     }

@@ -33,7 +33,8 @@ const DEPTH_MAX: usize = 4096;
 /// A directory and a name in it.
 pub(super) type Spot = (Arc<OwnedFd>, Vec<u8>);
 
-pub(super) fn open_beneath(dir: impl AsFd, name: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+/// Opens an entry of a directory and follows nothing.
+pub(in crate::backup) fn open_beneath(dir: impl AsFd, name: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::openat2(dir, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), BENEATH)
 }
 

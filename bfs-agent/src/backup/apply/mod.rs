@@ -23,7 +23,10 @@
 mod attributes;
 mod find;
 
+pub(super) use find::open_beneath;
+
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -124,6 +127,24 @@ impl Area {
             return Err(BackupError::Stream(why));
         }
         Ok(place)
+    }
+}
+
+impl Area {
+    /// Opens the directory of a root (`O_PATH`); `None` if it is not there.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn open_root(&self, root: &Path) -> Result<Option<OwnedFd>, BackupError> {
+        let mut fd = open_beneath(&*self.tree, b".", OFlags::PATH).map_err(BackupError::io("open", root))?;
+        for name in self.root_place(root)?.names {
+            fd = match open_beneath(&fd, &name, OFlags::PATH) {
+                Ok(fd) => fd,
+                Err(Errno::NOENT) => return Ok(None),
+                Err(error) => return Err(BackupError::io("open", root)(error)),
+            };
+        }
+        Ok(Some(fd))
     }
 }
 
@@ -347,11 +368,10 @@ impl<'a, B: Base> Step<'a, B> {
         from: LogRef,
     ) -> Result<(), BackupError> {
         let path = segment_path(&self.area.log, from.segment);
-        if !self.segments.contains_key(&from.segment) {
-            let file = File::open(&path).map_err(BackupError::io("open", &path))?;
-            self.segments.insert(from.segment, file);
-        }
-        let file = &self.segments[&from.segment];
+        let file = match self.segments.entry(from.segment) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(free) => free.insert(File::open(&path).map_err(BackupError::io("open", &path))?),
+        };
         let mut at = start;
         while at < end {
             let len = (end - at).min(COPY as u64) as usize;

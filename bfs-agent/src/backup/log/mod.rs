@@ -81,7 +81,7 @@ pub fn read_range(
         }
         let mut reader = SegmentReader::open(dir, *number, group)?;
         while next <= to {
-            let Some(found) = reader.next()? else { break };
+            let Some(found) = reader.read()? else { break };
             if found.encoded.sequence < next {
                 continue;
             }

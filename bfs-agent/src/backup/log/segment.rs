@@ -181,7 +181,7 @@ impl SegmentReader {
     ///
     /// # Errors
     /// [`BackupError::Corrupt`] for anything that is not a whole, sound record.
-    pub fn next(&mut self) -> Result<Option<LogRecord>, BackupError> {
+    pub fn read(&mut self) -> Result<Option<LogRecord>, BackupError> {
         match self.next_or_tail()? {
             Ok(found) => Ok(Some(found)),
             Err(Tail::Clean) => Ok(None),

@@ -1,0 +1,305 @@
+//! One connection of a known peer.
+//!
+//! Frames are answered in order; a second task writes, fed by a bounded queue, so that a peer
+//! that does not read stops only itself. A refusal is the last frame: afterwards what the peer
+//! still sends is read and dropped for a while, because closing a socket with unread bytes would
+//! tear the refusal away from it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bfs_common::record::{Epoch, GroupId, PathBytes};
+use bfs_common::wire::{Frame, Refusal};
+use bytes::Bytes;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::AbortHandle;
+
+use super::group::{Group, Slot};
+use super::read;
+use super::serve::Shared;
+use crate::net::{Connection, FrameError, FrameReader};
+
+/// Frames that wait to be written.
+const QUEUE: usize = 32;
+/// How long an agent that ended may keep its group, until its connection is seen to be closed.
+const SLOT_WAIT: Duration = Duration::from_secs(2);
+/// How long a refused peer may take to read that.
+const LINGER: Duration = Duration::from_secs(5);
+
+struct Writing {
+    group: Arc<Group>,
+    epoch: Epoch,
+    fenced: Arc<Notify>,
+    acks: AbortHandle,
+}
+
+struct Session {
+    shared: Arc<Shared>,
+    number: u64,
+    out: mpsc::Sender<(Frame, Bytes)>,
+    /// Set by the acknowledging task when the log takes nothing any more.
+    broken: Arc<Notify>,
+    writing: Option<Writing>,
+    readers: Vec<AbortHandle>,
+}
+
+/// Serves a connection until it ends.
+pub async fn serve(shared: Arc<Shared>, connection: Connection) {
+    let Connection { mut reader, mut writer, peer } = connection;
+    let (out, mut to_write) = mpsc::channel::<(Frame, Bytes)>(QUEUE);
+    let writing = tokio::spawn(async move {
+        while let Some((frame, body)) = to_write.recv().await {
+            if writer.send(&frame, &body).await.is_err() {
+                return;
+            }
+        }
+        // The peer may be gone already.
+        let _ = writer.shutdown().await;
+    });
+    let number = shared.number_connection();
+    let mut session =
+        Session { shared, number, out, broken: Arc::new(Notify::new()), writing: None, readers: Vec::new() };
+    let end = session.run(&mut reader).await;
+    session.release();
+    let refused = match end {
+        Ok(()) => false,
+        Err(refusal) => {
+            tracing::warn!("{peer}: {refusal}");
+            session.out.send((Frame::Refused(refusal), Bytes::new())).await.is_ok()
+        }
+    };
+    drop(session);
+    if refused {
+        let drain = async { while let Ok(Some(_)) = reader.next().await {} };
+        // Either the peer has closed, or it had its time.
+        let _ = tokio::time::timeout(LINGER, drain).await;
+    }
+    let _ = tokio::time::timeout(LINGER, writing).await;
+}
+
+/// Waits for ever if there is nothing to wait for.
+async fn notified(notify: Option<Arc<Notify>>) {
+    match notify {
+        Some(notify) => notify.notified().await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Session {
+    /// Until the peer ends the connection (`Ok`) or is refused.
+    async fn run(&mut self, reader: &mut FrameReader) -> Result<(), Refusal> {
+        let mut stop = self.shared.stop.subscribe();
+        loop {
+            let fenced = self.writing.as_ref().map(|w| w.fenced.clone());
+            let broken = self.broken.clone();
+            tokio::select! {
+                frame = reader.next() => match frame {
+                    Ok(Some((frame, body))) => self.frame(frame, body).await?,
+                    Ok(None) | Err(FrameError::Io(_) | FrameError::CutOff) => return Ok(()),
+                    Err(FrameError::Wire(error)) => return Err(Refusal::Bad(error.to_string())),
+                },
+                () = notified(fenced) => {
+                    let newest = self.writing.as_ref().map_or(Epoch(0), |w| w.group.state().granted);
+                    return Err(Refusal::Fenced { newest });
+                }
+                () = broken.notified() => {
+                    let why = self.writing.as_ref().and_then(|w| w.group.progress().borrow().refuses.clone());
+                    return Err(Refusal::Store(why.unwrap_or_else(|| "its log failed".into())));
+                }
+                () = async { let _ = stop.wait_for(|stop| *stop).await; } => return Ok(()),
+            }
+        }
+    }
+
+    async fn answer(&self, frame: Frame) {
+        // If the writer ended, so does the connection, and the reader will see it.
+        let _ = self.out.send((frame, Bytes::new())).await;
+    }
+
+    async fn frame(&mut self, frame: Frame, body: Bytes) -> Result<(), Refusal> {
+        match frame {
+            Frame::Hello { group, group_id, boot_id: _, epoch, take_over, maps } => {
+                if self.writing.is_some() {
+                    return Err(Refusal::Bad("a second Hello on one connection".into()));
+                }
+                self.hello(group, group_id, epoch, take_over, maps).await
+            }
+            Frame::Records { first, count } => {
+                let Some(writing) = &self.writing else {
+                    return Err(Refusal::Bad("records before Hello".into()));
+                };
+                writing.group.take(self.number, writing.epoch, first, count, body).await
+            }
+            Frame::GetCatalog => {
+                let Some(writing) = &self.writing else {
+                    return Err(Refusal::Bad("GetCatalog before Hello".into()));
+                };
+                let (group, out) = (writing.group.clone(), self.out.clone());
+                let made = tokio::task::spawn_blocking(move || {
+                    read::catalog(&group, &mut |frame| out.blocking_send((frame, Bytes::new())).is_ok())
+                });
+                match made.await {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(error)) => Err(Refusal::Store(error.to_string())),
+                    Err(error) => Err(Refusal::Store(format!("making the catalogue failed: {error}"))),
+                }
+            }
+            Frame::GetManifest { group, at_least } => {
+                let Some(group) = self.shared.group(&group) else {
+                    return Err(Refusal::Bad(format!("there is no group {group:?} in this store")));
+                };
+                let out = self.out.clone();
+                self.readers.retain(|task| !task.is_finished());
+                let task = tokio::spawn(async move {
+                    let mut progress = group.progress();
+                    if progress.wait_for(|p| p.applied >= at_least).await.is_err() {
+                        return;
+                    }
+                    let to = out.clone();
+                    let made = tokio::task::spawn_blocking(move || {
+                        read::manifest(&group, &mut |frame| to.blocking_send((frame, Bytes::new())).is_ok())
+                    });
+                    let failed = match made.await {
+                        Ok(Ok(())) => return,
+                        Ok(Err(error)) => error.to_string(),
+                        Err(error) => error.to_string(),
+                    };
+                    // If the connection ended there is nobody to tell.
+                    let _ = out.send((Frame::Refused(Refusal::Store(failed)), Bytes::new())).await;
+                });
+                self.readers.push(task.abort_handle());
+                Ok(())
+            }
+            Frame::GetStatus => {
+                self.answer(Frame::Status { groups: self.shared.status() }).await;
+                Ok(())
+            }
+            Frame::Ping(number) => {
+                self.answer(Frame::Pong(number)).await;
+                Ok(())
+            }
+            Frame::Pong(_) => Ok(()),
+            _ => Err(Refusal::Bad("a frame that only a replayer sends".into())),
+        }
+    }
+
+    async fn hello(
+        &mut self,
+        name: String,
+        id: GroupId,
+        epoch: Option<Epoch>,
+        take_over: bool,
+        maps: Vec<(PathBytes, PathBytes)>,
+    ) -> Result<(), Refusal> {
+        let shared = self.shared.clone();
+        let group = tokio::task::spawn_blocking(move || shared.group_for(&name, id, &maps))
+            .await
+            .map_err(|e| Refusal::Store(e.to_string()))??;
+        let fenced = self.occupy(&group, epoch, take_over).await?;
+        let idle = tokio::spawn(async {}).abort_handle();
+        // From here on the slot is given back when the session ends.
+        self.writing =
+            Some(Writing { group: group.clone(), epoch: epoch.unwrap_or_default(), fenced, acks: idle });
+        group.drain().await?;
+        let epoch = match epoch {
+            Some(epoch) => epoch,
+            None => {
+                let group = group.clone();
+                tokio::task::spawn_blocking(move || group.grant())
+                    .await
+                    .map_err(|e| Refusal::Store(e.to_string()))?
+                    .map_err(|e| Refusal::Store(e.to_string()))?
+            }
+        };
+        let mut progress = group.progress();
+        let known = progress.borrow_and_update().clone();
+        let welcome = {
+            let state = group.state();
+            Frame::Welcome {
+                epoch,
+                position: state.gate.position,
+                confirmed: known.confirmed,
+                applied: known.applied,
+                highest_object: state.gate.highest_object,
+                gaps: state.gate.gaps.clone(),
+                roots: state.gate.roots.clone(),
+                boot_id: state.gate.boot_id,
+            }
+        };
+        self.answer(welcome).await;
+        let (out, broken) = (self.out.clone(), self.broken.clone());
+        let acks = tokio::spawn(async move {
+            while progress.changed().await.is_ok() {
+                let p = progress.borrow_and_update().clone();
+                if p.refuses.is_some() {
+                    broken.notify_one();
+                    return;
+                }
+                let ack = Frame::Ack { position: p.durable, confirmed: p.confirmed, applied: p.applied };
+                if out.send((ack, Bytes::new())).await.is_err() {
+                    return;
+                }
+            }
+        });
+        if let Some(writing) = &mut self.writing {
+            writing.epoch = epoch;
+            writing.acks = acks.abort_handle();
+        }
+        Ok(())
+    }
+
+    /// Becomes the writer of a group.
+    async fn occupy(
+        &self,
+        group: &Group,
+        epoch: Option<Epoch>,
+        take_over: bool,
+    ) -> Result<Arc<Notify>, Refusal> {
+        let deadline = tokio::time::Instant::now() + SLOT_WAIT;
+        loop {
+            let freed = group.slot_free.notified();
+            {
+                let mut state = group.state();
+                if let Some(epoch) = epoch {
+                    if epoch < state.granted {
+                        return Err(Refusal::Fenced { newest: state.granted });
+                    }
+                    if epoch > state.granted || epoch == Epoch(0) {
+                        return Err(Refusal::Bad(format!("epoch {epoch} was never granted")));
+                    }
+                }
+                // The same agent over a new connection: the old one is dead, or soon will be.
+                let again = epoch.is_some();
+                if let Some(old) = &state.slot
+                    && (again || take_over)
+                {
+                    old.fenced.notify_one();
+                    state.slot = None;
+                }
+                if state.slot.is_none() {
+                    let fenced = Arc::new(Notify::new());
+                    state.slot = Some(Slot { connection: self.number, fenced: fenced.clone() });
+                    return Ok(fenced);
+                }
+            }
+            if tokio::time::timeout_at(deadline, freed).await.is_err() {
+                return Err(Refusal::Busy { name: group.name.clone() });
+            }
+        }
+    }
+
+    /// Gives back what the connection held.
+    fn release(&mut self) {
+        for reader in self.readers.drain(..) {
+            reader.abort();
+        }
+        let Some(writing) = self.writing.take() else { return };
+        writing.acks.abort();
+        let mut state = writing.group.state();
+        if state.slot.as_ref().is_some_and(|slot| slot.connection == self.number) {
+            state.slot = None;
+            drop(state);
+            writing.group.slot_free.notify_waiters();
+        }
+    }
+}

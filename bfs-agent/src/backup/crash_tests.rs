@@ -1,0 +1,310 @@
+//! The applier against a model in memory, with a crash before any of its changes.
+//!
+//! Random programs of renames, links, exchanges, deletes and writes become records, the records a
+//! log, the log steps. Each step crashes a few times at random changes of the tree and is redone;
+//! afterwards the tree must be the model: names, types, bytes, link counts, times.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use bfs_common::codec;
+use bfs_common::record::*;
+use bfs_common::wire::Position;
+use bytes::BytesMut;
+use proptest::prelude::*;
+
+use super::apply::{Area, CrashPoint};
+use super::error::BackupError;
+use super::gate::Marker;
+use super::group::apply_step;
+use super::index::{GroupRow, Index};
+use super::log::writer::LogWriter;
+use super::store::Store;
+
+const GROUP: &str = "g";
+const ROOT: &str = "/r";
+
+#[derive(Clone, Debug)]
+struct ModelNode {
+    directory: bool,
+    data: Vec<u8>,
+    entries: BTreeMap<Name, ObjectId>,
+    mtime: i64,
+    links: u64,
+}
+
+struct Model {
+    nodes: BTreeMap<ObjectId, ModelNode>,
+    next: u64,
+    clock: i64,
+    records: Vec<(Record, Vec<u8>)>,
+}
+
+const TOP: ObjectId = ObjectId(1);
+
+impl Model {
+    fn new() -> Self {
+        let mut model = Self { nodes: BTreeMap::new(), next: 1, clock: 1000, records: Vec::new() };
+        model.create(true);
+        model.records.push((Record::Roots { roots: vec![(PathBytes::new(ROOT.as_ref()), TOP)] }, Vec::new()));
+        model
+    }
+
+    fn create(&mut self, directory: bool) -> ObjectId {
+        let object = ObjectId(self.next);
+        self.next += 1;
+        let node =
+            ModelNode { directory, data: Vec::new(), entries: BTreeMap::new(), mtime: self.clock, links: 0 };
+        let kind = if directory { FileKind::Directory } else { FileKind::Regular };
+        let meta = self.meta(node.mtime);
+        self.nodes.insert(object, node);
+        self.records.push((
+            Record::Object { object, identity: Identity::default(), kind, device: 0, meta },
+            Vec::new(),
+        ));
+        object
+    }
+
+    fn meta(&self, mtime: i64) -> Meta {
+        let me = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Meta { permissions: 0o755, uid: me.0, gid: me.1, mtime_sec: mtime, mtime_nsec: 5 }
+    }
+
+    fn touch(&mut self, object: ObjectId) {
+        self.clock += 1;
+        let mtime = self.clock;
+        self.nodes.get_mut(&object).unwrap().mtime = mtime;
+        self.records.push((Record::Meta { object, meta: self.meta(mtime) }, Vec::new()));
+    }
+
+    fn link(&mut self, directory: ObjectId, name: Name, object: ObjectId) {
+        self.unlink(directory, &name);
+        self.nodes.get_mut(&directory).unwrap().entries.insert(name.clone(), object);
+        self.nodes.get_mut(&object).unwrap().links += 1;
+        self.records.push((Record::EntrySet { directory, name, object }, Vec::new()));
+        self.touch(directory);
+    }
+
+    /// Removes an entry, and what it named if that has no other.
+    fn unlink(&mut self, directory: ObjectId, name: &Name) {
+        if let Some(gone) = self.detach(directory, name) {
+            self.forget(gone);
+        }
+    }
+
+    fn detach(&mut self, directory: ObjectId, name: &Name) -> Option<ObjectId> {
+        let object = self.nodes.get_mut(&directory).unwrap().entries.remove(name)?;
+        self.nodes.get_mut(&object).unwrap().links -= 1;
+        self.records.push((Record::EntryDelete { directory, name: name.clone() }, Vec::new()));
+        self.touch(directory);
+        Some(object)
+    }
+
+    fn forget(&mut self, object: ObjectId) {
+        if self.nodes[&object].links > 0 {
+            return;
+        }
+        for name in self.nodes[&object].entries.keys().cloned().collect::<Vec<_>>() {
+            self.unlink(object, &name);
+        }
+        self.nodes.remove(&object);
+        self.records.push((Record::Forget { object }, Vec::new()));
+    }
+
+    fn below(&self, top: ObjectId, object: ObjectId) -> bool {
+        top == object || self.nodes[&top].entries.values().any(|child| self.below(*child, object))
+    }
+
+    fn do_op(&mut self, (op, a, b, c): (u8, u8, u8, u8)) {
+        let pick = |list: Vec<ObjectId>, at: u8| list.get(at as usize % list.len().max(1)).copied();
+        let dirs: Vec<_> = self.nodes.iter().filter(|(_, n)| n.directory).map(|(o, _)| *o).collect();
+        let files: Vec<_> = self.nodes.iter().filter(|(_, n)| !n.directory).map(|(o, _)| *o).collect();
+        let (from, to) = (pick(dirs.clone(), a).unwrap(), pick(dirs, b).unwrap());
+        let name = Name::new(format!("n{}", c % 4).as_bytes()).unwrap();
+        let other = Name::new(format!("n{}", b % 4).as_bytes()).unwrap();
+        match op % 8 {
+            0 | 1 => {
+                let replaced = self.nodes[&from].entries.get(&name).copied();
+                if replaced.is_none_or(|r| !self.below(r, from)) {
+                    let new = self.create(op % 8 == 0);
+                    self.link(from, name, new);
+                }
+            }
+            2 => {
+                if let Some(file) = pick(files, a) {
+                    let data = vec![c | 1; 1 + b as usize * 40];
+                    let offset = u64::from(c) * 50;
+                    let bytes = &mut self.nodes.get_mut(&file).unwrap().data;
+                    let end = offset as usize + data.len();
+                    if bytes.len() < end {
+                        bytes.resize(end, 0);
+                    }
+                    bytes[offset as usize..end].copy_from_slice(&data);
+                    self.records.push((Record::Write { object: file, offset }, data));
+                    self.touch(file);
+                }
+            }
+            3 => {
+                if let Some(file) = pick(files, a) {
+                    let size = u64::from(c) * 30;
+                    self.nodes.get_mut(&file).unwrap().data.resize(size as usize, 0);
+                    self.records.push((Record::Truncate { object: file, size }, Vec::new()));
+                    let (offset, length) = (u64::from(b) * 10, 300);
+                    let bytes = &mut self.nodes.get_mut(&file).unwrap().data;
+                    let end = (offset + length).min(bytes.len() as u64);
+                    for at in offset.min(end)..end {
+                        bytes[at as usize] = 0;
+                    }
+                    self.records.push((Record::Zero { object: file, offset, length }, Vec::new()));
+                    self.touch(file);
+                }
+            }
+            4 => self.unlink(from, &name),
+            5 => {
+                if let Some(file) = pick(files, b)
+                    && self.nodes[&from]
+                        .entries
+                        .get(&name)
+                        .is_none_or(|o| !self.below(*o, file) && !self.below(*o, from))
+                {
+                    self.link(from, name, file);
+                }
+            }
+            _ => self.rename(from, &name, to, &other, op % 8 == 7),
+        }
+    }
+
+    fn rename(&mut self, from: ObjectId, name: &Name, to: ObjectId, other: &Name, exchange: bool) {
+        let (Some(object), there) =
+            (self.nodes[&from].entries.get(name).copied(), self.nodes[&to].entries.get(other).copied())
+        else {
+            return;
+        };
+        let same = (from, name) == (to, other) || there == Some(object);
+        if same
+            || self.below(object, to)
+            || there.is_some_and(|t| self.below(t, from) || self.below(t, object))
+        {
+            return;
+        }
+        self.detach(from, name);
+        if exchange && let Some(there) = there {
+            self.detach(to, other);
+            self.link(to, other.clone(), object);
+            self.link(from, name.clone(), there);
+        } else {
+            self.link(to, other.clone(), object);
+        }
+    }
+
+    fn compare(&self, object: ObjectId, path: &Path) {
+        let node = &self.nodes[&object];
+        let meta = fs::symlink_metadata(path).unwrap();
+        assert_eq!(meta.is_dir(), node.directory, "{path:?}");
+        assert_eq!((meta.mtime(), meta.mtime_nsec()), (node.mtime, 5), "{path:?}");
+        if !node.directory {
+            assert_eq!(meta.nlink(), node.links, "{path:?}");
+            assert!(fs::read(path).unwrap() == node.data, "content of {path:?}");
+            return;
+        }
+        let mut found: Vec<_> = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name()).collect();
+        found.sort();
+        let expected: Vec<_> = node.entries.keys().map(|n| n.as_os_str().to_owned()).collect();
+        assert_eq!(found, expected, "{path:?}");
+        for (name, child) in &node.entries {
+            self.compare(*child, &path.join(name.as_os_str()));
+        }
+    }
+}
+
+fn append(log: &mut LogWriter, records: Vec<(Record, Vec<u8>)>) -> Position {
+    let mut position = log.durable();
+    let mut out = BytesMut::new();
+    for (record, payload) in records {
+        let start = out.len();
+        position.sequence = position.sequence.next();
+        codec::encode(&mut out, position.sequence, &record, &payload);
+        position.chain = codec::chain(position.chain, &out[start..]);
+    }
+    log.append(&[(out.freeze(), position)]).unwrap();
+    position
+}
+
+fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("store")).unwrap();
+    let index = Index::open(store.path()).unwrap();
+    let mut row = GroupRow::new(1, GroupId([1; 16]), Vec::new());
+    index.put_group(GROUP, &row).unwrap();
+    let log_dir = store.group_dir("log", GROUP).unwrap();
+    let (mut log, _) = LogWriter::open(&log_dir, row.id, Position::START, |_| Ok(())).unwrap();
+    log.limit_segments(4096);
+    let mut model = Model::new();
+    for (number, ops) in steps.iter().enumerate() {
+        for op in ops {
+            model.do_op(*op);
+        }
+        let checkpoint = CheckpointId(number as u64 + 1);
+        let label = CheckpointLabel::default();
+        let mut records = std::mem::take(&mut model.records);
+        records.push((Record::Checkpoint { checkpoint, label: label.clone() }, Vec::new()));
+        let marker = Marker { checkpoint, label, position: append(&mut log, records).into() };
+        let mut next_crash = crashes.iter().copied();
+        row = loop {
+            let mut crash = CrashPoint { left: next_crash.next() };
+            let area = Area::open(&store, GROUP, &[], &[]).unwrap();
+            match apply_step(GROUP, &row, &index, &area, &log_dir, marker.clone(), &mut crash) {
+                Ok(row) => break row,
+                Err(BackupError::Crash) => {}
+                Err(error) => panic!("{error}"),
+            }
+        };
+        model.compare(TOP, &store.path().join("tree/g/r"));
+        for left in ["stage", "aside"] {
+            assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");
+        }
+        LogWriter::remove_applied(&log_dir, row.applied.sequence).unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_crash_converges(
+        steps in prop::collection::vec(prop::collection::vec(any::<(u8, u8, u8, u8)>(), 1..25), 1..5),
+        crashes in prop::collection::vec(0..60u64, 0..4),
+    ) {
+        check(&steps, &crashes);
+    }
+}
+
+/// Every single crash point of one step that has everything in it.
+#[test]
+fn every_crash_point_of_a_busy_step_converges() {
+    let first = vec![
+        (0, 0, 0, 0),
+        (0, 1, 0, 1),
+        (1, 0, 0, 2),
+        (1, 1, 0, 3),
+        (2, 0, 9, 1),
+        (2, 1, 5, 3),
+        (5, 0, 1, 3),
+        (0, 2, 0, 2),
+    ];
+    let second = vec![
+        (7, 0, 1, 0),
+        (6, 0, 0, 2),
+        (4, 1, 0, 3),
+        (1, 0, 0, 2),
+        (2, 2, 7, 1),
+        (3, 0, 3, 9),
+        (6, 1, 0, 1),
+        (5, 2, 0, 1),
+    ];
+    for point in 0..60 {
+        check(&[first.clone(), second.clone()], &[point]);
+    }
+}

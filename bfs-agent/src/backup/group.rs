@@ -1,0 +1,526 @@
+//! One group at work: the gate, the thread that writes its log, the thread that applies.
+//!
+//! Records pass the gate under the lock of [`State`], go through a bounded queue to the log
+//! thread, and count once its sync returns; only then do acknowledgement and applier learn of
+//! them. The applier holds the lock of the tree for a whole step; whoever reads the tree or the
+//! index together with the log (manifest, catalogue) takes that lock too.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bfs_common::codec;
+use bfs_common::record::{CheckpointId, CheckpointLabel, Epoch, GroupId, PathBytes, Record, Sequence};
+use bfs_common::wire::{GroupStatus, Position, Refusal};
+use bytes::Bytes;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use super::apply::{self, Area, CrashPoint, Step};
+use super::error::BackupError;
+use super::gate::{Gate, Marker, Verdict};
+use super::index::{GroupRow, Index, Phase, PlanRow};
+use super::log::writer::LogWriter;
+use super::log::{LogRecord, read_range};
+use super::plan::plan;
+use super::target::Target;
+
+/// Batches that wait for the log thread; each is a frame at most.
+const QUEUE: usize = 8;
+/// Bytes that are synced together at most.
+const GROUP_COMMIT_BYTES: usize = 32 << 20;
+/// How long the applier waits before it tries a step again that failed.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What agents are told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The last durable record.
+    pub durable: Position,
+    /// The last durable marker.
+    pub confirmed: CheckpointId,
+    /// The applied checkpoint.
+    pub applied: CheckpointId,
+    /// The log takes nothing any more, and why.
+    pub refuses: Option<String>,
+}
+
+/// The connection that writes a group.
+#[derive(Debug)]
+pub struct Slot {
+    /// Number of the connection.
+    pub connection: u64,
+    /// Tells it that it lost the group.
+    pub fenced: Arc<Notify>,
+}
+
+/// What changes with every record.
+#[derive(Debug)]
+pub struct State {
+    /// At the last record that was taken.
+    pub gate: Gate,
+    /// The newest epoch that was granted.
+    pub granted: Epoch,
+    /// Markers that were taken and are not applied.
+    markers: VecDeque<Marker>,
+    /// Who writes.
+    pub slot: Option<Slot>,
+    applied: (CheckpointId, CheckpointLabel),
+    applying: bool,
+    log_trouble: Option<String>,
+    apply_trouble: Option<String>,
+    pending: (u64, u64),
+    stop: bool,
+}
+
+enum ToLog {
+    Append {
+        bytes: Bytes,
+        after: Position,
+    },
+    /// Answers when everything before it is durable, after opening the log again if it failed.
+    Drain(oneshot::Sender<Result<(), String>>),
+}
+
+/// One group of a store.
+#[derive(Debug)]
+pub struct Group {
+    /// Its name.
+    pub name: String,
+    number: u32,
+    id: GroupId,
+    maps: Vec<(PathBytes, PathBytes)>,
+    /// The state; never held while something is waited for.
+    state: Mutex<State>,
+    wake: Condvar,
+    /// The row of the index, and with it the right to the tree.
+    pub(super) tree: Mutex<GroupRow>,
+    /// Told when the slot becomes free.
+    pub slot_free: Notify,
+    progress: watch::Sender<Progress>,
+    to_log: Mutex<Option<mpsc::Sender<ToLog>>>,
+    pub(super) index: Arc<Index>,
+    pub(super) area: Area,
+    pub(super) log: PathBuf,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// A lock that survives a panic of another thread: what it guards is changed in small whole steps.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What opening a log gives: its end, the gate there, the markers that are not applied, and how
+/// many records and bytes stand behind the last of them.
+type OpenLog = (LogWriter, Gate, VecDeque<Marker>, (u64, u64));
+
+fn open_log(log: &std::path::Path, row: &GroupRow) -> Result<OpenLog, BackupError> {
+    let applied: Position = row.applied.into();
+    let mut gate = Gate::new(applied, row.checkpoint, row.highest_object, row.roots.clone(), row.boot_id);
+    let mut markers = VecDeque::new();
+    let mut pending = (0, 0);
+    let (writer, opened) = LogWriter::open(log, row.id, applied, |found: LogRecord| {
+        gate.replay(&found.encoded, &found.record).map_err(|refusal| BackupError::corrupt(log, refusal))?;
+        pending = (pending.0 + 1, pending.1 + found.encoded.bytes.len() as u64);
+        if let Record::Checkpoint { checkpoint, label } = found.record {
+            markers.push_back(Marker { checkpoint, label, position: gate.position.into() });
+            pending = (0, 0);
+        }
+        Ok(())
+    })?;
+    if let Some((path, bytes)) = opened.cut {
+        tracing::warn!(
+            "{}: {bytes} bytes of a torn batch were cut; they were never acknowledged",
+            path.display()
+        );
+    }
+    Ok((writer, gate, markers, pending))
+}
+
+impl Group {
+    /// Opens a group and starts its threads.
+    ///
+    /// # Errors
+    /// If its log is damaged or its folders cannot be opened.
+    pub fn open(
+        name: &str,
+        row: GroupRow,
+        index: Arc<Index>,
+        area: Area,
+        log: PathBuf,
+    ) -> Result<Arc<Self>, BackupError> {
+        let (writer, gate, markers, pending) = open_log(&log, &row)?;
+        let confirmed = markers.back().map_or(row.checkpoint, |m| m.checkpoint);
+        let progress = Progress { durable: gate.position, confirmed, applied: row.checkpoint, refuses: None };
+        let state = State {
+            gate,
+            granted: row.granted,
+            markers,
+            slot: None,
+            applied: (row.checkpoint, row.label.clone()),
+            applying: false,
+            log_trouble: None,
+            apply_trouble: None,
+            pending,
+            stop: false,
+        };
+        let (to_log, from_group) = mpsc::channel(QUEUE);
+        let group = Arc::new(Self {
+            name: name.into(),
+            number: row.number,
+            id: row.id,
+            maps: row.maps.clone(),
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+            tree: Mutex::new(row),
+            slot_free: Notify::new(),
+            progress: watch::Sender::new(progress),
+            to_log: Mutex::new(Some(to_log)),
+            index,
+            area,
+            log,
+            threads: Mutex::new(Vec::new()),
+        });
+        let spawn = |what: &str, work: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new()
+                .name(format!("{what} {name}"))
+                // The search for a directory goes up its parents by recursion.
+                .stack_size(32 << 20)
+                .spawn(work)
+                .map_err(BackupError::io("start a thread for group", name))
+        };
+        let (for_log, for_apply) = (group.clone(), group.clone());
+        let log_thread = spawn("log", Box::new(move || for_log.run_log(writer, from_group)))?;
+        let apply_thread = spawn("apply", Box::new(move || for_apply.run_apply()))?;
+        locked(&group.threads).extend([log_thread, apply_thread]);
+        Ok(group)
+    }
+
+    /// The state.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        locked(&self.state)
+    }
+
+    /// Its short number in the store.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Identity and maps, which never change.
+    #[must_use]
+    pub fn identity(&self) -> (GroupId, &[(PathBytes, PathBytes)]) {
+        (self.id, &self.maps)
+    }
+
+    /// To follow what agents are told.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    /// Takes the records of one frame: through the gate, then to the log.
+    ///
+    /// # Errors
+    /// The refusal for the agent. Records before the refused one are taken.
+    pub async fn take(
+        &self,
+        connection: u64,
+        epoch: Epoch,
+        first: Sequence,
+        count: u32,
+        mut body: Bytes,
+    ) -> Result<(), Refusal> {
+        let (batch, after, refused) = {
+            let mut state = self.state();
+            if state.slot.as_ref().is_none_or(|slot| slot.connection != connection) {
+                return Err(Refusal::Fenced { newest: state.granted });
+            }
+            if let Some(why) = &state.log_trouble {
+                return Err(Refusal::Store(why.clone()));
+            }
+            let mut batch = Vec::new();
+            let refused = take_all(&mut state, epoch, first, count, &mut body, &mut batch).err();
+            (batch, state.gate.position, refused)
+        };
+        if !batch.is_empty() {
+            let sender =
+                locked(&self.to_log).clone().ok_or_else(|| Refusal::Store("it is being closed".into()))?;
+            let append = ToLog::Append { bytes: batch.into(), after };
+            sender.send(append).await.map_err(|_| Refusal::Store("its log thread ended".into()))?;
+        }
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// Waits until everything that was taken is durable; opens a log again that had failed.
+    ///
+    /// # Errors
+    /// If the log takes nothing.
+    pub async fn drain(&self) -> Result<(), Refusal> {
+        let (answer, wait) = oneshot::channel();
+        let closed = || Refusal::Store("it is being closed".into());
+        let sender = locked(&self.to_log).clone().ok_or_else(closed)?;
+        sender.send(ToLog::Drain(answer)).await.map_err(|_| closed())?;
+        wait.await.map_err(|_| closed())?.map_err(Refusal::Store)
+    }
+
+    fn run_log(&self, writer: LogWriter, mut from_group: mpsc::Receiver<ToLog>) {
+        let mut writer = Some(writer);
+        while let Some(first) = from_group.blocking_recv() {
+            let mut batches = Vec::new();
+            let mut drains = Vec::new();
+            let mut bytes_total = 0;
+            let mut next = Some(first);
+            while let Some(message) = next {
+                match message {
+                    ToLog::Append { bytes, after } => {
+                        bytes_total += bytes.len();
+                        batches.push((bytes, after));
+                    }
+                    ToLog::Drain(answer) => drains.push(answer),
+                }
+                next = if bytes_total < GROUP_COMMIT_BYTES { from_group.try_recv().ok() } else { None };
+            }
+            if let Some(log) = &mut writer {
+                match log.append(&batches) {
+                    Ok(()) if batches.is_empty() => {}
+                    Ok(()) => self.durable(log.durable()),
+                    Err(error) => {
+                        self.log_failed(&error);
+                        writer = None;
+                    }
+                }
+            }
+            if writer.is_none() && !drains.is_empty() {
+                match self.reopen() {
+                    Ok(log) => writer = Some(log),
+                    Err(error) => self.log_failed(&error),
+                }
+            }
+            for answer in drains {
+                let trouble = self.state().log_trouble.clone();
+                // The connection may have ended meanwhile.
+                let _ = answer.send(trouble.map_or(Ok(()), Err));
+            }
+        }
+        if let Some(mut log) = writer
+            && let Err(error) = log.seal()
+        {
+            tracing::warn!("group {}: {error}", self.name);
+        }
+    }
+
+    fn durable(&self, position: Position) {
+        let confirmed = {
+            let state = self.state();
+            let durable = state.markers.iter().rev().find(|m| m.position.sequence <= position.sequence);
+            durable.map_or(state.applied.0, |m| m.checkpoint)
+        };
+        self.progress.send_modify(|p| {
+            p.durable = position;
+            p.confirmed = p.confirmed.max(confirmed);
+        });
+        self.wake.notify_all();
+    }
+
+    fn log_failed(&self, error: &BackupError) {
+        let why = format!("{error}; nothing is acknowledged until the agent connects again and this is gone");
+        tracing::error!("group {}: {why}", self.name);
+        self.state().log_trouble = Some(why.clone());
+        self.progress.send_modify(|p| p.refuses = Some(why));
+    }
+
+    /// After a failure: what the log really holds decides.
+    fn reopen(&self) -> Result<LogWriter, BackupError> {
+        let row = locked(&self.tree);
+        let (log, gate, markers, pending) = open_log(&self.log, &row)?;
+        let durable = gate.position;
+        {
+            let mut state = self.state();
+            state.gate = gate;
+            state.markers = markers;
+            state.pending = pending;
+            state.log_trouble = None;
+        }
+        drop(row);
+        self.progress.send_modify(|p| p.refuses = None);
+        self.durable(durable);
+        Ok(log)
+    }
+
+    fn run_apply(&self) {
+        loop {
+            {
+                let mut state = self.state();
+                loop {
+                    if state.stop {
+                        return;
+                    }
+                    let durable = self.progress.borrow().durable.sequence;
+                    if state.markers.front().is_some_and(|m| m.position.sequence <= durable) {
+                        break;
+                    }
+                    state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+                state.applying = true;
+            }
+            let result = self.apply_next(&mut CrashPoint::default());
+            let mut state = self.state();
+            state.applying = false;
+            match result {
+                Ok(()) => state.apply_trouble = None,
+                Err(error) => {
+                    tracing::error!("group {}: a checkpoint cannot be applied: {error}", self.name);
+                    state.apply_trouble = Some(format!("a checkpoint cannot be applied: {error}"));
+                    if !state.stop {
+                        let waited = self.wake.wait_timeout(state, RETRY);
+                        drop(waited.unwrap_or_else(PoisonError::into_inner));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Does the step to the next durable marker.
+    fn apply_next(&self, crash: &mut CrashPoint) -> Result<(), BackupError> {
+        let mut tree = locked(&self.tree);
+        let Some(marker) = self.state().markers.front().cloned() else { return Ok(()) };
+        let row = apply_step(&self.name, &tree, &self.index, &self.area, &self.log, marker, crash)?;
+        *tree = row;
+        let mut state = self.state();
+        while state.markers.front().is_some_and(|m| m.checkpoint <= tree.checkpoint) {
+            state.markers.pop_front();
+        }
+        state.applied = (tree.checkpoint, tree.label.clone());
+        drop(state);
+        self.progress.send_modify(|p| {
+            p.applied = tree.checkpoint;
+            p.confirmed = p.confirmed.max(tree.checkpoint);
+        });
+        LogWriter::remove_applied(&self.log, tree.applied.sequence)
+    }
+
+    /// Grants the next epoch, durably. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If the index fails; then none is granted.
+    pub fn grant(&self) -> Result<Epoch, BackupError> {
+        let epoch = self.index.grant(&self.name)?;
+        let mut state = self.state();
+        state.granted = state.granted.max(epoch);
+        Ok(epoch)
+    }
+
+    /// How it stands.
+    #[must_use]
+    pub fn status(&self) -> GroupStatus {
+        let state = self.state();
+        let progress = self.progress.borrow().clone();
+        GroupStatus {
+            group: self.name.clone(),
+            durable: progress.durable.sequence,
+            epoch: progress.durable.epoch,
+            confirmed: progress.confirmed,
+            applied: state.applied.0,
+            applied_label: state.applied.1.clone(),
+            applying: state.applying,
+            pending_bytes: state.pending.1,
+            pending_records: state.pending.0,
+            open_gaps: state.gate.gaps.len() as u64,
+            attached: state.slot.is_some(),
+            trouble: state.log_trouble.clone().or_else(|| state.apply_trouble.clone()),
+        }
+    }
+
+    /// Ends the threads: what was taken is synced, a step that runs is finished.
+    pub fn stop(&self) {
+        self.state().stop = true;
+        self.wake.notify_all();
+        locked(&self.to_log).take();
+        for thread in std::mem::take(&mut *locked(&self.threads)) {
+            if thread.join().is_err() {
+                tracing::error!("group {}: a thread had ended by a panic", self.name);
+            }
+        }
+    }
+}
+
+fn take_all(
+    state: &mut State,
+    epoch: Epoch,
+    first: Sequence,
+    count: u32,
+    body: &mut Bytes,
+    batch: &mut Vec<u8>,
+) -> Result<(), Refusal> {
+    let bad = |why: String| Refusal::Bad(format!("records from {first}: {why}"));
+    let mut seen = 0;
+    while let Some(encoded) = codec::take(body).map_err(|e| bad(e.to_string()))? {
+        let (record, _) = encoded.decode().map_err(|e| bad(e.to_string()))?;
+        if encoded.sequence.0 != first.0.wrapping_add(u64::from(seen)) {
+            return Err(bad(format!("number {} stands in place {seen}", encoded.sequence)));
+        }
+        seen += 1;
+        if state.gate.take(epoch, &encoded, &record)? == Verdict::Known {
+            continue;
+        }
+        batch.extend_from_slice(&encoded.bytes);
+        state.pending = (state.pending.0 + 1, state.pending.1 + encoded.bytes.len() as u64);
+        if let Record::Checkpoint { checkpoint, label } = record {
+            state.markers.push_back(Marker { checkpoint, label, position: state.gate.position.into() });
+            state.pending = (0, 0);
+        }
+    }
+    if seen == count { Ok(()) } else { Err(bad(format!("{seen} in the frame, {count} announced"))) }
+}
+
+/// Does one step: from the applied checkpoint to this marker, or goes on with one that was begun.
+pub(super) fn apply_step(
+    name: &str,
+    row: &GroupRow,
+    index: &Index,
+    area: &Area,
+    log: &std::path::Path,
+    marker: Marker,
+    crash: &mut CrashPoint,
+) -> Result<GroupRow, BackupError> {
+    let begun = index.plan(row.number)?;
+    let (to, phase) = begun.map_or((marker, None), |plan| (plan.to, Some(plan.phase)));
+    let mut target = Target::default();
+    let (mut highest, mut boot_id) = (row.highest_object, row.boot_id);
+    read_range(log, row.id, row.applied.sequence, to.position.sequence, |found| {
+        match &found.record {
+            Record::Object { object, .. } => highest = highest.max(*object),
+            Record::EpochBegin { boot_id: id, .. } => boot_id = *id,
+            _ => {}
+        }
+        target
+            .fold(found.record, &found.payload, found.at)
+            .map_err(|e| BackupError::Stream(format!("record {}: {e}", found.encoded.sequence)))
+    })?;
+    let view = index.view(row.number)?;
+    let plan = plan(&view, &row.roots, &target)?;
+    let mut plan_row = PlanRow { from: row.checkpoint, to: to.clone(), phase: Phase::Planned };
+    if phase.is_none() {
+        // Left by the step before, if it crashed after its transaction.
+        apply::clean(area, &view)?;
+        index.put_plan(row.number, &plan_row)?;
+    }
+    let result = Step::new(area, &view, &plan, crash).run(phase.unwrap_or(Phase::Planned), || {
+        plan_row.phase = Phase::Detached;
+        index.put_plan(row.number, &plan_row)
+    })?;
+    let row = index.finish(name, &result, |row| {
+        row.applied = to.position;
+        row.checkpoint = to.checkpoint;
+        row.label = to.label;
+        row.highest_object = highest;
+        row.boot_id = boot_id;
+        if let Some(roots) = target.roots {
+            row.roots = roots;
+        }
+    })?;
+    apply::clean(area, &index.view(row.number)?)?;
+    Ok(row)
+}

@@ -1,0 +1,384 @@
+//! The replayer as a whole: a store, its groups, and the sockets it listens on.
+//!
+//! [`Replayer::start`] opens everything, so that an error is an error of the start, and then
+//! works on a runtime of its own threads: `bfs-replayer serve` and an agent with `dir:STORE` use
+//! the same.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bfs_common::record::{GroupId, PathBytes};
+use bfs_common::wire::{GroupStatus, Refusal};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Semaphore, watch};
+
+use super::apply::Area;
+use super::connection;
+use super::error::BackupError;
+use super::group::Group;
+use super::index::{GroupRow, Index};
+use super::places;
+use super::store::Store;
+use crate::net::auth::{self, Proof};
+use crate::net::{
+    Connection, Destination, FrameReader, FrameWriter, HANDSHAKE_TIMEOUT, Secret, destination, store_socket,
+};
+
+/// Connections at once, known or not.
+const CONNECTIONS_MAX: usize = 64;
+/// Groups of one store.
+const GROUPS_MAX: usize = 256;
+
+/// What a replayer is told.
+#[derive(Clone, Debug, Default)]
+pub struct ServeOptions {
+    /// The store's folder; made if it is missing.
+    pub store: PathBuf,
+    /// Where to listen, besides the owner's socket in the store.
+    pub listen: Vec<Destination>,
+    /// What TCP peers must know.
+    pub secret: Option<Secret>,
+    /// Folders outside the store that maps may lead into.
+    pub allow_roots: Vec<PathBuf>,
+}
+
+/// A store at work: what all connections share.
+#[derive(Debug)]
+pub struct Shared {
+    store: Store,
+    index: Arc<Index>,
+    groups: Mutex<BTreeMap<String, Arc<Group>>>,
+    allowed: Vec<PathBuf>,
+    /// True when the replayer ends.
+    pub(super) stop: watch::Sender<bool>,
+    connections: AtomicU64,
+    slots: Arc<Semaphore>,
+}
+
+impl Shared {
+    fn open(options: &ServeOptions) -> Result<Self, BackupError> {
+        let store = Store::open(&options.store)?;
+        let index = Arc::new(Index::open(store.path())?);
+        let mut allowed = Vec::new();
+        for dir in &options.allow_roots {
+            allowed.push(std::fs::canonicalize(dir).map_err(BackupError::io("find the allowed root", dir))?);
+        }
+        let mut groups = BTreeMap::new();
+        for (name, row) in index.groups()? {
+            let group = open_group(&store, &index, &name, row, &allowed)?;
+            groups.insert(name, group);
+        }
+        Ok(Self {
+            store,
+            index,
+            groups: Mutex::new(groups),
+            allowed,
+            stop: watch::Sender::new(false),
+            connections: AtomicU64::new(0),
+            slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        })
+    }
+
+    /// A group by name.
+    #[must_use]
+    pub fn group(&self, name: &str) -> Option<Arc<Group>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// The group of this name and identity; made if the name is new. Blocks on the disk.
+    ///
+    /// # Errors
+    /// The refusal for the agent.
+    pub fn group_for(
+        &self,
+        name: &str,
+        id: GroupId,
+        maps: &[(PathBytes, PathBytes)],
+    ) -> Result<Arc<Group>, Refusal> {
+        if !places::group_name_is_valid(name) {
+            let why = format!("{name:?} cannot name a group: use letters, digits, `.`, `_` and `-`");
+            return Err(Refusal::Bad(why));
+        }
+        for (from, _) in maps {
+            places::root_place(from.as_path(), maps, &self.allowed)
+                .map_err(|e| Refusal::Bad(e.to_string()))?;
+        }
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(group) = groups.get(name) {
+            let row = group.identity();
+            if row.0 != id {
+                return Err(Refusal::OtherGroup { name: name.into() });
+            }
+            if row.1 != maps {
+                let why = format!(
+                    "group {name:?} began with another --map: give the same again, or another --group"
+                );
+                return Err(Refusal::Bad(why));
+            }
+            return Ok(group.clone());
+        }
+        if groups.len() >= GROUPS_MAX {
+            return Err(Refusal::Store(format!("it holds {GROUPS_MAX} groups already")));
+        }
+        let number = groups.values().map(|g| g.number()).max().map_or(1, |n| n + 1);
+        let row = GroupRow::new(number, id, maps.to_vec());
+        let make = || -> Result<Arc<Group>, BackupError> {
+            self.index.put_group(name, &row)?;
+            open_group(&self.store, &self.index, name, row.clone(), &self.allowed)
+        };
+        let group = make().map_err(|e| Refusal::Store(e.to_string()))?;
+        groups.insert(name.into(), group.clone());
+        Ok(group)
+    }
+
+    /// How the groups stand.
+    #[must_use]
+    pub fn status(&self) -> Vec<GroupStatus> {
+        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.values().map(|group| group.status()).collect()
+    }
+
+    /// A number for a new connection.
+    pub(super) fn number_connection(&self) -> u64 {
+        self.connections.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+fn open_group(
+    store: &Store,
+    index: &Arc<Index>,
+    name: &str,
+    row: GroupRow,
+    allowed: &[PathBuf],
+) -> Result<Arc<Group>, BackupError> {
+    let area = Area::open(store, name, &row.maps, allowed)?;
+    let log = store.group_dir("log", name)?;
+    Group::open(name, row, index.clone(), area, log)
+}
+
+/// Starts replayers.
+#[derive(Debug)]
+pub struct Replayer;
+
+impl Replayer {
+    /// Opens the store, binds the addresses, and serves until the handle is stopped or dropped.
+    ///
+    /// # Errors
+    /// [`BackupError`]: the store is in use, damaged or newer, an address cannot be used.
+    pub fn start(options: ServeOptions) -> Result<ReplayerHandle, BackupError> {
+        // First what costs nothing to refuse.
+        for listen in &options.listen {
+            if let Destination::Tcp(address) = listen {
+                destination::resolve_loopback_now(address)?;
+                if options.secret.is_none() {
+                    return Err(BackupError::SecretNeeded(listen.to_string()));
+                }
+            }
+        }
+        let shared = Arc::new(Shared::open(&options)?);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("replayer")
+            .enable_all()
+            .build()
+            .map_err(BackupError::io("start", "the runtime"))?;
+        let mut handle =
+            ReplayerHandle { runtime: Some(runtime), shared, listening: Vec::new(), sockets: Vec::new() };
+        let own = Destination::Unix(store_socket(handle.shared.store.path()));
+        handle.listen(&own, None)?;
+        for listen in &options.listen {
+            handle.listen(listen, options.secret.as_ref())?;
+        }
+        Ok(handle)
+    }
+}
+
+/// A replayer at work. Dropping it stops it: what was taken is synced, a step that runs is
+/// finished.
+#[derive(Debug)]
+pub struct ReplayerHandle {
+    runtime: Option<tokio::runtime::Runtime>,
+    shared: Arc<Shared>,
+    listening: Vec<Destination>,
+    sockets: Vec<PathBuf>,
+}
+
+impl ReplayerHandle {
+    /// A connection inside this process; needs no authentication.
+    #[must_use]
+    pub fn connect_local(&self) -> Connection {
+        let (ours, theirs) = crate::net::local_pair();
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(connection::serve(self.shared.clone(), theirs));
+        }
+        ours
+    }
+
+    /// The addresses, with the ports that were chosen; the store's own socket first.
+    #[must_use]
+    pub fn listening(&self) -> &[Destination] {
+        &self.listening
+    }
+
+    /// How the groups stand.
+    #[must_use]
+    pub fn status(&self) -> Vec<GroupStatus> {
+        self.shared.status()
+    }
+
+    /// The store's folder.
+    #[must_use]
+    pub fn store(&self) -> &Path {
+        self.shared.store.path()
+    }
+
+    fn listen(&mut self, address: &Destination, secret: Option<&Secret>) -> Result<(), BackupError> {
+        let failed = |error| BackupError::Listen { address: address.to_string(), error };
+        let Some(runtime) = &self.runtime else { return Ok(()) };
+        let _inside = runtime.enter();
+        match address {
+            Destination::Tcp(text) => {
+                let Some(secret) = secret.cloned() else {
+                    return Err(BackupError::SecretNeeded(address.to_string()));
+                };
+                let found = destination::resolve_loopback_now(text)?;
+                let listener = std::net::TcpListener::bind(&found[..]).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let bound = listener.local_addr().map_err(failed)?;
+                let listener = TcpListener::from_std(listener).map_err(failed)?;
+                runtime.spawn(accept_tcp(self.shared.clone(), listener, secret));
+                self.listening.push(Destination::Tcp(bound.to_string()));
+            }
+            Destination::Unix(path) => {
+                remove_stale_socket(path).map_err(failed)?;
+                let listener = UnixListener::bind(path).map_err(failed)?;
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+                runtime.spawn(accept_unix(self.shared.clone(), listener));
+                self.sockets.push(path.clone());
+                self.listening.push(address.clone());
+            }
+            Destination::Dir(_) => {
+                let why = "a store is not an address to listen on; write tcp://127.0.0.1:PORT or unix:PATH";
+                return Err(failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, why)));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ReplayerHandle {
+    fn drop(&mut self) {
+        self.shared.stop.send_replace(true);
+        if let Some(runtime) = self.runtime.take() {
+            // Not the waiting kind: a handle may be dropped inside another runtime.
+            runtime.shutdown_background();
+        }
+        let groups = std::mem::take(&mut *self.shared.groups.lock().unwrap_or_else(PoisonError::into_inner));
+        for group in groups.values() {
+            group.stop();
+        }
+        for socket in &self.sockets {
+            // The next owner removes a socket that is left.
+            let _ = std::fs::remove_file(socket);
+        }
+    }
+}
+
+/// Removes a socket on which nobody listens any more.
+fn remove_stale_socket(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, "there is a file that is no socket"))
+        }
+        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => {
+                Err(std::io::Error::new(std::io::ErrorKind::AddrInUse, "somebody listens there already"))
+            }
+            Err(_) => std::fs::remove_file(path),
+        },
+    }
+}
+
+async fn accept_tcp(shared: Arc<Shared>, listener: TcpListener, secret: Secret) {
+    while !*shared.stop.borrow() {
+        let Some((stream, peer)) = accepted(listener.accept().await).await else { continue };
+        let Ok(permit) = shared.slots.clone().try_acquire_owned() else {
+            tracing::warn!("{peer}: more than {CONNECTIONS_MAX} connections, this one is dropped");
+            continue;
+        };
+        let (shared, secret) = (shared.clone(), secret.clone());
+        tokio::spawn(async move {
+            let _permit = permit;
+            if stream.set_nodelay(true).is_err() {
+                return;
+            }
+            let (read, write) = stream.into_split();
+            let halves = (FrameReader::new(Box::new(read)), FrameWriter::new(Box::new(write)));
+            authenticated(shared, halves, Proof::Secret(&secret), peer.to_string()).await;
+        });
+    }
+}
+
+async fn accept_unix(shared: Arc<Shared>, listener: UnixListener) {
+    while !*shared.stop.borrow() {
+        let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
+        let Ok(permit) = shared.slots.clone().try_acquire_owned() else {
+            tracing::warn!("more than {CONNECTIONS_MAX} connections, one on a unix socket is dropped");
+            continue;
+        };
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            let _permit = permit;
+            let uid = stream.peer_cred().map(|cred| cred.uid());
+            let (read, write) = stream.into_split();
+            let mut halves = (FrameReader::new(Box::new(read)), FrameWriter::new(Box::new(write)));
+            match uid {
+                Ok(uid) if auth::uid_is_trusted(uid) => {
+                    authenticated(shared, halves, Proof::Credentials, format!("user {uid} on a unix socket"))
+                        .await;
+                }
+                _ => {
+                    let why = "only root and the replayer's own user may connect".to_owned();
+                    let refusal = bfs_common::wire::Frame::Refused(Refusal::NotAuthenticated(why));
+                    // The peer may be gone already; it is refused either way.
+                    let _ = halves.1.preamble().await;
+                    let _ = halves.1.send(&refusal, b"").await;
+                }
+            }
+        });
+    }
+}
+
+/// An error of accepting concerns one connection, or descriptors ran out: then a moment later
+/// some may be free again.
+async fn accepted<T>(result: std::io::Result<T>) -> Option<T> {
+    const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+    match result {
+        Ok(accepted) => Some(accepted),
+        Err(error) => {
+            tracing::warn!("a connection could not be accepted: {error}");
+            tokio::time::sleep(PAUSE).await;
+            None
+        }
+    }
+}
+
+async fn authenticated(
+    shared: Arc<Shared>,
+    (mut reader, mut writer): (FrameReader, FrameWriter),
+    proof: Proof<'_>,
+    peer: String,
+) {
+    let challenge = auth::challenge(&mut reader, &mut writer, proof);
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, challenge).await {
+        Ok(Ok(())) => connection::serve(shared, Connection { reader, writer, peer }).await,
+        Ok(Err(error)) => tracing::warn!("{peer}: {error}"),
+        Err(_) => tracing::warn!("{peer}: no handshake within {} s", HANDSHAKE_TIMEOUT.as_secs()),
+    }
+}

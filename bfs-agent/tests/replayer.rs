@@ -1,0 +1,566 @@
+//! The replayer as agents see it: a scripted client that speaks the real protocol over a socket
+//! or inside the process, and looks at the files.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bfs_agent::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions};
+use bfs_agent::net::{self, ConnectError, Connection, Destination, Secret};
+use bfs_common::codec;
+use bfs_common::record::*;
+use bfs_common::wire::*;
+use bytes::BytesMut;
+
+const GROUP_ID: GroupId = GroupId([5; 16]);
+const ROOT: &str = "/data/app";
+
+fn serve(store: &Path) -> ReplayerHandle {
+    Replayer::start(ServeOptions { store: store.into(), ..ServeOptions::default() }).unwrap()
+}
+
+/// An agent as a script.
+struct Agent {
+    connection: Connection,
+    epoch: Epoch,
+    position: Position,
+    welcome: Frame,
+    confirmed: CheckpointId,
+    applied: CheckpointId,
+    batch: BytesMut,
+    first: Option<Sequence>,
+    count: u32,
+    next_checkpoint: u64,
+}
+
+async fn hello(connection: &mut Connection, epoch: Option<Epoch>, take_over: bool) -> Result<Frame, Refusal> {
+    let hello = Frame::Hello {
+        group: "g".into(),
+        group_id: GROUP_ID,
+        boot_id: [1; 16],
+        epoch,
+        take_over,
+        maps: Vec::new(),
+    };
+    connection.writer.send(&hello, b"").await.unwrap();
+    match next(connection).await {
+        Frame::Refused(refusal) => Err(refusal),
+        frame => Ok(frame),
+    }
+}
+
+async fn next(connection: &mut Connection) -> Frame {
+    let frame = tokio::time::timeout(Duration::from_secs(20), connection.reader.next()).await;
+    frame.expect("an answer in time").expect("a sound frame").expect("not closed").0
+}
+
+async fn refusal(connection: &mut Connection) -> Refusal {
+    loop {
+        if let Frame::Refused(refusal) = next(connection).await {
+            return refusal;
+        }
+    }
+}
+
+impl Agent {
+    async fn new(connection: Connection) -> Self {
+        Self::resume(connection, None).await
+    }
+
+    async fn resume(mut connection: Connection, epoch: Option<Epoch>) -> Self {
+        let welcome = hello(&mut connection, epoch, false).await.unwrap();
+        let Frame::Welcome { epoch: granted, position, confirmed, applied, .. } = welcome.clone() else {
+            panic!("{welcome:?}")
+        };
+        let mut agent = Self {
+            connection,
+            epoch: granted,
+            position,
+            welcome,
+            confirmed,
+            applied,
+            batch: BytesMut::new(),
+            first: None,
+            count: 0,
+            next_checkpoint: confirmed.0 + 1,
+        };
+        if position.epoch < granted {
+            agent.put(Record::EpochBegin { epoch: granted, boot_id: [1; 16], complete: true }, b"");
+        }
+        agent
+    }
+
+    fn put(&mut self, record: Record, payload: &[u8]) {
+        let sequence = self.position.sequence.next();
+        let start = self.batch.len();
+        codec::encode(&mut self.batch, sequence, &record, payload);
+        self.position.chain = codec::chain(self.position.chain, &self.batch[start..]);
+        self.position.sequence = sequence;
+        self.position.epoch = self.epoch;
+        self.first.get_or_insert(sequence);
+        self.count += 1;
+    }
+
+    async fn flush(&mut self) {
+        let Some(first) = self.first.take() else { return };
+        let body = self.batch.split();
+        let frame = Frame::Records { first, count: std::mem::take(&mut self.count) };
+        self.connection.writer.send(&frame, &body).await.unwrap();
+    }
+
+    /// Waits until what was sent is acknowledged.
+    async fn acked(&mut self) {
+        self.flush().await;
+        let wanted = self.position;
+        self.wait(|_, position| position == wanted).await;
+    }
+
+    async fn wait(&mut self, done: impl Fn(&Self, Position) -> bool) {
+        loop {
+            match next(&mut self.connection).await {
+                Frame::Ack { position, confirmed, applied } => {
+                    (self.confirmed, self.applied) = (confirmed, applied);
+                    if done(self, position) {
+                        return;
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    async fn checkpoint(&mut self) {
+        let checkpoint = CheckpointId(self.next_checkpoint);
+        self.next_checkpoint += 1;
+        self.put(Record::Checkpoint { checkpoint, label: CheckpointLabel::default() }, b"");
+        self.flush().await;
+        self.wait(|agent, _| agent.applied >= checkpoint).await;
+    }
+
+    fn object(&mut self, object: u64, kind: FileKind, permissions: u32, target: &[u8]) {
+        let meta = Meta { permissions, uid: 0, gid: 0, mtime_sec: 1_000_000 + object as i64, mtime_nsec: 7 };
+        let identity = Identity { ino: object, ..Identity::default() };
+        self.put(Record::Object { object: ObjectId(object), identity, kind, device: 0, meta }, target);
+    }
+
+    fn entry(&mut self, directory: u64, name: &str, object: u64) {
+        let name = Name::new(name.as_bytes()).unwrap();
+        self.put(Record::EntrySet { directory: ObjectId(directory), name, object: ObjectId(object) }, b"");
+    }
+
+    fn delete(&mut self, directory: u64, name: &str) {
+        let name = Name::new(name.as_bytes()).unwrap();
+        self.put(Record::EntryDelete { directory: ObjectId(directory), name }, b"");
+    }
+
+    fn write(&mut self, object: u64, offset: u64, data: &[u8]) {
+        self.put(Record::Write { object: ObjectId(object), offset }, data);
+    }
+
+    fn root(&mut self) {
+        self.object(1, FileKind::Directory, 0o755, b"");
+        self.put(Record::Roots { roots: vec![(PathBytes::new(ROOT.as_ref()), ObjectId(1))] }, b"");
+    }
+}
+
+fn tree(store: &Path) -> PathBuf {
+    store.join("tree/g").join(&ROOT[1..])
+}
+
+fn read(path: PathBuf) -> String {
+    String::from_utf8(std::fs::read(path).unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn a_checkpoint_reaches_the_files_and_nothing_pending_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let replayer = serve(&store);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o4750, b"");
+    agent.entry(1, "a", 2);
+    agent.entry(1, "hard", 2);
+    agent.write(2, 0, b"hello");
+    agent.write(2, 5, b" world");
+    agent.put(Record::Truncate { object: ObjectId(2), size: 20000 }, b"");
+    agent.put(Record::XattrSet { object: ObjectId(2), name: "user.x".into() }, b"v");
+    agent.object(3, FileKind::Symlink, 0o777, b"no/where");
+    agent.entry(1, "link", 3);
+    agent.object(4, FileKind::Directory, 0o700, b"");
+    agent.entry(1, "d", 4);
+    agent.object(5, FileKind::Fifo, 0o600, b"");
+    agent.entry(4, "pipe", 5);
+    agent.object(6, FileKind::Socket, 0o600, b"");
+    agent.entry(4, "sock", 6);
+    agent.acked().await;
+    assert!(!tree(&store).exists(), "nothing of a pending checkpoint");
+    agent.checkpoint().await;
+
+    let t = tree(&store);
+    let meta = std::fs::metadata(t.join("a")).unwrap();
+    assert_eq!((meta.len(), meta.nlink(), meta.mode() & 0o7777), (20000, 2, 0o4750));
+    assert_eq!((meta.mtime(), meta.mtime_nsec()), (1_000_002, 7));
+    assert_eq!(&std::fs::read(t.join("hard")).unwrap()[..12], b"hello world\0");
+    assert_eq!(std::fs::read_link(t.join("link")).unwrap(), Path::new("no/where"));
+    assert_eq!(std::fs::symlink_metadata(t.join("link")).unwrap().mtime(), 1_000_003);
+    assert!(std::fs::metadata(t.join("d/pipe")).unwrap().file_type().is_fifo());
+    assert!(std::fs::metadata(t.join("d/sock")).unwrap().file_type().is_socket());
+    assert_eq!(std::fs::metadata(&t).unwrap().mtime(), 1_000_001);
+
+    // Exchange, directory below its former child, replace and recreate, all in one step.
+    agent.object(7, FileKind::Directory, 0o755, b"");
+    agent.entry(4, "child", 7);
+    agent.checkpoint().await;
+    agent.delete(4, "child");
+    agent.entry(1, "child", 7);
+    agent.delete(1, "d");
+    agent.entry(7, "d", 4);
+    agent.delete(1, "a");
+    agent.object(8, FileKind::Regular, 0o644, b"");
+    agent.write(8, 0, b"new");
+    agent.entry(1, "a", 8);
+    agent.entry(1, "link", 2);
+    agent.delete(1, "hard");
+    agent.entry(1, "hard", 3);
+    agent.checkpoint().await;
+    assert_eq!(read(t.join("a")), "new");
+    assert!(t.join("child/d/pipe").exists() && !t.join("d").exists());
+    assert_eq!(std::fs::read_link(t.join("hard")).unwrap(), Path::new("no/where"));
+    assert_eq!(std::fs::metadata(t.join("link")).unwrap().nlink(), 1);
+    assert_eq!(std::fs::read_dir(store.join("aside/g")).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(store.join("stage/g")).unwrap().count(), 0);
+    drop(replayer);
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let replayer = serve(&store);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "a", 2);
+    agent.write(2, 0, b"one");
+    agent.checkpoint().await;
+    agent.write(2, 0, b"two");
+    agent.object(3, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "b", 3);
+    agent.put(Record::Gap { scope: GapScope::Object(ObjectId(2)) }, b"");
+    agent.acked().await;
+    let position = agent.position;
+    drop(replayer);
+
+    let replayer = serve(&store);
+    assert_eq!(read(tree(&store).join("a")), "one");
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    let Frame::Welcome { epoch, position: at, applied, highest_object, gaps, roots, .. } =
+        agent.welcome.clone()
+    else {
+        panic!()
+    };
+    assert_eq!((epoch, at, applied), (Epoch(2), position, CheckpointId(1)));
+    assert_eq!((highest_object, gaps.len(), roots.len()), (ObjectId(3), 1, 1));
+    agent.connection.writer.send(&Frame::GetCatalog, b"").await.unwrap();
+    let Frame::Catalog { objects, last: true } = next(&mut agent.connection).await else { panic!() };
+    assert_eq!(objects.iter().map(|o| o.object.0).collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(objects[0].entries.len(), 2);
+    assert_eq!(objects[1].size, 3);
+    agent.put(Record::Repaired { scope: GapScope::Everything }, b"");
+    agent.checkpoint().await;
+    assert_eq!(read(tree(&store).join("a")), "two");
+    assert!(tree(&store).join("b").exists());
+
+    let ask = Frame::GetManifest { group: "g".into(), at_least: CheckpointId(2) };
+    agent.connection.writer.send(&ask, b"").await.unwrap();
+    let Frame::Manifest { checkpoint, lines, last: true, .. } = next(&mut agent.connection).await else {
+        panic!()
+    };
+    assert_eq!(checkpoint, CheckpointId(2));
+    let paths: Vec<_> = lines.iter().map(|l| l.path.as_path().to_string_lossy().into_owned()).collect();
+    assert_eq!(paths, ["", "a", "b"]);
+    assert_eq!(lines[1].content, *blake3::hash(b"two").as_bytes());
+    assert_eq!(lines[1].object, ObjectId(2));
+}
+
+#[tokio::test]
+async fn refusals_are_typed() {
+    let dir = tempfile::tempdir().unwrap();
+    let replayer = serve(&dir.path().join("store"));
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.put(Record::Gap { scope: GapScope::Everything }, b"");
+    agent.acked().await;
+    // Busy, and fenced by a take-over.
+    let mut other = replayer.connect_local();
+    assert_eq!(hello(&mut other, None, false).await, Err(Refusal::Busy { name: "g".into() }));
+    let mut other = replayer.connect_local();
+    let Ok(Frame::Welcome { epoch, .. }) = hello(&mut other, None, true).await else { panic!() };
+    assert_eq!(epoch, Epoch(2));
+    assert!(matches!(refusal(&mut agent.connection).await, Refusal::Fenced { .. }));
+    let mut old = replayer.connect_local();
+    assert_eq!(hello(&mut old, Some(Epoch(1)), false).await, Err(Refusal::Fenced { newest: Epoch(2) }));
+    // The same agent over a new connection: an open gap, then a gap in the stream, then a fork.
+    let mut agent = Agent::resume(replayer.connect_local(), Some(Epoch(2))).await;
+    agent.acked().await;
+    let good = agent.position;
+    agent.put(Record::Checkpoint { checkpoint: CheckpointId(1), label: CheckpointLabel::default() }, b"");
+    agent.flush().await;
+    let expected = Refusal::OpenGap { checkpoint: CheckpointId(1), open: 1 };
+    assert_eq!(refusal(&mut agent.connection).await, expected);
+
+    let mut agent = Agent::resume(replayer.connect_local(), Some(Epoch(2))).await;
+    assert_eq!(agent.position, good);
+    agent.position.sequence = agent.position.sequence.next();
+    agent.write(1, 0, b"x");
+    agent.flush().await;
+    assert!(matches!(refusal(&mut agent.connection).await, Refusal::Gap { .. }));
+
+    let mut agent = Agent::resume(replayer.connect_local(), Some(Epoch(2))).await;
+    agent.position.sequence = Sequence(good.sequence.0 - 1);
+    agent.write(1, 0, b"x");
+    agent.flush().await;
+    assert_eq!(refusal(&mut agent.connection).await, Refusal::Fork { at: good.sequence });
+
+    let mut other = replayer.connect_local();
+    let frame = Frame::Hello {
+        group: "g".into(),
+        group_id: GroupId([9; 16]),
+        boot_id: [0; 16],
+        epoch: None,
+        take_over: false,
+        maps: Vec::new(),
+    };
+    other.writer.send(&frame, b"").await.unwrap();
+    assert_eq!(refusal(&mut other).await, Refusal::OtherGroup { name: "g".into() });
+    let mut other = replayer.connect_local();
+    other.writer.send(&Frame::Records { first: Sequence(1), count: 0 }, b"").await.unwrap();
+    assert!(matches!(refusal(&mut other).await, Refusal::Bad(_)));
+}
+
+#[tokio::test]
+async fn sockets_authenticate_and_strangers_are_turned_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let secret = Secret::from_bytes(b"a secret that is long enough".to_vec()).unwrap();
+    let unix = Destination::Unix(dir.path().join("sock"));
+    let options = ServeOptions {
+        store: dir.path().join("store"),
+        listen: vec!["tcp://127.0.0.1:0".parse().unwrap(), unix.clone()],
+        secret: Some(secret.clone()),
+        allow_roots: Vec::new(),
+    };
+    let again = options.clone();
+    let replayer = Replayer::start(options).unwrap();
+    let tcp = replayer.listening()[1].clone();
+    for address in [&tcp, &unix, &replayer.listening()[0]] {
+        let mut connection = net::connect(address, Some(&secret)).await.unwrap();
+        connection.writer.send(&Frame::GetStatus, b"").await.unwrap();
+        assert_eq!(next(&mut connection).await, Frame::Status { groups: Vec::new() });
+    }
+    let wrong = Secret::from_bytes(b"a wrong one that is long enough".to_vec()).unwrap();
+    let error = net::connect(&tcp, Some(&wrong)).await.unwrap_err();
+    assert!(matches!(error, ConnectError::Refused { refusal: Refusal::NotAuthenticated(_), .. }), "{error}");
+    // Garbage and another version: closed, and the replayer goes on.
+    let Destination::Tcp(address) = &tcp else { panic!() };
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"bfs1\x07\0\0\0", &[0xff; 5000]] {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(bytes).await.unwrap();
+        let mut answer = Vec::new();
+        let _ = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut answer)).await.unwrap();
+    }
+    net::connect(&tcp, Some(&secret)).await.unwrap();
+    let error = Replayer::start(again).unwrap_err();
+    assert!(matches!(error, BackupError::InUse { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn ten_thousand_small_files_take_seconds() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let replayer = serve(&store);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    let start = std::time::Instant::now();
+    for d in 0..100u64 {
+        let dir = 2 + d * 101;
+        agent.object(dir, FileKind::Directory, 0o755, b"");
+        agent.entry(1, &format!("d{d}"), dir);
+        for f in 1..=100u64 {
+            agent.object(dir + f, FileKind::Regular, 0o644, b"");
+            agent.entry(dir, &format!("f{f}"), dir + f);
+            agent.write(dir + f, 0, format!("content {d} {f}").as_bytes());
+        }
+        agent.flush().await;
+    }
+    agent.checkpoint().await;
+    println!("10,000 files applied after {:?}", start.elapsed());
+    assert_eq!(read(tree(&store).join("d7/f9")), "content 7 9");
+    assert!(start.elapsed() < Duration::from_secs(60));
+    let start = std::time::Instant::now();
+    for d in 0..100u64 {
+        for f in 1..=100u64 {
+            agent.delete(2 + d * 101, &format!("f{f}"));
+            agent.put(Record::Forget { object: ObjectId(2 + d * 101 + f) }, b"");
+        }
+    }
+    agent.checkpoint().await;
+    println!("and removed after {:?}", start.elapsed());
+    assert_eq!(std::fs::read_dir(tree(&store).join("d7")).unwrap().count(), 0);
+}
+
+/// A replayer in a process of its own, that can be killed.
+struct Process {
+    child: std::process::Child,
+    address: Destination,
+}
+
+impl Process {
+    fn start(store: &Path) -> Self {
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_bfs-replayer"))
+            .args(["serve", "--store"])
+            .arg(store)
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut errors = std::io::BufReader::new(child.stderr.take().unwrap());
+        std::io::BufRead::read_line(&mut errors, &mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("{line}"));
+        Self { address: address.parse().unwrap(), child }
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn nothing_acknowledged_is_lost_by_kill_9() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let mut process = Process::start(&store);
+    let mut agent = Agent::new(net::connect(&process.address, None).await.unwrap()).await;
+    let epoch = agent.epoch;
+    agent.root();
+    for file in 0..4 {
+        agent.object(10 + file, FileKind::Regular, 0o600, b"");
+        agent.entry(1, &format!("f{file}"), 10 + file);
+    }
+    // The whole history, record by record, so that it can be sent again from anywhere.
+    for n in 0..3000u64 {
+        agent.write(10 + n % 4, n / 4 * 6, format!("{n:05} ").as_bytes());
+        if n % 7 == 0 {
+            agent.delete(1, &format!("g{}", (n + 7) % 21));
+            agent.entry(1, &format!("g{}", n % 21), 10 + n % 4);
+        }
+        if n % 100 == 99 {
+            let checkpoint = CheckpointId(n / 100 + 1);
+            agent.put(Record::Checkpoint { checkpoint, label: CheckpointLabel::default() }, b"");
+        }
+    }
+    let mut history = Vec::new();
+    let mut all = std::mem::take(&mut agent.batch).freeze();
+    while let Some(record) = codec::take(&mut all).unwrap() {
+        history.push(record.bytes);
+    }
+    let end = agent.position;
+    let mut connection = agent.connection;
+    let (mut sent, mut acked) = (0, 0);
+    let mut seed = 12345u64;
+    for kill in 0..=12 {
+        // Send and read acknowledgements until this many more are acknowledged, then kill.
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let enough = if kill == 12 { history.len() as u64 } else { acked + (seed >> 33) % 300 };
+        loop {
+            if sent < history.len() && sent < acked as usize + 200 {
+                let some = (history.len() - sent).min(17);
+                let body = history[sent..sent + some].concat();
+                let frame = Frame::Records { first: Sequence(sent as u64 + 1), count: some as u32 };
+                connection.writer.send(&frame, &body).await.unwrap();
+                sent += some;
+                continue;
+            }
+            let Frame::Ack { position, .. } = next(&mut connection).await else { panic!() };
+            acked = position.sequence.0;
+            if acked >= enough.min(history.len() as u64) {
+                break;
+            }
+        }
+        if kill == 12 {
+            break;
+        }
+        process.kill();
+        process = Process::start(&store);
+        connection = net::connect(&process.address, None).await.unwrap();
+        // Epoch 1 was granted, durably, before anything else.
+        let Ok(Frame::Welcome { position, .. }) = hello(&mut connection, Some(epoch), false).await else {
+            panic!()
+        };
+        assert!(position.sequence.0 >= acked, "{} acknowledged, {} there", acked, position.sequence);
+        (sent, acked) = (position.sequence.0 as usize, position.sequence.0);
+    }
+    assert_eq!(acked, end.sequence.0);
+    let ask = Frame::GetManifest { group: "g".into(), at_least: CheckpointId(30) };
+    connection.writer.send(&ask, b"").await.unwrap();
+    while !matches!(next(&mut connection).await, Frame::Manifest { last: true, .. }) {}
+    for file in 0..4u64 {
+        let expected: String = (0..3000).filter(|n| n % 4 == file).map(|n| format!("{n:05} ")).collect();
+        assert_eq!(read(tree(&store).join(format!("f{file}"))), expected);
+    }
+    process.kill();
+}
+
+#[tokio::test]
+async fn maps_lead_only_where_the_replayer_allows() {
+    let dir = tempfile::tempdir().unwrap();
+    let outside = dir.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    let options = ServeOptions {
+        store: dir.path().join("store"),
+        allow_roots: vec![outside.clone()],
+        ..ServeOptions::default()
+    };
+    let replayer = Replayer::start(options).unwrap();
+    let map = |group: &str, to: &Path| Frame::Hello {
+        group: group.into(),
+        group_id: GROUP_ID,
+        boot_id: [1; 16],
+        epoch: None,
+        take_over: false,
+        maps: vec![(PathBytes::new("/data".as_ref()), PathBytes::new(to))],
+    };
+    for bad in [Path::new("/etc/x"), Path::new("../x"), &outside] {
+        let mut connection = replayer.connect_local();
+        connection.writer.send(&map("bad", bad), b"").await.unwrap();
+        assert!(matches!(refusal(&mut connection).await, Refusal::Bad(_)), "{bad:?}");
+    }
+    for (group, to) in [("near", PathBuf::from("x/y")), ("far", outside.join("z"))] {
+        let mut connection = replayer.connect_local();
+        connection.writer.send(&map(group, &to), b"").await.unwrap();
+        let welcome = next(&mut connection).await;
+        let Frame::Welcome { epoch, position, .. } = welcome.clone() else { panic!("{welcome:?}") };
+        let (confirmed, applied) = (CheckpointId(0), CheckpointId(0));
+        let mut agent = Agent {
+            connection,
+            epoch,
+            position,
+            welcome,
+            confirmed,
+            applied,
+            batch: BytesMut::new(),
+            first: None,
+            count: 0,
+            next_checkpoint: 1,
+        };
+        agent.put(Record::EpochBegin { epoch, boot_id: [1; 16], complete: true }, b"");
+        agent.root();
+        agent.object(2, FileKind::Regular, 0o600, b"");
+        agent.entry(1, "file", 2);
+        agent.checkpoint().await;
+    }
+    assert!(dir.path().join("store/tree/near/x/y/app/file").exists());
+    assert!(outside.join("z/app/file").exists());
+}
