@@ -94,13 +94,23 @@ fn read_optional(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
-/// Runs a subcommand of `bfs-workload`: NAME DATA AUX [WRITER].
+/// For measurements: ns that one getppid takes.
+fn getppid_ns(count: u64) -> f64 {
+    let started = std::time::Instant::now();
+    for _ in 0..count {
+        // SAFETY: a system call without arguments.
+        unsafe { libc::getppid() };
+    }
+    started.elapsed().as_nanos() as f64 / count as f64
+}
+
+/// Runs a subcommand of `bfs-workload`: NAME DATA AUX [WRITER or COUNT].
 ///
 /// # Errors
 /// What the program met, or a command line that is none.
 pub fn main(args: &[String]) -> Result<()> {
     let [name, data, aux, rest @ ..] = args else {
-        anyhow::bail!("usage: bfs-workload NAME DATA AUX [WRITER]");
+        anyhow::bail!("usage: bfs-workload NAME DATA AUX [WRITER or COUNT]");
     };
     let place = Place { data: data.into(), aux: aux.into() };
     let writer = rest.first().map(|w| w.parse::<usize>()).transpose()?;
@@ -111,6 +121,12 @@ pub fn main(args: &[String]) -> Result<()> {
         "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
         #[cfg(feature = "sqlite")]
         "sqlite-wal" => sqlite::run(&place, sqlite::Mode::Wal, writer),
+        #[cfg(feature = "sqlite")]
+        "sqlite-inserts" => sqlite::inserts(&place, writer.context("COUNT is missing")? as u64),
+        "getppid" => {
+            println!("{:.1}", getppid_ns(writer.context("COUNT is missing")? as u64));
+            Ok(())
+        }
         other => anyhow::bail!("no workload is named {other}"),
     }
 }

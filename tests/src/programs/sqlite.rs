@@ -150,3 +150,16 @@ pub fn run(place: &Place, mode: Mode, writer: Option<usize>) -> Result<()> {
     }
     Ok(())
 }
+
+/// For measurements: so many inserts, each a transaction of its own, by one writer.
+///
+/// # Errors
+/// What SQLite met.
+pub fn inserts(place: &Place, count: u64) -> Result<()> {
+    let connection = Mode::Journal.open(&place.data.join("inserts.db"))?;
+    connection.execute_batch("CREATE TABLE rows (number INTEGER PRIMARY KEY, load BLOB)")?;
+    for number in 0..count {
+        connection.execute("INSERT INTO rows VALUES (?, randomblob(200))", [number as i64])?;
+    }
+    Ok(())
+}

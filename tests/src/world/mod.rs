@@ -63,6 +63,7 @@ pub struct World {
     /// Socket path or HOST:PORT.
     address: String,
     checkpoints: String,
+    daemon_cpu: Option<usize>,
     logs: PathBuf,
     replayer: Option<Child>,
     agent: Option<Child>,
@@ -133,6 +134,7 @@ impl World {
             transport,
             address,
             checkpoints: "manual".to_owned(),
+            daemon_cpu: None,
             logs,
             replayer: None,
             agent: None,
@@ -145,6 +147,24 @@ impl World {
     /// Takes checkpoints at these times instead of only on demand.
     pub fn checkpoints(&mut self, when: &str) {
         self.checkpoints = when.to_owned();
+    }
+
+    /// Agent and replayer run on this core only.
+    pub fn pin_daemons(&mut self, cpu: usize) {
+        self.daemon_cpu = Some(cpu);
+    }
+
+    /// The command that starts a daemon, without its arguments.
+    fn daemon(&self, name: &str) -> Command {
+        match self.daemon_cpu {
+            None => Command::new(binary(name)),
+            Some(cpu) => {
+                // taskset becomes the daemon: the process number is the same.
+                let mut command = Command::new("taskset");
+                command.args(["-c", &cpu.to_string()]).arg(binary(name));
+                command
+            }
+        }
     }
 
     /// What `--backup` is given.
@@ -215,7 +235,8 @@ impl World {
         let mut line = vec!["serve".to_owned(), "--store".to_owned(), self.store.display().to_string()];
         line.extend(["--listen".to_owned(), self.destination()]);
         line.extend(self.secret());
-        let mut child = Command::new(binary("bfs-replayer"))
+        let mut child = self
+            .daemon("bfs-replayer")
             .args(&line)
             .stdin(Stdio::null())
             .stdout(self.log("replayer.log")?)
@@ -268,7 +289,8 @@ impl World {
 
     fn start_agent(&mut self, arguments: &[String]) -> Result<()> {
         ensure!(self.agent.is_none(), "the agent runs");
-        let child = Command::new(binary("bfs-agent"))
+        let child = self
+            .daemon("bfs-agent")
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(self.log("agent.log")?)
@@ -306,7 +328,7 @@ impl World {
         line.extend(self.telling_its_pid(command));
         self.start_agent(&line)?;
         self.wait_program()?;
-        self.wait_agent_answers()
+        self.wait_agent_answers(true)
     }
 
     /// Starts the program without an agent, and returns when it works.
@@ -334,7 +356,7 @@ impl World {
         let mut line = self.common("attach");
         line.extend(["--pid".to_owned(), self.program_pid()?.to_string()]);
         self.start_agent(&line)?;
-        self.wait_agent_answers()
+        self.wait_agent_answers(false)
     }
 
     /// Starts replayer, program and agent, in the order that `how` says.
@@ -380,18 +402,25 @@ impl World {
         let ready = self.place.aux.join("ready");
         let (agent, program) = (&mut self.agent, &mut self.program);
         until("the program to work", SOON, || {
+            if ready.exists() {
+                return Some(Ok(()));
+            }
             for (name, child) in [("agent", &mut *agent), ("program", &mut *program)] {
-                if let Some(Ok(Some(status))) = child.as_mut().map(Child::try_wait) {
+                if let Some(Ok(Some(status))) = child.as_mut().map(Child::try_wait)
+                    && !ready.exists()
+                {
                     return Some(Err(anyhow::anyhow!("the {name} ended at once with {status}")));
                 }
             }
-            ready.exists().then_some(Ok(()))
+            None
         })?
     }
 
-    fn wait_agent_answers(&mut self) -> Result<()> {
+    /// `may_end`: a short program under `run` may be done, and its agent with it, before it was asked.
+    fn wait_agent_answers(&mut self, may_end: bool) -> Result<()> {
         let mut agent = self.agent.take().context("no agent runs")?;
         let answered = until("the agent to answer", SOON, || match agent.try_wait() {
+            Ok(Some(_)) if may_end => Some(Ok(())),
             Ok(Some(status)) => Some(Err(anyhow::anyhow!("the agent ended with {status}"))),
             _ => self.status().ok().map(|_| Ok(())),
         });
