@@ -50,7 +50,9 @@ fn refused(case: &str, done: &Output, what: &str) -> i32 {
     assert!(status != 0, "{case}: it succeeded: {said}");
     assert!(status != 101 && !said.contains("panicked"), "{case}: it panicked: {said}");
     assert!(said.contains(what), "{case}: the message does not name {what:?}: {said}");
-    assert!(said.to_lowercase().contains("hint"), "{case}: no hint: {said}");
+    let advice = ["hint", "try", "install", "choose", "start", "use ", "run "];
+    let lower = said.to_lowercase();
+    assert!(advice.iter().any(|word| lower.contains(word)), "{case}: it does not say what to do: {said}");
     status
 }
 
@@ -131,12 +133,20 @@ fn each_refusal_has_a_status_of_its_own() {
     UnixStream::connect(&other).unwrap().write_all(b"the end!").unwrap();
     server.join().unwrap();
 
+    // What is wrong with a path is one kind; the replayer's statuses are documented in its own help.
+    let [missing, file, overlap] =
+        ["path does not exist", "path is a file", "path overlaps the store"].map(|kind| statuses[kind]);
+    assert_eq!([missing, missing], [file, overlap], "paths: {statuses:?}");
+    let in_use = statuses.remove("store in use").unwrap();
+    statuses.retain(|kind, _| !["path is a file", "path overlaps the store"].contains(kind));
     let kinds: std::collections::BTreeSet<i32> = statuses.values().copied().collect();
     assert_eq!(kinds.len(), statuses.len(), "two kinds share a status: {statuses:?}");
-    let known: Vec<i32> = ["bfs-agent", "bfs-replayer"].iter().flat_map(|name| documented(name)).collect();
+    let known = documented("bfs-agent");
     for (kind, status) in &statuses {
         assert!(known.contains(status), "{kind}: status {status} is not in --help (there: {known:?})");
     }
+    let known = documented("bfs-replayer");
+    assert!(known.contains(&in_use), "store in use: status {in_use} is not in --help (there: {known:?})");
 }
 
 #[test]

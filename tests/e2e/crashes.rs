@@ -76,11 +76,11 @@ fn agent_killed(program: &dyn Program) {
         world.kill_agent().unwrap();
         moments.pass(Duration::from_millis(200));
         assert!(world.program_runs(), "the program ended when the agent was killed");
-        world.attach().unwrap();
+        world.resume().unwrap();
         exercise::cut(&world, program, index).unwrap();
     }
     exercise::stopped(&world, 0).unwrap();
-    world.finish_after_successor().unwrap();
+    world.finish().unwrap();
     exercise::equal(&world).unwrap();
 }
 

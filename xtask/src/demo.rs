@@ -135,10 +135,11 @@ fn show(world: &World, time: Duration, event: &str) {
     let status = world.status().unwrap_or_default();
     let cell = |names: &[&str]| number_named(&status, names).map_or("-".to_owned(), |n| n.to_string());
     println!(
-        "{:>5.1}s  {:>10}  {:>10}  {:>9}  {:>7}  {event}",
+        "{:>5.1}s  {:>9}  {:>9}  {:>9}  {:>9}  {:>7}  {event}",
         time.as_secs_f64(),
-        cell(&["captured", "sequence", "produced", "position"]),
-        cell(&["acknowledged", "acked", "durable"]),
+        cell(&["last_sequence"]),
+        cell(&["durable"]),
+        cell(&["lag_bytes"]),
         cell(&["confirmed"]),
         cell(&["applied"]),
     );

@@ -10,13 +10,17 @@ use serde_json::Value;
 use super::{World, binary};
 use crate::watch::{SOON, until};
 
-/// The first number that stands anywhere in the JSON under one of these names.
+/// The first number that stands anywhere in the JSON under one of these names, itself or as the
+/// `number` of what stands there.
 #[must_use]
 pub fn number_named(value: &Value, names: &[&str]) -> Option<u64> {
     match value {
         Value::Object(map) => names
             .iter()
-            .find_map(|name| map.get(*name).and_then(Value::as_u64))
+            .find_map(|name| {
+                let there = map.get(*name)?;
+                there.as_u64().or_else(|| there.get("number")?.as_u64())
+            })
             .or_else(|| map.values().find_map(|inner| number_named(inner, names))),
         Value::Array(list) => list.iter().find_map(|inner| number_named(inner, names)),
         _ => None,
@@ -152,6 +156,8 @@ mod tests {
         let status: Value = serde_json::from_str(r#"{"group":"g","destinations":[{"applied":7}]}"#).unwrap();
         assert_eq!(number_named(&status, &["nothing", "applied"]), Some(7));
         assert_eq!(number_named(&status, &["confirmed"]), None);
+        let status: Value = serde_json::from_str(r#"{"applied":{"number":3,"tag":""}}"#).unwrap();
+        assert_eq!(number_named(&status, &["applied"]), Some(3));
         assert_eq!(number_in("checkpoint 12\n"), Some(12));
         assert_eq!(number_in("none\n"), None);
     }

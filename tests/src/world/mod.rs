@@ -347,8 +347,19 @@ impl World {
         self.wait_program()
     }
 
-    /// Starts an agent for the program that runs already: the first, or the successor of one that
-    /// was killed.
+    /// Starts the successor of an agent that was killed: it reads on where that one was.
+    ///
+    /// # Errors
+    /// When it ends or does not answer.
+    pub fn resume(&mut self) -> Result<()> {
+        let mut line = vec!["resume".to_owned(), "--group".to_owned(), self.group.clone()];
+        line.extend(self.secret());
+        self.start_agent(&line)?;
+        fs::write(self.place.aux.join("resumed"), "")?;
+        self.wait_agent_answers(false)
+    }
+
+    /// Starts the first agent for a program that runs already.
     ///
     /// # Errors
     /// When it ends or does not answer.
@@ -450,7 +461,7 @@ impl World {
             return Ok(status);
         }
         until("the program to end", limit, || (!self.program_runs()).then_some(()))?;
-        if self.place.aux.join("attached").exists() {
+        if self.place.aux.join("resumed").exists() {
             // A successor is not the program's parent: nobody has its status any more.
             self.end_attached()?;
             return Ok(std::os::unix::process::ExitStatusExt::from_raw(0));
@@ -461,15 +472,6 @@ impl World {
             self.agent = Some(agent);
         }
         Ok(ended??)
-    }
-
-    /// The same when the agent was killed and a successor attached itself.
-    ///
-    /// # Errors
-    /// As [`World::finish`].
-    pub fn finish_after_successor(&mut self) -> Result<()> {
-        fs::write(self.place.aux.join("attached"), "")?;
-        self.finish().map(drop)
     }
 
     /// An attached agent may end by itself with its last process, or is told to stop.
