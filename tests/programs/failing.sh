@@ -37,7 +37,7 @@ while [ ! -e "$AUX/stop" ] || [ $round -lt 3 ]; do
     # ENOSPC: what fitted stays.
     if [ -e "$AUX/small" ]; then
         fails dd if=/dev/zero of=full bs=64k count=10000
-        fails sh -c 'i=0; while echo $i > here/many-$i; do i=$((i + 1)); done'
+        fails sh -c 'i=0; while echo $i > here/many-$i; do i=$((i + 1)); done; exit 1'
         fails cp full here/below/copy
         rm -f full here/many-* here/below/copy
     fi

@@ -20,7 +20,10 @@ min_wal_size = 32MB
 wal_recycle = off
 listen_addresses = ''
 unix_socket_directories = '$2'" >> pg/postgresql.conf
-pg_ctl -D pg -l "$2/server.log" -w start > "$2/start.log"
+# A child, not a daemon: a process tree that is attached to holds it.
+postgres -D pg > "$2/server.log" 2>&1 &
+server=$!
+until pg_isready -q; do sleep 0.1; done
 pgbench -q -i -s 1 > "$2/pgbench-init.log" 2>&1
 psql -qc 'CREATE TABLE ops (number bigint PRIMARY KEY)'
 echo "committed 0" >> marks
@@ -34,4 +37,5 @@ while [ ! -e "$2/stop" ] || [ $n -lt 50 ]; do
 done
 kill $bench
 wait $bench || true
-pg_ctl -D pg -m fast -w stop > "$2/stop.log"
+kill -INT $server
+wait $server || true

@@ -352,9 +352,7 @@ impl World {
     /// # Errors
     /// When it ends or does not answer.
     pub fn resume(&mut self) -> Result<()> {
-        let mut line = vec!["resume".to_owned(), "--group".to_owned(), self.group.clone()];
-        line.extend(self.secret());
-        self.start_agent(&line)?;
+        self.start_agent(&["resume", "--group", &self.group].map(str::to_owned))?;
         fs::write(self.place.aux.join("resumed"), "")?;
         self.wait_agent_answers(false)
     }
