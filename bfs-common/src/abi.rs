@@ -261,12 +261,14 @@ pub struct TaskState {
     pub nr: u32,
     /// Thread group.
     pub tgid: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Bits of [`slot`].
+    pub flags: u32,
     /// The first six arguments of the call.
     pub args: [u64; 6],
     /// `struct file` of the descriptor, 0 for calls without one.
     pub file: u64,
+    /// Address of the descriptor's inode in the kernel, 0 without one.
+    pub inode_addr: u64,
     /// Inode of the descriptor.
     pub inode: InodeId,
     /// `f_pos` at the start.
@@ -278,6 +280,23 @@ pub struct TaskState {
     /// End of that range; 0 when nothing is known.
     pub private_end: u64,
 }
+
+/// Bits of [`TaskState::flags`]: what the probe at the start of a call found.
+pub mod slot {
+    /// The file description had more users than this one descriptor.
+    pub const SHARED_FILE: u32 = 1 << 0;
+    /// The descriptor had `O_APPEND`.
+    pub const APPEND: u32 = 1 << 1;
+    /// The file system is btrfs: the device is that of the subvolume.
+    pub const BTRFS: u32 = 1 << 2;
+    /// A call that usually takes a path took a descriptor (`utimensat` without a path).
+    pub const BY_DESCRIPTOR: u32 = 1 << 3;
+    /// A record of the paths at the start was made.
+    pub const PATH_SHARED: u32 = 1 << 4;
+}
+
+/// `nr` of a [`TaskState`] between two calls.
+pub const NO_CALL: u32 = u32::MAX;
 
 /// Value of the map `SUSPECTS`: an object whose records were lost.
 #[repr(C)]
@@ -309,6 +328,8 @@ pub mod counter {
     pub const COMPAT: u32 = 7;
     /// Tasks that found no room in `TASKS`.
     pub const TASKS_FULL: u32 = 8;
+    /// Large writes whose bytes found no room in the ring and go by reference.
+    pub const DATA_LOST: u32 = 9;
     /// How many counters there are.
     pub const COUNT: u32 = 16;
 }
@@ -328,6 +349,11 @@ pub struct Offsets {
     pub task_signal: u32,
     pub signal_live: u32,
     pub mm_users: u32,
+    /// `task_struct.io_uring` (0 without io_uring): set once the task used a ring.
+    pub task_io_uring: u32,
+    /// `mm_struct.ioctx_table` (0 without AIO): set once the process used AIO.
+    pub mm_aio: u32,
+    pub files_count: u32,
     pub files_fdt: u32,
     pub fdt_max_fds: u32,
     pub fdt_fd: u32,
@@ -394,10 +420,10 @@ const _: () = {
     assert!(size_of::<DataEvent>() == 64);
     assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 8);
     assert!(size_of::<TaskEvent>() == 64);
-    assert!(size_of::<TaskState>() == 24 + 48 + 8 + 16 + 32);
+    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32);
     assert!(size_of::<Suspect>() == 16);
     assert!(size_of::<Settings>() == 64 + 16);
-    assert!(size_of::<Offsets>() == 46 * 4);
+    assert!(size_of::<Offsets>() == 49 * 4);
 };
 
 /// A struct of this ABI that may be copied out of bytes: any bit pattern is a value.

@@ -1,3 +1,80 @@
-//! The probes of bfs.
+//! The probes of bfs: BTF tracepoints at both ends of every system call and at fork, exec and exit.
+//!
+//! A probe may assume that [`maps::OFFSETS`] and [`maps::SETTINGS`] were filled before it was
+//! loaded. It promises: nothing of a task that is not in [`maps::TASKS`]; every mutation of one
+//! that is, as a record in the ring, or as a name in [`maps::SUSPECTS`], or as a rise of the
+//! counter `RESCAN`.
 #![no_std]
 #![no_main]
+
+mod calls;
+mod file;
+mod kernel;
+mod maps;
+mod path;
+mod syscall;
+mod task;
+mod write;
+
+use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::btf_tracepoint, programs::BtfTracePointContext};
+use calls::nr;
+
+/// `sys_enter(regs, nr)`
+#[btf_tracepoint(function = "sys_enter")]
+pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
+    let number: u64 = ctx.arg(1);
+    // 64-bit, 32-bit and x32 number; before the selection, because anybody may do it.
+    if number == u64::from(nr::PROCESS_VM_WRITEV) || number == 348 || number == 0x4000_021c {
+        // SAFETY: a word that only ever goes from 0 to 1.
+        unsafe { core::ptr::write_volatile(&raw mut maps::FOREIGN_STORES, 1) };
+    }
+    let pid_tgid = bpf_get_current_pid_tgid();
+    if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
+        // SAFETY: the entry of the current task, which only the current task changes.
+        syscall::enter(unsafe { &mut *state }, ctx.arg(0), number, pid_tgid);
+    }
+    0
+}
+
+/// `sys_exit(regs, ret)`
+#[btf_tracepoint(function = "sys_exit")]
+pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
+    let pid_tgid = bpf_get_current_pid_tgid();
+    if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
+        // SAFETY: as above.
+        syscall::exit(unsafe { &mut *state }, ctx.arg(0), ctx.arg(1), pid_tgid);
+    }
+    0
+}
+
+/// `sched_process_fork(parent, child)`
+#[btf_tracepoint(function = "sched_process_fork")]
+pub fn sched_process_fork(ctx: BtfTracePointContext) -> i32 {
+    task::fork(ctx.arg(1));
+    0
+}
+
+/// `sched_process_exec(task, old_pid, bprm)`
+#[btf_tracepoint(function = "sched_process_exec")]
+pub fn sched_process_exec(ctx: BtfTracePointContext) -> i32 {
+    task::exec(ctx.arg(1));
+    0
+}
+
+/// `sched_process_exit(task)`
+#[btf_tracepoint(function = "sched_process_exit")]
+pub fn sched_process_exit(ctx: BtfTracePointContext) -> i32 {
+    task::exit(ctx.arg(0));
+    0
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    // The verifier refuses a probe in which this can be reached.
+    loop {}
+}
+
+/// Some helpers are only for programs under a licence that is compatible with the kernel's.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,256 @@
+//! Where the fields of the kernel's structs are, from the running kernel's BTF.
+//!
+//! The format is `Documentation/bpf/btf.rst` of the kernel. Members are found through anonymous
+//! structs and unions; where kernels differ, [`offsets`] tries the alternatives in turn. A field
+//! that is nowhere is a typed error that names it: no kernel is told by its version number.
+
+use std::{collections::HashMap, path::Path};
+
+use bfs_common::abi::Offsets;
+
+use super::CaptureError;
+
+/// The kernel's own BTF.
+pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+const MAGIC: u16 = 0xeb9f;
+const STRUCT: u32 = 4;
+const UNION: u32 = 5;
+
+/// A member of a struct or union.
+#[derive(Clone, Copy)]
+struct Member {
+    name: u32,
+    type_id: u32,
+    bits: u32,
+}
+
+enum Type {
+    Composite { first: usize, count: usize },
+    /// typedef, const, volatile, restrict, type tag: stands for another type.
+    Alias(u32),
+    Other,
+}
+
+/// The types of a kernel.
+pub struct KernelTypes {
+    strings: Vec<u8>,
+    types: Vec<Type>,
+    members: Vec<Member>,
+    structs: HashMap<Vec<u8>, u32>,
+}
+
+impl KernelTypes {
+    /// Reads the types from `path`, usually [`KERNEL_BTF`].
+    pub fn read(path: &Path) -> Result<Self, CaptureError> {
+        let bytes = std::fs::read(path)
+            .map_err(|source| CaptureError::NoBtf { path: path.to_owned(), reason: source.to_string() })?;
+        Self::parse(&bytes).ok_or_else(|| CaptureError::NoBtf {
+            path: path.to_owned(),
+            reason: "it is not in the BTF format".to_owned(),
+        })
+    }
+
+    /// Takes BTF apart; `None` if it is malformed.
+    #[must_use]
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        if u16::from_le_bytes(bytes.get(..2)?.try_into().ok()?) != MAGIC {
+            return None;
+        }
+        let header = word(4)? as usize;
+        let section = |offset: u32, len: u32| {
+            let start = header.checked_add(offset as usize)?;
+            bytes.get(start..start.checked_add(len as usize)?)
+        };
+        let strings = section(word(16)?, word(20)?)?.to_vec();
+        let mut rest = section(word(8)?, word(12)?)?;
+        // Type 0 is void.
+        let mut this = Self { strings, types: vec![Type::Other], members: Vec::new(), structs: HashMap::new() };
+        while !rest.is_empty() {
+            let head: [u32; 3] = take(&mut rest)?;
+            let [name, info, size_or_type] = head;
+            let count = (info & 0xffff) as usize;
+            let kind = info >> 24 & 0x1f;
+            let bitfields = info >> 31 != 0;
+            let id = u32::try_from(this.types.len()).ok()?;
+            let parsed = match kind {
+                STRUCT | UNION => {
+                    let first = this.members.len();
+                    for _ in 0..count {
+                        let [name, type_id, offset] = take(&mut rest)?;
+                        let bits = if bitfields { offset & 0xff_ffff } else { offset };
+                        this.members.push(Member { name, type_id, bits });
+                    }
+                    if let Some(name) = this.string(name).filter(|name| !name.is_empty()) {
+                        let name = name.to_vec();
+                        // The first one counts: later ones of the same name are of some driver.
+                        if count > 0 {
+                            this.structs.entry(name).or_insert(id);
+                        }
+                    }
+                    Type::Composite { first, count }
+                }
+                // typedef, volatile, const, restrict, type tag
+                8..=11 | 18 => Type::Alias(size_or_type),
+                // int, var, declaration tag: one word more
+                1 | 14 | 17 => skip(&mut rest, 4)?,
+                // array: three words
+                3 => skip(&mut rest, 12)?,
+                // enum, function prototype: two words each
+                6 | 13 => skip(&mut rest, 8 * count)?,
+                // data section, 64-bit enum: three words each
+                15 | 19 => skip(&mut rest, 12 * count)?,
+                // pointer, forward, function, float
+                2 | 7 | 12 | 16 => Type::Other,
+                _ => return None,
+            };
+            this.types.push(parsed);
+        }
+        Some(this)
+    }
+
+    fn string(&self, offset: u32) -> Option<&[u8]> {
+        let rest = self.strings.get(offset as usize..)?;
+        Some(&rest[..rest.iter().position(|&byte| byte == 0)?])
+    }
+
+    /// Byte offset of a member, `a.b` meaning member `b` of member `a`; `None` if there is none.
+    #[must_use]
+    pub fn offset(&self, composite: &str, path: &str) -> Option<u32> {
+        let mut id = *self.structs.get(composite.as_bytes())?;
+        let mut bits = 0;
+        for name in path.split('.') {
+            let (member_bits, member_type) = self.member(id, name.as_bytes())?;
+            bits += member_bits;
+            id = self.resolve(member_type)?;
+        }
+        (bits % 8 == 0).then_some(bits / 8)
+    }
+
+    fn resolve(&self, mut id: u32) -> Option<u32> {
+        // Bounded, in case the types go round in a circle.
+        for _ in 0..32 {
+            match self.types.get(id as usize)? {
+                Type::Alias(target) => id = *target,
+                _ => return Some(id),
+            }
+        }
+        None
+    }
+
+    fn member(&self, id: u32, name: &[u8]) -> Option<(u32, u32)> {
+        let Type::Composite { first, count } = *self.types.get(id as usize)? else {
+            return None;
+        };
+        let members = self.members.get(first..first + count)?;
+        for member in members {
+            if self.string(member.name)? == name {
+                return Some((member.bits, member.type_id));
+            }
+        }
+        for member in members.iter().filter(|member| self.string(member.name) == Some(b"".as_slice())) {
+            let inner = self.resolve(member.type_id)?;
+            if let Some((bits, type_id)) = self.member(inner, name) {
+                return Some((member.bits + bits, type_id));
+            }
+        }
+        None
+    }
+
+    /// The offset of the first of several members that exists.
+    fn any(&self, composite: &'static str, paths: &[&'static str]) -> Result<u32, CaptureError> {
+        paths.iter().find_map(|path| self.offset(composite, path)).ok_or(CaptureError::MissingField {
+            composite,
+            field: paths.first().copied().unwrap_or_default(),
+        })
+    }
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u32; N]> {
+    let (head, tail) = rest.split_at_checked(4 * N)?;
+    *rest = tail;
+    let mut words = [0; N];
+    for (word, bytes) in words.iter_mut().zip(head.chunks_exact(4)) {
+        *word = u32::from_le_bytes(bytes.try_into().ok()?);
+    }
+    Some(words)
+}
+
+fn skip(rest: &mut &[u8], len: usize) -> Option<Type> {
+    *rest = rest.get(len..)?;
+    Some(Type::Other)
+}
+
+/// The offsets that the probes need.
+pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
+    let one = |composite, field| types.any(composite, &[field]);
+    // file_ref_t counts from 0 (include/linux/file_ref.h), f_count from 1.
+    let (file_count, file_count_one) = match types.offset("file", "f_ref") {
+        Some(offset) => (offset, 0),
+        None => (one("file", "f_count")?, 1),
+    };
+    let (mtime_sec, mtime_nsec) = match types.offset("inode", "i_mtime_sec") {
+        Some(seconds) => (seconds, one("inode", "i_mtime_nsec")?),
+        // A timespec64 until 6.10: seconds and nanoseconds of 8 bytes each.
+        None => {
+            let start = types.any("inode", &["i_mtime", "__i_mtime"])?;
+            (start, start + 8)
+        }
+    };
+    let btrfs_root = match (types.offset("btrfs_inode", "root"), types.offset("btrfs_inode", "vfs_inode")) {
+        (Some(root), Some(inode)) => root.cast_signed() - inode.cast_signed(),
+        _ => 0,
+    };
+    Ok(Offsets {
+        task_files: one("task_struct", "files")?,
+        task_fs: one("task_struct", "fs")?,
+        task_mm: one("task_struct", "mm")?,
+        task_pid: one("task_struct", "pid")?,
+        task_tgid: one("task_struct", "tgid")?,
+        task_status: one("task_struct", "thread_info.status")?,
+        task_signal: one("task_struct", "signal")?,
+        signal_live: one("signal_struct", "live")?,
+        mm_users: one("mm_struct", "mm_users")?,
+        task_io_uring: types.offset("task_struct", "io_uring").unwrap_or(0),
+        mm_aio: types.offset("mm_struct", "ioctx_table").unwrap_or(0),
+        files_count: one("files_struct", "count")?,
+        files_fdt: one("files_struct", "fdt")?,
+        fdt_max_fds: one("fdtable", "max_fds")?,
+        fdt_fd: one("fdtable", "fd")?,
+        fs_root: one("fs_struct", "root")?,
+        fs_pwd: one("fs_struct", "pwd")?,
+        fs_users: one("fs_struct", "users")?,
+        path_dentry: one("path", "dentry")?,
+        file_inode: one("file", "f_inode")?,
+        file_pos: one("file", "f_pos")?,
+        file_flags: one("file", "f_flags")?,
+        file_mode: one("file", "f_mode")?,
+        file_path: one("file", "f_path")?,
+        file_count,
+        file_count_one,
+        inode_mode: one("inode", "i_mode")?,
+        inode_uid: one("inode", "i_uid")?,
+        inode_gid: one("inode", "i_gid")?,
+        inode_sb: one("inode", "i_sb")?,
+        inode_ino: one("inode", "i_ino")?,
+        inode_nlink: types.any("inode", &["i_nlink", "__i_nlink"])?,
+        inode_size: one("inode", "i_size")?,
+        inode_mtime_sec: mtime_sec,
+        inode_mtime_nsec: mtime_nsec,
+        inode_generation: one("inode", "i_generation")?,
+        sb_dev: one("super_block", "s_dev")?,
+        sb_magic: one("super_block", "s_magic")?,
+        dentry_parent: one("dentry", "d_parent")?,
+        dentry_name: types.any("dentry", &["d_name", "__d_name"])?,
+        dentry_inode: one("dentry", "d_inode")?,
+        qstr_len: one("qstr", "len")?,
+        qstr_name: one("qstr", "name")?,
+        vma_start: one("vm_area_struct", "vm_start")?,
+        vma_end: one("vm_area_struct", "vm_end")?,
+        vma_flags: types.any("vm_area_struct", &["vm_flags", "__vm_flags"])?,
+        vma_file: one("vm_area_struct", "vm_file")?,
+        btrfs_root,
+        btrfs_anon_dev: if btrfs_root == 0 { 0 } else { one("btrfs_root", "anon_dev")? },
+    })
+}

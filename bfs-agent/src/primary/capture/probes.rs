@@ -1,0 +1,431 @@
+//! Loading the probes, pinning them, and the maps that they share with the agent.
+//!
+//! Everything of a group is pinned in one directory of the BPF file system: maps, programs and
+//! links. The probes go on when the agent dies; its successor [adopts](Probes::adopt) them.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Btf, Ebpf, EbpfError, EbpfLoader,
+    programs::{BtfTracePoint, ProgramError, links::FdLink},
+};
+use bfs_common::abi::{
+    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX,
+    TaskState, counter,
+};
+
+use super::{CaptureError, btf, ring::Ring, sys};
+
+/// The compiled probes.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bfs-ebpf"));
+
+/// Programs, each of the name of its tracepoint. Attached in this order: those that keep the set of
+/// tasks first.
+const PROGRAMS: [&str; 5] =
+    ["sched_process_fork", "sched_process_exec", "sched_process_exit", "sys_exit", "sys_enter"];
+const MAPS: [&str; 5] = ["RING", "TASKS", "SUSPECTS", "COUNTERS", "META"];
+
+/// Largest [`LoadOptions::inline_max`]: what the loop over chunks in the probe can take.
+pub const INLINE_MAX: u32 = 1 << 21;
+
+const BPF_FS: &str = "/sys/fs/bpf";
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// Where the probes of a group are pinned.
+///
+/// The BPF file system takes no dots in names, so everything but letters, digits, `-` and `_`
+/// is written as `%` and two digits.
+#[must_use]
+pub fn group_dir(group: &str) -> PathBuf {
+    let mut name = String::new();
+    for byte in group.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
+            name.push(char::from(byte));
+        } else {
+            name.push_str(&format!("%{byte:02x}"));
+        }
+    }
+    Path::new(BPF_FS).join("bfs").join(name)
+}
+
+/// How the probes are loaded.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Where maps, programs and links are pinned: [`group_dir`].
+    pub pin_dir: PathBuf,
+    /// Devices with subtrees in scope (`s_dev` in the kernel's form; on btrfs the anonymous device
+    /// of the subvolume), at most [`DEVICES_MAX`].
+    pub devices: Vec<u32>,
+    /// Largest write whose bytes are copied in the probe, at most [`INLINE_MAX`].
+    pub inline_max: u32,
+    /// Bytes of the ring: a power of two, at least a page.
+    pub ring_bytes: u32,
+    /// The kernel's types: [`btf::KERNEL_BTF`].
+    pub btf: PathBuf,
+    /// Diagnostics of the probes through aya-log.
+    pub log: bool,
+}
+
+impl LoadOptions {
+    /// Options with a ring of 64 MiB and writes of up to 64 KiB inline.
+    #[must_use]
+    pub fn new(group: &str, devices: Vec<u32>) -> Self {
+        Self {
+            pin_dir: group_dir(group),
+            devices,
+            inline_max: 64 << 10,
+            ring_bytes: 64 << 20,
+            btf: PathBuf::from(btf::KERNEL_BTF),
+            log: false,
+        }
+    }
+
+    fn settings(&self) -> Result<Settings, CaptureError> {
+        let mut settings =
+            Settings { inline_max: self.inline_max, log: u32::from(self.log), ..Settings::default() };
+        if self.devices.is_empty() || self.devices.len() > DEVICES_MAX || self.devices.contains(&0) {
+            return Err(CaptureError::Options(format!(
+                "1 to {DEVICES_MAX} file systems can be in scope, not {}",
+                self.devices.len()
+            )));
+        }
+        if self.inline_max > INLINE_MAX {
+            return Err(CaptureError::Options(format!("inline_max is at most {INLINE_MAX}")));
+        }
+        if !self.ring_bytes.is_power_of_two() || (self.ring_bytes as usize) < sys::page_size() {
+            return Err(CaptureError::Options("the ring's size is not a power of two of pages".to_owned()));
+        }
+        settings.devices[..self.devices.len()].copy_from_slice(&self.devices);
+        Ok(settings)
+    }
+}
+
+/// The counters of the probes, summed over the CPUs; see [`counter`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters([u64; counter::COUNT as usize]);
+
+impl Counters {
+    /// One of [`counter`].
+    #[must_use]
+    pub fn get(&self, index: u32) -> u64 {
+        self.0.get(index as usize).copied().unwrap_or(0)
+    }
+}
+
+/// The probes of a group.
+pub struct Probes {
+    pin_dir: PathBuf,
+    tasks: OwnedFd,
+    suspects: OwnedFd,
+    counters: OwnedFd,
+    programs: Vec<(&'static str, OwnedFd)>,
+    ring: Ring,
+    cpus: usize,
+    /// Keeps the log's map and reader, only with [`LoadOptions::log`].
+    _loaded: Option<Ebpf>,
+}
+
+fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> CaptureError {
+    let what = what.into();
+    move |source| CaptureError::Kernel { what, source }
+}
+
+impl Probes {
+    /// Loads, pins and attaches the probes.
+    pub fn load(options: &LoadOptions) -> Result<Self, CaptureError> {
+        let settings = options.settings()?;
+        let offsets = btf::offsets(&btf::KernelTypes::read(&options.btf)?)?;
+        if !rustix::process::geteuid().is_root() {
+            return Err(CaptureError::NotRoot);
+        }
+        mount_bpf_fs()?;
+        let parent = options.pin_dir.parent().unwrap_or(Path::new(BPF_FS));
+        fs::create_dir_all(parent).map_err(|source| no_bpf_fs(parent, source))?;
+        match fs::create_dir(&options.pin_dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(CaptureError::AlreadyPinned { path: options.pin_dir.clone() });
+            }
+            Err(source) => return Err(no_bpf_fs(&options.pin_dir, source)),
+        }
+        let loaded = load_pinned(options, &offsets, &settings).and_then(|ebpf| {
+            let mut probes = Self::adopt(&options.pin_dir)?;
+            if options.log {
+                probes._loaded = Some(ebpf);
+            }
+            Ok(probes)
+        });
+        if loaded.is_err() {
+            // Half a set of probes is of no use to anybody.
+            remove_pins(&options.pin_dir).map_err(kernel("cannot remove the pins of a failed load"))?;
+        }
+        loaded
+    }
+
+    /// Takes over the probes that an agent left in `pin_dir`.
+    pub fn adopt(pin_dir: &Path) -> Result<Self, CaptureError> {
+        let open = |name: &str| {
+            let path = pin_dir.join(name);
+            sys::open_pin(&path).map_err(kernel(format!("cannot open the pin {}", path.display())))
+        };
+        let mut meta = [0u8; 32];
+        sys::lookup(open("META")?.as_fd(), &0u32, &mut meta).map_err(kernel("cannot read META"))?;
+        let found = u64::from_ne_bytes([
+            meta[0], meta[1], meta[2], meta[3], meta[4], meta[5], meta[6], meta[7],
+        ]);
+        if found != u64::from(ABI_VERSION) {
+            return Err(CaptureError::AbiMismatch {
+                path: pin_dir.to_owned(),
+                found,
+                expected: u64::from(ABI_VERSION),
+            });
+        }
+        let mut programs = Vec::new();
+        for name in PROGRAMS {
+            programs.push((name, open(name)?));
+            // A link that is missing would mean probes that do not run.
+            open(&link_name(name))?;
+        }
+        let ring = Ring::open(open("RING")?).map_err(kernel("cannot map the ring"))?;
+        Ok(Self {
+            pin_dir: pin_dir.to_owned(),
+            tasks: open("TASKS")?,
+            suspects: open("SUSPECTS")?,
+            counters: open("COUNTERS")?,
+            programs,
+            ring,
+            cpus: aya::util::nr_cpus().map_err(|(what, source)| CaptureError::Kernel {
+                what: format!("cannot count the CPUs ({what})"),
+                source,
+            })?,
+            _loaded: None,
+        })
+    }
+
+    /// Whether something is pinned in `pin_dir`.
+    #[must_use]
+    pub fn are_pinned(pin_dir: &Path) -> bool {
+        pin_dir.join("META").exists()
+    }
+
+    /// Ends the capture: no more records, nothing for a successor.
+    pub fn unpin(self) -> Result<(), CaptureError> {
+        let Self { pin_dir, .. } = self;
+        remove_pins(&pin_dir).map_err(kernel(format!("cannot remove the pins in {}", pin_dir.display())))
+    }
+
+    /// Follows a task, and what it forks from now on.
+    pub fn select_task(&self, tid: u32, tgid: u32) -> Result<(), CaptureError> {
+        let state = TaskState { nr: NO_CALL, tgid, ..TaskState::default() };
+        match sys::update(self.tasks.as_fd(), &tid, &state, sys::NO_EXIST) {
+            // The probe at fork was faster.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            result => result.map_err(kernel(format!("cannot follow task {tid}"))),
+        }
+    }
+
+    /// No longer follows a task.
+    pub fn deselect_task(&self, tid: u32) -> Result<bool, CaptureError> {
+        sys::delete(self.tasks.as_fd(), &tid).map_err(kernel(format!("cannot let go of task {tid}")))
+    }
+
+    /// The tasks that are followed, with the call that each is in.
+    pub fn selected_tasks(&self) -> Result<Vec<(u32, TaskState)>, CaptureError> {
+        sys::entries(self.tasks.as_fd(), TASKS_MAX, false).map_err(kernel("cannot read the followed tasks"))
+    }
+
+    /// The calls in flight that started at or before `t` (`CLOCK_MONOTONIC`), or may have.
+    ///
+    /// Complete because the probes say `active` before they take the time, and because all that
+    /// ran at `t` have ended when the barrier is over.
+    pub fn in_flight(&self, t: u64) -> Result<Vec<(u32, TaskState)>, CaptureError> {
+        sys::barrier().map_err(kernel("membarrier failed"))?;
+        let mut tasks = self.selected_tasks()?;
+        tasks.retain(|(_, state)| state.active != 0 && state.start_ns <= t);
+        Ok(tasks)
+    }
+
+    /// Takes out the objects whose records found no room in the ring.
+    pub fn drain_suspects(&self) -> Result<Vec<(InodeId, Suspect)>, CaptureError> {
+        sys::entries(self.suspects.as_fd(), SUSPECTS_MAX, true).map_err(kernel("cannot read the suspects"))
+    }
+
+    /// The counters.
+    pub fn counters(&self) -> Result<Counters, CaptureError> {
+        let mut bytes = vec![0; self.cpus * size_of::<Counters>()];
+        sys::lookup(self.counters.as_fd(), &0u32, &mut bytes).map_err(kernel("cannot read the counters"))?;
+        let mut sum = Counters::default();
+        for (i, word) in bytes.chunks_exact(8).enumerate() {
+            let mut value = [0; 8];
+            value.copy_from_slice(word);
+            sum.0[i % counter::COUNT as usize] += u64::from_ne_bytes(value);
+        }
+        Ok(sum)
+    }
+
+    /// How often each probe was left out because it ran already on that CPU. A rise is a loss of
+    /// unknown objects.
+    pub fn recursion_misses(&self) -> Result<Vec<(&'static str, u64)>, CaptureError> {
+        self.programs
+            .iter()
+            .map(|(name, fd)| Ok((*name, sys::recursion_misses(fd.as_fd())?)))
+            .collect::<io::Result<_>>()
+            .map_err(kernel("cannot read the state of the probes"))
+    }
+
+    /// The ring.
+    pub fn ring(&mut self) -> &mut Ring {
+        &mut self.ring
+    }
+
+    /// Where the probes are pinned.
+    #[must_use]
+    pub fn pin_dir(&self) -> &Path {
+        &self.pin_dir
+    }
+}
+
+fn link_name(program: &str) -> String {
+    format!("link_{program}")
+}
+
+fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) -> Result<Ebpf, CaptureError> {
+    let kernel_btf = Btf::parse_file(&options.btf, aya::Endianness::default())
+        .map_err(|error| CaptureError::NoBtf { path: options.btf.clone(), reason: error.to_string() })?;
+    let mut ebpf = EbpfLoader::new()
+        .btf(Some(&kernel_btf))
+        .override_global("OFFSETS", words(offsets), true)
+        .override_global("SETTINGS", words(settings), true)
+        .map_max_entries("RING", options.ring_bytes)
+        .load(OBJECT)
+        .map_err(|error| load_error("(maps)", &error))?;
+    for name in PROGRAMS {
+        let program: &mut BtfTracePoint =
+            program(&mut ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))?;
+        program.load(name, &kernel_btf).map_err(|error| refused(name, &error))?;
+    }
+    for name in MAPS {
+        let map = ebpf.map(name).ok_or_else(|| missing(name))?;
+        map.pin(options.pin_dir.join(name))
+            .map_err(|error| kernel(format!("cannot pin the map {name}"))(io::Error::other(error)))?;
+    }
+    let meta = sys::open_pin(&options.pin_dir.join("META")).map_err(kernel("cannot open META"))?;
+    let value = [u64::from(ABI_VERSION), u64::from(options.ring_bytes), 0, 0];
+    sys::update(meta.as_fd(), &0u32, &value, 0).map_err(kernel("cannot write META"))?;
+    for name in PROGRAMS {
+        let program: &mut BtfTracePoint =
+            program(&mut ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))?;
+        program
+            .pin(options.pin_dir.join(name))
+            .map_err(|error| kernel(format!("cannot pin the probe {name}"))(io::Error::other(error)))?;
+        let link = program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
+        FdLink::from(link)
+            .pin(options.pin_dir.join(link_name(name)))
+            .map_err(|error| kernel(format!("cannot pin the link of {name}"))(io::Error::other(error)))?;
+    }
+    Ok(ebpf)
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::Program, CaptureError> {
+    ebpf.program_mut(name).ok_or_else(|| missing(name))
+}
+
+fn missing(name: &str) -> CaptureError {
+    CaptureError::Load {
+        program: name.to_owned(),
+        reason: "it is not in the object that this program was built with".to_owned(),
+        log: String::new(),
+    }
+}
+
+/// A struct of the ABI as the slice of words that a global is set from.
+fn words<T>(value: &T) -> &[u32] {
+    assert!(size_of::<T>().is_multiple_of(4) && align_of::<T>() == 4);
+    // SAFETY: called for the two structs of u32 (and i32) without padding; size and alignment
+    // were checked.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>() / 4) }
+}
+
+fn load_error(what: &str, error: &EbpfError) -> CaptureError {
+    if is_permission(error) {
+        return CaptureError::NotRoot;
+    }
+    CaptureError::Load { program: what.to_owned(), reason: chain(error), log: String::new() }
+}
+
+fn refused(name: &str, error: &ProgramError) -> CaptureError {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let lines: Vec<&str> = log.lines().collect();
+            CaptureError::Load {
+                program: name.to_owned(),
+                reason: io_error.to_string(),
+                log: lines[lines.len().saturating_sub(30)..].join("\n"),
+            }
+        }
+        other => {
+            CaptureError::Load { program: name.to_owned(), reason: chain(other), log: String::new() }
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
+fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if error.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+fn no_bpf_fs(path: &Path, source: io::Error) -> CaptureError {
+    CaptureError::NoBpfFs { path: path.to_owned(), source }
+}
+
+/// Mounts the BPF file system where it is missing.
+fn mount_bpf_fs() -> Result<(), CaptureError> {
+    let path = Path::new(BPF_FS);
+    let failed = |errno: rustix::io::Errno| no_bpf_fs(path, errno.into());
+    let is_mounted = || rustix::fs::statfs(path).map(|stat| stat.f_type as i64 == BPF_FS_MAGIC);
+    if is_mounted().map_err(failed)? {
+        return Ok(());
+    }
+    // Two agents that start together must not mount one over the other.
+    let dir = fs::File::open(path).map_err(|source| no_bpf_fs(path, source))?;
+    rustix::fs::flock(&dir, rustix::fs::FlockOperation::LockExclusive).map_err(failed)?;
+    if is_mounted().map_err(failed)? {
+        return Ok(());
+    }
+    rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), None).map_err(failed)
+}
+
+/// Links first: then nothing runs any more.
+fn remove_pins(pin_dir: &Path) -> io::Result<()> {
+    let names = PROGRAMS.iter().map(|name| link_name(name));
+    let names = names.chain(PROGRAMS.iter().chain(&MAPS).map(|&name| name.to_owned()));
+    for name in names {
+        match fs::remove_file(pin_dir.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    fs::remove_dir(pin_dir)
+}

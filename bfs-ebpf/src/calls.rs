@@ -1,0 +1,129 @@
+//! Which system calls are followed, and where their arguments are (x86-64 table,
+//! `arch/x86/entry/syscalls/syscall_64.tbl`).
+
+/// How a call is treated.
+pub mod class {
+    /// Not followed.
+    pub const NONE: u8 = 0;
+    /// Writes bytes through descriptor 0.
+    pub const WRITE: u8 = 1;
+    /// Changes the object of descriptor 0.
+    pub const DESCRIPTOR: u8 = 2;
+    /// Closes descriptor 0.
+    pub const CLOSE: u8 = 3;
+    /// Opens, and may create or truncate.
+    pub const OPEN: u8 = 4;
+    /// Takes one or two paths.
+    pub const PATH: u8 = 5;
+    /// Writes through descriptor 0 or 2 what is read elsewhere.
+    pub const COPY: u8 = 6;
+    /// `ioctl`.
+    pub const IOCTL: u8 = 7;
+    /// `mmap`.
+    pub const MMAP: u8 = 8;
+    /// Changes the memory map.
+    pub const MEMORY: u8 = 9;
+}
+
+/// Numbers that are looked at one by one.
+pub mod nr {
+    pub const WRITE: u32 = 1;
+    pub const OPEN: u32 = 2;
+    pub const CLOSE: u32 = 3;
+    pub const MMAP: u32 = 9;
+    pub const IOCTL: u32 = 16;
+    pub const PWRITE64: u32 = 18;
+    pub const WRITEV: u32 = 20;
+    pub const SENDFILE: u32 = 40;
+    pub const BIND: u32 = 49;
+    pub const FTRUNCATE: u32 = 77;
+    pub const CREAT: u32 = 85;
+    pub const OPENAT: u32 = 257;
+    pub const FUTIMESAT: u32 = 261;
+    pub const SPLICE: u32 = 275;
+    pub const UTIMENSAT: u32 = 280;
+    pub const FALLOCATE: u32 = 285;
+    pub const PWRITEV: u32 = 296;
+    pub const OPEN_BY_HANDLE_AT: u32 = 304;
+    pub const PROCESS_VM_WRITEV: u32 = 311;
+    pub const COPY_FILE_RANGE: u32 = 326;
+    pub const PWRITEV2: u32 = 328;
+    pub const OPENAT2: u32 = 437;
+}
+
+/// Numbers beyond this are not followed.
+pub const CALLS: usize = 512;
+
+/// [`class`] by number.
+pub static CLASS: [u8; CALLS] = classes();
+
+/// Where the paths of a call are, by number: four times four bits, argument of directory 1, path
+/// 1, directory 2, path 2; [`NO_ARG`] without one.
+pub static PATHS: [u16; CALLS] = paths();
+
+/// "No such argument" in [`PATHS`].
+pub const NO_ARG: u16 = 7;
+
+const fn classes() -> [u8; CALLS] {
+    let mut table = [class::NONE; CALLS];
+    set(&mut table, &[1, 18, 20, 296, 328], class::WRITE);
+    set(&mut table, &[77, 91, 93, 190, 199, 285], class::DESCRIPTOR);
+    set(&mut table, &[3], class::CLOSE);
+    set(&mut table, &[2, 85, 257, 304, 437], class::OPEN);
+    set(
+        &mut table,
+        &[
+            49, 76, 82, 83, 84, 86, 87, 88, 90, 92, 94, 132, 133, 188, 189, 197, 198, 235, 258, 259, 260,
+            261, 263, 264, 265, 266, 268, 280, 316, 452, 463, 466, 469,
+        ],
+        class::PATH,
+    );
+    set(&mut table, &[40, 275, 326], class::COPY);
+    set(&mut table, &[16], class::IOCTL);
+    set(&mut table, &[9], class::MMAP);
+    // mprotect munmap brk mremap madvise shmat shmdt remap_file_pages pkey_mprotect
+    set(&mut table, &[10, 11, 12, 25, 28, 30, 67, 216, 329], class::MEMORY);
+    table
+}
+
+const fn paths() -> [u16; CALLS] {
+    let none = pack(NO_ARG, NO_ARG, NO_ARG, NO_ARG);
+    let mut table = [none; CALLS];
+    // open creat truncate mkdir rmdir unlink chmod chown lchown utime mknod setxattr lsetxattr
+    // removexattr lremovexattr utimes
+    let first = pack(NO_ARG, 0, NO_ARG, NO_ARG);
+    fill(&mut table, &[2, 85, 76, 83, 84, 87, 90, 92, 94, 132, 133, 188, 189, 197, 198, 235], first);
+    // openat openat2 mkdirat mknodat fchownat futimesat unlinkat fchmodat utimensat fchmodat2
+    // setxattrat removexattrat file_setattr
+    let second = pack(0, 1, NO_ARG, NO_ARG);
+    fill(&mut table, &[257, 437, 258, 259, 260, 261, 263, 268, 280, 452, 463, 466, 469], second);
+    // rename link symlink
+    fill(&mut table, &[82, 86, 88], pack(NO_ARG, 0, NO_ARG, 1));
+    // renameat linkat renameat2
+    fill(&mut table, &[264, 265, 316], pack(0, 1, 2, 3));
+    // symlinkat
+    fill(&mut table, &[266], pack(NO_ARG, 0, 1, 2));
+    // bind: the path stands in the address
+    fill(&mut table, &[49], pack(NO_ARG, 1, NO_ARG, NO_ARG));
+    table
+}
+
+const fn pack(directory1: u16, path1: u16, directory2: u16, path2: u16) -> u16 {
+    directory1 | path1 << 4 | directory2 << 8 | path2 << 12
+}
+
+const fn set(table: &mut [u8; CALLS], numbers: &[usize], class: u8) {
+    let mut i = 0;
+    while i < numbers.len() {
+        table[numbers[i]] = class;
+        i += 1;
+    }
+}
+
+const fn fill(table: &mut [u16; CALLS], numbers: &[usize], spec: u16) {
+    let mut i = 0;
+    while i < numbers.len() {
+        table[numbers[i]] = spec;
+        i += 1;
+    }
+}

@@ -1,0 +1,480 @@
+//! The two ends of every system call of a followed task.
+//!
+//! `sys_enter` decides whether the call is followed and puts what is known only then into the
+//! task's slot; `sys_exit` turns the slot into a record. The slot is `active` from before the start
+//! is stamped until after the record stands in the ring: this is what the agent's cut relies on.
+
+use core::sync::atomic::{Ordering, compiler_fence};
+
+use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user};
+use bfs_common::abi::{InodeId, NO_CALL, TaskState, counter, flag, kind, slot};
+
+use crate::{
+    calls::{CALLS, CLASS, class, nr},
+    file, kernel,
+    maps::{SCRATCH, SCRATCH_ENTER, SCRATCH_EXIT, Scratch, count},
+    path, task, write,
+};
+
+/// `TS_COMPAT` (`arch/x86/include/asm/thread_info.h`)
+const TS_COMPAT: u32 = 2;
+/// `__X32_SYSCALL_BIT` (`arch/x86/include/uapi/asm/unistd.h`)
+const X32: u64 = 0x4000_0000;
+
+const O_CREAT: u32 = 0o100;
+const O_TRUNC: u32 = 0o1_000;
+const O_DSYNC: u32 = 0o10_000;
+const O_DIRECT: u32 = 0o40_000;
+const O_SYNC: u32 = 0o4_010_000;
+/// `__O_TMPFILE`, without the directory bit.
+const O_TMPFILE: u32 = 0o20_000_000;
+
+/// `include/linux/fs.h`
+const FMODE_WRITE: u32 = 2;
+const FMODE_CREATED: u32 = 0x10_0000;
+
+/// `MAP_SHARED`, `MAP_SHARED_VALIDATE` and the mask of the type.
+const MAP_TYPE: u64 = 0xf;
+const MAP_SHARED: u64 = 1;
+const MAP_SHARED_VALIDATE: u64 = 3;
+
+/// ioctls that change a file: FICLONE, FICLONERANGE, FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR,
+/// FS_IOC_RESVSP(64), FS_IOC_UNRESVSP(64), FS_IOC_ZERO_RANGE. (Deduplication changes no content.)
+const IOCTLS: [u32; 9] = [
+    0x4004_9409,
+    0x4020_940d,
+    0x4008_6602,
+    0x401c_5820,
+    0x4030_5828,
+    0x4030_582a,
+    0x4030_5829,
+    0x4030_582b,
+    0x4030_5839,
+];
+
+/// `include/linux/errno.h`: the call is going to be restarted.
+const RESTART: core::ops::RangeInclusive<i64> = -516..=-512;
+
+/// Registers in a `struct pt_regs`, in words.
+mod reg {
+    pub const R10: usize = 7;
+    pub const R9: usize = 8;
+    pub const R8: usize = 9;
+    pub const DX: usize = 12;
+    pub const SI: usize = 13;
+    pub const DI: usize = 14;
+    pub const ORIG_AX: usize = 15;
+}
+
+#[inline(always)]
+fn register(regs: *const u64, index: usize) -> u64 {
+    // Note the order: r9 stands below r8 in the struct.
+    // SAFETY: the verifier knows the pointer as a struct pt_regs.
+    unsafe { regs.add(index).read_volatile() }
+}
+
+/// The descriptor of a call that is followed by descriptor.
+#[inline(always)]
+fn descriptor(number: u32, state: &TaskState) -> u32 {
+    (match number {
+        nr::SPLICE | nr::COPY_FILE_RANGE => state.args[2],
+        nr::MMAP => state.args[4],
+        _ => state.args[0],
+    }) as u32
+}
+
+/// The start of a call of a followed task.
+#[inline(always)]
+pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64) {
+    if kernel::task_status() & TS_COMPAT != 0 || number & X32 != 0 {
+        count(counter::COMPAT);
+        task::emit(kind::COMPAT, number as u32, pid_tgid as u32, (pid_tgid >> 32) as u32, number, 0);
+        return;
+    }
+    if number >= CALLS as u64 {
+        return;
+    }
+    let class = CLASS[number as usize & (CALLS - 1)];
+    if class == class::NONE {
+        return;
+    }
+    if class == class::MEMORY {
+        state.private_start = 0;
+        state.private_end = 0;
+        return;
+    }
+    let number = number as u32;
+    state.nr = number;
+    state.flags = 0;
+    state.file = 0;
+    state.args[0] = register(regs, reg::DI);
+    state.args[1] = register(regs, reg::SI);
+    state.args[2] = register(regs, reg::DX);
+    state.args[3] = register(regs, reg::R10);
+    state.args[4] = register(regs, reg::R8);
+    state.args[5] = register(regs, reg::R9);
+    let follow = match class {
+        class::OPEN => opens(state, number),
+        class::PATH => takes_path(state, number),
+        class::IOCTL => is_changing_ioctl(state.args[1] as u32) && enter_file(state, number, class),
+        class::MMAP => {
+            state.private_start = 0;
+            state.private_end = 0;
+            let kind = state.args[3] & MAP_TYPE;
+            (kind == MAP_SHARED || kind == MAP_SHARED_VALIDATE) && enter_file(state, number, class)
+        }
+        _ => enter_file(state, number, class),
+    };
+    if !follow {
+        return;
+    }
+    // SAFETY: the task's own slot.
+    unsafe {
+        core::ptr::write_volatile(&raw mut state.active, 1);
+        compiler_fence(Ordering::SeqCst);
+        core::ptr::write_volatile(&raw mut state.start_ns, bpf_ktime_get_ns());
+    }
+    if state.file == 0 && (class == class::PATH || class == class::OPEN) && kernel::paths_are_shared() {
+        enter_path(state, number, pid_tgid);
+    }
+}
+
+#[inline(always)]
+fn is_changing_ioctl(command: u32) -> bool {
+    let mut i = 0;
+    while i < IOCTLS.len() {
+        if IOCTLS[i] == command {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+/// Flags of an open, `None` where they cannot be read.
+#[inline(always)]
+fn open_flags(state: &TaskState, number: u32) -> u32 {
+    match number {
+        nr::OPEN => state.args[1] as u32,
+        nr::CREAT => O_CREAT | O_TRUNC,
+        nr::OPENAT2 => {
+            let mut flags = 0u64;
+            // SAFETY: the first member of struct open_how.
+            let read =
+                unsafe { bpf_probe_read_user((&raw mut flags).cast(), 8, state.args[2] as *const _) };
+            // Not readable: as if it could change something.
+            if read < 0 { O_CREAT | O_TRUNC } else { flags as u32 }
+        }
+        _ => state.args[2] as u32,
+    }
+}
+
+#[inline(always)]
+fn opens(state: &TaskState, number: u32) -> bool {
+    open_flags(state, number) & (O_CREAT | O_TRUNC | O_TMPFILE) != 0
+}
+
+#[inline(always)]
+fn takes_path(state: &mut TaskState, number: u32) -> bool {
+    if (number == nr::UTIMENSAT || number == nr::FUTIMESAT) && state.args[1] == 0 {
+        state.flags = slot::BY_DESCRIPTOR;
+        return enter_file(state, number, class::DESCRIPTOR);
+    }
+    number != nr::BIND || path::is_unix_path(state)
+}
+
+/// Resolves the descriptor and takes what is known only now. Whether the call is followed.
+#[inline(always)]
+fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
+    let (address, table_shared) = kernel::file_of(descriptor(number, state));
+    if address == 0 {
+        return false;
+    }
+    let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_ENTER) else {
+        return false;
+    };
+    // SAFETY: this CPU's entry of this hook.
+    let scratch = unsafe { &mut *scratch };
+    let file = kernel::read_file(scratch, address, table_shared);
+    if (class == class::CLOSE || class == class::MMAP) && file.mode & FMODE_WRITE == 0 {
+        return false;
+    }
+    kernel::read_inode(scratch, file.inode);
+    if !kernel::object_is_followed(scratch) || kernel::object_links(scratch) == 0 {
+        return false;
+    }
+    let (dev, btrfs) = kernel::object_device(scratch, file.inode);
+    if !kernel::in_scope(dev) {
+        return false;
+    }
+    state.file = address;
+    state.inode_addr = file.inode;
+    state.inode = kernel::object_id(scratch, dev);
+    state.pos = file.pos;
+    state.size = kernel::object_size(scratch);
+    let mut flags = state.flags;
+    if file.shared {
+        flags |= slot::SHARED_FILE;
+    }
+    if file.flags & write::O_APPEND != 0 {
+        flags |= slot::APPEND;
+    }
+    if btrfs {
+        flags |= slot::BTRFS;
+    }
+    state.flags = flags;
+    true
+}
+
+#[inline(always)]
+fn enter_path(state: &mut TaskState, number: u32, pid_tgid: u64) {
+    if number == nr::OPEN_BY_HANDLE_AT {
+        return;
+    }
+    state.flags |= slot::PATH_SHARED;
+    if let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_ENTER) {
+        let mut out =
+            path::Out::new(kind::PATH_ENTER, flag::PATH_SHARED, number, state, state.start_ns, 0, pid_tgid);
+        // SAFETY: this CPU's entry of this hook.
+        path::emit(&mut out, state, unsafe { &mut *scratch });
+    }
+}
+
+/// The end of a call of a followed task.
+#[inline(always)]
+pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) {
+    let number = register(regs, reg::ORIG_AX);
+    if number >= CALLS as u64 {
+        return;
+    }
+    let class = CLASS[number as usize & (CALLS - 1)];
+    if class == class::NONE || class == class::MEMORY {
+        return;
+    }
+    if state.nr != number as u32 {
+        if kernel::task_status() & TS_COMPAT == 0 {
+            count(counter::NO_ENTER);
+        }
+        return;
+    }
+    if state.active != 0 {
+        if !RESTART.contains(&ret) {
+            if let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_EXIT) {
+                // SAFETY: this CPU's entry of this hook.
+                record(state, number as u32, class, ret, pid_tgid, unsafe { &mut *scratch });
+            }
+        }
+        // SAFETY: the task's own slot.
+        unsafe {
+            core::ptr::write_volatile(&raw mut state.start_ns, 0);
+            compiler_fence(Ordering::SeqCst);
+            core::ptr::write_volatile(&raw mut state.active, 0);
+        }
+    }
+    state.nr = NO_CALL;
+}
+
+/// Makes the record of a call that ended.
+#[inline(always)]
+fn record(
+    state: &mut TaskState,
+    number: u32,
+    class: u8,
+    ret: i64,
+    pid_tgid: u64,
+    scratch: &mut Scratch,
+) {
+    // SAFETY: a helper without arguments.
+    let end_ns = unsafe { bpf_ktime_get_ns() };
+    let by_descriptor = state.file != 0;
+    let failed = ret < 0;
+    if class == class::PATH && !by_descriptor {
+        if !failed {
+            exit_path(state, number, 0, end_ns, ret, pid_tgid, scratch);
+        }
+        return;
+    }
+    let opened = class == class::OPEN;
+    if opened && failed {
+        if number != nr::OPEN_BY_HANDLE_AT && open_may_have_changed(ret) {
+            exit_path(state, number, flag::FAILED, end_ns, ret, pid_tgid, scratch);
+        }
+        return;
+    }
+    let mut out = file::Out {
+        kind: kind::FILE,
+        flags: 0,
+        nr: number,
+        start_ns: state.start_ns,
+        end_ns,
+        ret,
+        pid_tgid,
+        id: state.inode,
+        has_attr: false,
+        has_parent: false,
+        parent_dev: 0,
+        file: state.file,
+        f_flags: 0,
+        f_mode: 0,
+        file_offset: 0,
+        count: 0,
+        range_start: 0,
+        range_end: 0,
+        name: 0,
+        name_len: 0,
+        data_len: 0,
+        data: 0,
+    };
+    if failed {
+        match class {
+            class::WRITE | class::COPY | class::IOCTL | class::DESCRIPTOR => {
+                if !failure_may_have_changed(number, class, ret) {
+                    return;
+                }
+            }
+            class::CLOSE => {}
+            _ => return,
+        }
+        if class != class::CLOSE {
+            out.kind = kind::TOUCH;
+            out.flags = flag::FAILED;
+        }
+    } else if class == class::WRITE || class == class::COPY {
+        if ret == 0 {
+            return;
+        }
+    }
+    if class == class::CLOSE {
+        // The file may be gone, and with it the inode: only an inode that is still the same counts.
+        kernel::read_inode(scratch, state.inode_addr);
+        out.has_attr = kernel::object_id(scratch, state.inode.dev) == state.inode;
+        if state.flags & slot::SHARED_FILE != 0 {
+            out.flags |= flag::SHARED_FILE;
+        }
+        if out.has_attr && kernel::object_links(scratch) == 0 {
+            out.flags |= flag::UNLINKED;
+        }
+        file::emit(&mut out, scratch);
+        return;
+    }
+    let fd = if opened { ret as u32 } else { descriptor(number, state) };
+    let (address, table_shared) = kernel::file_of(fd);
+    if address == 0 || (!opened && address != state.file) {
+        if opened {
+            // Closed again by another thread before we could look.
+            exit_path(state, number, flag::FAILED, end_ns, ret, pid_tgid, scratch);
+            return;
+        }
+        // The descriptor was replaced in mid-call; the object is known, the rest is not.
+        out.kind = kind::TOUCH;
+        out.flags |= flag::BY_REFERENCE | flag::OFFSET_UNKNOWN;
+        file::emit(&mut out, scratch);
+        return;
+    }
+    let file = kernel::read_file(scratch, address, table_shared);
+    kernel::read_inode(scratch, file.inode);
+    let mut btrfs = state.flags & slot::BTRFS != 0;
+    if opened {
+        let (dev, on_btrfs) = kernel::object_device(scratch, file.inode);
+        btrfs = on_btrfs;
+        if !kernel::object_is_file(scratch) || !kernel::in_scope(dev) {
+            return;
+        }
+        out.id = kernel::object_id(scratch, dev);
+        if file.mode & FMODE_CREATED != 0 {
+            out.flags |= flag::CREATED;
+        } else if open_flags(state, number) & O_TRUNC != 0 {
+            out.flags |= flag::TRUNCATED;
+        } else {
+            // It was there, and is as it was.
+            return;
+        }
+    }
+    if failed && class == class::WRITE && file.flags & (O_SYNC | O_DSYNC | O_DIRECT) == 0 {
+        return;
+    }
+    out.has_attr = true;
+    out.file = address;
+    out.f_flags = file.flags;
+    out.f_mode = file.mode;
+    if file.shared || state.flags & slot::SHARED_FILE != 0 {
+        out.flags |= flag::SHARED_FILE;
+    }
+    if kernel::object_links(scratch) == 0 {
+        out.flags |= flag::UNLINKED;
+    }
+    match class {
+        class::WRITE if !failed => {
+            write::place(&mut out, state, &file, kernel::object_size(scratch));
+            write::data(&mut out, state, scratch);
+        }
+        class::DESCRIPTOR if number == nr::FTRUNCATE => out.file_offset = state.args[1],
+        class::DESCRIPTOR if number == nr::FALLOCATE => {
+            out.kind = kind::TOUCH;
+            out.file_offset = state.args[2];
+            out.count = state.args[3];
+        }
+        class::COPY | class::IOCTL => {
+            out.kind = kind::TOUCH;
+            if !failed && class == class::COPY {
+                out.count = ret as u64;
+            }
+        }
+        class::MMAP => {
+            out.kind = kind::MAPPED;
+            out.file_offset = state.args[5];
+            out.count = state.args[1];
+        }
+        _ => {}
+    }
+    let name = kernel::read_dentry(scratch, file.dentry);
+    if name.parent != 0 {
+        kernel::read_parent(scratch, name.parent);
+        out.has_parent = true;
+        out.parent_dev = kernel::parent_device_like(name.parent, out.id.dev, btrfs);
+        out.name = name.address;
+        out.name_len = name.len;
+    }
+    file::emit(&mut out, scratch);
+}
+
+#[inline(always)]
+fn exit_path(
+    state: &TaskState,
+    number: u32,
+    flags: u16,
+    end_ns: u64,
+    ret: i64,
+    pid_tgid: u64,
+    scratch: &mut Scratch,
+) {
+    let mut flags = flags;
+    if state.flags & slot::PATH_SHARED != 0 || kernel::paths_are_shared() {
+        flags |= flag::PATH_SHARED;
+    }
+    let mut out = path::Out::new(kind::PATH, flags, number, state, end_ns, ret, pid_tgid);
+    path::emit(&mut out, state, scratch);
+}
+
+/// Whether an open that failed may have created or truncated before. The errors left out come
+/// before anything is done: ENOENT, EBADF, EFAULT, EEXIST, ENOTDIR, EISDIR, ENFILE, EMFILE, EROFS.
+#[inline(always)]
+fn open_may_have_changed(ret: i64) -> bool {
+    !matches!(ret, -2 | -9 | -14 | -17 | -20 | -21 | -23 | -24 | -30)
+}
+
+/// Whether a call on a descriptor that failed may have left an effect; for writes it depends on
+/// the flags too. EBADF, EXDEV, EINVAL-like refusals come first: EBADF, EXDEV, ENOTTY, EOPNOTSUPP.
+#[inline(always)]
+fn failure_may_have_changed(number: u32, class: u8, ret: i64) -> bool {
+    if matches!(ret, -9 | -18 | -25 | -95) {
+        return false;
+    }
+    match class {
+        class::WRITE => true,
+        class::DESCRIPTOR => number == nr::FALLOCATE,
+        class::COPY => number == nr::COPY_FILE_RANGE,
+        _ => true,
+    }
+}
+

@@ -1,0 +1,117 @@
+//! Which tasks are followed: inherited by fork, kept through exec, dropped at exit.
+
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
+use bfs_common::abi::{NO_CALL, TaskEvent, TaskState, counter, kind};
+
+use crate::{
+    file::NO_WAKEUP,
+    kernel::read,
+    maps::{RING, TASKS, count, off, rescan},
+};
+
+/// A state without a call in flight.
+const IDLE: TaskState = TaskState {
+    start_ns: 0,
+    active: 0,
+    nr: NO_CALL,
+    tgid: 0,
+    flags: 0,
+    args: [0; 6],
+    file: 0,
+    inode_addr: 0,
+    inode: bfs_common::abi::InodeId::NONE,
+    pos: 0,
+    size: 0,
+    private_start: 0,
+    private_end: 0,
+};
+
+/// Puts a [`TaskEvent`] into the ring.
+#[inline(always)]
+pub fn emit(kind: u16, nr: u32, tid: u32, tgid: u32, value: u64, last_thread: u32) {
+    let Some(mut entry) = RING.reserve::<TaskEvent>(0) else {
+        rescan();
+        return;
+    };
+    let event = entry.as_mut_ptr();
+    // SAFETY: the record was reserved; every field is written.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        let header = &raw mut (*event).header;
+        (*header).len = size_of::<TaskEvent>() as u32;
+        (*header).kind = kind;
+        (*header).flags = 0;
+        (*header).start_ns = now;
+        (*header).end_ns = now;
+        (*header).tid = tid;
+        (*header).tgid = tgid;
+        (*header).nr = nr;
+        (*header).reserved = 0;
+        (*header).ret = 0;
+        (*event).value = value;
+        (*event).last_thread = last_thread;
+        (*event).reserved = 0;
+    }
+    entry.submit(NO_WAKEUP);
+    count(counter::RECORDS);
+}
+
+/// `sched_process_fork(parent, child)`: runs in the parent, before the child's first instruction.
+#[inline(always)]
+pub fn fork(child: u64) {
+    let parent = bpf_get_current_pid_tgid() as u32;
+    let Some(state) = TASKS.get_ptr_mut(parent) else {
+        return;
+    };
+    // A thread that shares the memory may change its mappings.
+    // SAFETY: the parent's own entry, and the parent is the current task.
+    unsafe {
+        (*state).private_start = 0;
+        (*state).private_end = 0;
+    }
+    let tid: u32 = read(child + off!(task_pid) as u64);
+    let tgid: u32 = read(child + off!(task_tgid) as u64);
+    let mut idle = IDLE;
+    idle.tgid = tgid;
+    if TASKS.insert(tid, idle, 0).is_err() {
+        count(counter::TASKS_FULL);
+        count(counter::RESCAN);
+    }
+    emit(kind::FORK, u32::MAX, tid, tgid, u64::from(parent), 0);
+}
+
+/// `sched_process_exec(task, old_pid, bprm)`: a thread that is not the leader takes the leader's tid.
+#[inline(always)]
+pub fn exec(old_tid: u32) {
+    let pid_tgid = bpf_get_current_pid_tgid();
+    let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
+    if TASKS.get_ptr_mut(old_tid).is_none() {
+        return;
+    }
+    // The memory is new, and execve itself is not followed: nothing of the old state counts.
+    let mut idle = IDLE;
+    idle.tgid = tgid;
+    if TASKS.insert(tid, idle, 0).is_err() {
+        count(counter::TASKS_FULL);
+        count(counter::RESCAN);
+    }
+    if old_tid != tid {
+        let _ = TASKS.remove(old_tid);
+    }
+    emit(kind::EXEC, u32::MAX, tid, tgid, u64::from(old_tid), 0);
+}
+
+/// `sched_process_exit(task)`: the entry goes, whatever call it was in.
+#[inline(always)]
+pub fn exit(task: u64) {
+    let pid_tgid = bpf_get_current_pid_tgid();
+    let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
+    if TASKS.get_ptr_mut(tid).is_none() {
+        return;
+    }
+    let signal: u64 = read(task + off!(task_signal) as u64);
+    let live: u32 = read(signal + off!(signal_live) as u64);
+    // The record first: while the entry is there the agent waits for it.
+    emit(kind::EXIT, u32::MAX, tid, tgid, 0, u32::from(live == 0));
+    let _ = TASKS.remove(tid);
+}
