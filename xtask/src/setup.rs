@@ -6,8 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::ebpf;
-use crate::shell::{cargo, find, is_root, output, run, shown, target};
+use crate::ebpf::toolchain;
+use crate::shell::{cargo, find, is_root, run, shown, target};
 
 /// The linker of the probes, and the version that works with the compilers named in ebpf.rs.
 const BPF_LINKER: &str = "0.13.0";
@@ -97,7 +97,7 @@ fn quiet(command: &mut Command) -> Result<()> {
 }
 
 fn compiler(apt: &mut Apt) -> Result<()> {
-    if ebpf::find().is_some() {
+    if toolchain::compiler().is_some() {
         return Ok(());
     }
     println!("setup: no compiler for the probes (it needs the sources of Rust's standard library)");
@@ -108,7 +108,7 @@ fn compiler(apt: &mut Apt) -> Result<()> {
         apt.install(&["rustc-web", "rust-web-src", "llvm-22-dev"])?;
     }
     ensure!(
-        ebpf::find().is_some(),
+        toolchain::compiler().is_some(),
         "there is still no compiler for the probes: install a rustup nightly with rust-src, or Debian's \
          rustc-web and rust-web-src"
     );
@@ -116,34 +116,26 @@ fn compiler(apt: &mut Apt) -> Result<()> {
 }
 
 fn linker() -> Result<()> {
-    let compiler = ebpf::find().context("the compiler was just found")?;
-    let folder = target().join("tools");
-    // The folder under target wins, as it does on the PATH that xtask gives to cargo.
-    let there = find("bpf-linker", &[]).into_iter().chain([folder.join("bin/bpf-linker")]);
-    if there.filter_map(|path| output(path, &["--version"])).any(|said| said.contains(BPF_LINKER)) {
+    if toolchain::find().is_ok() {
         return Ok(());
     }
-    let feature = format!("llvm-{}", compiler.llvm);
+    let (rustc, llvm) = toolchain::compiler().context("the compiler was just found")?;
+    let folder = target().join("tools");
+    let feature = format!("llvm-{llvm}");
     println!(
-        "setup: cargo install bpf-linker {BPF_LINKER} with {feature}: links the probes ({})",
-        compiler.name
+        "setup: cargo install bpf-linker {BPF_LINKER} ({feature}, into {}): links what {} compiles",
+        folder.display(),
+        rustc.display()
     );
     let mut command = cargo();
-    command.args(["install", "--quiet", "bpf-linker", "--version", BPF_LINKER, "--no-default-features"]);
-    command.args(["--features", &feature, "--root"]).arg(&folder);
+    command.args(["install", "--quiet", "--force", "bpf-linker", "--version", BPF_LINKER]);
+    command.args(["--no-default-features", "--features", &feature, "--root"]).arg(&folder);
     let prefix = PathBuf::from(format!("/usr/lib/{feature}"));
     if prefix.exists() {
         command.env("LLVM_PREFIX", prefix);
     }
-    // A plain `cargo build` must find it too: the user's cargo bin, if it can be written.
     run(&mut command)?;
-    let home = std::env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
-    if let Some(bin) = home.map(|home| home.join("bin")).filter(|bin| bin.is_dir()) {
-        std::fs::copy(folder.join("bin/bpf-linker"), bin.join("bpf-linker"))
-            .with_context(|| format!("copying bpf-linker to {}", bin.display()))?;
-    }
+    toolchain::find().context("bpf-linker was installed")?;
     Ok(())
 }
 

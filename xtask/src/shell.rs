@@ -15,13 +15,10 @@ pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
-/// The cargo that runs this, in the workspace, with the tools that setup installed on its PATH.
+/// The cargo that runs this, in the workspace.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let tools = [target().join("tools/bin")].into_iter().chain(std::env::split_paths(&path));
-    let joined = std::env::join_paths(tools).unwrap_or(path);
-    command.current_dir(root()).env("PATH", joined);
+    command.current_dir(root());
     command
 }
 
@@ -36,12 +33,6 @@ pub fn run(command: &mut Command) -> Result<()> {
 pub fn shown(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
-}
-
-/// What a command prints, if it starts and succeeds.
-pub fn output(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Option<String> {
-    let done = Command::new(program).args(args).output().ok()?;
-    done.status.success().then(|| String::from_utf8_lossy(&done.stdout).into_owned())
 }
 
 /// The first place of a program on PATH or in one of these folders.
