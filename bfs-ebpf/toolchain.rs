@@ -74,6 +74,14 @@ pub fn find() -> Result<Toolchain, Missing> {
     Err(Missing(seen.join(", and ")))
 }
 
+/// A compiler with the sources that are needed, and the major version of its LLVM, whether or not
+/// a bpf-linker for it is there: what setup needs to know to install one.
+#[allow(dead_code, reason = "of the two that include this file only xtask installs")]
+pub fn compiler() -> Option<(PathBuf, u32)> {
+    let usable = compilers().into_iter().filter(|rustc| has_sources(rustc));
+    usable.map(|rustc| (llvm_major(&rustc), rustc)).find_map(|(major, rustc)| Some((rustc, major?)))
+}
+
 impl Toolchain {
     /// Compiles the crate in `manifest_dir` into `target_dir`; the path of the object.
     pub fn build(&self, manifest_dir: &Path, target_dir: &Path) -> Result<PathBuf, String> {
@@ -95,7 +103,8 @@ impl Toolchain {
             // Without types (--btf needs debuginfo) the kernel refuses callbacks.
             .env("RUSTFLAGS", "-C debuginfo=2 -C link-arg=--btf")
             .env("PATH", self.path());
-        let output = command.output().map_err(|error| format!("cannot run {}: {error}", self.cargo.display()))?;
+        let output =
+            command.output().map_err(|error| format!("cannot run {}: {error}", self.cargo.display()))?;
         if !output.status.success() {
             return Err(format!(
                 "compiling the probes with {} failed ({}):\n{}",
@@ -121,11 +130,21 @@ fn is_of_outer_build(name: &OsStr) -> bool {
         return false;
     };
     // CARGO_HOME and CARGO_NET_* say where packages are and how to get them: they stay.
-    let kept = ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_REGISTRY_", "CARGO_SOURCE_"];
+    let kept =
+        ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_REGISTRY_", "CARGO_SOURCE_"];
     (name.starts_with("CARGO") && !kept.iter().any(|prefix| name.starts_with(prefix)))
         || name.starts_with("RUSTC")
-        || ["RUSTFLAGS", "RUSTDOC", "RUSTDOCFLAGS", "RUSTUP_TOOLCHAIN", "TARGET", "HOST", "OUT_DIR", "LD_LIBRARY_PATH"]
-            .contains(&name)
+        || [
+            "RUSTFLAGS",
+            "RUSTDOC",
+            "RUSTDOCFLAGS",
+            "RUSTUP_TOOLCHAIN",
+            "TARGET",
+            "HOST",
+            "OUT_DIR",
+            "LD_LIBRARY_PATH",
+        ]
+        .contains(&name)
 }
 
 /// Compilers to try, best first.

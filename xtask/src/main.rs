@@ -1,2 +1,88 @@
-//! x
-fn main() {}
+//! The one door for development: `cargo xtask setup|ebpf|test|run|bench|tidy`.
+//!
+//! Depends on nothing that needs the eBPF compiler, so it works on a machine where nothing is
+//! installed yet.
+
+mod bench;
+mod demo;
+mod ebpf;
+mod setup;
+mod shell;
+mod test;
+mod tidy;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Development of bfs: everything through one door.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing: the eBPF compiler and linker, the programs that the tests use.
+    Setup,
+    /// Build the probes only.
+    Ebpf,
+    /// Format, lints, unit tests, end-to-end tests. Ends with a line "N passed, N failed".
+    Test {
+        /// The long runs: more kills, more checkpoints.
+        #[arg(long)]
+        long: bool,
+        /// Only tests whose name holds this.
+        filter: Option<String>,
+    },
+    /// A demonstration on this machine, with a program of ours or with yours.
+    #[command(override_usage = "cargo xtask run [-- --path DIR -- CMD ARGS...]")]
+    Run {
+        /// The directory that your command works in.
+        #[arg(long, requires = "command")]
+        path: Option<PathBuf>,
+        /// Your command.
+        #[arg(last = true, requires = "path")]
+        command: Vec<String>,
+    },
+    /// Measure.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// Check the rules of the repository itself.
+    Tidy,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// What replication costs the program, against the same program without it.
+    Overhead {
+        /// Pairs of measurements for each workload; the median counts.
+        #[arg(long, default_value_t = 5)]
+        pairs: usize,
+        /// Only workloads whose name holds this.
+        filter: Option<String>,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    // `cargo xtask run -- --path DIR -- CMD`: the first `--` only ends cargo's own habit.
+    let mut words: Vec<_> = std::env::args_os().collect();
+    if words.get(1).is_some_and(|w| w == "run") && words.get(2).is_some_and(|w| w == "--") {
+        words.remove(2);
+    }
+    match Arguments::parse_from(words).command {
+        Task::Setup => setup::setup(),
+        Task::Ebpf => {
+            setup::setup()?;
+            ebpf::build()
+        }
+        Task::Test { long, filter } => test::test(long, filter.as_deref()),
+        Task::Run { path, command } => demo::run(path, command),
+        Task::Bench { what: Bench::Overhead { pairs, filter } } => bench::overhead(pairs, filter.as_deref()),
+        Task::Tidy => tidy::tidy(),
+    }
+}

@@ -1,0 +1,127 @@
+//! kill -9: of the replayer at random moments, of the agent (its successor reads on from the pinned
+//! ring), and of the agent while the program is stopped. The program never notices, nothing that was
+//! confirmed is lost, and the final trees are equal.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use bfs_tests::exercise;
+use bfs_tests::programs::Program;
+use bfs_tests::programs::append::AppendWriters;
+use bfs_tests::programs::scripts::FsScript;
+use bfs_tests::programs::sqlite::{Mode, Sqlite};
+use bfs_tests::watch::{SOON, until};
+use bfs_tests::world::{How, Transport, World, rounds};
+
+/// Random moments from a seed that the failure message can name (`BFS_SEED`).
+struct Moments(u64);
+
+impl Moments {
+    fn new() -> Self {
+        let seed = std::env::var("BFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_240_607);
+        eprintln!("BFS_SEED={seed}");
+        Self(seed)
+    }
+
+    /// Lets a random time below `most` pass: the moment of the kill is what is tested.
+    fn pass(&mut self, most: Duration) {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        std::thread::sleep(most.mul_f64((self.0 % 1000) as f64 / 1000.0));
+    }
+}
+
+fn confirmed(world: &World) -> u64 {
+    world.status_number(&["confirmed"]).unwrap()
+}
+
+fn replayer_killed(program: &dyn Program, transport: Transport) {
+    let mut world = World::new(&format!("kill-replayer-{}", program.name()), transport).unwrap();
+    // Checkpoints all the time: kills hit the log, the confirming and the applying.
+    world.checkpoints("every=100ms");
+    world.start(program, How::Run).unwrap();
+    let mut moments = Moments::new();
+    for _ in 0..rounds(4, 25) {
+        moments.pass(Duration::from_millis(600));
+        let before = confirmed(&world);
+        world.kill_replayer().unwrap();
+        moments.pass(Duration::from_millis(200));
+        world.start_replayer().unwrap();
+        until("the replayer to go on", SOON, || (confirmed(&world) > before).then_some(())).unwrap();
+        assert!(world.program_runs(), "the program ended when the replayer was killed");
+    }
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
+    let wrong = program.check(&world.backup(), &world.place).unwrap();
+    assert_eq!(wrong, Vec::<String>::new());
+}
+
+#[test]
+fn the_replayer_is_killed_during_appends() {
+    replayer_killed(&AppendWriters, Transport::Tcp);
+}
+
+#[test]
+fn the_replayer_is_killed_during_a_shell_script() {
+    replayer_killed(&FsScript, Transport::Unix);
+}
+
+fn agent_killed(program: &dyn Program) {
+    let mut world = World::new(&format!("kill-agent-{}", program.name()), Transport::Unix).unwrap();
+    world.start(program, How::Run).unwrap();
+    let mut moments = Moments::new();
+    for index in 0..rounds(2, 10) {
+        moments.pass(Duration::from_millis(600));
+        world.kill_agent().unwrap();
+        moments.pass(Duration::from_millis(200));
+        assert!(world.program_runs(), "the program ended when the agent was killed");
+        world.resume().unwrap();
+        exercise::cut(&world, program, index).unwrap();
+    }
+    exercise::stopped(&world, 0).unwrap();
+    world.finish().unwrap();
+    exercise::equal(&world).unwrap();
+}
+
+#[test]
+fn the_agent_is_killed_during_appends() {
+    agent_killed(&AppendWriters);
+}
+
+#[test]
+fn the_agent_is_killed_during_sqlite() {
+    agent_killed(&Sqlite(Mode::Journal));
+}
+
+fn stopped_when_the_agent_dies(how: How, name: &str) {
+    let mut world = World::new(name, Transport::Unix).unwrap();
+    world.start(&AppendWriters, how).unwrap();
+    let mark = world.scratch.join("stopped");
+    let hold = format!("touch '{}'; exec sleep 60", mark.display());
+    let mut command =
+        world.spawn_agent_command(&["checkpoint", "--stopped", "--", "/bin/sh", "-c", &hold]).unwrap();
+    until("the program to be stopped", SOON, || mark.exists().then_some(())).unwrap();
+    let own = world.place.data.join("own-0");
+    let size = || fs::metadata(&own).unwrap().len();
+    let (stopped_at, began) = (size(), Instant::now());
+    while began.elapsed() < Duration::from_millis(200) {
+        assert_eq!(size(), stopped_at, "the program runs although it is stopped");
+    }
+    world.kill_agent().unwrap();
+    until("the program to run again", Duration::from_secs(1), || (size() > stopped_at).then_some(()))
+        .unwrap();
+    command.kill().unwrap();
+    command.wait().unwrap();
+    assert!(world.program_runs());
+}
+
+#[test]
+fn a_stopped_cgroup_runs_again_when_the_agent_dies() {
+    stopped_when_the_agent_dies(How::Run, "thaw-run");
+}
+
+#[test]
+fn a_stopped_process_tree_runs_again_when_the_agent_dies() {
+    stopped_when_the_agent_dies(How::AttachHalfWay, "thaw-attach");
+}

@@ -1,0 +1,30 @@
+//! An exact copy of a tree, for the command of `checkpoint --stopped` and for the checkers.
+//!
+//! `cp -a` keeps everything that the oracle compares; that it does is itself a test (e2e/harness.rs).
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+/// The command that makes `to` (which must not exist) an exact copy of `from`.
+#[must_use]
+pub fn command(from: &Path, to: &Path) -> Vec<String> {
+    let text = |path: &Path| path.to_str().expect("paths of tests are text").to_owned();
+    ["cp", "-a", "--reflink=auto", "--sparse=auto", "-T"]
+        .map(str::to_owned)
+        .into_iter()
+        .chain([text(from), text(to)])
+        .collect()
+}
+
+/// Makes `to` an exact copy of `from`.
+///
+/// # Errors
+/// When `cp` fails.
+pub fn exact(from: &Path, to: &Path) -> Result<()> {
+    let line = command(from, to);
+    let done = Command::new(&line[0]).args(&line[1..]).output().context("cp does not start")?;
+    ensure!(done.status.success(), "{line:?}: {}", String::from_utf8_lossy(&done.stderr));
+    Ok(())
+}

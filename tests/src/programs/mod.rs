@@ -1,0 +1,151 @@
+//! The programs that are replicated. Each works below one directory until it is told to stop, and
+//! has a check of what a tree holds at a checkpoint.
+//!
+//! Rust programs run as subcommands of `bfs-workload`; scripts stand in tests/programs/. Every
+//! program creates `aux/ready` when it works and ends with status 0 soon after `aux/stop` is there.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+pub mod append;
+pub mod racing;
+pub mod scripts;
+#[cfg(feature = "sqlite")]
+pub mod sqlite;
+pub mod unpack;
+
+/// Where a program works.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The replicated directory.
+    pub data: PathBuf,
+    /// A directory outside of it: marks, sockets, what the program reads.
+    pub aux: PathBuf,
+}
+
+impl Place {
+    /// The program ends when this file is there.
+    #[must_use]
+    pub fn stop(&self) -> PathBuf {
+        self.aux.join("stop")
+    }
+
+    /// Whether the program is to end.
+    #[must_use]
+    pub fn stopping(&self) -> bool {
+        self.stop().exists()
+    }
+
+    /// The program says that it works.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn ready(&self) -> Result<()> {
+        std::fs::write(self.aux.join("ready"), "").context("cannot say that the program works")
+    }
+}
+
+/// A program and its check.
+pub trait Program: Sync {
+    /// Its name, fit for a file name.
+    fn name(&self) -> &'static str;
+
+    /// Makes what the program needs in `aux`, before replication begins.
+    ///
+    /// # Errors
+    /// When it cannot.
+    fn prepare(&self, place: &Place) -> Result<()> {
+        let _ = place;
+        Ok(())
+    }
+
+    /// The command line.
+    fn command(&self, place: &Place) -> Vec<String>;
+
+    /// Whether the program is in the middle of its work, with files open.
+    fn half_way(&self, place: &Place) -> bool {
+        std::fs::read_dir(&place.data).is_ok_and(|mut entries| entries.next().is_some())
+    }
+
+    /// What is wrong with a tree that a checkpoint left. The check may write to it: it gets a copy.
+    ///
+    /// # Errors
+    /// When the check cannot be made.
+    fn check(&self, tree: &Path, place: &Place) -> Result<Vec<String>>;
+}
+
+/// The command line of a subcommand of `bfs-workload`.
+fn workload(name: &str, place: &Place) -> Vec<String> {
+    vec![
+        crate::world::binary("bfs-workload").display().to_string(),
+        name.to_owned(),
+        place.data.display().to_string(),
+        place.aux.display().to_string(),
+    ]
+}
+
+/// The numbers of one writer after another, from a file of lines that [`crate::ledger`] wrote; a
+/// file that is not there yet has none.
+fn read_optional(path: &Path) -> Result<Vec<u8>> {
+    match std::fs::read(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.with_context(|| path.display().to_string()),
+    }
+}
+
+/// For measurements: ns that one getppid takes.
+fn getppid_ns(count: u64) -> f64 {
+    let started = std::time::Instant::now();
+    for _ in 0..count {
+        // SAFETY: a system call without arguments.
+        unsafe { libc::getppid() };
+    }
+    started.elapsed().as_nanos() as f64 / count as f64
+}
+
+/// Runs a subcommand of `bfs-workload`: NAME DATA AUX [WRITER or COUNT].
+///
+/// # Errors
+/// What the program met, or a command line that is none.
+pub fn main(args: &[String]) -> Result<()> {
+    let [name, data, aux, rest @ ..] = args else {
+        anyhow::bail!("usage: bfs-workload NAME DATA AUX [WRITER or COUNT]");
+    };
+    let place = Place { data: data.into(), aux: aux.into() };
+    let writer = rest.first().map(|w| w.parse::<usize>()).transpose()?;
+    match name.as_str() {
+        "append-writers" => append::run(&place, writer),
+        "racing-buffer" => racing::run(&place),
+        #[cfg(feature = "sqlite")]
+        "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
+        #[cfg(feature = "sqlite")]
+        "sqlite-wal" => sqlite::run(&place, sqlite::Mode::Wal, writer),
+        #[cfg(feature = "sqlite")]
+        "sqlite-inserts" => sqlite::inserts(&place, writer.context("COUNT is missing")? as u64),
+        "getppid" => {
+            println!("{:.1}", getppid_ns(writer.context("COUNT is missing")? as u64));
+            Ok(())
+        }
+        other => anyhow::bail!("no workload is named {other}"),
+    }
+}
+
+/// Starts `count` writers as processes of their own and waits for them.
+fn fork_writers(name: &str, place: &Place, count: usize) -> Result<()> {
+    let line = workload(name, place);
+    let start = |writer: usize| {
+        std::process::Command::new(std::env::current_exe()?)
+            .args(&line[1..])
+            .arg(writer.to_string())
+            .spawn()
+            .context("a writer does not start")
+    };
+    let mut children = (0..count).map(start).collect::<Result<Vec<_>>>()?;
+    place.ready()?;
+    for child in &mut children {
+        let status = child.wait()?;
+        anyhow::ensure!(status.success(), "a writer ended with {status}");
+    }
+    Ok(())
+}

@@ -1,0 +1,501 @@
+//! One replayer, one agent, one program, and everything that belongs to them.
+//!
+//! A world has a temporary directory, a group name that no other test uses, and processes that it
+//! ends itself, by their numbers, also when the test fails; then it prints what they said. Worlds
+//! do not disturb each other, so tests run beside each other.
+//!
+//! ```text
+//! DIR/data      the replicated directory          DIR/store     the replayer's store
+//! DIR/aux       marks and sockets of the program  DIR/logs      what the daemons said
+//! DIR/scratch   copies for comparison
+//! ```
+//! Checkpoints are manual unless asked otherwise, so the backup tree rests between them.
+//! `BFS_KEEP=1` keeps the directory, `BFS_BIN_DIR` names the folder of the binaries.
+
+use std::fs::{self, File};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use tempfile::TempDir;
+
+use crate::programs::{Place, Program};
+use crate::watch::{SOON, until};
+
+mod cleanup;
+mod commands;
+
+pub use commands::{number_in, number_named};
+
+/// How the replayer is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// A unix socket, told apart by peer credentials.
+    Unix,
+    /// Loopback TCP with a shared secret.
+    Tcp,
+}
+
+/// How the agent comes to the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// `bfs-agent run`.
+    Run,
+    /// `bfs-agent attach --pid`, when the program has been at work for a while.
+    AttachHalfWay,
+}
+
+/// See the module.
+pub struct World {
+    /// The program's directories.
+    pub place: Place,
+    /// The replayer's store.
+    pub store: PathBuf,
+    /// Room for copies.
+    pub scratch: PathBuf,
+    /// Name of the group.
+    pub group: String,
+    transport: Transport,
+    /// Socket path or HOST:PORT.
+    address: String,
+    checkpoints: String,
+    daemon_cpu: Option<usize>,
+    logs: PathBuf,
+    replayer: Option<Child>,
+    agent: Option<Child>,
+    /// The program, when the test itself started it.
+    program: Option<Child>,
+    mounts: Vec<PathBuf>,
+    directory: Option<TempDir>,
+}
+
+/// The path of a binary of the workspace: in `BFS_BIN_DIR`, else beside the running test.
+///
+/// # Panics
+/// When the test does not know its own path.
+#[must_use]
+pub fn binary(name: &str) -> PathBuf {
+    if let Some(directory) = std::env::var_os("BFS_BIN_DIR") {
+        return PathBuf::from(directory).join(name);
+    }
+    let exe = std::env::current_exe().expect("a process knows its binary");
+    let beside = exe.parent().expect("a binary stands in a folder");
+    // Tests stand in target/PROFILE/deps, binaries in target/PROFILE.
+    let folder = if beside.ends_with("deps") { beside.parent().expect("deps has a parent") } else { beside };
+    folder.join(name)
+}
+
+/// Runs of a long test (`BFS_LONG`), or of the short one.
+#[must_use]
+pub fn rounds(short: usize, long: usize) -> usize {
+    if std::env::var_os("BFS_LONG").is_some() { long } else { short }
+}
+
+impl World {
+    /// A world without processes. `name` is fit for a file name.
+    ///
+    /// # Errors
+    /// When this machine cannot run such tests, with a sentence why.
+    pub fn new(name: &str, transport: Transport) -> Result<Self> {
+        ensure!(rustix::process::geteuid().is_root(), "end-to-end tests load probes: run them as root");
+        for binary in ["bfs-agent", "bfs-replayer"].map(binary) {
+            ensure!(binary.exists(), "{} is not built: use `cargo xtask test`", binary.display());
+        }
+        let directory = tempfile::Builder::new().prefix(&format!("bfs-{name}-")).tempdir()?;
+        // Programs that run as another user must get through.
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+        let sub = |name: &str| -> Result<PathBuf> {
+            let path = directory.path().join(name);
+            fs::create_dir(&path)?;
+            Ok(path)
+        };
+        let place = Place { data: sub("data")?, aux: sub("aux")? };
+        let (logs, scratch) = (sub("logs")?, sub("scratch")?);
+        let store = directory.path().join("store");
+        let address = match transport {
+            Transport::Unix => directory.path().join("replayer.sock").display().to_string(),
+            Transport::Tcp => {
+                let secret = directory.path().join("secret");
+                fs::write(&secret, format!("secret of {name} {}\n", std::process::id()))?;
+                fs::set_permissions(&secret, fs::Permissions::from_mode(0o600))?;
+                // Port 0 for a moment: a port that is free now.
+                std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string()
+            }
+        };
+        Ok(Self {
+            place,
+            store,
+            scratch,
+            group: format!("{name}-{}", std::process::id()),
+            transport,
+            address,
+            checkpoints: "manual".to_owned(),
+            daemon_cpu: None,
+            logs,
+            replayer: None,
+            agent: None,
+            program: None,
+            mounts: Vec::new(),
+            directory: Some(directory),
+        })
+    }
+
+    /// Takes checkpoints at these times instead of only on demand.
+    pub fn checkpoints(&mut self, when: &str) {
+        self.checkpoints = when.to_owned();
+    }
+
+    /// Agent and replayer run on this core only.
+    pub fn pin_daemons(&mut self, cpu: usize) {
+        self.daemon_cpu = Some(cpu);
+    }
+
+    /// The command that starts a daemon, without its arguments.
+    fn daemon(&self, name: &str) -> Command {
+        match self.daemon_cpu {
+            None => Command::new(binary(name)),
+            Some(cpu) => {
+                // taskset becomes the daemon: the process number is the same.
+                let mut command = Command::new("taskset");
+                command.args(["-c", &cpu.to_string()]).arg(binary(name));
+                command
+            }
+        }
+    }
+
+    /// What `--backup` is given.
+    #[must_use]
+    pub fn destination(&self) -> String {
+        match self.transport {
+            Transport::Unix => format!("unix:{}", self.address),
+            Transport::Tcp => format!("tcp://{}", self.address),
+        }
+    }
+
+    /// Socket path or HOST:PORT of the replayer.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The backup of the replicated directory.
+    #[must_use]
+    pub fn backup(&self) -> PathBuf {
+        let below = self.place.data.strip_prefix("/").expect("temporary directories are absolute");
+        self.store.join("tree").join(&self.group).join(below)
+    }
+
+    /// The directory of the world.
+    ///
+    /// # Panics
+    /// Never before it is dropped.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        self.directory.as_ref().expect("taken only when dropped").path()
+    }
+
+    /// Makes the replicated directory a small ext4 of its own.
+    ///
+    /// # Errors
+    /// When it cannot be made or mounted.
+    pub fn mount_ext4(&mut self, mebibytes: u64) -> Result<()> {
+        let image = self.root().join("image");
+        File::create(&image)?.set_len(mebibytes << 20)?;
+        command_ok(Command::new("mkfs.ext4").arg("-q").arg(&image))?;
+        command_ok(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&self.place.data))?;
+        self.mounts.push(self.place.data.clone());
+        Ok(())
+    }
+
+    fn secret(&self) -> Vec<String> {
+        match self.transport {
+            Transport::Unix => Vec::new(),
+            Transport::Tcp => {
+                vec!["--secret-file".to_owned(), self.root().join("secret").display().to_string()]
+            }
+        }
+    }
+
+    fn log(&self, name: &str) -> Result<Stdio> {
+        let path = self.logs.join(name);
+        let log = File::options().create(true).append(true).open(&path);
+        Ok(log.with_context(|| path.display().to_string())?.into())
+    }
+
+    /// Starts the replayer, again after it was killed, and waits until it can be reached.
+    ///
+    /// # Errors
+    /// When it ends or does not come.
+    pub fn start_replayer(&mut self) -> Result<()> {
+        ensure!(self.replayer.is_none(), "the replayer runs");
+        let mut line = vec!["serve".to_owned(), "--store".to_owned(), self.store.display().to_string()];
+        line.extend(["--listen".to_owned(), self.destination()]);
+        line.extend(self.secret());
+        let mut child = self
+            .daemon("bfs-replayer")
+            .args(&line)
+            .stdin(Stdio::null())
+            .stdout(self.log("replayer.log")?)
+            .stderr(self.log("replayer.log")?)
+            .spawn()?;
+        let reached = until("the replayer", SOON, || {
+            if let Ok(Some(status)) = child.try_wait() {
+                return Some(Err(anyhow::anyhow!("the replayer ended with {status}")));
+            }
+            let there = match self.transport {
+                Transport::Unix => UnixStream::connect(&self.address).is_ok(),
+                Transport::Tcp => TcpStream::connect(&self.address).is_ok(),
+            };
+            there.then_some(Ok(()))
+        });
+        self.replayer = Some(child);
+        reached?
+    }
+
+    /// Process number of the replayer.
+    ///
+    /// # Panics
+    /// When it does not run.
+    #[must_use]
+    pub fn replayer_pid(&self) -> u32 {
+        self.replayer.as_ref().expect("the replayer was started").id()
+    }
+
+    /// Kills the replayer with -9.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill_replayer(&mut self) -> Result<()> {
+        let mut child = self.replayer.take().context("no replayer runs")?;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// Kills the agent with -9.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill_agent(&mut self) -> Result<()> {
+        let mut child = self.agent.take().context("no agent runs")?;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    fn start_agent(&mut self, arguments: &[String]) -> Result<()> {
+        ensure!(self.agent.is_none(), "the agent runs");
+        let child = self
+            .daemon("bfs-agent")
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(self.log("agent.log")?)
+            .stderr(self.log("agent.log")?)
+            .spawn()?;
+        self.agent = Some(child);
+        Ok(())
+    }
+
+    fn common(&self, verb: &str) -> Vec<String> {
+        let mut line = [verb, "--group", &self.group, "--checkpoint", &self.checkpoints, "--path"]
+            .map(str::to_owned)
+            .to_vec();
+        line.extend([self.place.data.display().to_string(), "--backup".to_owned(), self.destination()]);
+        line.extend(self.secret());
+        line
+    }
+
+    /// Starts the agent with a command, and returns when the command works and the agent answers.
+    ///
+    /// # Errors
+    /// When either ends or does not come.
+    pub fn run(&mut self, command: &[String]) -> Result<()> {
+        self.run_with(&[], command)
+    }
+
+    /// The same, with more options for the agent.
+    ///
+    /// # Errors
+    /// When either ends or does not come.
+    pub fn run_with(&mut self, options: &[&str], command: &[String]) -> Result<()> {
+        let mut line = self.common("run");
+        line.extend(options.iter().map(|o| (*o).to_owned()));
+        line.push("--".to_owned());
+        line.extend(self.telling_its_pid(command));
+        self.start_agent(&line)?;
+        self.wait_program()?;
+        self.wait_agent_answers(true)
+    }
+
+    /// Starts the program without an agent, and returns when it works.
+    ///
+    /// # Errors
+    /// When it ends or does not come.
+    pub fn start_program(&mut self, command: &[String]) -> Result<()> {
+        let line = self.telling_its_pid(command);
+        let child = Command::new(&line[0])
+            .args(&line[1..])
+            .stdin(Stdio::null())
+            .stdout(self.log("program.log")?)
+            .stderr(self.log("program.log")?)
+            .spawn()?;
+        self.program = Some(child);
+        self.wait_program()
+    }
+
+    /// Starts the successor of an agent that was killed: it reads on where that one was.
+    ///
+    /// # Errors
+    /// When it ends or does not answer.
+    pub fn resume(&mut self) -> Result<()> {
+        self.start_agent(&["resume", "--group", &self.group].map(str::to_owned))?;
+        fs::write(self.place.aux.join("resumed"), "")?;
+        self.wait_agent_answers(false)
+    }
+
+    /// Starts the first agent for a program that runs already.
+    ///
+    /// # Errors
+    /// When it ends or does not answer.
+    pub fn attach(&mut self) -> Result<()> {
+        let mut line = self.common("attach");
+        line.extend(["--pid".to_owned(), self.program_pid()?.to_string()]);
+        self.start_agent(&line)?;
+        self.wait_agent_answers(false)
+    }
+
+    /// Starts replayer, program and agent, in the order that `how` says.
+    ///
+    /// # Errors
+    /// When one of them does not come.
+    pub fn start(&mut self, program: &dyn Program, how: How) -> Result<()> {
+        program.prepare(&self.place)?;
+        self.start_replayer()?;
+        let command = program.command(&self.place);
+        match how {
+            How::Run => self.run(&command),
+            How::AttachHalfWay => {
+                self.start_program(&command)?;
+                let place = self.place.clone();
+                until("the program half way", SOON, || program.half_way(&place).then_some(()))?;
+                self.attach()
+            }
+        }
+    }
+
+    /// The program writes its number before it begins.
+    fn telling_its_pid(&self, command: &[String]) -> Vec<String> {
+        let script = format!("echo $$ > '{}'; exec \"$@\"", self.place.aux.join("pid").display());
+        ["/bin/sh", "-c", &script, "sh"]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(command.iter().cloned())
+            .collect()
+    }
+
+    /// Number of the program's first process.
+    ///
+    /// # Errors
+    /// When it was not started.
+    pub fn program_pid(&self) -> Result<i32> {
+        let text = fs::read_to_string(self.place.aux.join("pid")).context("the program was not started")?;
+        ensure!(text.ends_with('\n'), "the program's number is not written yet");
+        Ok(text.trim().parse()?)
+    }
+
+    fn wait_program(&mut self) -> Result<()> {
+        let ready = self.place.aux.join("ready");
+        let (agent, program) = (&mut self.agent, &mut self.program);
+        until("the program to work", SOON, || {
+            if ready.exists() {
+                return Some(Ok(()));
+            }
+            for (name, child) in [("agent", &mut *agent), ("program", &mut *program)] {
+                if let Some(Ok(Some(status))) = child.as_mut().map(Child::try_wait)
+                    && !ready.exists()
+                {
+                    return Some(Err(anyhow::anyhow!("the {name} ended at once with {status}")));
+                }
+            }
+            None
+        })?
+    }
+
+    /// `may_end`: a short program under `run` may be done, and its agent with it, before it was asked.
+    fn wait_agent_answers(&mut self, may_end: bool) -> Result<()> {
+        let mut agent = self.agent.take().context("no agent runs")?;
+        let answered = until("the agent to answer", SOON, || match agent.try_wait() {
+            Ok(Some(_)) if may_end => Some(Ok(())),
+            Ok(Some(status)) => Some(Err(anyhow::anyhow!("the agent ended with {status}"))),
+            _ => self.status().ok().map(|_| Ok(())),
+        });
+        self.agent = Some(agent);
+        answered?
+    }
+
+    /// Whether the program still runs.
+    #[must_use]
+    pub fn program_runs(&self) -> bool {
+        let Ok(pid) = self.program_pid() else { return false };
+        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        state.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z') && !rest.starts_with('X'))
+    }
+
+    /// Tells the program to end, waits for it and for the last checkpoint, and ends the agent.
+    /// Returns the status of the program, as the agent gave it or as the test saw it.
+    ///
+    /// # Errors
+    /// When something does not end, or the last checkpoint is not applied.
+    pub fn finish(&mut self) -> Result<ExitStatus> {
+        fs::write(self.place.stop(), "")?;
+        let limit = SOON * 3;
+        if let Some(mut program) = self.program.take() {
+            let status = until("the program to end", limit, || program.try_wait().transpose())??;
+            self.end_attached()?;
+            return Ok(status);
+        }
+        until("the program to end", limit, || (!self.program_runs()).then_some(()))?;
+        if self.place.aux.join("resumed").exists() {
+            // A successor is not the program's parent: nobody has its status any more.
+            self.end_attached()?;
+            return Ok(std::os::unix::process::ExitStatusExt::from_raw(0));
+        }
+        let mut agent = self.agent.take().context("no agent runs")?;
+        let ended = until("the agent to end", limit, || agent.try_wait().transpose());
+        if ended.is_err() {
+            self.agent = Some(agent);
+        }
+        Ok(ended??)
+    }
+
+    /// An attached agent may end by itself with its last process, or is told to stop.
+    fn end_attached(&mut self) -> Result<()> {
+        let mut agent = self.agent.take().context("no agent runs")?;
+        if self.checkpoint().is_ok() {
+            let _ = self.agent_command(&["stop"], Duration::from_secs(30));
+        }
+        let ended = until("the agent to end", SOON, || agent.try_wait().transpose());
+        if ended.is_err() {
+            self.agent = Some(agent);
+        }
+        let status = ended??;
+        ensure!(status.success(), "the agent ended with {status}");
+        Ok(())
+    }
+}
+
+/// Runs a command that must succeed.
+///
+/// # Errors
+/// When it does not, with what it said.
+pub fn command_ok(command: &mut Command) -> Result<Output> {
+    let done = command.output().with_context(|| format!("{command:?} does not start"))?;
+    if !done.status.success() {
+        bail!("{command:?}: {} {}", done.status, String::from_utf8_lossy(&done.stderr));
+    }
+    Ok(done)
+}

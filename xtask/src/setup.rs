@@ -1,0 +1,156 @@
+//! `cargo xtask setup`: installs what is missing, says what and why, asks nothing, and does nothing
+//! when all is there.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::ebpf::toolchain;
+use crate::shell::{cargo, find, is_root, run, shown, target};
+
+/// The linker of the probes, and the version that works with the compilers named in ebpf.rs.
+const BPF_LINKER: &str = "0.13.0";
+
+/// Programs that must be there: name, Debian package, why.
+const PROGRAMS: [(&str, &str, &str); 9] = [
+    ("cc", "gcc libc6-dev", "compiles the SQLite of the tests"),
+    ("git", "git", "a program that the tests replicate"),
+    ("tar", "tar", "a program that the tests replicate"),
+    ("initdb", "postgresql", "a program that the tests replicate"),
+    ("pgbench", "postgresql", "load for PostgreSQL"),
+    ("strace", "strace", "shows that acknowledging waits for the sync"),
+    ("setpriv", "util-linux", "runs commands of tests as another user"),
+    ("taskset", "util-linux", "pins the programs of `bench`"),
+    ("mkfs.ext4", "e2fsprogs", "small file systems for tests"),
+];
+
+/// Makes this machine ready; see the module.
+pub fn setup() -> Result<()> {
+    let mut apt = Apt::default();
+    compiler(&mut apt)?;
+    linker()?;
+    let folders: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path().join("bin"))
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .collect();
+    for (program, packages, why) in PROGRAMS {
+        if find(program, &folders).is_none() {
+            println!("setup: {program} is missing ({why})");
+            apt.install(&packages.split(' ').collect::<Vec<_>>())?;
+            ensure!(
+                program == "initdb" || find(program, &folders).is_some(),
+                "{program} is still missing after installing {packages}"
+            );
+        }
+    }
+    bpffs()
+}
+
+/// Debian's package manager; its lists are fetched once, before the first package.
+#[derive(Default)]
+struct Apt {
+    updated: bool,
+}
+
+impl Apt {
+    fn install(&mut self, packages: &[&str]) -> Result<()> {
+        let list = packages.join(" ");
+        if find("apt-get", &[]).is_none() {
+            bail!(
+                "this system has no apt-get: install what Debian calls `{list}` yourself, then run this again"
+            );
+        }
+        if !is_root() {
+            bail!("installing packages needs root: run `apt-get install {list}` as root, then this again");
+        }
+        if !self.updated {
+            println!("setup: apt-get update");
+            quiet(Command::new("apt-get").args(["-qq", "update"]))?;
+            self.updated = true;
+        }
+        println!("setup: apt-get install {list}");
+        quiet(
+            Command::new("apt-get")
+                .env("DEBIAN_FRONTEND", "noninteractive")
+                .args(["-qq", "install", "-y", "--no-install-recommends"])
+                .args(packages),
+        )
+    }
+}
+
+/// Runs without showing what it says, unless it fails.
+fn quiet(command: &mut Command) -> Result<()> {
+    let done = command.output().with_context(|| format!("{} does not start", shown(command)))?;
+    ensure!(
+        done.status.success(),
+        "{} failed: {}\n{}{}",
+        shown(command),
+        done.status,
+        String::from_utf8_lossy(&done.stdout),
+        String::from_utf8_lossy(&done.stderr)
+    );
+    Ok(())
+}
+
+fn compiler(apt: &mut Apt) -> Result<()> {
+    if toolchain::compiler().is_some() {
+        return Ok(());
+    }
+    println!("setup: no compiler for the probes (it needs the sources of Rust's standard library)");
+    if find("apt-get", &[]).is_none() && find("rustup", &[]).is_some() {
+        println!("setup: rustup toolchain install nightly --component rust-src");
+        run(Command::new("rustup").args(["toolchain", "install", "nightly", "--component", "rust-src"]))?;
+    } else {
+        apt.install(&["rustc-web", "rust-web-src", "llvm-22-dev"])?;
+    }
+    ensure!(
+        toolchain::compiler().is_some(),
+        "there is still no compiler for the probes: install a rustup nightly with rust-src, or Debian's \
+         rustc-web and rust-web-src"
+    );
+    Ok(())
+}
+
+fn linker() -> Result<()> {
+    if toolchain::find().is_ok() {
+        return Ok(());
+    }
+    let (rustc, llvm) = toolchain::compiler().context("the compiler was just found")?;
+    let folder = target().join("tools");
+    let feature = format!("llvm-{llvm}");
+    println!(
+        "setup: cargo install bpf-linker {BPF_LINKER} ({feature}, into {}): links what {} compiles",
+        folder.display(),
+        rustc.display()
+    );
+    let mut command = cargo();
+    command.args(["install", "--quiet", "--force", "bpf-linker", "--version", BPF_LINKER]);
+    command.args(["--no-default-features", "--features", &feature, "--root"]).arg(&folder);
+    let prefix = PathBuf::from(format!("/usr/lib/{feature}"));
+    if prefix.exists() {
+        command.env("LLVM_PREFIX", prefix);
+    }
+    run(&mut command)?;
+    toolchain::find().context("bpf-linker was installed")?;
+    Ok(())
+}
+
+fn bpffs() -> Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
+    if mounts.lines().any(|line| line.split(' ').nth(1) == Some("/sys/fs/bpf")) {
+        return Ok(());
+    }
+    if !Path::new("/sys/fs/bpf").exists() {
+        bail!("this kernel has no BPF file system (/sys/fs/bpf): it must be built with CONFIG_BPF_SYSCALL");
+    }
+    if !is_root() {
+        println!("setup: /sys/fs/bpf is not mounted; only root can do that (needed to run, not to build)");
+        return Ok(());
+    }
+    println!("setup: mounting /sys/fs/bpf (ring and maps are pinned there)");
+    quiet(Command::new("mount").args(["-t", "bpf", "bpf", "/sys/fs/bpf"]))
+}
