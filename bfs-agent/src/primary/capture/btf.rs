@@ -26,7 +26,10 @@ struct Member {
 }
 
 enum Type {
-    Composite { first: usize, count: usize },
+    Composite {
+        first: usize,
+        count: usize,
+    },
     /// typedef, const, volatile, restrict, type tag: stands for another type.
     Alias(u32),
     Other,
@@ -66,7 +69,8 @@ impl KernelTypes {
         let strings = section(word(16)?, word(20)?)?.to_vec();
         let mut rest = section(word(8)?, word(12)?)?;
         // Type 0 is void.
-        let mut this = Self { strings, types: vec![Type::Other], members: Vec::new(), structs: HashMap::new() };
+        let mut this =
+            Self { strings, types: vec![Type::Other], members: Vec::new(), structs: HashMap::new() };
         while !rest.is_empty() {
             let head: [u32; 3] = take(&mut rest)?;
             let [name, info, size_or_type] = head;

@@ -181,6 +181,10 @@ impl Engine {
         for _ in 0..TRIES {
             match self.try_cut(host)? {
                 Tried::Settled(at_ns) => {
+                    if !host.standing() {
+                        let why = "they were let go before everything was read".into();
+                        return Err(HostError::Stop(why).into());
+                    }
                     let stopped_us = (host.now().saturating_sub(stopping) / 1000).max(1);
                     return self.mark(host, request, &How { begun, tries, at_ns, stopped_us });
                 }
@@ -190,15 +194,27 @@ impl Engine {
         Err(CheckpointError::Unsettled { suspects: self.dirty.len() })
     }
 
-    /// Takes in all events that are there.
+    /// Takes in all events that are there, at most about as many as the ring can hold.
     ///
     /// # Errors
     /// [`HostError`].
     pub fn drain(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
-        while let Some(event) = host.next_event()? {
-            self.consume(&event, host)?;
-        }
+        self.take_some(host, DEFERRED_MAX)?;
         self.take_losses(host)
+    }
+
+    /// Takes in up to `max` events; gives how many there were.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn take_some(&mut self, host: &mut dyn Host, max: usize) -> Result<usize, HostError> {
+        for n in 0..max {
+            match host.next_event()? {
+                Some(event) => self.consume(&event, host)?,
+                None => return Ok(n),
+            }
+        }
+        Ok(max)
     }
 
     fn take_losses(&mut self, host: &mut dyn Host) -> Result<(), HostError> {

@@ -177,6 +177,9 @@ pub trait Host {
     /// [`HostError::Stop`]; they run then.
     fn stop(&mut self) -> Result<(), HostError>;
 
-    /// Lets them go; gives how long they stood.
-    fn go(&mut self) -> Duration;
+    /// Whether they still stand: asked after the last read, before it is believed.
+    fn standing(&mut self) -> bool;
+
+    /// Lets them go.
+    fn go(&mut self);
 }

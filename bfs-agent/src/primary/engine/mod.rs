@@ -163,6 +163,8 @@ pub struct Engine {
     entered: HashMap<u32, (u64, Vec<u8>, Vec<u8>)>,
     deferred: VecDeque<OwnedEvent>,
     mapped: HashSet<ObjectId>,
+    /// Device and number of files that were mapped before their objects were known.
+    mapped_inodes: HashSet<(u32, u64)>,
     /// Objects that were seen with more than one name.
     multiple: HashSet<ObjectId>,
     /// Behind the last event that was taken in, while none is half taken in.
@@ -191,6 +193,7 @@ impl Engine {
             entered: HashMap::new(),
             deferred: VecDeque::new(),
             mapped: HashSet::new(),
+            mapped_inodes: HashSet::new(),
             multiple: HashSet::new(),
             position: None,
             last_checkpoint,
@@ -239,6 +242,15 @@ impl Engine {
         self.reads.everything = t;
     }
 
+    /// A file is mapped, shared and writable. (Its generation is not known: all objects of that
+    /// number count. Files that are not in the model yet are found when everything is scanned.)
+    pub fn note_mapped(&mut self, dev: u32, ino: u64) {
+        self.mapped_inodes.insert((dev, ino));
+        let model = &self.model;
+        let here = |o: &ObjectId| model.get(*o).is_some_and(|o| o.inode.dev == dev && o.inode.ino == ino);
+        self.mapped.extend(model.ids().filter(here));
+    }
+
     /// A gap is open in the stream that was taken over.
     pub fn adopt_gaps(&mut self, gaps: &[bfs_common::record::GapScope], now: u64) {
         use bfs_common::record::GapScope;
@@ -279,6 +291,9 @@ impl Engine {
             target: Bytes::copy_from_slice(&stat.target),
         };
         let object = self.model.create(new, &mut self.out);
+        if self.mapped_inodes.contains(&(stat.inode.dev, stat.inode.ino)) {
+            self.mapped.insert(object);
+        }
         if read_ns > 0 {
             self.reads.meta.insert(object, read_ns);
         }

@@ -122,6 +122,11 @@ impl Model {
             for (name, child) in &line.entries {
                 links.push((*child, line.object, name.clone()));
             }
+            // A large directory comes in several lines of the same number.
+            if let Some(known) = model.objects.get_mut(&line.object) {
+                known.entries.extend(line.entries);
+                continue;
+            }
             model.by_inode.insert(inode, line.object);
             model.objects.insert(
                 line.object,

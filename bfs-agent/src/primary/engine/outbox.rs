@@ -8,19 +8,27 @@ use bfs_common::codec::{chain, encode};
 use bfs_common::record::{ChainHash, Record, Sequence};
 use bytes::{Bytes, BytesMut};
 
-/// Consecutive encoded records.
-#[derive(Clone, Debug)]
+/// Encoded records, in order and without a gap.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
     /// Number of the first record.
     pub first: Sequence,
-    /// How many.
+    /// How many records; at least one.
     pub count: u32,
-    /// All of them, encoded.
+    /// The records as `codec::encode` made them.
     pub bytes: Bytes,
-    /// Chain hash after the last.
-    pub chain_after: ChainHash,
-    /// When these records are durable, the ring may be released up to here.
+    /// Ring space up to here may be released once these records (and all before) are durable.
     pub ring_position: Option<u64>,
+    /// Chain hash after the last record.
+    pub chain_after: ChainHash,
+}
+
+impl Batch {
+    /// Number of the last record.
+    #[must_use]
+    pub fn last(&self) -> Sequence {
+        Sequence(self.first.0 + u64::from(self.count) - 1)
+    }
 }
 
 /// Collects records into batches.

@@ -608,9 +608,12 @@ impl Host for World {
         Ok(())
     }
 
-    fn go(&mut self) -> Duration {
+    fn standing(&mut self) -> bool {
+        self.stopped
+    }
+
+    fn go(&mut self) {
         self.stopped = false;
-        Duration::from_millis(1)
     }
 }
 

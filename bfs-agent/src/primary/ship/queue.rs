@@ -9,7 +9,8 @@ use std::collections::VecDeque;
 use bfs_common::codec;
 use bfs_common::record::{ChainHash, Sequence};
 use bfs_common::wire::{Position, Refusal};
-use bytes::Bytes;
+
+pub use super::super::engine::outbox::Batch;
 
 /// Longest body of one frame. Well below what the protocol allows, so that acknowledgements and
 /// heartbeats come in between.
@@ -18,28 +19,7 @@ pub const BODY_MAX: usize = 4 << 20;
 /// Most batches that are retained, whatever their size.
 pub const BATCHES_MAX: usize = 1 << 16;
 
-/// Encoded records, in order and without a gap.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Batch {
-    /// Number of the first record.
-    pub first: Sequence,
-    /// How many records; at least one.
-    pub count: u32,
-    /// The records as `codec::encode` made them.
-    pub bytes: Bytes,
-    /// Ring space up to here may be released once these records (and all before) are durable.
-    pub ring_position: Option<u64>,
-    /// Chain hash after the last record.
-    pub chain_after: ChainHash,
-}
-
 impl Batch {
-    /// Number of the last record.
-    #[must_use]
-    pub fn last(&self) -> Sequence {
-        Sequence(self.first.0 + u64::from(self.count) - 1)
-    }
-
     /// Cuts the records up to and including `until` off; their chain hash comes with them.
     fn split_after(mut self, until: Sequence, before: ChainHash) -> Option<(Self, Option<Self>)> {
         let mut rest = self.bytes.clone();

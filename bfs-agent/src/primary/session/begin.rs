@@ -1,0 +1,230 @@
+//! Starting a session: control socket, file systems, destination, probes, model.
+
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use bfs_common::record::{PathBytes, Record};
+
+use super::state::{self, State};
+use super::work::Work;
+use super::{SessionOptions, link};
+use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
+use crate::net::{Destination, Secret};
+use crate::primary::capture::probes::group_dir;
+use crate::primary::capture::{CaptureError, LoadOptions, Probes};
+use crate::primary::control::{self, Inbound};
+use crate::primary::engine::Engine;
+use crate::primary::engine::model::{FileSystems, Model};
+use crate::primary::engine::outbox::Outbox;
+use crate::primary::failure::{Failure, Kind};
+use crate::primary::reader::{Reader, ReaderError, Root};
+use crate::primary::ship::{ShipOptions, Shipper, Welcome, network};
+use crate::primary::stop::{StopError, Stopper};
+
+/// Most bytes of records that wait in memory for the destination.
+const RETAIN_BYTES_MAX: usize = 512 << 20;
+/// How long the first connection may take.
+const START_LIMIT: Duration = Duration::from_secs(10);
+/// How long the catalogue of a store may take.
+const CATALOG_LIMIT: Duration = Duration::from_secs(300);
+/// Writes up to this size are copied in the probe where that is exact.
+const INLINE_MAX: u32 = 64 << 10;
+/// Size of the ring.
+const RING_BYTES: u32 = 64 << 20;
+
+/// The parts of a session before its processes are known.
+pub struct Ground {
+    /// What the user asked for.
+    pub options: SessionOptions,
+    /// The control socket.
+    server: control::Server,
+    inbound: mpsc::Receiver<Inbound>,
+    reader: Reader,
+    roots: Vec<Root>,
+    shipper: Shipper,
+    welcome: Welcome,
+    boot_id: [u8; 16],
+    /// The replayer of a `dir:` destination.
+    local: Option<Arc<ReplayerHandle>>,
+}
+
+impl From<CaptureError> for Failure {
+    fn from(error: CaptureError) -> Self {
+        let (kind, hint) = match &error {
+            CaptureError::NotRoot => (Kind::NotRoot, "run it with sudo"),
+            CaptureError::NoBtf { .. } | CaptureError::MissingField { .. } => {
+                (Kind::NoBpf, "use a kernel >= 6.1 built with CONFIG_DEBUG_INFO_BTF=y")
+            }
+            CaptureError::Load { .. } | CaptureError::NoBpfFs { .. } => {
+                (Kind::NoBpf, "capturing needs root, a kernel >= 6.1, and no lockdown of BPF")
+            }
+            CaptureError::AlreadyPinned { .. } => (
+                Kind::GroupBusy,
+                "an agent of this group died and its program goes on being captured: \
+                 go on with `bfs-agent resume --group NAME`",
+            ),
+            _ => (Kind::Other, ""),
+        };
+        Self::new(kind, error.to_string(), hint)
+    }
+}
+
+impl From<ReaderError> for Failure {
+    fn from(error: ReaderError) -> Self {
+        Self::new(Kind::Path, error.to_string(), "choose a directory on ext4, xfs, btrfs or tmpfs")
+    }
+}
+
+impl From<StopError> for Failure {
+    fn from(error: StopError) -> Self {
+        Self::new(Kind::Other, error.to_string(), "")
+    }
+}
+
+fn other(what: &str, error: impl std::fmt::Display) -> Failure {
+    Failure::new(Kind::Other, format!("{what}: {error}"), "")
+}
+
+impl Ground {
+    /// Opens what a session stands on. `successor`: an agent before may still seem connected.
+    ///
+    /// # Errors
+    /// [`Failure`].
+    pub fn open(options: SessionOptions, successor: bool) -> Result<Self, Failure> {
+        let (sender, inbound) = mpsc::channel();
+        let server = control::Server::start(&options.group, options.socket.as_deref(), sender, || {})
+            .map_err(|e| match e {
+                control::ServerError::Taken(_) => Failure::new(
+                    Kind::GroupBusy,
+                    format!("group {:?} has an agent already: {e}", options.group),
+                    "choose another --group, or end that one with `bfs-agent stop`",
+                ),
+                e => other("the control socket", e),
+            })?;
+        let mut reader = Reader::new();
+        let mut roots = Vec::new();
+        for path in &options.roots {
+            roots.push(reader.add_root(path)?);
+        }
+        let boot_id = state::boot_id().map_err(|e| other("cannot read the boot id", e))?;
+        let mut local = None;
+        let connect = match &options.backup {
+            Destination::Dir(store) => {
+                let handle = Arc::new(open_store(store)?);
+                local = Some(Arc::clone(&handle));
+                let connect: crate::primary::ship::Connect = Arc::new(move || {
+                    let handle = Arc::clone(&handle);
+                    Box::pin(async move { Ok(handle.connect_local()) })
+                });
+                connect
+            }
+            destination => network(destination.clone(), secret(&options)?),
+        };
+        let (shipper, welcome) = Shipper::start(ShipOptions {
+            connect,
+            group: options.group.clone(),
+            group_id: state::group_id(&options.group),
+            boot_id,
+            epoch: None,
+            take_over: successor,
+            maps: options.maps.iter().map(|(a, b)| (PathBytes::new(a), PathBytes::new(b))).collect(),
+            retain_bytes_max: RETAIN_BYTES_MAX,
+            start_limit: START_LIMIT,
+        })
+        .map_err(|e| {
+            let mut failure = Failure::from(e);
+            failure.message = format!("--backup {}: {}", options.backup, failure.message);
+            if failure.hint.is_empty() {
+                failure.hint = "try another --backup or --group, or look at the replayer: \
+                                bfs-replayer status"
+                    .into();
+            }
+            failure
+        })?;
+        Ok(Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, local })
+    }
+
+    /// Loads the probes. What an agent before left is removed if nothing runs in it any more.
+    ///
+    /// # Errors
+    /// [`Failure`].
+    pub fn load_probes(&self) -> Result<Probes, Failure> {
+        let pin_dir = group_dir(&self.options.group);
+        if Probes::are_pinned(&pin_dir)
+            && let Ok(old) = Probes::adopt(&pin_dir)
+            && old.selected_tasks()?.is_empty()
+        {
+            old.unpin()?;
+        }
+        let inline_max = self.options.inline_max.map_or(INLINE_MAX, |n| n.min(u64::from(u32::MAX)) as u32);
+        let ring_bytes = self.options.ring_bytes.map_or(RING_BYTES, |n| n.min(1 << 30) as u32);
+        let mut load = LoadOptions::new(&self.options.group, self.reader.devices());
+        load.inline_max = inline_max;
+        load.ring_bytes = ring_bytes;
+        Ok(Probes::load(&load)?)
+    }
+
+    /// The session at work. `complete`: capture went on since the agent before, so only what its
+    /// ring and gaps name has to be read again; else everything is.
+    ///
+    /// # Errors
+    /// [`Failure`].
+    pub fn build(
+        self,
+        probes: Probes,
+        stopper: Option<Box<dyn Stopper>>,
+        state: &State,
+        complete: bool,
+    ) -> Result<Work, Failure> {
+        let Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, local } = self;
+        let mut file_systems = FileSystems::default();
+        for root in &roots {
+            file_systems.add(root.stat.inode.dev, root.file_system, root.subvolume);
+        }
+        let model = if welcome.highest_object.0 == 0 {
+            Model::new(welcome.highest_object, file_systems)
+        } else {
+            let catalog = shipper.catalog(CATALOG_LIMIT)?;
+            Model::from_catalog(welcome.highest_object, file_systems, &welcome.roots, catalog)
+        };
+        let complete = complete && welcome.boot_id == boot_id && welcome.highest_object.0 > 0;
+        let out = Outbox::new(welcome.position.sequence, welcome.position.chain);
+        let mut engine = Engine::new(model, out, welcome.confirmed);
+        engine.announce(&Record::EpochBegin { epoch: welcome.epoch, boot_id, complete });
+        engine.set_roots(roots.into_iter().map(|r| (r.path, r.stat)).collect());
+        let now = link::monotonic_ns();
+        if complete {
+            engine.adopt_gaps(&welcome.gaps, now);
+        } else {
+            engine.suspect_everything(now);
+        }
+        // What stands in the ring by now is in what was read or in the catalogue, or not.
+        engine.suspect_events_before(now);
+        state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;
+        let link = link::Link::new(probes, reader, shipper, stopper);
+        Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.program.clone(), local))
+    }
+}
+
+fn secret(options: &SessionOptions) -> Result<Option<Secret>, Failure> {
+    let Some(file) = &options.secret_file else { return Ok(None) };
+    Secret::from_file(file).map(Some).map_err(|e| {
+        Failure::new(
+            Kind::Usage,
+            format!("--secret-file {}: {e}", file.display()),
+            "use the same file on both sides, mode 0600",
+        )
+    })
+}
+
+fn open_store(store: &Path) -> Result<ReplayerHandle, Failure> {
+    let options = ServeOptions { store: store.to_owned(), ..ServeOptions::default() };
+    Replayer::start(options).map_err(|e| {
+        Failure::new(
+            Kind::Unreachable,
+            format!("--backup dir:{}: {e}", store.display()),
+            "choose another store, or end the replayer that has it",
+        )
+    })
+}

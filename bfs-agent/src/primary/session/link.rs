@@ -1,0 +1,216 @@
+//! The engine's outside world, for real: probes, file systems, shipper, stopper.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bfs_common::abi::{InodeId, counter};
+use bfs_common::record::Name;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::primary::capture::Probes;
+use crate::primary::capture::probes::Counters;
+use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
+use crate::primary::engine::outbox::Batch;
+use crate::primary::reader::{self, Reader};
+use crate::primary::ship::{Full, Shipper};
+use crate::primary::stop::{Limits, Stopper};
+
+/// How long the engine waits for room at the shipper before it counts as detached.
+const ROOM_WAIT: Duration = Duration::from_secs(2);
+
+/// How long processes may take to stand, and how long they stand for a checkpoint that needs it.
+pub const STOP_LIMITS: Limits = Limits { reach: Duration::from_secs(2), stand: Duration::from_secs(20) };
+
+/// `CLOCK_MONOTONIC` in nanoseconds.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+/// Everything that the engine works with.
+pub struct Link {
+    /// The probes.
+    pub probes: Probes,
+    /// The file systems.
+    pub reader: Reader,
+    /// The way to the destination.
+    pub shipper: Shipper,
+    /// How to stop the selected processes; `None` where that is not possible.
+    pub stopper: Option<Box<dyn Stopper>>,
+    /// For the next stop.
+    pub limits: Limits,
+    /// How long each stop lasted, microseconds.
+    pub stops_us: Vec<u64>,
+    /// How long the last stop took until all stood.
+    pub reached: Duration,
+    /// Why the last stop ended too early, if it did.
+    pub let_go: Option<String>,
+    seen: Counters,
+    seen_misses: u64,
+    released: u64,
+}
+
+impl Link {
+    /// Ties them together. `fresh`: the probes were just loaded, so nothing was lost before.
+    pub fn new(probes: Probes, reader: Reader, shipper: Shipper, stopper: Option<Box<dyn Stopper>>) -> Self {
+        Self {
+            probes,
+            reader,
+            shipper,
+            stopper,
+            limits: STOP_LIMITS,
+            stops_us: Vec::new(),
+            reached: Duration::ZERO,
+            let_go: None,
+            seen: Counters::default(),
+            seen_misses: 0,
+            released: 0,
+        }
+    }
+
+    /// Gives back the ring space of what is durable.
+    pub fn release_ring(&mut self) {
+        let durable = self.shipper.progress().released_ring_position;
+        if let Some(position) = durable.filter(|p| *p > self.released) {
+            self.probes.ring().release(position);
+            self.released = position;
+        }
+    }
+
+    /// Nothing that is in the ring is wanted any more.
+    pub fn discard_ring(&mut self) {
+        while self.probes.ring().next().is_some() {}
+        let position = self.probes.ring().position();
+        if position > self.released {
+            self.probes.ring().release(position);
+            self.released = position;
+        }
+    }
+}
+
+fn probes_failed(error: impl std::fmt::Display) -> HostError {
+    HostError::Probes(error.to_string())
+}
+
+impl Host for Link {
+    fn now(&self) -> u64 {
+        monotonic_ns()
+    }
+
+    fn child(&mut self, directory: InodeId, name: &Name) -> Result<Option<Stat>, HostError> {
+        self.reader.child(directory, name)
+    }
+
+    fn list(&mut self, directory: InodeId) -> Result<Option<Vec<Name>>, HostError> {
+        self.reader.list(directory)
+    }
+
+    fn stat(&mut self, inode: InodeId) -> Result<Option<Stat>, HostError> {
+        self.reader.stat(inode)
+    }
+
+    fn xattrs(&mut self, inode: InodeId) -> Result<Option<Vec<(String, Vec<u8>)>>, HostError> {
+        self.reader.xattrs(inode)
+    }
+
+    fn read(
+        &mut self,
+        inode: InodeId,
+        range: Range<u64>,
+        each: &mut dyn FnMut(Segment<'_>),
+    ) -> Result<Option<()>, HostError> {
+        self.reader.read(inode, range, each)
+    }
+
+    fn outside_path(&mut self, directory: InodeId, tgid: u32) -> Option<PathBuf> {
+        self.reader.outside_path(directory, tgid)
+    }
+
+    fn canonical(&mut self, path: &Path) -> PathBuf {
+        reader::canonical(path)
+    }
+
+    fn is_host_root(&mut self, directory: InodeId) -> bool {
+        self.reader.is_host_root(directory)
+    }
+
+    fn in_flight(&mut self, t: u64) -> Result<Vec<InFlight>, HostError> {
+        let tasks = self.probes.in_flight(t).map_err(probes_failed)?;
+        Ok(tasks
+            .into_iter()
+            .map(|(tid, s)| InFlight { tid, tgid: s.tgid, nr: s.nr, start_ns: s.start_ns })
+            .collect())
+    }
+
+    fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError> {
+        let Some((record, ring_position)) = self.probes.ring().next() else { return Ok(None) };
+        let bytes = record.bytes();
+        let length = bytes.first_chunk::<4>().map_or(0, |l| u32::from_ne_bytes(*l) as usize);
+        Ok(Some(OwnedEvent { bytes: bytes.get(..length).unwrap_or(bytes).into(), ring_position }))
+    }
+
+    fn losses(&mut self) -> Result<Losses, HostError> {
+        let now = self.probes.counters().map_err(probes_failed)?;
+        let rose = |index| now.get(index) > self.seen.get(index);
+        let mut losses =
+            Losses { everything: rose(counter::RESCAN) || rose(counter::TASKS_FULL), ..Losses::default() };
+        if rose(counter::RESERVE_FAILED) {
+            let suspects = self.probes.drain_suspects().map_err(probes_failed)?;
+            losses.inodes = suspects.into_iter().map(|(inode, _)| inode).collect();
+        }
+        self.seen = now;
+        let misses = self.probes.recursion_misses().map_err(probes_failed)?.iter().map(|m| m.1).sum();
+        losses.everything |= misses > self.seen_misses;
+        self.seen_misses = misses;
+        Ok(losses)
+    }
+
+    fn pause(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
+
+    fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError> {
+        for mut batch in batches {
+            let deadline = Instant::now() + ROOM_WAIT;
+            loop {
+                match self.shipper.try_push(batch) {
+                    Ok(()) => break,
+                    Err(Full(back)) => batch = back,
+                }
+                let progress = self.shipper.progress();
+                if Instant::now() >= deadline && !progress.connected {
+                    return Err(HostError::Detached(progress.retained_bytes as u64));
+                }
+                let _ = self.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(100));
+            }
+        }
+        self.release_ring();
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), HostError> {
+        let Some(stopper) = &mut self.stopper else {
+            return Err(HostError::Stop("there is no way to stop them".into()));
+        };
+        let stopped = stopper.stop(self.limits).map_err(|e| HostError::Stop(e.to_string()))?;
+        self.reached = stopped.reached_in;
+        self.let_go = None;
+        Ok(())
+    }
+
+    fn standing(&mut self) -> bool {
+        self.stopper.as_mut().is_some_and(|s| s.standing())
+    }
+
+    fn go(&mut self) {
+        let Some(stopper) = &mut self.stopper else { return };
+        match stopper.go() {
+            Ok(stood) if stood > Duration::ZERO => self.stops_us.push(stood.as_micros() as u64),
+            Ok(_) => {}
+            Err(e) => self.let_go = Some(e.to_string()),
+        }
+        self.limits = STOP_LIMITS;
+    }
+}

@@ -1,0 +1,51 @@
+//! Shared writable mappings of processes that were there before the probes: `/proc/PID/maps`.
+
+use super::work::Work;
+use crate::primary::reader::kernel_dev;
+
+impl Work {
+    /// Files of the group that a selected process has mapped for writing are read at each
+    /// checkpoint: stores into them leave no record.
+    pub(super) fn suspect_mapped(&mut self) {
+        let tasks = self.link.probes.selected_tasks().unwrap_or_default();
+        let mut processes: Vec<u32> = tasks.into_iter().map(|(_, state)| state.tgid).collect();
+        processes.sort_unstable();
+        processes.dedup();
+        for process in processes {
+            let Ok(maps) = std::fs::read_to_string(format!("/proc/{process}/maps")) else { continue };
+            for (dev, ino) in maps.lines().filter_map(shared_writable) {
+                self.engine.note_mapped(dev, ino);
+            }
+        }
+    }
+}
+
+/// Device and inode of a line that is a shared writable mapping of a file
+/// (`address perms offset major:minor inode path`, proc_pid_maps(5)).
+fn shared_writable(line: &str) -> Option<(u32, u64)> {
+    let mut fields = line.split_ascii_whitespace();
+    let permissions = fields.nth(1)?;
+    if !permissions.ends_with('s') || !permissions.contains('w') {
+        return None;
+    }
+    let (major, minor) = fields.nth(1)?.split_once(':')?;
+    let major = u32::from_str_radix(major, 16).ok()?;
+    let minor = u32::from_str_radix(minor, 16).ok()?;
+    let ino = fields.next()?.parse().ok().filter(|ino| *ino > 0)?;
+    Some((kernel_dev(rustix::fs::makedev(major, minor)), ino))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_shared_writable_files_count() {
+        let line = "7f0-7f1 rw-s 00000000 fe:00 1234   /data/file";
+        assert_eq!(shared_writable(line), Some((0xfe << 20, 1234)));
+        assert_eq!(shared_writable("7f0-7f1 rw-p 00000000 fe:00 1234 /data/file"), None);
+        assert_eq!(shared_writable("7f0-7f1 r--s 00000000 fe:00 1234 /data/file"), None);
+        assert_eq!(shared_writable("7f0-7f1 rw-s 00000000 00:00 0"), None);
+        assert_eq!(shared_writable(""), None);
+    }
+}

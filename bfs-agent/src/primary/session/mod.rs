@@ -1,0 +1,265 @@
+//! One group at work: capture, engine, shipper and control tied together.
+
+mod begin;
+mod link;
+mod mapped;
+mod state;
+mod status;
+mod work;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::capture::Probes;
+use super::capture::probes::group_dir;
+use super::control::WaitFor;
+use super::failure::{Failure, Kind};
+use super::process::{Held, Inherited, Signals, exit_status, hold, tree_of};
+use super::schedule::Schedule;
+use super::stop::Stopper;
+use super::stop::freezer::Freezer;
+use super::stop::guard::Guard;
+use super::stop::ptrace::{Members, Ptrace};
+use crate::net::Destination;
+use begin::Ground;
+use state::{Selection, State};
+use work::Ending;
+
+/// What the user asked for, checked as far as that needs no kernel and no replayer.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Name of the group.
+    pub group: String,
+    /// The subtrees: absolute, without symlinks, not nested.
+    pub roots: Vec<PathBuf>,
+    /// Where the backup is.
+    pub backup: Destination,
+    /// When checkpoints are taken.
+    pub schedule: Schedule,
+    /// FROM=TO of `--map`.
+    pub maps: Vec<(PathBuf, PathBuf)>,
+    /// The file of the shared secret.
+    pub secret_file: Option<PathBuf>,
+    /// The control socket, if not the default.
+    pub socket: Option<PathBuf>,
+    /// How long the last checkpoint is waited for.
+    pub final_wait: Duration,
+    /// Longest write whose bytes travel through the ring; `None` for the built-in choice.
+    pub inline_max: Option<u64>,
+    /// Size of the ring; `None` for the built-in choice.
+    pub ring_bytes: Option<u64>,
+}
+
+/// Runs a command and replicates what it does; returns the exit status of the whole.
+///
+/// # Errors
+/// [`Failure`] when replication could not be started; the command was not run then.
+pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited) -> Result<u8, Failure> {
+    let group = options.group.clone();
+    let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
+    let ground = Ground::open(options, false)?;
+    let probes = ground.load_probes()?;
+    let ready = prepare_run(&group, guard, &command, &inherited, &probes);
+    let (freezer, held) = match ready {
+        Ok(ready) => ready,
+        Err(e) => {
+            let _ = probes.unpin();
+            return Err(e);
+        }
+    };
+    let program = command.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    let cgroup = freezer.directory().to_owned();
+    let state = State::new(&ground.options, &program, Selection::Cgroup(cgroup.clone()));
+    let mut work = ground.build(probes, Some(Box::new(freezer)), &state, false)?;
+    let mut running = match held.release() {
+        Ok(running) => running,
+        Err(e) => {
+            work.close();
+            remove_cgroup(&cgroup);
+            return Err(e.into());
+        }
+    };
+    let sender = running.sender()?;
+    let _signals = Signals::start(&inherited, move |received| sender.forward(received))
+        .map_err(|e| cannot("read signals", &e))?;
+    let mut status = None;
+    work.follow(|| {
+        status = running.wait(Duration::ZERO).ok().flatten();
+        status.is_some()
+    });
+    let ending = work.finish();
+    work.close();
+    // After `stop` the command goes on without us; its status is still ours.
+    while status.is_none() {
+        status = running.wait(Duration::from_secs(3600))?;
+    }
+    remove_cgroup(&cgroup);
+    let command_status = status.map_or(0, exit_status);
+    Ok(final_status(command_status, &ending, &group))
+}
+
+fn prepare_run(
+    group: &str,
+    guard: Guard,
+    command: &[OsString],
+    inherited: &Inherited,
+    probes: &Probes,
+) -> Result<(Freezer, Held), Failure> {
+    let freezer = Freezer::create(group, guard)?;
+    let held = hold(command, inherited)?;
+    // Its threads and children follow by themselves, in the cgroup and in the probes.
+    let ready = freezer
+        .enter(held.pid())
+        .map_err(Failure::from)
+        .and_then(|()| Ok(probes.select_task(held.pid(), held.pid())?));
+    match ready {
+        Ok(()) => Ok((freezer, held)),
+        Err(e) => {
+            held.cancel();
+            remove_cgroup(freezer.directory());
+            Err(e)
+        }
+    }
+}
+
+/// Replicates what running processes and their descendants do, until they end or `stop`.
+///
+/// # Errors
+/// [`Failure`].
+pub fn attach(options: SessionOptions, pids: Vec<u32>, inherited: Inherited) -> Result<u8, Failure> {
+    let group = options.group.clone();
+    for pid in &pids {
+        tree_of(*pid)?;
+    }
+    let ground = Ground::open(options, false)?;
+    let probes = ground.load_probes()?;
+    let mut stopper = Ptrace::new(members(&probes)?);
+    if let Err(e) = select_all(&probes, &pids, &mut stopper) {
+        let _ = probes.unpin();
+        return Err(e);
+    }
+    let program = format!("pid {}", pids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+    let state = State::new(&ground.options, &program, Selection::Processes(pids.clone()));
+    let mut work = ground.build(probes, Some(Box::new(stopper)), &state, false)?;
+    work.suspect_mapped();
+    follow_processes(work, &group, &inherited)
+}
+
+/// Follows the processes, all their threads and descendants. The calls that they are in at this
+/// moment have no start that we saw: a short stop makes sure that they have ended before
+/// anything is read.
+fn select_all(probes: &Probes, pids: &[u32], stopper: &mut Ptrace) -> Result<(), Failure> {
+    let mut known = std::collections::HashSet::new();
+    loop {
+        let mut new = false;
+        for pid in pids {
+            for task in tree_of(*pid).unwrap_or_default() {
+                if known.insert(task.tid) {
+                    probes.select_task(task.tid, task.tgid)?;
+                    new = true;
+                }
+            }
+        }
+        if !new {
+            break;
+        }
+    }
+    if known.is_empty() {
+        return Err(Failure::new(Kind::Usage, "the process has ended already", "look for it with `ps`"));
+    }
+    stopper.stop(link::STOP_LIMITS)?;
+    stopper.go()?;
+    Ok(())
+}
+
+/// The selected processes, for a stop.
+fn members(probes: &Probes) -> Result<Members, Failure> {
+    let probes = Probes::adopt(probes.pin_dir())?;
+    Ok(Box::new(move || {
+        let tasks = probes.selected_tasks().unwrap_or_default();
+        let mut processes: Vec<u32> = tasks.into_iter().map(|(_, state)| state.tgid).collect();
+        processes.sort_unstable();
+        processes.dedup();
+        processes
+    }))
+}
+
+/// Goes on for an agent that died, with the configuration in the group's state file.
+///
+/// # Errors
+/// [`Failure`].
+pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
+    let nothing = |why: String| {
+        Failure::new(
+            Kind::NoAgent,
+            format!("there is nothing to go on with for group {group:?}: {why}"),
+            "start anew with `bfs-agent run` or `bfs-agent attach`",
+        )
+    };
+    let state = State::read(group)
+        .map_err(|e| nothing(format!("its state file cannot be read: {e}")))?
+        .ok_or_else(|| nothing("no agent of this group ran since the start of this host".into()))?;
+    let pin_dir = group_dir(group);
+    if !Probes::are_pinned(&pin_dir) {
+        return Err(nothing("no probes are left of it".into()));
+    }
+    let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
+    let ground = Ground::open(state.options(group).map_err(nothing)?, true)?;
+    let probes = Probes::adopt(&pin_dir)?;
+    let stopper: Box<dyn Stopper> = match &state.selection {
+        Selection::Cgroup(directory) if directory.exists() => Box::new(Freezer::adopt(directory, guard)?),
+        _ => Box::new(Ptrace::new(members(&probes)?)),
+    };
+    let mut work = ground.build(probes, Some(stopper), &state, true)?;
+    work.suspect_mapped();
+    let status = follow_processes(work, group, &inherited)?;
+    if let Selection::Cgroup(directory) = &state.selection {
+        remove_cgroup(directory);
+    }
+    Ok(status)
+}
+
+/// Follows until no selected process is left, or a signal or command ends it.
+fn follow_processes(mut work: work::Work, group: &str, inherited: &Inherited) -> Result<u8, Failure> {
+    let asked = Arc::new(AtomicBool::new(false));
+    let signalled = Arc::clone(&asked);
+    let _signals = Signals::start(inherited, move |received| {
+        if matches!(received.signal, libc::SIGTERM | libc::SIGINT | libc::SIGHUP) {
+            signalled.store(true, Ordering::Relaxed);
+        }
+    })
+    .map_err(|e| cannot("read signals", &e))?;
+    let probes = Probes::adopt(&group_dir(group))?;
+    work.follow(|| {
+        asked.load(Ordering::Relaxed) || probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty())
+    });
+    let ending = work.finish();
+    work.close();
+    Ok(final_status(0, &ending, group))
+}
+
+/// The command's status, or 75 where the last checkpoint is not on the backup.
+fn final_status(command: u8, ending: &Ending, group: &str) -> u8 {
+    if ending.reached >= Some(WaitFor::Confirmed) {
+        return command;
+    }
+    let why = ending.why.as_deref().map(|w| format!(" ({w})")).unwrap_or_default();
+    eprintln!(
+        "bfs-agent: the last checkpoint of group {group:?} is not confirmed by the backup{why}\n  \
+         what to do: start the replayer and run with the same --group and --backup again; \
+         what is missing is copied then"
+    );
+    if command == 0 { Kind::NotConfirmed.exit_status() } else { command }
+}
+
+fn cannot(what: &str, error: &dyn std::fmt::Display) -> Failure {
+    Failure::new(Kind::Other, format!("cannot {what}: {error}"), "")
+}
+
+/// The empty cgroup of a command that has ended. Children that are left keep it.
+fn remove_cgroup(directory: &Path) {
+    let _ = std::fs::remove_dir(directory);
+}

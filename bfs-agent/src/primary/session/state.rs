@@ -1,0 +1,143 @@
+//! What a successor needs to know: the state file of a group, and the group's identity.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bfs_common::record::GroupId;
+use serde::{Deserialize, Serialize};
+
+use super::SessionOptions;
+
+/// Where the state files lie: gone with the boot, like the probes that they describe.
+const DIRECTORY: &str = "/run/bfs";
+
+/// How a group came to its processes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Selection {
+    /// `run`: they live in this cgroup.
+    Cgroup(PathBuf),
+    /// `attach --pid`: they are stopped one by one.
+    Processes(Vec<u32>),
+}
+
+/// The state file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    roots: Vec<PathBuf>,
+    backup: String,
+    schedule: String,
+    maps: Vec<(PathBuf, PathBuf)>,
+    secret_file: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    final_wait_ms: u64,
+    /// What the group replicates, in words.
+    pub program: String,
+    /// How to stop its processes.
+    pub selection: Selection,
+}
+
+impl State {
+    /// The state of a session.
+    #[must_use]
+    pub fn new(options: &SessionOptions, program: &str, selection: Selection) -> Self {
+        let absolute = |p: &PathBuf| std::path::absolute(p).unwrap_or_else(|_| p.clone());
+        Self {
+            roots: options.roots.clone(),
+            backup: options.backup.to_string(),
+            schedule: options.schedule.to_string(),
+            maps: options.maps.clone(),
+            secret_file: options.secret_file.as_ref().map(absolute),
+            socket: options.socket.as_ref().map(absolute),
+            final_wait_ms: options.final_wait.as_millis() as u64,
+            program: program.into(),
+            selection,
+        }
+    }
+
+    /// The options that the session had.
+    ///
+    /// # Errors
+    /// A sentence, when the file was not written by this version.
+    pub fn options(&self, group: &str) -> Result<SessionOptions, String> {
+        Ok(SessionOptions {
+            group: group.into(),
+            roots: self.roots.clone(),
+            backup: self.backup.parse().map_err(|e| format!("{}: {e}", self.backup))?,
+            schedule: self.schedule.parse().map_err(|e| format!("{}: {e}", self.schedule))?,
+            maps: self.maps.clone(),
+            secret_file: self.secret_file.clone(),
+            socket: self.socket.clone(),
+            final_wait: Duration::from_millis(self.final_wait_ms),
+            inline_max: None,
+            ring_bytes: None,
+        })
+    }
+
+    /// Writes it whole or not at all.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn write(&self, group: &str) -> io::Result<()> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
+        let path = path(group);
+        let new = path.with_extension("new");
+        let _ = fs::remove_file(&new);
+        let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+        serde_json::to_writer(&file, self)?;
+        fs::rename(&new, &path)
+    }
+
+    /// Reads it; `None` when there is none.
+    ///
+    /// # Errors
+    /// What the system says, or that it is not understood.
+    pub fn read(group: &str) -> io::Result<Option<Self>> {
+        match fs::read(path(group)) {
+            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Removes it at a clean end.
+    pub fn remove(group: &str) {
+        let _ = fs::remove_file(path(group));
+    }
+}
+
+fn path(group: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(format!("state-{group}.json"))
+}
+
+/// The identity of a group of this host: the same at each start, another on another host.
+#[must_use]
+pub fn group_id(group: &str) -> GroupId {
+    let host = fs::read("/etc/machine-id")
+        .ok()
+        .filter(|id| id.len() >= 32)
+        .or_else(|| fs::read("/proc/sys/kernel/hostname").ok())
+        .unwrap_or_default();
+    let mut hasher = blake3::Hasher::new_derive_key("bfs 2026 group identity v1");
+    hasher.update(&host).update(&[0]).update(group.as_bytes());
+    let mut id = [0; 16];
+    id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    GroupId(id)
+}
+
+/// This boot.
+///
+/// # Errors
+/// What the system says.
+pub fn boot_id() -> io::Result<[u8; 16]> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+    let mut id = [0; 16];
+    for (byte, pair) in id.iter_mut().zip(digits.chunks(2)) {
+        let pair = std::str::from_utf8(pair).map_err(io::Error::other)?;
+        *byte = u8::from_str_radix(pair, 16).map_err(io::Error::other)?;
+    }
+    Ok(id)
+}

@@ -1,0 +1,115 @@
+//! What a session tells about itself.
+
+use bfs_common::abi::counter;
+use bfs_common::record::{CheckpointId, Sequence};
+
+use super::work::{Mark, Work};
+use crate::primary::control::{CheckpointStatus, Counters, DestinationStatus, State, Status, StopTimes};
+
+impl Work {
+    /// How the session stands.
+    pub(super) fn status(&mut self) -> Status {
+        let progress = self.link.shipper.progress();
+        let mark_of = |wanted: &dyn Fn(&Mark) -> bool| self.marks.iter().rev().find(|m| wanted(m));
+        let checkpoint = |number: CheckpointId| {
+            let mark = mark_of(&|m| m.checkpoint == number);
+            CheckpointStatus {
+                number,
+                age_ms: mark.map(|m| m.at.elapsed().as_millis() as u64),
+                tag: mark.map(|m| m.tag.clone()).unwrap_or_default(),
+            }
+        };
+        let sealed = mark_of(&|m| m.sequence <= progress.durable.sequence)
+            .map_or(progress.confirmed, |m| m.checkpoint.max(progress.confirmed));
+        let last_sequence = self.engine.last_sequence();
+        let refusal = progress.refusal.as_ref().map(ToString::to_string);
+        let counters = self.link.probes.counters().unwrap_or_default();
+        let misses = self.link.probes.recursion_misses().unwrap_or_default();
+        let (stream_records, stream_bytes) = self.engine.pushed();
+        let selected = self.link.probes.selected_tasks().map_or(0, |t| t.len() as u64);
+        Status {
+            group: self.options.group.clone(),
+            state: if refusal.is_some() { State::Refused } else { self.state },
+            pid: std::process::id(),
+            program: self.program.clone(),
+            selected_threads: selected,
+            roots: self.options.roots.iter().map(|r| r.display().to_string()).collect(),
+            schedule: self.options.schedule.to_string(),
+            destinations: vec![DestinationStatus {
+                address: self.options.backup.to_string(),
+                connected: progress.connected,
+                durable: progress.durable.sequence,
+                confirmed: progress.confirmed,
+                applied: progress.applied,
+                round_trip_us: progress.round_trip_us,
+                reconnects: progress.reconnects,
+                last_error: progress.last_error.clone(),
+                refusal: refusal.clone(),
+            }],
+            epoch: self.epoch,
+            sealed: checkpoint(sealed),
+            confirmed: checkpoint(progress.confirmed),
+            applied: checkpoint(progress.applied),
+            last_sequence,
+            lag_records: last_sequence.0.saturating_sub(progress.durable.sequence.0),
+            lag_bytes: progress.retained_bytes as u64,
+            suspects: self.engine.suspects() as u64,
+            waiting_for: None,
+            not_confirmed_because: self.why_not_confirmed(&progress, refusal, last_sequence),
+            checkpoints_taken: self.tally.taken,
+            checkpoints_late: self.tally.late,
+            checkpoints_given_up: self.tally.given_up,
+            checkpoints_stopped: self.tally.stopped,
+            stops: stop_times(&self.link.stops_us),
+            ring_bytes: self.link.probes.ring().capacity(),
+            ring_used_bytes: self.link.probes.ring().used_bytes(),
+            counters: Counters {
+                records: counters.get(counter::RECORDS),
+                inline: counters.get(counter::INLINE),
+                by_reference: counters.get(counter::BY_REFERENCE),
+                reserve_failed: counters.get(counter::RESERVE_FAILED),
+                rescan: counters.get(counter::RESCAN),
+                user_unreadable: counters.get(counter::USER_UNREADABLE),
+                no_enter: counters.get(counter::NO_ENTER),
+                compat: counters.get(counter::COMPAT),
+                tasks_full: counters.get(counter::TASKS_FULL),
+                probe_misses: misses.iter().map(|m| m.1).sum(),
+                stream_records,
+                stream_bytes,
+            },
+            last_error: self.last_error.clone(),
+        }
+    }
+
+    fn why_not_confirmed(
+        &self,
+        progress: &crate::primary::ship::Progress,
+        refusal: Option<String>,
+        last: Sequence,
+    ) -> Option<String> {
+        if let Some(why) = &self.detached {
+            return Some(format!("{why}; what follows is not captured: end this agent and start again"));
+        }
+        if let Some(refusal) = refusal {
+            return Some(format!("the replayer refuses: {refusal}"));
+        }
+        if !progress.connected && progress.durable.sequence < last {
+            let why = progress.last_error.as_deref().unwrap_or("no connection");
+            return Some(format!("not connected to the replayer: {why}"));
+        }
+        if self.tally.taken == 0 {
+            return Some("the first copy is not complete".into());
+        }
+        None
+    }
+}
+
+fn stop_times(stops_us: &[u64]) -> StopTimes {
+    let mut sorted = stops_us.to_vec();
+    sorted.sort_unstable();
+    let at = |percent: usize| {
+        let index = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
+        sorted.get(index).copied().unwrap_or(0)
+    };
+    StopTimes { count: sorted.len() as u64, p50_us: at(50), p99_us: at(99), max_us: at(100) }
+}
