@@ -95,7 +95,8 @@ impl Toolchain {
             // Without types (--btf needs debuginfo) the kernel refuses callbacks.
             .env("RUSTFLAGS", "-C debuginfo=2 -C link-arg=--btf")
             .env("PATH", self.path());
-        let output = command.output().map_err(|error| format!("cannot run {}: {error}", self.cargo.display()))?;
+        let output =
+            command.output().map_err(|error| format!("cannot run {}: {error}", self.cargo.display()))?;
         if !output.status.success() {
             return Err(format!(
                 "compiling the probes with {} failed ({}):\n{}",
@@ -121,11 +122,21 @@ fn is_of_outer_build(name: &OsStr) -> bool {
         return false;
     };
     // CARGO_HOME and CARGO_NET_* say where packages are and how to get them: they stay.
-    let kept = ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_REGISTRY_", "CARGO_SOURCE_"];
+    let kept =
+        ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_REGISTRY_", "CARGO_SOURCE_"];
     (name.starts_with("CARGO") && !kept.iter().any(|prefix| name.starts_with(prefix)))
         || name.starts_with("RUSTC")
-        || ["RUSTFLAGS", "RUSTDOC", "RUSTDOCFLAGS", "RUSTUP_TOOLCHAIN", "TARGET", "HOST", "OUT_DIR", "LD_LIBRARY_PATH"]
-            .contains(&name)
+        || [
+            "RUSTFLAGS",
+            "RUSTDOC",
+            "RUSTDOCFLAGS",
+            "RUSTUP_TOOLCHAIN",
+            "TARGET",
+            "HOST",
+            "OUT_DIR",
+            "LD_LIBRARY_PATH",
+        ]
+        .contains(&name)
 }
 
 /// Compilers to try, best first.

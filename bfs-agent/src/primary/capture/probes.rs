@@ -174,9 +174,8 @@ impl Probes {
         };
         let mut meta = [0u8; 32];
         sys::lookup(open("META")?.as_fd(), &0u32, &mut meta).map_err(kernel("cannot read META"))?;
-        let found = u64::from_ne_bytes([
-            meta[0], meta[1], meta[2], meta[3], meta[4], meta[5], meta[6], meta[7],
-        ]);
+        let found =
+            u64::from_ne_bytes([meta[0], meta[1], meta[2], meta[3], meta[4], meta[5], meta[6], meta[7]]);
         if found != u64::from(ABI_VERSION) {
             return Err(CaptureError::AbiMismatch {
                 path: pin_dir.to_owned(),
@@ -322,7 +321,8 @@ fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) ->
         program
             .pin(options.pin_dir.join(name))
             .map_err(|error| kernel(format!("cannot pin the probe {name}"))(io::Error::other(error)))?;
-        let link = program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
+        let link =
+            program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
         FdLink::from(link)
             .pin(options.pin_dir.join(link_name(name)))
             .map_err(|error| kernel(format!("cannot pin the link of {name}"))(io::Error::other(error)))?;
@@ -368,9 +368,7 @@ fn refused(name: &str, error: &ProgramError) -> CaptureError {
                 log: lines[lines.len().saturating_sub(30)..].join("\n"),
             }
         }
-        other => {
-            CaptureError::Load { program: name.to_owned(), reason: chain(other), log: String::new() }
-        }
+        other => CaptureError::Load { program: name.to_owned(), reason: chain(other), log: String::new() },
     }
 }
 
