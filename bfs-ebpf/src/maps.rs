@@ -91,7 +91,9 @@ macro_rules! setting {
     };
     ($field:ident, $index:expr) => {
         // SAFETY: as for `off!`; the index is bounded by the caller's loop.
-        unsafe { core::ptr::read_volatile((&raw const $crate::maps::SETTINGS.$field).cast::<u32>().add($index)) }
+        unsafe {
+            core::ptr::read_volatile((&raw const $crate::maps::SETTINGS.$field).cast::<u32>().add($index))
+        }
     };
 }
 pub(crate) use setting;

@@ -35,7 +35,15 @@ pub struct Out {
 impl Out {
     /// A record to be.
     #[inline(always)]
-    pub fn new(kind: u16, flags: u16, nr: u32, state: &TaskState, end_ns: u64, ret: i64, pid_tgid: u64) -> Self {
+    pub fn new(
+        kind: u16,
+        flags: u16,
+        nr: u32,
+        state: &TaskState,
+        end_ns: u64,
+        ret: i64,
+        pid_tgid: u64,
+    ) -> Self {
         let start_ns = state.start_ns;
         Self { kind, flags, nr, start_ns, end_ns, ret, pid_tgid, len1: 0, len2: 0, too_long: 0 }
     }

@@ -160,8 +160,7 @@ fn open_flags(state: &TaskState, number: u32) -> u32 {
         nr::OPENAT2 => {
             let mut flags = 0u64;
             // SAFETY: the first member of struct open_how.
-            let read =
-                unsafe { bpf_probe_read_user((&raw mut flags).cast(), 8, state.args[2] as *const _) };
+            let read = unsafe { bpf_probe_read_user((&raw mut flags).cast(), 8, state.args[2] as *const _) };
             // Not readable: as if it could change something.
             if read < 0 { O_CREAT | O_TRUNC } else { flags as u32 }
         }
@@ -276,14 +275,7 @@ pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) {
 
 /// Makes the record of a call that ended.
 #[inline(always)]
-fn record(
-    state: &mut TaskState,
-    number: u32,
-    class: u8,
-    ret: i64,
-    pid_tgid: u64,
-    scratch: &mut Scratch,
-) {
+fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64, scratch: &mut Scratch) {
     // SAFETY: a helper without arguments.
     let end_ns = unsafe { bpf_ktime_get_ns() };
     let by_descriptor = state.file != 0;
@@ -477,4 +469,3 @@ fn failure_may_have_changed(number: u32, class: u8, ret: i64) -> bool {
         _ => true,
     }
 }
-

@@ -258,3 +258,37 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         btrfs_anon_dev: if btrfs_root == 0 { 0 } else { one("btrfs_root", "anon_dev")? },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The offsets of 6.18 in which it differs from 6.1, 6.12 and 7.2.
+    #[test]
+    fn this_kernels_fields_are_found() {
+        let types = KernelTypes::read(Path::new(KERNEL_BTF)).expect("this test needs a kernel with BTF");
+        let found = offsets(&types).expect("all fields");
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
+        if release.starts_with("6.18.") {
+            assert_eq!(
+                (found.file_inode, found.file_pos, found.file_flags, found.file_mode),
+                (32, 112, 40, 4)
+            );
+            assert_eq!((found.file_path, found.path_dentry), (64, 8));
+            assert_eq!((found.inode_mode, found.inode_uid, found.inode_sb), (0, 4, 40));
+            assert_eq!((found.inode_ino, found.inode_size, found.inode_generation), (64, 80, 124));
+            assert_eq!((found.inode_mtime_sec, found.inode_mtime_nsec), (96, 116));
+            assert_eq!((found.dentry_parent, found.dentry_name, found.dentry_inode), (24, 32, 48));
+            assert_eq!((found.vma_file, found.vma_flags), (88, 32));
+            assert_eq!(found.file_count_one, 0);
+        }
+    }
+
+    #[test]
+    fn a_kernel_without_btf_is_a_typed_error() {
+        let error = KernelTypes::read(Path::new("/nonexistent")).err();
+        assert!(matches!(error, Some(CaptureError::NoBtf { .. })));
+        assert!(KernelTypes::parse(b"\x9f\xeb garbage").is_none());
+        assert!(KernelTypes::parse(b"").is_none());
+    }
+}
