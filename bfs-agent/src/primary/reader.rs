@@ -25,6 +25,9 @@ use crate::tree;
 /// Bytes read at a time.
 const BUFFER: usize = 1 << 20;
 
+/// How often an inode number that is just being given away is tried again.
+const CREATING_MAX: u32 = 100_000;
+
 /// Longest handle (`MAX_HANDLE_SZ`, include/uapi/linux/fcntl.h).
 const HANDLE_MAX: usize = 128;
 
@@ -153,23 +156,20 @@ impl Reader {
     fn open(&self, inode: InodeId, flags: OFlags) -> io::Result<Option<OwnedFd>> {
         let Some(mount) = self.mount(inode.dev) else { return Ok(None) };
         let handle = mount.handle(inode);
-        let flags = flags | OFlags::CLOEXEC;
-        // SAFETY: the handle is a valid struct file_handle whose length field fits its data.
-        let fd = unsafe {
-            libc::syscall(
-                libc::SYS_open_by_handle_at,
-                mount.fd.as_raw_fd(),
-                std::ptr::from_ref(&handle),
-                flags.bits(),
-            )
-        };
-        if fd >= 0 {
-            // SAFETY: the kernel just gave us this descriptor.
-            return Ok(Some(unsafe { OwnedFd::from_raw_fd(fd as i32) }));
-        }
-        match io::Error::last_os_error() {
-            e if matches!(e.raw_os_error(), Some(libc::ESTALE | libc::ENOENT)) => Ok(None),
-            e => Err(e),
+        let mut creating = 0;
+        loop {
+            match open_handle(mount.fd.as_fd(), &handle, flags) {
+                Ok(fd) => return Ok(Some(fd)),
+                Err(e) if gone(&e) => return Ok(None),
+                // The number is just being given to a new inode (I_CREATING: iget_locked() in
+                // fs/inode.c has nothing to return, and ext4_iget() calls that ENOMEM). When that
+                // is done the generation tells that ours is gone.
+                Err(e) if e.raw_os_error() == Some(libc::ENOMEM) && creating < CREATING_MAX => {
+                    creating += 1;
+                    std::thread::yield_now();
+                }
+                Err(e) => return Err(e),
+            }
         }
     }
 
@@ -399,6 +399,24 @@ impl Mount {
         };
         Some(InodeId { ino, dev: self.dev, generation })
     }
+}
+
+fn open_handle(mount: BorrowedFd<'_>, handle: &FileHandle, flags: OFlags) -> io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC;
+    // SAFETY: the handle is a valid struct file_handle whose length field fits its data.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_open_by_handle_at,
+            mount.as_raw_fd(),
+            std::ptr::from_ref(handle),
+            flags.bits(),
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 fn gone(e: &io::Error) -> bool {

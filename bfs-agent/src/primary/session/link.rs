@@ -183,7 +183,8 @@ impl Host for Link {
                 if Instant::now() >= deadline && !progress.connected {
                     return Err(HostError::Detached(progress.retained_bytes as u64));
                 }
-                let _ = self.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(100));
+                let _ =
+                    self.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(100));
             }
         }
         self.release_ring();

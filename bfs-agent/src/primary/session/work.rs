@@ -533,7 +533,8 @@ impl Work {
             }
             self.take_commands();
             self.answer_waiters();
-            let _ = self.link.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(50));
+            let _ =
+                self.link.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(50));
         }
     }
 
