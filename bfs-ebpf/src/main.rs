@@ -4,6 +4,7 @@
 //! loaded. It promises: nothing of a task that is not in [`maps::TASKS`]; every mutation of one
 //! that is, as a record in the ring, or as a name in [`maps::SUSPECTS`], or as a rise of the
 //! counter `RESCAN`.
+#![feature(asm_experimental_arch)]
 #![no_std]
 #![no_main]
 

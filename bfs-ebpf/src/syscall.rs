@@ -131,6 +131,14 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     // SAFETY: the task's own slot.
     unsafe {
         core::ptr::write_volatile(&raw mut state.active, 1);
+        // A locked instruction, so that the store is visible to every CPU before the time is taken:
+        // whoever reads a later time, and then `active`, sees the call (no membarrier needed).
+        // (`core` has no such operation for this target.)
+        core::arch::asm!(
+            "lock *(u64 *)({start} + 0) += {one}",
+            start = in(reg) &raw mut state.start_ns,
+            one = in(reg) 1u64,
+        );
         compiler_fence(Ordering::SeqCst);
         core::ptr::write_volatile(&raw mut state.start_ns, bpf_ktime_get_ns());
     }

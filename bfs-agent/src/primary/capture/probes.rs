@@ -7,6 +7,7 @@ use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::atomic::{Ordering, fence},
 };
 
 use aya::{
@@ -14,7 +15,7 @@ use aya::{
     programs::{BtfTracePoint, ProgramError, links::FdLink},
 };
 use bfs_common::abi::{
-    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX,
+    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX,
     TaskState, counter,
 };
 
@@ -237,15 +238,26 @@ impl Probes {
         sys::entries(self.tasks.as_fd(), TASKS_MAX, false).map_err(kernel("cannot read the followed tasks"))
     }
 
-    /// The calls in flight that started at or before `t` (`CLOCK_MONOTONIC`), or may have.
+    /// The calls in flight that started at or before `t` (`CLOCK_MONOTONIC`, in the past), or may
+    /// have.
     ///
-    /// Complete because the probes say `active` before they take the time, and because all that
-    /// ran at `t` have ended when the barrier is over.
+    /// Complete because the probes set `active` with a locked instruction before they take the
+    /// time: a call whose start is not after `t` was visible before `t` was read.
     pub fn in_flight(&self, t: u64) -> Result<Vec<(u32, TaskState)>, CaptureError> {
-        sys::barrier().map_err(kernel("membarrier failed"))?;
+        fence(Ordering::SeqCst);
         let mut tasks = self.selected_tasks()?;
         tasks.retain(|(_, state)| state.active != 0 && state.start_ns <= t);
         Ok(tasks)
+    }
+
+    /// Whether a task is still in the call that it began at `start_ns` (or, before the time was
+    /// taken, 0 or 1: in any).
+    pub fn is_in_call(&self, tid: u32, start_ns: u64) -> Result<bool, CaptureError> {
+        let mut bytes = [0; size_of::<TaskState>()];
+        let found = sys::lookup(self.tasks.as_fd(), &tid, &mut bytes)
+            .map_err(kernel(format!("cannot read task {tid}")))?;
+        let state = TaskState::read_from(&bytes).filter(|_| found).unwrap_or_default();
+        Ok(state.active != 0 && (start_ns <= 1 || state.start_ns == start_ns))
     }
 
     /// Takes out the objects whose records found no room in the ring.

@@ -192,14 +192,6 @@ pub fn recursion_misses(program: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(words[26])
 }
 
-/// Waits until every CPU has left the kernel code that it was in, probes included.
-pub fn barrier() -> io::Result<()> {
-    const MEMBARRIER_CMD_GLOBAL: i32 = 1;
-    // SAFETY: no memory is passed.
-    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 /// Bytes of a page.
 pub fn page_size() -> usize {
     // SAFETY: takes no memory; the answer for this name is always there.

@@ -36,6 +36,9 @@ const AHEAD_THINGS: usize = 64;
 /// Calls that are held back at most while a cut is tried.
 const DEFERRED_MAX: usize = 200_000;
 
+/// Between two looks at the calls that are waited for.
+const PAUSE: Duration = Duration::from_micros(10);
+
 /// Whether the processes are stopped for a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -119,6 +122,12 @@ struct How {
     tries: u32,
     at_ns: u64,
     stopped_us: u64,
+}
+
+/// The cut did not come about; the reason is for the log.
+fn again(why: &'static str) -> Tried {
+    tracing::debug!(why, "the cut is tried again");
+    Tried::Again
 }
 
 impl Engine {
@@ -251,29 +260,33 @@ impl Engine {
     fn try_cut(&mut self, host: &mut dyn Host) -> Result<Tried, CheckpointError> {
         self.drain(host)?;
         let t = host.now();
-        let Some(crossing) = self.wait_covered(host, t)? else { return Ok(Tried::Again) };
+        let Some(crossing) = self.wait_covered(host, t)? else { return Ok(again("much is held back")) };
         // A call that started before a covered one ended may still run: its part in the covered
         // one's record is known only when it has ended.
         let last = crossing.iter().map(|c| c.1).max();
         if let Some(last) = last
             && !self.wait_reading(host, last + SLACK_NS)?
         {
-            return Ok(Tried::Again);
+            return Ok(again("a call that a covered one may share with does not end"));
         }
         self.take_losses(host)?;
         if self.crosses(host, &crossing) {
-            return Ok(Tried::Again);
+            return Ok(again("a covered call shares something with a later one"));
         }
         if !self.dirty.is_empty() {
             self.settle(host, false)?;
             let read_until = host.now();
             if !self.wait_reading(host, read_until)? {
-                return Ok(Tried::Again);
+                return Ok(again("a call that began during the reading does not end"));
             }
             self.take_losses(host)?;
             self.stain_reads(host);
         }
-        Ok(if self.dirty.is_empty() { Tried::Settled(t) } else { Tried::Again })
+        Ok(if self.dirty.is_empty() {
+            Tried::Settled(t)
+        } else {
+            again("what was read was touched meanwhile")
+        })
     }
 
     /// Waits until the calls that started at or before `t` have ended, takes them in and holds
@@ -285,10 +298,10 @@ impl Engine {
         t: u64,
     ) -> Result<Option<Vec<(Vec<Thing>, u64)>>, CheckpointError> {
         let mut crossing = Vec::new();
+        let mut flying = host.in_flight(t)?;
         loop {
-            // Looked at before the ring is drained: a call that is not in flight any more has
-            // its record in the ring.
-            let flying = host.in_flight(t)?;
+            // The ring is drained after the look: a call that is not in flight any more has its
+            // record there.
             while let Some(event) = host.next_event()? {
                 self.cover(host, event, t, &mut crossing)?;
             }
@@ -303,7 +316,8 @@ impl Engine {
                 self.replay(host)?;
                 return Err(CheckpointError::CallInFlight { tgid, tid, nr, for_ms });
             }
-            host.pause(Duration::from_micros(20));
+            host.pause(PAUSE);
+            host.drop_ended(&mut flying)?;
         }
     }
 
@@ -354,8 +368,8 @@ impl Engine {
 
     /// Waits until the calls that started while we read have ended, and holds them back.
     fn wait_reading(&mut self, host: &mut dyn Host, read_until: u64) -> Result<bool, HostError> {
+        let mut flying = host.in_flight(read_until)?;
         loop {
-            let flying = host.in_flight(read_until)?;
             while let Some(event) = host.next_event()? {
                 self.deferred.push_back(event);
             }
@@ -365,7 +379,8 @@ impl Engine {
             if host.now().saturating_sub(read_until) > READING_NS_MAX || self.deferred.len() > DEFERRED_MAX {
                 return Ok(false);
             }
-            host.pause(Duration::from_micros(20));
+            host.pause(PAUSE);
+            host.drop_ended(&mut flying)?;
         }
     }
 

@@ -150,6 +150,12 @@ pub trait Host {
     /// [`HostError::Probes`].
     fn in_flight(&mut self, t: u64) -> Result<Vec<InFlight>, HostError>;
 
+    /// Takes the calls that have ended out of the list.
+    ///
+    /// # Errors
+    /// [`HostError::Probes`].
+    fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError>;
+
     /// The next record of the ring, if there is one.
     ///
     /// # Errors

@@ -582,6 +582,12 @@ impl Host for World {
             .collect())
     }
 
+    fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError> {
+        self.step();
+        flying.retain(|f| self.tasks[f.tid as usize - 1].as_ref().is_some_and(|t| t.start_ns == f.start_ns));
+        Ok(())
+    }
+
     fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError> {
         Ok(self.ring.pop_front())
     }

@@ -144,6 +144,15 @@ impl Host for Link {
             .collect())
     }
 
+    fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError> {
+        for call in std::mem::take(flying) {
+            if self.probes.is_in_call(call.tid, call.start_ns).map_err(probes_failed)? {
+                flying.push(call);
+            }
+        }
+        Ok(())
+    }
+
     fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError> {
         let Some((record, ring_position)) = self.probes.ring().next() else { return Ok(None) };
         let bytes = record.bytes();
