@@ -344,6 +344,7 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             logging();
             preflight::check_user()?;
             preflight::check_kernel()?;
+            preflight::check_namespace()?;
             session::resume(&group.group, inherited)
         }
         Command::Checkpoint { target, tag, wait, timeout, stopped: false, .. } => {
@@ -415,6 +416,7 @@ impl Options {
         }
         preflight::check_user()?;
         preflight::check_kernel()?;
+        preflight::check_namespace()?;
         Ok(SessionOptions {
             group: self.group.group,
             roots,

@@ -43,6 +43,24 @@ pub fn check_kernel() -> Result<(), Failure> {
     })
 }
 
+/// Inode of the initial PID namespace (`PROC_PID_INIT_INO`, include/linux/proc_ns.h).
+const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+
+/// Whether process numbers here are those that the probes see.
+///
+/// # Errors
+/// [`Kind::NoBpf`].
+pub fn check_namespace() -> Result<(), Failure> {
+    match rustix::fs::stat("/proc/self/ns/pid") {
+        Ok(stat) if stat.st_ino == INITIAL_PID_NAMESPACE => Ok(()),
+        _ => Err(Failure::new(
+            Kind::NoBpf,
+            "this is not the host's PID namespace: the probes see other process numbers than the agent",
+            "run the agent on the host, or in a container with the host's PID namespace",
+        )),
+    }
+}
+
 /// The subtrees in their real place: absolute, without symlinks. None may lie in another, nor
 /// overlap the store.
 ///

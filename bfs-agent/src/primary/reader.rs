@@ -20,7 +20,7 @@ use rustix::fs::{CWD, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::engine::host::{HostError, Segment, Stat};
-use crate::tree;
+use crate::tree::{self, Xattrs};
 
 /// Bytes read at a time.
 const BUFFER: usize = 1 << 20;
@@ -251,8 +251,8 @@ impl Reader {
     ///
     /// # Errors
     /// [`HostError::Read`].
-    pub fn xattrs(&self, inode: InodeId) -> Result<Option<Vec<(String, Vec<u8>)>>, HostError> {
-        let inner = || -> io::Result<Option<Vec<(String, Vec<u8>)>>> {
+    pub fn xattrs(&self, inode: InodeId) -> Result<Option<Xattrs>, HostError> {
+        let inner = || -> io::Result<Option<Xattrs>> {
             let Some(fd) = self.open(inode, OFlags::PATH)? else { return Ok(None) };
             tree::xattrs(fd.as_fd()).map(Some)
         };

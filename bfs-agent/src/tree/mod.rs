@@ -14,6 +14,9 @@ use bytes::Bytes;
 use rustix::fs::{AtFlags, Stat};
 use rustix::io::Errno;
 
+/// Names and values of extended attributes.
+pub type Xattrs = Vec<(String, Vec<u8>)>;
+
 /// What `stat` says about an object, in the terms of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStat {
@@ -105,7 +108,7 @@ pub fn xattr_is_copied(name: &str) -> bool {
 /// # Errors
 /// What the system says, or `InvalidData` for a name that is not UTF-8 (the kernel's namespaces
 /// allow one; the stream does not).
-pub fn xattrs(fd: BorrowedFd<'_>) -> io::Result<Vec<(String, Vec<u8>)>> {
+pub fn xattrs(fd: BorrowedFd<'_>) -> io::Result<Xattrs> {
     let path = fd_path(fd);
     let list = match grown(|buffer| rustix::fs::listxattr(&path, buffer)) {
         Ok(list) => list,

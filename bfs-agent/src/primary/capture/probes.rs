@@ -414,7 +414,7 @@ fn no_bpf_fs(path: &Path, source: io::Error) -> CaptureError {
 fn mount_bpf_fs() -> Result<(), CaptureError> {
     let path = Path::new(BPF_FS);
     let failed = |errno: rustix::io::Errno| no_bpf_fs(path, errno.into());
-    let is_mounted = || rustix::fs::statfs(path).map(|stat| stat.f_type as i64 == BPF_FS_MAGIC);
+    let is_mounted = || rustix::fs::statfs(path).map(|stat| stat.f_type == BPF_FS_MAGIC);
     if is_mounted().map_err(failed)? {
         return Ok(());
     }

@@ -110,6 +110,9 @@ pub enum CheckpointError {
     Host(#[from] HostError),
 }
 
+/// What a covered call that was running at the instant touched, and when it ended.
+type Crossing = (Vec<Thing>, u64);
+
 enum Tried {
     /// Everything that started at or before this is in the stream, exactly.
     Settled(u64),
@@ -296,7 +299,7 @@ impl Engine {
         &mut self,
         host: &mut dyn Host,
         t: u64,
-    ) -> Result<Option<Vec<(Vec<Thing>, u64)>>, CheckpointError> {
+    ) -> Result<Option<Vec<Crossing>>, CheckpointError> {
         let mut crossing = Vec::new();
         let mut flying = host.in_flight(t)?;
         loop {
@@ -326,7 +329,7 @@ impl Engine {
         host: &mut dyn Host,
         event: OwnedEvent,
         t: u64,
-        crossing: &mut Vec<(Vec<Thing>, u64)>,
+        crossing: &mut Vec<Crossing>,
     ) -> Result<(), HostError> {
         let Some(parsed) = Event::parse(&event.bytes) else { return self.consume(&event, host) };
         let span = span_of(&parsed);
@@ -343,7 +346,7 @@ impl Engine {
 
     /// Whether a call that is held back shares something with a covered one that it may have
     /// overtaken.
-    fn crosses(&mut self, host: &mut dyn Host, crossing: &[(Vec<Thing>, u64)]) -> bool {
+    fn crosses(&mut self, host: &mut dyn Host, crossing: &[Crossing]) -> bool {
         if crossing.is_empty() {
             return false;
         }

@@ -10,6 +10,7 @@ use bfs_common::abi::InodeId;
 use bfs_common::record::{FileKind, Meta, Name};
 
 use super::outbox::Batch;
+use crate::tree::Xattrs;
 
 /// An inode as read from the file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,7 +121,7 @@ pub trait Host {
     ///
     /// # Errors
     /// [`HostError::Read`].
-    fn xattrs(&mut self, inode: InodeId) -> Result<Option<Vec<(String, Vec<u8>)>>, HostError>;
+    fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError>;
 
     /// Reads a range of a regular file, in order, in segments; what lies beyond its end is not
     /// given. `None` when the inode is gone.

@@ -77,8 +77,8 @@ impl Reads {
                 late(self.lists.get(directory)) || late(self.entries.get(&(*directory, name.clone())))
             }
             Thing::Everything => {
-                !(self.entries.is_empty() && self.lists.is_empty() && self.data.is_empty())
-                    || !(self.meta.is_empty() && self.xattrs.is_empty())
+                let nothing = self.entries.is_empty() && self.lists.is_empty() && self.data.is_empty();
+                !(nothing && self.meta.is_empty() && self.xattrs.is_empty())
             }
         }
     }

@@ -15,6 +15,7 @@ use bfs_common::wire::CatalogObject;
 use bytes::Bytes;
 
 use super::outbox::Outbox;
+use crate::tree::Xattrs;
 
 /// One object of the group.
 #[derive(Clone, Debug)]
@@ -351,7 +352,7 @@ impl Model {
     }
 
     /// The extended attributes are exactly these now.
-    pub fn set_xattrs(&mut self, object: ObjectId, xattrs: Vec<(String, Vec<u8>)>, out: &mut Outbox) {
+    pub fn set_xattrs(&mut self, object: ObjectId, xattrs: Xattrs, out: &mut Outbox) {
         let Some(o) = self.objects.get_mut(&object) else { return };
         let now: BTreeMap<String, Bytes> = xattrs.into_iter().map(|(n, v)| (n, Bytes::from(v))).collect();
         for name in o.xattrs.keys().filter(|n| !now.contains_key(*n)) {

@@ -15,6 +15,7 @@ use crate::primary::engine::outbox::Batch;
 use crate::primary::reader::{self, Reader};
 use crate::primary::ship::{Full, Shipper};
 use crate::primary::stop::{Limits, Stopper};
+use crate::tree::Xattrs;
 
 /// How long the engine waits for room at the shipper before it counts as detached.
 const ROOM_WAIT: Duration = Duration::from_secs(2);
@@ -111,7 +112,7 @@ impl Host for Link {
         self.reader.stat(inode)
     }
 
-    fn xattrs(&mut self, inode: InodeId) -> Result<Option<Vec<(String, Vec<u8>)>>, HostError> {
+    fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError> {
         self.reader.xattrs(inode)
     }
 

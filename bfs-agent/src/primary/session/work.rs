@@ -351,6 +351,10 @@ impl Work {
                     self.held = Some(Held { ticket, waiter });
                 }
             }
+            Command::Flush { .. } if self.detached.is_some() => {
+                let why = self.detached.clone().unwrap_or_default();
+                replies.send(Reply::failed(FailureKind::Failed, why, "end this agent and start again"));
+            }
             Command::Flush { timeout_ms } => {
                 if let Err(e) = self.engine.drain(&mut self.link) {
                     self.host_failed(&e);

@@ -1,0 +1,95 @@
+//! What the records of the stream say: the simplest possible replayer.
+
+use std::collections::BTreeMap;
+
+use bfs_common::codec::take;
+use bfs_common::record::{CheckpointId, ObjectId, Record};
+
+use super::fs::{Fs, Inode, ROOT};
+use crate::primary::engine::outbox::Batch;
+
+/// The state that records say.
+#[derive(Default)]
+pub(super) struct Backup {
+    pub(super) objects: BTreeMap<ObjectId, Inode>,
+    pub(super) entries: BTreeMap<(ObjectId, Vec<u8>), ObjectId>,
+    pub(super) root: ObjectId,
+    pub(super) next: u64,
+    pub(super) gaps: usize,
+}
+
+impl Backup {
+    pub(super) fn apply(&mut self, batch: &Batch) -> Option<CheckpointId> {
+        let mut bytes = batch.bytes.clone();
+        let mut checkpoint = None;
+        while let Some(encoded) = take(&mut bytes).expect("sound records") {
+            assert_eq!(encoded.sequence.0, self.next + 1, "no gap in the stream");
+            self.next += 1;
+            let (record, payload) = encoded.decode().expect("records");
+            checkpoint = None;
+            match record {
+                Record::Roots { roots } => self.root = roots[0].1,
+                Record::Object { object, kind, meta, .. } => {
+                    let mut inode = Fs::inode(kind, meta.mtime_sec.cast_unsigned());
+                    inode.mode = meta.permissions;
+                    inode.target = payload.to_vec();
+                    assert!(self.objects.insert(object, inode).is_none(), "numbers are never used again");
+                }
+                Record::Forget { object } => {
+                    self.objects.remove(&object).expect("it was there");
+                    assert!(!self.entries.values().any(|o| *o == object), "a forgotten object has no name");
+                }
+                Record::EntrySet { directory, name, object } => {
+                    assert!(self.objects.contains_key(&object));
+                    self.entries.insert((directory, name.as_bytes().to_vec()), object);
+                }
+                Record::EntryDelete { directory, name } => {
+                    self.entries.remove(&(directory, name.as_bytes().to_vec())).expect("it was there");
+                }
+                Record::Write { object, offset } => {
+                    let data = &mut self.objects.get_mut(&object).expect("known").data;
+                    let end = offset as usize + payload.len();
+                    if data.len() < end {
+                        data.resize(end, 0);
+                    }
+                    data[offset as usize..end].copy_from_slice(&payload);
+                }
+                Record::Zero { object, offset, length } => {
+                    let data = &mut self.objects.get_mut(&object).expect("known").data;
+                    data[offset as usize..(offset + length) as usize].fill(0);
+                }
+                Record::Truncate { object, size } => {
+                    self.objects.get_mut(&object).expect("known").data.resize(size as usize, 0);
+                }
+                Record::Meta { object, meta } => {
+                    let inode = self.objects.get_mut(&object).expect("known");
+                    inode.mode = meta.permissions;
+                    inode.mtime = meta.mtime_sec.cast_unsigned();
+                }
+                Record::Gap { .. } => self.gaps += 1,
+                Record::Repaired { .. } => self.gaps = 0,
+                Record::Checkpoint { checkpoint: number, .. } => {
+                    assert_eq!(self.gaps, 0, "no marker over an open gap");
+                    checkpoint = Some(number);
+                }
+                _ => {}
+            }
+        }
+        checkpoint
+    }
+
+    pub(super) fn dump(&self) -> Vec<String> {
+        let mut fs = Fs::default();
+        for (object, inode) in &self.objects {
+            let number = if *object == self.root { ROOT } else { object.0 + 1000 };
+            fs.inodes.insert(number, inode.clone());
+        }
+        for ((directory, name), object) in &self.entries {
+            let number = if *directory == self.root { ROOT } else { directory.0 + 1000 };
+            if let Some(d) = fs.inodes.get_mut(&number) {
+                d.entries.insert(name.clone(), object.0 + 1000);
+            }
+        }
+        fs.dump()
+    }
+}

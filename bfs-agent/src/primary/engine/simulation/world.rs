@@ -1,0 +1,385 @@
+//! The simulated kernel: tasks in calls, the ring, and what the engine reads.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, InodeId, PathEvent, flag, kind};
+use bfs_common::record::{FileKind, Meta, Name};
+
+use super::fs::{At, Call, Done, Effect, Fs, ROOT};
+use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
+use crate::primary::engine::outbox::Batch;
+use crate::tree::Xattrs;
+
+/// A small random generator (xorshift64*), so that a seed reproduces.
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn next(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % below
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Running {
+    pub(super) start_ns: u64,
+    pub(super) call: Call,
+    pub(super) effect: Option<Effect>,
+}
+
+pub(super) struct World {
+    pub(super) random: Random,
+    pub(super) clock: u64,
+    pub(super) fs: Fs,
+    pub(super) tasks: Vec<Option<Running>>,
+    pub(super) ring: VecDeque<OwnedEvent>,
+    pub(super) ring_position: u64,
+    pub(super) done: Vec<Done>,
+    pub(super) fresh: u64,
+    pub(super) shipped: Vec<Batch>,
+    pub(super) stopped: bool,
+    pub(super) calls_left: u64,
+    pub(super) stops: u32,
+}
+
+pub(super) fn inode_id(ino: u64) -> InodeId {
+    InodeId { ino, dev: 8, generation: ino as u32 }
+}
+
+impl World {
+    pub(super) fn new(seed: u64, tasks: usize, calls: u64) -> Self {
+        Self {
+            random: Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1),
+            clock: 1_000_000_000,
+            fs: Fs::new(),
+            tasks: vec![None; tasks],
+            ring: VecDeque::new(),
+            ring_position: 0,
+            done: Vec::new(),
+            fresh: ROOT,
+            shipped: Vec::new(),
+            stopped: false,
+            calls_left: calls,
+            stops: 0,
+        }
+    }
+
+    pub(super) fn attr(&self, ino: u64) -> InodeAttr {
+        let Some(i) = self.fs.inodes.get(&ino) else { return InodeAttr::default() };
+        InodeAttr {
+            id: inode_id(ino),
+            size: i.data.len() as u64,
+            mtime_sec: i.mtime.cast_signed(),
+            mode: i.kind.mode_bits() | i.mode,
+            nlink: i.links,
+            ..InodeAttr::default()
+        }
+    }
+
+    pub(super) fn stat_of(&self, ino: u64) -> Option<Stat> {
+        let i = self.fs.inodes.get(&ino).filter(|i| i.links > 0)?;
+        Some(Stat {
+            inode: inode_id(ino),
+            kind: i.kind,
+            meta: Meta { permissions: i.mode, mtime_sec: i.mtime.cast_signed(), ..Meta::default() },
+            size: i.data.len() as u64,
+            device: 0,
+            target: i.target.clone(),
+            links: i.links,
+        })
+    }
+
+    pub(super) fn pick(&mut self, kind: FileKind) -> Option<u64> {
+        let all: Vec<u64> =
+            self.fs.inodes.iter().filter(|(_, i)| i.kind == kind && i.links > 0).map(|(n, _)| *n).collect();
+        (!all.is_empty()).then(|| all[self.random.next(all.len() as u64) as usize])
+    }
+
+    pub(super) fn name(&mut self) -> Vec<u8> {
+        vec![b'a' + self.random.next(4) as u8]
+    }
+
+    pub(super) fn at(&mut self) -> At {
+        let base = self.pick(FileKind::Directory).unwrap_or(ROOT);
+        let mut path = self.name();
+        if self.random.next(3) == 0 {
+            path.push(b'/');
+            path.extend(self.name());
+        }
+        At { base, path }
+    }
+
+    pub(super) fn invent(&mut self) -> Call {
+        let directory = self.pick(FileKind::Directory).unwrap_or(ROOT);
+        let file = self.pick(FileKind::Regular);
+        match (self.random.next(16), file) {
+            (0..=5, Some(file)) => {
+                let length = 1 + self.random.next(6) as usize;
+                let byte = self.random.next(200) as u8 + 1;
+                let offset = (self.random.next(3) > 0).then(|| self.random.next(8));
+                let inline = self.random.next(3) > 0;
+                Call::Write { file, offset, data: vec![byte; length], inline }
+            }
+            (6, Some(file)) => Call::Truncate { file, size: self.random.next(10) },
+            (7, Some(file)) => Call::Fchmod { file, mode: self.random.next(0o777) as u32 },
+            (8, _) => Call::Unlink { at: self.at() },
+            (9, _) => Call::Mkdir { at: self.at() },
+            (10, _) => Call::Rmdir { at: self.at() },
+            (11, _) => Call::Symlink { at: self.at(), target: b"a".to_vec() },
+            (12, _) => Call::Rename { from: self.at(), to: self.at() },
+            (13, _) => Call::Link { from: self.at(), to: self.at() },
+            (14, _) => Call::Chmod { at: self.at(), mode: self.random.next(0o777) as u32 },
+            _ => Call::Create { directory, name: self.name() },
+        }
+    }
+
+    /// Time passes, and one task gets a step further.
+    pub(super) fn step(&mut self) {
+        self.clock += 1 + self.random.next(40_000);
+        let who = self.random.next(self.tasks.len() as u64) as usize;
+        match self.tasks[who].take() {
+            None => {
+                if !self.stopped && self.calls_left > 0 && self.random.next(3) > 0 {
+                    self.calls_left -= 1;
+                    let call = self.invent();
+                    self.tasks[who] = Some(Running { start_ns: self.clock, call, effect: None });
+                }
+            }
+            Some(mut running) if running.effect.is_none() => {
+                self.fresh += 1;
+                let effect = self.fs.run(&running.call, self.clock, self.fresh);
+                self.done.push(Done {
+                    start_ns: running.start_ns,
+                    call: running.call.clone(),
+                    stamp: self.clock,
+                    fresh: self.fresh,
+                });
+                running.effect = Some(effect);
+                self.tasks[who] = Some(running);
+            }
+            Some(running) => self.end(who, &running),
+        }
+    }
+
+    pub(super) fn end(&mut self, who: usize, running: &Running) {
+        let Some(effect) = running.effect.clone().filter(|e| e.ok) else { return };
+        let header = EventHeader {
+            kind: kind::FILE,
+            start_ns: running.start_ns,
+            end_ns: self.clock,
+            tid: who as u32 + 1,
+            tgid: who as u32 + 1,
+            ..EventHeader::default()
+        };
+        let file = |nr: i64, flags: u16| FileEvent {
+            header: EventHeader { nr: nr as u32, flags, ..header },
+            attr: self.attr(effect.inode),
+            ..FileEvent::default()
+        };
+        let bytes = match &running.call {
+            Call::Create { directory, name } => {
+                let event = FileEvent {
+                    parent: self.attr(*directory),
+                    name_len: name.len() as u32,
+                    ..file(libc::SYS_openat, flag::CREATED)
+                };
+                pack(&event, name, b"")
+            }
+            Call::Write { data, inline, .. } => {
+                let flags = if *inline { flag::INLINE } else { flag::BY_REFERENCE };
+                let event = FileEvent {
+                    file_offset: effect.offset,
+                    count: data.len() as u64,
+                    data_len: if *inline { data.len() as u32 } else { 0 },
+                    ..file(libc::SYS_pwrite64, flags)
+                };
+                pack(&event, b"", if *inline { data } else { b"" })
+            }
+            Call::Truncate { size, .. } => {
+                pack(&FileEvent { file_offset: *size, ..file(libc::SYS_ftruncate, 0) }, b"", b"")
+            }
+            Call::Fchmod { .. } => pack(&file(libc::SYS_fchmod, 0), b"", b""),
+            Call::Unlink { at } => self.path(header, libc::SYS_unlinkat, at, None),
+            Call::Mkdir { at } => self.path(header, libc::SYS_mkdirat, at, None),
+            Call::Rmdir { at } => self.path(header, libc::SYS_rmdir, at, None),
+            Call::Chmod { at, .. } => self.path(header, libc::SYS_fchmodat, at, None),
+            Call::Symlink { at, target } => {
+                let target = At { base: ROOT, path: target.clone() };
+                self.path(header, libc::SYS_symlinkat, &target, Some(at))
+            }
+            Call::Rename { from, to } => self.path(header, libc::SYS_renameat, from, Some(to)),
+            Call::Link { from, to } => self.path(header, libc::SYS_linkat, from, Some(to)),
+        };
+        self.ring_position += bytes.len() as u64;
+        let event = OwnedEvent { bytes: bytes.into(), ring_position: self.ring_position };
+        // Another CPU's record may come to stand before one that ended just earlier.
+        if self.random.next(8) == 0
+            && self.ring.back().is_some_and(|b| {
+                let h = bfs_common::abi::Event::parse(&b.bytes).map(|e| *e.header()).unwrap_or_default();
+                h.end_ns + 19_000 > self.clock && h.tid != who as u32 + 1
+            })
+            && let Some(other) = self.ring.pop_back()
+        {
+            self.ring.push_back(OwnedEvent { bytes: event.bytes, ring_position: other.ring_position });
+            self.ring.push_back(OwnedEvent { bytes: other.bytes, ring_position: event.ring_position });
+            return;
+        }
+        self.ring.push_back(event);
+    }
+
+    pub(super) fn path(&self, header: EventHeader, nr: i64, one: &At, two: Option<&At>) -> Vec<u8> {
+        let single = |at: &At| !at.path.contains(&b'/');
+        let mut flags = if single(one) { flag::PARENT1_ATTR } else { 0 };
+        if two.is_some_and(single) {
+            flags |= flag::PARENT2_ATTR;
+        }
+        let empty = Vec::new();
+        let path2 = two.map_or(&empty, |t| &t.path);
+        let event = PathEvent {
+            header: EventHeader { kind: kind::PATH, nr: nr as u32, flags, ..header },
+            base1: self.attr(one.base),
+            base2: two.map(|t| self.attr(t.base)).unwrap_or_default(),
+            root: inode_id(999),
+            args: [0; 6],
+            path1_len: one.path.len() as u32,
+            path2_len: path2.len() as u32,
+        };
+        pack(&event, &one.path, path2)
+    }
+}
+
+/// The bytes of a record, its length put into the header.
+pub(super) fn pack<T: Copy>(event: &T, first: &[u8], second: &[u8]) -> Vec<u8> {
+    // SAFETY: the ABI structs are repr(C) without padding.
+    let head = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(event).cast::<u8>(), size_of::<T>()) };
+    let mut bytes = [head, first, second].concat();
+    let length = bytes.len() as u32;
+    bytes[..4].copy_from_slice(&length.to_ne_bytes());
+    bytes
+}
+
+impl Host for World {
+    fn now(&self) -> u64 {
+        self.clock
+    }
+
+    fn child(&mut self, directory: InodeId, name: &Name) -> Result<Option<Stat>, HostError> {
+        self.step();
+        let found = self.fs.inodes.get(&directory.ino).and_then(|d| d.entries.get(name.as_bytes()).copied());
+        let stat = found.and_then(|ino| self.stat_of(ino));
+        self.step();
+        Ok(stat)
+    }
+
+    fn list(&mut self, directory: InodeId) -> Result<Option<Vec<Name>>, HostError> {
+        self.step();
+        let dir = self.fs.inodes.get(&directory.ino).filter(|d| d.links > 0);
+        Ok(dir.map(|d| d.entries.keys().filter_map(|n| Name::new(n)).collect()))
+    }
+
+    fn stat(&mut self, inode: InodeId) -> Result<Option<Stat>, HostError> {
+        self.step();
+        Ok(self.stat_of(inode.ino))
+    }
+
+    fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError> {
+        self.step();
+        Ok(self.stat_of(inode.ino).map(|_| Vec::new()))
+    }
+
+    fn read(
+        &mut self,
+        inode: InodeId,
+        range: Range<u64>,
+        each: &mut dyn FnMut(Segment<'_>),
+    ) -> Result<Option<()>, HostError> {
+        // Bytes are read one after the other, and time passes between.
+        let mut at = range.start;
+        loop {
+            self.step();
+            let Some(i) = self.fs.inodes.get(&inode.ino).filter(|i| i.links > 0) else { return Ok(None) };
+            let end = (i.data.len() as u64).min(range.end).min(at + 3);
+            if at >= end {
+                return Ok(Some(()));
+            }
+            each(Segment::Data(at, &i.data[at as usize..end as usize]));
+            at = end;
+        }
+    }
+
+    fn outside_path(&mut self, directory: InodeId, _tgid: u32) -> Option<PathBuf> {
+        // A directory that the model does not know: by the tree, as /proc would tell.
+        let mut todo = vec![(PathBuf::from("/r"), ROOT)];
+        while let Some((path, inode)) = todo.pop() {
+            if inode == directory.ino {
+                return Some(path);
+            }
+            for (name, child) in &self.fs.inodes[&inode].entries {
+                todo.push((path.join(String::from_utf8_lossy(name).as_ref()), *child));
+            }
+        }
+        None
+    }
+
+    fn canonical(&mut self, path: &Path) -> PathBuf {
+        path.to_path_buf()
+    }
+
+    fn is_host_root(&mut self, directory: InodeId) -> bool {
+        directory.ino == 999
+    }
+
+    fn in_flight(&mut self, t: u64) -> Result<Vec<InFlight>, HostError> {
+        self.step();
+        let flying = self.tasks.iter().enumerate().filter_map(|(i, t)| Some((i, t.as_ref()?)));
+        Ok(flying
+            .filter(|(_, r)| r.start_ns <= t)
+            .map(|(i, r)| InFlight { tid: i as u32 + 1, tgid: i as u32 + 1, nr: 0, start_ns: r.start_ns })
+            .collect())
+    }
+
+    fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError> {
+        self.step();
+        flying.retain(|f| self.tasks[f.tid as usize - 1].as_ref().is_some_and(|t| t.start_ns == f.start_ns));
+        Ok(())
+    }
+
+    fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError> {
+        Ok(self.ring.pop_front())
+    }
+
+    fn losses(&mut self) -> Result<Losses, HostError> {
+        Ok(Losses::default())
+    }
+
+    fn pause(&mut self, _time: Duration) {
+        self.step();
+    }
+
+    fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError> {
+        self.shipped.extend(batches);
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), HostError> {
+        self.stops += 1;
+        self.stopped = true;
+        while self.tasks.iter().any(Option::is_some) {
+            self.step();
+        }
+        Ok(())
+    }
+
+    fn standing(&mut self) -> bool {
+        self.stopped
+    }
+
+    fn go(&mut self) {
+        self.stopped = false;
+    }
+}
