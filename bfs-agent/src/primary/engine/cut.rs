@@ -17,7 +17,7 @@ use bfs_common::abi::Event;
 use bfs_common::record::{CheckpointId, CheckpointLabel, GapScope, Record, Sequence};
 
 use super::Engine;
-use super::host::{Host, HostError, OwnedEvent};
+use super::host::{Host, HostError, InFlight, OwnedEvent};
 use super::interpret::{Thing, interpret, span_of};
 use super::recent::SLACK_NS;
 
@@ -35,6 +35,9 @@ const AHEAD_BYTES: u64 = 1 << 20;
 const AHEAD_THINGS: usize = 64;
 /// Calls that are held back at most while a cut is tried.
 const DEFERRED_MAX: usize = 200_000;
+
+/// Calls that last longer are looked at: some wait for ever and change nothing.
+const IDLE_NS_MIN: u64 = 5_000_000;
 
 /// Between two looks at the calls that are waited for.
 const PAUSE: Duration = Duration::from_micros(10);
@@ -131,6 +134,17 @@ struct How {
 fn again(why: &'static str) -> Tried {
     tracing::debug!(why, "the cut is tried again");
     Tried::Again
+}
+
+/// A pause, after which the calls that have ended are taken out of the list; and, when they are
+/// waited for a while, those that cannot have changed anything.
+fn wait(host: &mut dyn Host, flying: &mut Vec<InFlight>, waited_ns: u64) -> Result<(), HostError> {
+    host.pause(PAUSE);
+    host.drop_ended(flying)?;
+    if waited_ns > IDLE_NS_MIN {
+        flying.retain(|call| !host.is_idle(call));
+    }
+    Ok(())
 }
 
 impl Engine {
@@ -319,8 +333,7 @@ impl Engine {
                 self.replay(host)?;
                 return Err(CheckpointError::CallInFlight { tgid, tid, nr, for_ms });
             }
-            host.pause(PAUSE);
-            host.drop_ended(&mut flying)?;
+            wait(host, &mut flying, waited)?;
         }
     }
 
@@ -379,11 +392,11 @@ impl Engine {
             if flying.is_empty() {
                 return Ok(true);
             }
-            if host.now().saturating_sub(read_until) > READING_NS_MAX || self.deferred.len() > DEFERRED_MAX {
+            let waited = host.now().saturating_sub(read_until);
+            if waited > READING_NS_MAX || self.deferred.len() > DEFERRED_MAX {
                 return Ok(false);
             }
-            host.pause(PAUSE);
-            host.drop_ended(&mut flying)?;
+            wait(host, &mut flying, waited)?;
         }
     }
 

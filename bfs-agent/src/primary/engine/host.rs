@@ -157,6 +157,10 @@ pub trait Host {
     /// [`HostError::Probes`].
     fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError>;
 
+    /// Whether a call that does not end waits at a point before which it changes nothing, such as
+    /// the open of a FIFO that waits for the other side.
+    fn is_idle(&mut self, call: &InFlight) -> bool;
+
     /// The next record of the ring, if there is one.
     ///
     /// # Errors

@@ -45,6 +45,9 @@ pub(super) struct Done {
     pub(super) call: Call,
     pub(super) stamp: u64,
     pub(super) fresh: u64,
+    /// Whether it changed anything: a call that found nothing to do because of a later one that
+    /// overtook it did nothing, wherever the cut lies.
+    pub(super) ok: bool,
 }
 
 #[derive(Clone, Debug, Default)]

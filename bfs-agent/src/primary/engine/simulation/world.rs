@@ -158,6 +158,7 @@ impl World {
                     call: running.call.clone(),
                     stamp: self.clock,
                     fresh: self.fresh,
+                    ok: effect.ok,
                 });
                 running.effect = Some(effect);
                 self.tasks[who] = Some(running);
@@ -347,6 +348,10 @@ impl Host for World {
         self.step();
         flying.retain(|f| self.tasks[f.tid as usize - 1].as_ref().is_some_and(|t| t.start_ns == f.start_ns));
         Ok(())
+    }
+
+    fn is_idle(&mut self, _call: &InFlight) -> bool {
+        false
     }
 
     fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError> {
