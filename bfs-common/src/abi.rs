@@ -157,8 +157,8 @@ pub struct EventHeader {
     pub tgid: u32,
     /// System call number (x86-64 table); 0xffff_ffff for what is not a system call.
     pub nr: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// How long after `end_ns` the last of what the record tells was read.
+    pub read_ns: u32,
     /// Result of the call.
     pub ret: i64,
 }

@@ -124,7 +124,7 @@ fn send<const N: usize, const D: usize>(out: &mut Out, scratch: &mut Scratch) ->
         (*header).tid = out.pid_tgid as u32;
         (*header).tgid = (out.pid_tgid >> 32) as u32;
         (*header).nr = out.nr;
-        (*header).reserved = 0;
+        (*header).read_ns = 0;
         (*header).ret = out.ret;
         if out.has_attr {
             kernel::object_attr(&raw mut (*event).attr, scratch, out.id.dev);

@@ -245,7 +245,7 @@ fn send<const S: usize>(out: &mut Out, state: &TaskState, scratch: &mut Scratch)
         (*header).tid = out.pid_tgid as u32;
         (*header).tgid = (out.pid_tgid >> 32) as u32;
         (*header).nr = out.nr;
-        (*header).reserved = 0;
+        (*header).read_ns = 0;
         (*header).ret = out.ret;
     }
     entry.submit(NO_WAKEUP);

@@ -46,7 +46,7 @@ pub fn emit(kind: u16, nr: u32, tid: u32, tgid: u32, value: u64, last_thread: u3
         (*header).tid = tid;
         (*header).tgid = tgid;
         (*header).nr = nr;
-        (*header).reserved = 0;
+        (*header).read_ns = 0;
         (*header).ret = 0;
         (*event).value = value;
         (*event).last_thread = last_thread;

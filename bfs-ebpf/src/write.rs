@@ -285,7 +285,7 @@ fn send<const D: usize>(chunks: &mut Chunks) -> bool {
         (*header).tid = chunks.pid_tgid as u32;
         (*header).tgid = (chunks.pid_tgid >> 32) as u32;
         (*header).nr = chunks.nr;
-        (*header).reserved = 0;
+        (*header).read_ns = 0;
         (*header).ret = 0;
         (*event).offset = chunks.offset;
         (*event).data_len = len;

@@ -432,7 +432,7 @@ impl Options {
     }
 }
 
-/// Messages of the agent itself go to standard error; `RUST_LOG=debug` shows more.
+/// Messages of the agent itself go to standard error; `BFS_LOG=debug` shows more.
 fn logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("BFS_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));

@@ -212,10 +212,14 @@ impl Probes {
         pin_dir.join("META").exists()
     }
 
+    /// Removes what is pinned in `pin_dir`, also half a set of probes.
+    pub fn clear(pin_dir: &Path) -> Result<(), CaptureError> {
+        remove_pins(pin_dir).map_err(kernel(format!("cannot remove the pins in {}", pin_dir.display())))
+    }
+
     /// Ends the capture: no more records, nothing for a successor.
     pub fn unpin(self) -> Result<(), CaptureError> {
-        let Self { pin_dir, .. } = self;
-        remove_pins(&pin_dir).map_err(kernel(format!("cannot remove the pins in {}", pin_dir.display())))
+        Self::clear(&self.pin_dir)
     }
 
     /// Follows a task, and what it forks from now on.

@@ -65,6 +65,9 @@ impl Engine {
         let act = interpret(&self.model, host, event);
         let span = span_of(event);
         if let Event::File { event: e, .. } = event {
+            if e.header.kind == kind::MAPPED && self.model.find(e.attr.id).is_none() {
+                self.note_mapped(e.attr.id.dev, e.attr.id.ino);
+            }
             for inode in [e.attr.id, e.parent.id] {
                 if self.model.find(inode).is_none() {
                     self.strangers.note(inode, span.end_ns);
@@ -91,7 +94,13 @@ impl Engine {
     /// differs from the one at the end, both places are suspect.
     fn check_entered(&mut self, event: &Event<'_>, host: &mut dyn Host, span: Span) {
         let Event::Path { event: e, path1, path2 } = event else { return };
-        let Some((start_ns, old1, old2)) = self.entered.remove(&span.tid) else { return };
+        let Some((start_ns, old1, old2)) = self.entered.remove(&span.tid) else {
+            // The paths at the start were read by an agent that died.
+            if e.header.flags & flag::PATH_SHARED != 0 && self.reads.adopted(span.start_ns) {
+                self.suspect_everything(span.end_ns);
+            }
+            return;
+        };
         if start_ns != e.header.start_ns || (old1 == *path1 && old2 == *path2) {
             return;
         }
@@ -292,6 +301,7 @@ impl Engine {
                         if self.inherits_xattrs(parent) {
                             self.dirty.xattrs(object);
                         }
+                        self.mark_mapped(object, attr.id);
                         missed = self.strangers.missed(attr.id, span.start_ns);
                         object
                     }
@@ -389,7 +399,8 @@ impl Engine {
             Act::Rename { from, to, exchange, whiteout, from_attr, to_attr } => {
                 self.parent_after(&from, from_attr.as_ref(), span);
                 self.parent_after(&to, to_attr.as_ref(), span);
-                if ambiguous || self.doubtful(&from, span) || (exchange && self.doubtful(&to, span)) {
+                // Should the second name be one of the same inode, nothing was renamed (rename(2)).
+                if ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
                     self.suspect_entry(&from, true);
                     self.suspect_entry(&to, true);
                 }
@@ -451,10 +462,13 @@ impl Engine {
                 });
                 self.model.link(*directory, name, object, &mut self.out);
                 self.saw_stat(object, &stat, read_ns);
-                self.reads.meta.insert(object, read_ns);
-                self.reads.entries.insert((*directory, name.clone()), read_ns);
+                self.reads.meta(object, read_ns);
+                self.reads.entry(*directory, name, read_ns);
             }
-            _ => self.dirty.entry(*directory, name, true),
+            _ => {
+                self.reads.entry(*directory, name, read_ns);
+                self.dirty.entry(*directory, name, true);
+            }
         }
     }
 

@@ -19,7 +19,6 @@ use bfs_common::record::{CheckpointId, CheckpointLabel, GapScope, Record, Sequen
 use super::Engine;
 use super::host::{Host, HostError, InFlight, OwnedEvent};
 use super::interpret::{Thing, interpret, span_of};
-use super::recent::SLACK_NS;
 
 /// Cuts that are tried before the processes are stopped.
 const TRIES: u32 = 12;
@@ -36,8 +35,15 @@ const AHEAD_THINGS: usize = 64;
 /// Calls that are held back at most while a cut is tried.
 const DEFERRED_MAX: usize = 200_000;
 
+/// How far the clocks of two CPUs may be apart (`ktime_get_mono_fast_ns`, kernel/time/timekeeping.c:
+/// a change of frequency shows on one CPU a moment later, by microseconds at most).
+const CLOCK_SLACK_NS: u64 = 10_000;
+
 /// Calls that last longer are looked at: some wait for ever and change nothing.
 const IDLE_NS_MIN: u64 = 5_000_000;
+
+/// For how long calls are remembered, to tell which ones overlapped.
+pub const RECENT_NS: u64 = 2_000_000_000;
 
 /// Between two looks at the calls that are waited for.
 const PAUSE: Duration = Duration::from_micros(10);
@@ -114,7 +120,11 @@ pub enum CheckpointError {
 }
 
 /// What a covered call that was running at the instant touched, and when it ended.
-type Crossing = (Vec<Thing>, u64);
+struct Crossing {
+    tid: u32,
+    touches: Vec<Thing>,
+    until_ns: u64,
+}
 
 enum Tried {
     /// Everything that started at or before this is in the stream, exactly.
@@ -154,6 +164,20 @@ impl Engine {
     /// # Errors
     /// [`CheckpointError`]; no marker stands then, and the processes run.
     pub fn checkpoint(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
+        let taken = self.place(host, request);
+        // Whatever came of it: what was held back comes next, before anything newer.
+        match (taken, self.replay(host)) {
+            (Ok(_), Err(e)) => {
+                if request.stop == Stop::Hold {
+                    host.go();
+                }
+                Err(e.into())
+            }
+            (taken, _) => taken,
+        }
+    }
+
+    fn place(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
         let begun = host.now();
         self.read_ahead(host)?;
         // Stores into a shared mapping leave no record: they hold still only in a stop.
@@ -165,9 +189,7 @@ impl Engine {
                 match self.try_cut(host)? {
                     Tried::Settled(at_ns) => {
                         let how = How { begun, tries, at_ns, stopped_us: 0 };
-                        let taken = self.mark(host, request, &how)?;
-                        self.replay(host)?;
-                        return Ok(taken);
+                        return self.mark(host, request, &how);
                     }
                     Tried::Again => {
                         self.stats.retries += 1;
@@ -185,9 +207,7 @@ impl Engine {
         if taken.is_err() || request.stop != Stop::Hold {
             host.go();
         }
-        let taken = taken?;
-        self.replay(host)?;
-        Ok(taken)
+        taken
     }
 
     fn cut_stopped(
@@ -226,7 +246,7 @@ impl Engine {
     /// [`HostError`].
     pub fn drain(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
         self.take_some(host, DEFERRED_MAX)?;
-        self.take_losses(host)
+        self.take_losses(host).map(drop)
     }
 
     /// Takes in up to `max` events; gives how many there were.
@@ -234,6 +254,7 @@ impl Engine {
     /// # Errors
     /// [`HostError`].
     pub fn take_some(&mut self, host: &mut dyn Host, max: usize) -> Result<usize, HostError> {
+        assert!(self.deferred.is_empty(), "events are taken in in their order");
         for n in 0..max {
             match host.next_event()? {
                 Some(event) => self.consume(&event, host)?,
@@ -243,9 +264,14 @@ impl Engine {
         Ok(max)
     }
 
-    fn take_losses(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+    /// Makes dirty what the probes say they lost; says whether there was anything.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn take_losses(&mut self, host: &mut dyn Host) -> Result<bool, HostError> {
         let losses = host.losses()?;
         let mut everything = losses.everything;
+        let any = everything || !losses.inodes.is_empty();
         for inode in losses.inodes {
             match self.model.find(inode) {
                 Some(object) => self.suspect_object(object, host.now()),
@@ -256,7 +282,7 @@ impl Engine {
         if everything {
             self.suspect_everything(host.now());
         }
-        Ok(())
+        Ok(any)
     }
 
     /// While there is much to read, it is read before an instant is chosen, and events go on
@@ -280,17 +306,22 @@ impl Engine {
         let Some(crossing) = self.wait_covered(host, t)? else { return Ok(again("much is held back")) };
         // A call that started before a covered one ended may still run: its part in the covered
         // one's record is known only when it has ended.
-        let last = crossing.iter().map(|c| c.1).max();
+        let last = crossing.iter().map(|c| c.until_ns).max();
         if let Some(last) = last
-            && !self.wait_reading(host, last + SLACK_NS)?
+            && !self.wait_reading(host, last)?
         {
             return Ok(again("a call that a covered one may share with does not end"));
         }
-        self.take_losses(host)?;
+        // What was lost may lie on either side of t, and what it did is found by reading: then
+        // calls that are held back are in there too.
+        if self.take_losses(host)? {
+            return Ok(again("something was lost"));
+        }
         if self.crosses(host, &crossing) {
             return Ok(again("a covered call shares something with a later one"));
         }
-        if !self.dirty.is_empty() {
+        // Also taking in a covered call can read (the inode of a new directory).
+        if !self.dirty.is_empty() || self.reads.any_since(t) {
             self.settle(host, false)?;
             let read_until = host.now();
             if !self.wait_reading(host, read_until)? {
@@ -350,9 +381,10 @@ impl Engine {
             self.deferred.push_back(event);
             return Ok(());
         }
-        if span.end_ns > t {
-            let act = interpret(&self.model, host, &parsed);
-            crossing.push((act.touches(&self.model), span.end_ns));
+        let until_ns = span.seen_ns + CLOCK_SLACK_NS;
+        if until_ns > t {
+            let touches = interpret(&self.model, host, &parsed).touches(&self.model);
+            crossing.push(Crossing { tid: span.tid, touches, until_ns });
         }
         self.consume(&event, host)
     }
@@ -360,21 +392,19 @@ impl Engine {
     /// Whether a call that is held back shares something with a covered one that it may have
     /// overtaken.
     fn crosses(&mut self, host: &mut dyn Host, crossing: &[Crossing]) -> bool {
-        if crossing.is_empty() {
-            return false;
-        }
-        let last = crossing.iter().map(|c| c.1).max().unwrap_or(0);
+        let last = crossing.iter().map(|c| c.until_ns).max().unwrap_or(0);
         for event in &self.deferred {
             let Some(parsed) = Event::parse(&event.bytes) else { return true };
-            let start = span_of(&parsed).start_ns;
-            if start > last + SLACK_NS {
+            let span = span_of(&parsed);
+            if span.start_ns > last {
                 continue;
             }
             let touches = interpret(&self.model, host, &parsed).touches(&self.model);
+            // The calls of one task follow each other.
             let shared = crossing
                 .iter()
-                .filter(|(_, end)| start <= end + SLACK_NS)
-                .any(|(covered, _)| covered.iter().any(|a| touches.iter().any(|b| a.shares(b))));
+                .filter(|c| c.tid != span.tid && span.start_ns <= c.until_ns)
+                .any(|c| c.touches.iter().any(|a| touches.iter().any(|b| a.shares(b))));
             if shared {
                 return true;
             }
@@ -431,20 +461,11 @@ impl Engine {
     /// The marker. Everything covered is in the stream, nothing else is.
     fn mark(&mut self, host: &mut dyn Host, request: &Request, how: &How) -> Result<Taken, CheckpointError> {
         self.reconcile();
-        for object in self.model.forget_orphans(&mut self.out) {
-            self.dirty.forget(object);
-            self.snapshots.remove(&object);
-            self.mapped.remove(&object);
-            self.multiple.remove(&object);
-        }
+        self.forget_orphans();
         self.send_snapshots();
         self.snapshots.clear();
         self.reads.clear();
-        let horizon = how.begun.saturating_sub(2_000_000_000);
-        self.recent_data.prune(horizon);
-        self.recent_entries.prune(horizon);
-        self.recent_paths.prune(horizon);
-        self.moved.retain(|m| m.1.end_ns >= horizon);
+        self.prune(how.begun.saturating_sub(RECENT_NS));
         if self.dirty.close_gap() {
             self.out.push(&Record::Repaired { scope: GapScope::Everything }, b"");
         }
@@ -459,6 +480,10 @@ impl Engine {
         self.last_checkpoint = checkpoint;
         self.out.close(self.position);
         host.ship(self.out.take())?;
+        // Stores into a mapping can come at any moment: a successor has to know.
+        for object in self.mapped.clone() {
+            self.suspect_object(object, host.now());
+        }
         Ok(Taken {
             checkpoint,
             sequence,

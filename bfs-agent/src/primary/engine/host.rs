@@ -176,11 +176,15 @@ pub trait Host {
     /// Lets a little time pass.
     fn pause(&mut self, time: Duration);
 
-    /// Hands batches to the shipper. Waits (bounded) where too much is queued already.
+    /// Hands batches to the shipper. Where too much is queued already it waits as long as the
+    /// destination makes progress.
     ///
     /// # Errors
     /// [`HostError::Detached`] past the bound.
     fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError>;
+
+    /// Everything that was read from the ring up to here is in what was shipped.
+    fn ship_position(&mut self, position: u64);
 
     /// Stops the selected processes.
     ///

@@ -149,7 +149,8 @@ pub fn meta_of(attr: &InodeAttr) -> Meta {
 #[must_use]
 pub fn span_of(event: &Event<'_>) -> Span {
     let h = event.header();
-    Span { tid: h.tid, start_ns: h.start_ns, end_ns: h.end_ns }
+    let seen_ns = h.end_ns.saturating_add(u64::from(h.read_ns));
+    Span { tid: h.tid, start_ns: h.start_ns, end_ns: h.end_ns, seen_ns }
 }
 
 /// What an event means, given the model as it stands.

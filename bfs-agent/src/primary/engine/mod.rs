@@ -29,10 +29,10 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use bfs_common::abi::InodeId;
-use bfs_common::record::{CheckpointId, Meta, Name, ObjectId, Record};
+use bfs_common::record::{CheckpointId, Epoch, GapScope, Meta, Name, ObjectId, Record};
 use bytes::Bytes;
 
-pub use cut::{CheckpointError, Request, Stop, Taken};
+pub use cut::{CheckpointError, RECENT_NS, Request, Stop, Taken};
 use dirty::DirtySet;
 use host::{Host, HostError, OwnedEvent, Stat};
 use interpret::Thing;
@@ -58,13 +58,48 @@ struct Reads {
     xattrs: HashMap<ObjectId, u64>,
     /// Everything counts as read then.
     everything: u64,
+    /// When the last read ended.
+    latest: u64,
 }
 
 impl Reads {
+    fn entry(&mut self, directory: ObjectId, name: &Name, now: u64) {
+        self.entries.insert((directory, name.clone()), now);
+        self.latest = self.latest.max(now);
+    }
+
+    fn list(&mut self, directory: ObjectId, now: u64) {
+        self.lists.insert(directory, now);
+        self.latest = self.latest.max(now);
+    }
+
+    fn meta(&mut self, object: ObjectId, now: u64) {
+        self.meta.insert(object, now);
+        self.latest = self.latest.max(now);
+    }
+
+    fn xattrs(&mut self, object: ObjectId, now: u64) {
+        self.xattrs.insert(object, now);
+        self.latest = self.latest.max(now);
+    }
+
+    /// A read of content begins: until it ends, whatever touches the range touches the read.
+    fn data_begins(&mut self, object: ObjectId, range: Range<u64>) {
+        self.data.entry(object).or_default().push((range, u64::MAX));
+    }
+
+    /// The reads of the object's content that had begun have ended.
+    fn data_ends(&mut self, object: ObjectId, now: u64) {
+        for read in self.data.get_mut(&object).into_iter().flatten() {
+            read.1 = read.1.min(now);
+        }
+        self.latest = self.latest.max(now);
+    }
+
     /// Whether the thing was read after `start_ns`, or too close before to tell.
     fn after(&self, thing: &Thing, start_ns: u64) -> bool {
         let late = |read: Option<&u64>| read.is_some_and(|r| r.saturating_add(SLACK_NS) >= start_ns);
-        if self.everything + SLACK_NS >= start_ns {
+        if self.adopted(start_ns) {
             return true;
         }
         match thing {
@@ -76,11 +111,18 @@ impl Reads {
             Thing::Entry(directory, name) => {
                 late(self.lists.get(directory)) || late(self.entries.get(&(*directory, name.clone())))
             }
-            Thing::Everything => {
-                let nothing = self.entries.is_empty() && self.lists.is_empty() && self.data.is_empty();
-                !(nothing && self.meta.is_empty() && self.xattrs.is_empty())
-            }
+            Thing::Everything => late(Some(&self.latest)),
         }
+    }
+
+    /// Whether a call started before the model was taken over.
+    fn adopted(&self, start_ns: u64) -> bool {
+        self.everything.saturating_add(SLACK_NS) >= start_ns
+    }
+
+    /// Whether something was read at or after `t`, or too close before to tell.
+    fn any_since(&self, t: u64) -> bool {
+        self.latest.saturating_add(SLACK_NS) >= t
     }
 
     fn clear(&mut self) {
@@ -103,6 +145,9 @@ struct Strangers {
     seen: VecDeque<(InodeId, u64)>,
     floor: u64,
 }
+
+/// How many mapped files that are not in the model are remembered.
+const MAPPED_MAX: usize = 65_536;
 
 /// How many strangers are remembered.
 const STRANGERS_MAX: usize = 1024;
@@ -167,8 +212,12 @@ pub struct Engine {
     mapped_inodes: HashSet<(u32, u64)>,
     /// Objects that were seen with more than one name.
     multiple: HashSet<ObjectId>,
+    /// More files were mapped than can be remembered: all that enter the model count as mapped.
+    mapped_unknown: bool,
     /// Behind the last event that was taken in, while none is half taken in.
     position: Option<u64>,
+    /// What was handed over of it.
+    flushed_position: Option<u64>,
     last_checkpoint: CheckpointId,
     /// Counters.
     pub stats: Stats,
@@ -178,6 +227,7 @@ impl Engine {
     /// An engine over a model and a place in the stream.
     #[must_use]
     pub fn new(model: Model, out: Outbox, last_checkpoint: CheckpointId) -> Self {
+        let multiple = model.ids().filter(|o| model.get(*o).is_some_and(|o| o.links.len() > 1)).collect();
         Self {
             model,
             out,
@@ -194,16 +244,25 @@ impl Engine {
             deferred: VecDeque::new(),
             mapped: HashSet::new(),
             mapped_inodes: HashSet::new(),
-            multiple: HashSet::new(),
+            multiple,
+            mapped_unknown: false,
+            flushed_position: None,
             position: None,
             last_checkpoint,
             stats: Stats::default(),
         }
     }
 
-    /// Puts a record into the stream that the model does not follow (the start of an epoch).
-    pub fn announce(&mut self, record: &Record) {
-        self.out.push(record, b"");
+    /// The first record of an agent's life. Without a complete hand-over everything is suspect
+    /// from here on (semantics 1.5), and the stream says so before anything else: should this
+    /// agent die while it copies, its successor knows.
+    pub fn begin_epoch(&mut self, epoch: Epoch, boot_id: [u8; 16], complete: bool, now: u64) {
+        self.out.push(&Record::EpochBegin { epoch, boot_id, complete }, b"");
+        if !complete {
+            self.out.push(&Record::Gap { scope: GapScope::Everything }, b"");
+            self.dirty.adopt_gap();
+            self.suspect_everything(now);
+        }
     }
 
     /// Sets the roots of the group; what is below them is settled with the next checkpoint.
@@ -245,15 +304,18 @@ impl Engine {
     /// A file is mapped, shared and writable. (Its generation is not known: all objects of that
     /// number count. Files that are not in the model yet are found when everything is scanned.)
     pub fn note_mapped(&mut self, dev: u32, ino: u64) {
-        self.mapped_inodes.insert((dev, ino));
+        if self.mapped_inodes.len() >= MAPPED_MAX {
+            self.mapped_unknown = true;
+        } else {
+            self.mapped_inodes.insert((dev, ino));
+        }
         let model = &self.model;
         let here = |o: &ObjectId| model.get(*o).is_some_and(|o| o.inode.dev == dev && o.inode.ino == ino);
         self.mapped.extend(model.ids().filter(here));
     }
 
     /// A gap is open in the stream that was taken over.
-    pub fn adopt_gaps(&mut self, gaps: &[bfs_common::record::GapScope], now: u64) {
-        use bfs_common::record::GapScope;
+    pub fn adopt_gaps(&mut self, gaps: &[GapScope], now: u64) {
         for gap in gaps {
             self.dirty.adopt_gap();
             match gap {
@@ -267,6 +329,12 @@ impl Engine {
                 }
                 GapScope::Entry(directory, name) => self.dirty.entry(*directory, name, true),
             }
+        }
+    }
+
+    fn mark_mapped(&mut self, object: ObjectId, inode: InodeId) {
+        if self.mapped_unknown || self.mapped_inodes.contains(&(inode.dev, inode.ino)) {
+            self.mapped.insert(object);
         }
     }
 
@@ -291,11 +359,9 @@ impl Engine {
             target: Bytes::copy_from_slice(&stat.target),
         };
         let object = self.model.create(new, &mut self.out);
-        if self.mapped_inodes.contains(&(stat.inode.dev, stat.inode.ino)) {
-            self.mapped.insert(object);
-        }
+        self.mark_mapped(object, stat.inode);
         if read_ns > 0 {
-            self.reads.meta.insert(object, read_ns);
+            self.reads.meta(object, read_ns);
         }
         object
     }
@@ -345,17 +411,44 @@ impl Engine {
         if self.deferred.is_empty() {
             self.send_snapshots();
         }
+        if self.deferred.is_empty() && self.dirty.is_empty() {
+            self.forget_orphans();
+        }
         for scope in self.dirty.announce() {
             self.out.push(&Record::Gap { scope }, b"");
         }
         self.out.close(self.position);
-        host.ship(self.out.take())
+        host.ship(self.out.take())?;
+        // Also events that left nothing in the stream give their room back.
+        if let Some(position) = self.position {
+            host.ship_position(position);
+            self.flushed_position = Some(position);
+        }
+        Ok(())
+    }
+
+    fn forget_orphans(&mut self) {
+        for object in self.model.forget_orphans(&mut self.out) {
+            self.dirty.forget(object);
+            self.snapshots.remove(&object);
+            self.mapped.remove(&object);
+            self.multiple.remove(&object);
+        }
+    }
+
+    /// Forgets what can matter to no call that is still to come, as far as that is known without
+    /// a checkpoint: calls that last longer than `horizon` says count as overlapping.
+    pub fn prune(&mut self, horizon: u64) {
+        self.recent_data.prune(horizon);
+        self.recent_entries.prune(horizon);
+        self.recent_paths.prune(horizon);
+        self.moved.retain(|m| m.1.end_ns >= horizon);
     }
 
     /// Whether something waits to be flushed.
     #[must_use]
     pub fn needs_flush(&self) -> bool {
-        self.out.is_dirty() || !self.snapshots.is_empty()
+        self.out.is_dirty() || !self.snapshots.is_empty() || self.position != self.flushed_position
     }
 
     /// Ships full batches only.

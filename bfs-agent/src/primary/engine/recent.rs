@@ -20,6 +20,8 @@ pub struct Span {
     pub start_ns: u64,
     /// End.
     pub end_ns: u64,
+    /// When the probe had read what its record tells; from `end_ns` on.
+    pub seen_ns: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -108,7 +110,7 @@ mod tests {
     use super::*;
 
     fn span(tid: u32, start_us: u64, end_us: u64) -> Span {
-        Span { tid, start_ns: start_us * 1000, end_ns: end_us * 1000 }
+        Span { tid, start_ns: start_us * 1000, end_ns: end_us * 1000, seen_ns: end_us * 1000 }
     }
 
     #[test]

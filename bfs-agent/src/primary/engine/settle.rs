@@ -72,7 +72,7 @@ impl Engine {
             && kind == FileKind::Directory
         {
             let Some(mut list) = host.list(inode)? else { return Ok(false) };
-            self.reads.lists.insert(object, host.now());
+            self.reads.list(object, host.now());
             list.extend(self.model.get(object).into_iter().flat_map(|o| o.entries.keys().cloned()));
             list.sort_unstable();
             list.dedup();
@@ -84,13 +84,13 @@ impl Engine {
         }
         for (name, deep) in names {
             let found = host.child(inode, &name)?;
-            self.reads.entries.insert((object, name.clone()), host.now());
+            self.reads.entry(object, &name, host.now());
             self.settle_entry(object, &name, found, deep);
         }
         if dirty.whole || dirty.meta_since.is_some() {
             let Some(stat) = host.stat(inode)? else { return Ok(false) };
             let now = host.now();
-            self.reads.meta.insert(object, now);
+            self.reads.meta(object, now);
             self.saw_stat(object, &stat, now);
             if dirty.whole && kind == FileKind::Regular {
                 // What is appended meanwhile becomes dirty by its own record.
@@ -117,7 +117,7 @@ impl Engine {
         }
         if dirty.xattrs {
             let Some(xattrs) = host.xattrs(inode)? else { return Ok(false) };
-            self.reads.xattrs.insert(object, host.now());
+            self.reads.xattrs(object, host.now());
             self.model.set_xattrs(object, xattrs, &mut self.out);
         }
         Ok(true)
@@ -135,7 +135,7 @@ impl Engine {
     ) -> Result<bool, HostError> {
         let Some(inode) = self.model.get(object).map(|o| o.inode) else { return Ok(true) };
         // Events that are taken in between the pieces must see that the read is going on.
-        self.reads.data.entry(object).or_default().push((range.clone(), u64::MAX));
+        self.reads.data_begins(object, range.clone());
         let mut at = range.start;
         while at < end {
             let next = at.saturating_add(PIECE).min(end);
@@ -153,12 +153,7 @@ impl Engine {
             self.breathe(host, ahead)?;
             at = next;
         }
-        let now = host.now();
-        for read in self.reads.data.get_mut(&object).into_iter().flatten() {
-            if read.1 == u64::MAX {
-                read.1 = now;
-            }
-        }
+        self.reads.data_ends(object, host.now());
         Ok(true)
     }
 
@@ -176,7 +171,7 @@ impl Engine {
         // Another object than the model says: calls that named this entry went to the wrong one.
         let deep = deep || self.model.entry(directory, name) != Some(object);
         self.model.link(directory, name, object, &mut self.out);
-        self.reads.meta.insert(object, now);
+        self.reads.meta(object, now);
         self.saw_stat(object, &stat, now);
         // Nothing is known of what was not in the group before, and little of what came from
         // outside: its content, attributes and all below are taken.

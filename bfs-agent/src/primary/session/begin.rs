@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use bfs_common::record::{PathBytes, Record};
+use bfs_common::record::PathBytes;
 
 use super::state::{self, State};
 use super::work::Work;
@@ -151,11 +151,13 @@ impl Ground {
     /// [`Failure`].
     pub fn load_probes(&self) -> Result<Probes, Failure> {
         let pin_dir = group_dir(&self.options.group);
-        if Probes::are_pinned(&pin_dir)
-            && let Ok(old) = Probes::adopt(&pin_dir)
-            && old.selected_tasks()?.is_empty()
-        {
-            old.unpin()?;
+        // The control socket is ours, so no agent of this group lives.
+        match Probes::adopt(&pin_dir) {
+            Ok(old) if old.selected_tasks()?.is_empty() => old.unpin()?,
+            Ok(_) => {}
+            // An agent died while it loaded them; probes of another version are left alone.
+            Err(CaptureError::Kernel { .. }) if pin_dir.exists() => Probes::clear(&pin_dir)?,
+            Err(_) => {}
         }
         let inline_max = self.options.inline_max.map_or(INLINE_MAX, |n| n.min(u64::from(u32::MAX)) as u32);
         let ring_bytes = self.options.ring_bytes.map_or(RING_BYTES, |n| n.min(1 << 30) as u32);
@@ -191,19 +193,20 @@ impl Ground {
         let complete = complete && welcome.boot_id == boot_id && welcome.highest_object.0 > 0;
         let out = Outbox::new(welcome.position.sequence, welcome.position.chain);
         let mut engine = Engine::new(model, out, welcome.confirmed);
-        engine.announce(&Record::EpochBegin { epoch: welcome.epoch, boot_id, complete });
-        engine.set_roots(roots.into_iter().map(|r| (r.path, r.stat)).collect());
         let now = link::monotonic_ns();
+        engine.begin_epoch(welcome.epoch, boot_id, complete, now);
+        engine.set_roots(roots.into_iter().map(|r| (r.path, r.stat)).collect());
         if complete {
             engine.adopt_gaps(&welcome.gaps, now);
         } else {
+            // Once more, with the roots.
             engine.suspect_everything(now);
         }
         // What stands in the ring by now is in what was read or in the catalogue, or not.
         engine.suspect_events_before(now);
         state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;
         let link = link::Link::new(probes, reader, shipper, stopper);
-        Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.program.clone(), local))
+        Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.clone(), local))
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use bfs_common::abi::{InodeId, counter};
+use bfs_common::abi::{InodeId, TASKS_MAX, counter};
 use bfs_common::record::Name;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -17,8 +17,12 @@ use crate::primary::ship::{Full, Shipper};
 use crate::primary::stop::{Limits, Stopper};
 use crate::tree::Xattrs;
 
-/// How long the engine waits for room at the shipper before it counts as detached.
-const ROOM_WAIT: Duration = Duration::from_secs(2);
+/// How long the engine waits for room at the shipper before it counts as detached: without a
+/// connection, and with one that makes no progress.
+const ROOM_WAIT: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(60)];
+
+/// How many stops are remembered for the status.
+const STOPS_MAX: usize = 4096;
 
 /// How long processes may take to stand, and how long they stand for a checkpoint that needs it.
 pub const STOP_LIMITS: Limits = Limits { reach: Duration::from_secs(2), stand: Duration::from_secs(20) };
@@ -54,7 +58,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// Ties them together. `fresh`: the probes were just loaded, so nothing was lost before.
+    /// Ties them together. What the probes lost before counts as lost now.
     pub fn new(probes: Probes, reader: Reader, shipper: Shipper, stopper: Option<Box<dyn Stopper>>) -> Self {
         Self {
             probes,
@@ -170,8 +174,15 @@ impl Host for Link {
     fn losses(&mut self) -> Result<Losses, HostError> {
         let now = self.probes.counters().map_err(probes_failed)?;
         let rose = |index| now.get(index) > self.seen.get(index);
-        let mut losses =
-            Losses { everything: rose(counter::RESCAN) || rose(counter::TASKS_FULL), ..Losses::default() };
+        // A task that is not followed can do anything at any time, and so can its children.
+        let unfollowed = now.get(counter::TASKS_FULL);
+        if unfollowed > 0 {
+            return Err(HostError::Probes(format!(
+                "{unfollowed} tasks beyond the {TASKS_MAX} that can be followed: nothing is confirmed any more; \
+                 end this agent and start again when there are fewer"
+            )));
+        }
+        let mut losses = Losses { everything: rose(counter::RESCAN), ..Losses::default() };
         if rose(counter::RESERVE_FAILED) {
             let suspects = self.probes.drain_suspects().map_err(probes_failed)?;
             losses.inodes = suspects.into_iter().map(|(inode, _)| inode).collect();
@@ -189,14 +200,17 @@ impl Host for Link {
 
     fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError> {
         for mut batch in batches {
-            let deadline = Instant::now() + ROOM_WAIT;
+            let mut since = (Instant::now(), self.shipper.progress().durable.sequence);
             loop {
                 match self.shipper.try_push(batch) {
                     Ok(()) => break,
                     Err(Full(back)) => batch = back,
                 }
                 let progress = self.shipper.progress();
-                if Instant::now() >= deadline && !progress.connected {
+                if progress.durable.sequence > since.1 {
+                    since = (Instant::now(), progress.durable.sequence);
+                }
+                if since.0.elapsed() >= ROOM_WAIT[usize::from(progress.connected)] {
                     return Err(HostError::Detached(progress.retained_bytes as u64));
                 }
                 let _ =
@@ -205,6 +219,10 @@ impl Host for Link {
         }
         self.release_ring();
         Ok(())
+    }
+
+    fn ship_position(&mut self, position: u64) {
+        self.shipper.note_position(position);
     }
 
     fn stop(&mut self) -> Result<(), HostError> {
@@ -224,7 +242,12 @@ impl Host for Link {
     fn go(&mut self) {
         let Some(stopper) = &mut self.stopper else { return };
         match stopper.go() {
-            Ok(stood) if stood > Duration::ZERO => self.stops_us.push(stood.as_micros() as u64),
+            Ok(stood) if stood > Duration::ZERO => {
+                if self.stops_us.len() >= STOPS_MAX {
+                    self.stops_us.remove(0);
+                }
+                self.stops_us.push(stood.as_micros() as u64);
+            }
             Ok(_) => {}
             Err(e) => self.let_go = Some(e.to_string()),
         }

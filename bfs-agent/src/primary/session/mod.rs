@@ -213,7 +213,8 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
         Selection::Cgroup(directory) if directory.exists() => Box::new(Freezer::adopt(directory, guard)?),
         _ => Box::new(Ptrace::new(members(&probes)?)),
     };
-    let mut work = ground.build(probes, Some(stopper), &state, true)?;
+    let complete = !state.incomplete;
+    let mut work = ground.build(probes, Some(stopper), &state, complete)?;
     work.suspect_mapped();
     let status = follow_processes(work, group, &inherited)?;
     if let Selection::Cgroup(directory) = &state.selection {

@@ -33,6 +33,11 @@ pub struct State {
     secret_file: Option<PathBuf>,
     socket: Option<PathBuf>,
     final_wait_ms: u64,
+    inline_max: Option<u64>,
+    ring_bytes: Option<u64>,
+    /// Events were thrown away: a successor cannot go on, it has to copy everything.
+    #[serde(default)]
+    pub incomplete: bool,
     /// What the group replicates, in words.
     pub program: String,
     /// How to stop its processes.
@@ -52,6 +57,9 @@ impl State {
             secret_file: options.secret_file.as_ref().map(absolute),
             socket: options.socket.as_ref().map(absolute),
             final_wait_ms: options.final_wait.as_millis() as u64,
+            inline_max: options.inline_max,
+            ring_bytes: options.ring_bytes,
+            incomplete: false,
             program: program.into(),
             selection,
         }
@@ -71,8 +79,8 @@ impl State {
             secret_file: self.secret_file.clone(),
             socket: self.socket.clone(),
             final_wait: Duration::from_millis(self.final_wait_ms),
-            inline_max: None,
-            ring_bytes: None,
+            inline_max: self.inline_max,
+            ring_bytes: self.ring_bytes,
         })
     }
 

@@ -31,7 +31,7 @@ impl Work {
             group: self.options.group.clone(),
             state: if refusal.is_some() { State::Refused } else { self.state },
             pid: std::process::id(),
-            program: self.program.clone(),
+            program: self.kept.program.clone(),
             selected_threads: selected,
             roots: self.options.roots.iter().map(|r| r.display().to_string()).collect(),
             schedule: self.options.schedule.to_string(),
@@ -100,7 +100,8 @@ impl Work {
         if self.tally.taken == 0 {
             return Some("the first copy is not complete".into());
         }
-        None
+        // What went wrong since the last checkpoint that came about.
+        self.failing.clone()
     }
 }
 

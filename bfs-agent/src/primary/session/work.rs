@@ -8,19 +8,23 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bfs_common::record::{CheckpointId, Epoch, Sequence};
 
 use super::SessionOptions;
-use super::link::{Link, STOP_LIMITS};
+use super::link::{Link, STOP_LIMITS, monotonic_ns};
 use crate::backup::ReplayerHandle;
 use crate::primary::control::{
     self, FailureKind, Inbound, Replies, Reply, Request as Command, State, Ticket, WaitFor,
 };
 use crate::primary::engine::host::HostError;
-use crate::primary::engine::{CheckpointError, Engine, Request, Stop, Taken};
+use crate::primary::engine::{CheckpointError, Engine, RECENT_NS, Request, Stop, Taken};
 use crate::primary::ship::Progress;
 use crate::primary::stop::Limits;
 use crate::primary::verify;
 
 /// Records wait at most this long for their batch.
 const FLUSH_EVERY: Duration = Duration::from_millis(20);
+/// How often is looked at what was lost, and forgotten what is old.
+const CARE_EVERY: Duration = Duration::from_millis(200);
+/// How long the end of `run` waits for the backup's files once the checkpoint is confirmed.
+const APPLIED_WAIT: Duration = Duration::from_secs(10);
 /// Events that are taken in before the loop looks at anything else.
 const EVENTS_AT_ONCE: usize = 4096;
 /// Between two looks at an empty ring.
@@ -90,15 +94,17 @@ pub struct Work {
     pub(super) engine: Engine,
     pub(super) link: Link,
     pub(super) epoch: Epoch,
-    pub(super) program: String,
+    pub(super) kept: super::state::State,
     pub(super) state: State,
     pub(super) marks: Vec<Mark>,
     pub(super) tally: Tally,
     pub(super) last_error: Option<String>,
     pub(super) detached: Option<String>,
+    pub(super) failing: Option<String>,
     waiters: Vec<Waiter>,
     held: Option<Held>,
     last_flush: Instant,
+    last_care: Instant,
     last_checkpoint: Instant,
     pushed_at_checkpoint: (u64, u64),
     ops_at_checkpoint: u64,
@@ -116,7 +122,7 @@ impl Work {
         engine: Engine,
         link: Link,
         epoch: Epoch,
-        program: String,
+        kept: super::state::State,
         local: Option<Arc<ReplayerHandle>>,
     ) -> Self {
         let now = Instant::now();
@@ -127,15 +133,17 @@ impl Work {
             engine,
             link,
             epoch,
-            program,
+            kept,
             state: State::Copying,
             marks: Vec::new(),
             tally: Tally::default(),
             last_error: None,
             detached: None,
+            failing: None,
             waiters: Vec::new(),
             held: None,
             last_flush: now,
+            last_care: now,
             last_checkpoint: now,
             pushed_at_checkpoint: (0, 0),
             ops_at_checkpoint: 0,
@@ -177,6 +185,13 @@ impl Work {
             Ok(taken) => taken,
             Err(e) => return self.host_failed(&e),
         };
+        if self.last_care.elapsed() >= CARE_EVERY {
+            self.last_care = Instant::now();
+            self.engine.prune(monotonic_ns().saturating_sub(RECENT_NS));
+            if let Err(e) = self.engine.take_losses(&mut self.link) {
+                self.host_failed(&e);
+            }
+        }
         if self.engine.needs_flush() && self.last_flush.elapsed() >= FLUSH_EVERY {
             self.flush();
         }
@@ -205,8 +220,15 @@ impl Work {
     /// what the group holds has to be copied again by the next agent.
     fn host_failed(&mut self, error: &HostError) {
         self.last_error = Some(error.to_string());
-        if matches!(error, HostError::Detached(_)) {
+        self.failing = Some(error.to_string());
+        if matches!(error, HostError::Detached(_)) && self.detached.is_none() {
             self.detached = Some(error.to_string());
+            // From here on events are thrown away. Should that not be written down, nothing may
+            // be left that a successor would take for complete.
+            self.kept.incomplete = true;
+            if self.kept.write(&self.options.group).is_err() {
+                super::state::State::remove(&self.options.group);
+            }
         }
     }
 
@@ -263,6 +285,7 @@ impl Work {
                     took_us = taken.took.as_micros(),
                     "checkpoint"
                 );
+                self.failing = None;
                 self.tally.taken += 1;
                 self.tally.stopped += u64::from(taken.stopped);
                 self.pushed_at_checkpoint =
@@ -280,6 +303,7 @@ impl Work {
             }
             Err(e) => {
                 self.last_error = Some(e.to_string());
+                self.failing = Some(e.to_string());
                 match &e {
                     CheckpointError::CallInFlight { .. } => self.tally.late += 1,
                     CheckpointError::Host(host) => {
@@ -536,10 +560,15 @@ impl Work {
         ending
     }
 
-    fn wait_end(&mut self, taken: &Taken, deadline: Instant) -> Ending {
+    fn wait_end(&mut self, taken: &Taken, mut deadline: Instant) -> Ending {
+        let mut confirmed = false;
         loop {
             let progress = self.link.shipper.progress();
             let reached = reached(taken.checkpoint, taken.sequence, &progress);
+            if reached == Some(WaitFor::Confirmed) && !confirmed {
+                confirmed = true;
+                deadline = deadline.min(Instant::now() + APPLIED_WAIT);
+            }
             let over = Instant::now() >= deadline || progress.refusal.is_some();
             if reached == Some(WaitFor::Applied) || over {
                 let why = progress.refusal.map(|r| r.to_string()).or(progress.last_error);

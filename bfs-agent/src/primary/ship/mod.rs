@@ -229,6 +229,14 @@ impl Shipper {
         Ok(())
     }
 
+    /// Ring space up to here holds nothing beyond what was pushed so far: it may be released as
+    /// soon as that is durable.
+    pub fn note_position(&self, position: u64) {
+        let mut state = self.shared.lock();
+        state.queue.note_position(position);
+        state.progress.released_ring_position = state.queue.released();
+    }
+
     /// How far the destination is.
     #[must_use]
     pub fn progress(&self) -> Progress {

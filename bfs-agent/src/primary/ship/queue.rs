@@ -174,6 +174,14 @@ impl Queue {
         self.released
     }
 
+    /// Ring space up to here holds nothing beyond what was pushed so far.
+    pub fn note_position(&mut self, position: u64) {
+        match self.batches.back_mut() {
+            Some(last) => last.ring_position = last.ring_position.max(Some(position)),
+            None => self.released = self.released.max(Some(position)),
+        }
+    }
+
     /// Bytes that are retained.
     #[must_use]
     pub fn bytes(&self) -> usize {

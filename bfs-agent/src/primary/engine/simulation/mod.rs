@@ -8,7 +8,7 @@ mod world;
 
 use std::path::PathBuf;
 
-use bfs_common::record::{ChainHash, CheckpointId, ObjectId, Sequence};
+use bfs_common::record::{ChainHash, CheckpointId, Epoch, ObjectId, Sequence};
 
 use super::host::Host;
 use super::model::{FileSystems, Model};
@@ -34,6 +34,7 @@ fn run(seed: u64) -> (u32, u32) {
     let model = Model::new(ObjectId(0), FileSystems::default());
     let mut engine = Engine::new(model, Outbox::new(Sequence(0), ChainHash::START), CheckpointId(0));
     let root = world.stat_of(ROOT).unwrap();
+    engine.begin_epoch(Epoch(1), [0; 16], false, world.now());
     engine.set_roots(vec![(PathBuf::from("/r"), root)]);
     engine.suspect_everything(world.now());
     engine.suspect_events_before(world.now());

@@ -371,6 +371,8 @@ impl Host for World {
         Ok(())
     }
 
+    fn ship_position(&mut self, _position: u64) {}
+
     fn stop(&mut self) -> Result<(), HostError> {
         self.stops += 1;
         self.stopped = true;
