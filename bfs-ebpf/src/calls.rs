@@ -29,17 +29,14 @@ pub mod class {
 pub mod nr {
     pub const WRITE: u32 = 1;
     pub const OPEN: u32 = 2;
-    pub const CLOSE: u32 = 3;
     pub const MMAP: u32 = 9;
-    pub const IOCTL: u32 = 16;
     pub const PWRITE64: u32 = 18;
-    pub const WRITEV: u32 = 20;
-    pub const SENDFILE: u32 = 40;
     pub const BIND: u32 = 49;
     pub const FTRUNCATE: u32 = 77;
     pub const CREAT: u32 = 85;
-    pub const OPENAT: u32 = 257;
+    pub const SYMLINK: u32 = 88;
     pub const FUTIMESAT: u32 = 261;
+    pub const SYMLINKAT: u32 = 266;
     pub const SPLICE: u32 = 275;
     pub const UTIMENSAT: u32 = 280;
     pub const FALLOCATE: u32 = 285;
