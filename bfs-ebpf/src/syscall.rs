@@ -83,6 +83,25 @@ fn descriptor(number: u32, state: &TaskState) -> u32 {
     }) as u32
 }
 
+/// [`class`] of a call.
+#[inline(always)]
+fn class_of(number: u64) -> u8 {
+    if number < CALLS as u64 { CLASS[number as usize & (CALLS - 1)] } else { class::NONE }
+}
+
+/// Whether a call may matter at its start, if its task is followed.
+#[inline(always)]
+pub fn starts(number: u64) -> bool {
+    class_of(number) != class::NONE || number & X32 != 0 || kernel::task_status() & TS_COMPAT != 0
+}
+
+/// Whether a call may matter at its end, if its task is followed.
+#[inline(always)]
+pub fn ends(regs: *const u64) -> bool {
+    let class = class_of(register(regs, reg::ORIG_AX));
+    class != class::NONE && class != class::MEMORY
+}
+
 /// The start of a call of a followed task.
 #[inline(always)]
 pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64) {
