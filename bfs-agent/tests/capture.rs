@@ -409,7 +409,10 @@ fn calls_of_the_32_bit_table_are_told_apart() {
 
 #[test]
 fn a_full_ring_names_what_it_lost() {
-    let mut capture = Capture::with("full", |options| options.ring_bytes = 1 << 16);
+    let mut capture = Capture::with("full", |options| {
+        options.ring_bytes = 1 << 16;
+        options.inline_max = 4096;
+    });
     let seen = capture.run("fill");
     let kept = files(&seen, nr::WRITE).len() as u64;
     assert!(kept > 0 && kept < 100, "{kept}");
