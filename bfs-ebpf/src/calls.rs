@@ -29,17 +29,14 @@ pub mod class {
 pub mod nr {
     pub const WRITE: u32 = 1;
     pub const OPEN: u32 = 2;
-    pub const CLOSE: u32 = 3;
     pub const MMAP: u32 = 9;
-    pub const IOCTL: u32 = 16;
     pub const PWRITE64: u32 = 18;
-    pub const WRITEV: u32 = 20;
-    pub const SENDFILE: u32 = 40;
     pub const BIND: u32 = 49;
     pub const FTRUNCATE: u32 = 77;
     pub const CREAT: u32 = 85;
-    pub const OPENAT: u32 = 257;
+    pub const SYMLINK: u32 = 88;
     pub const FUTIMESAT: u32 = 261;
+    pub const SYMLINKAT: u32 = 266;
     pub const SPLICE: u32 = 275;
     pub const UTIMENSAT: u32 = 280;
     pub const FALLOCATE: u32 = 285;
@@ -81,8 +78,10 @@ const fn classes() -> [u8; CALLS] {
     set(&mut table, &[40, 275, 326], class::COPY);
     set(&mut table, &[16], class::IOCTL);
     set(&mut table, &[9], class::MMAP);
-    // mprotect munmap brk mremap madvise shmat shmdt remap_file_pages pkey_mprotect
-    set(&mut table, &[10, 11, 12, 25, 28, 30, 67, 216, 329], class::MEMORY);
+    // mprotect munmap brk mremap madvise shmat shmdt remap_file_pages pkey_mprotect, and those after
+    // which another task may change the memory map, or it is another one: clone fork vfork execve
+    // execveat clone3
+    set(&mut table, &[10, 11, 12, 25, 28, 30, 67, 216, 329, 56, 57, 58, 59, 322, 435], class::MEMORY);
     table
 }
 

@@ -118,7 +118,6 @@ pub fn file_of(fd: u32) -> (u64, bool) {
 /// What is needed of a `struct file`.
 #[derive(Clone, Copy)]
 pub struct File {
-    pub address: u64,
     pub inode: u64,
     pub dentry: u64,
     pub pos: u64,
@@ -135,7 +134,6 @@ pub fn read_file(scratch: &mut Scratch, address: u64, table_shared: bool) -> Fil
     unsafe { bpf_probe_read_kernel(block.cast(), FILE_BLOCK as u32, address as *const _) };
     let users: u32 = at(block, off!(file_count));
     File {
-        address,
         inode: at(block, off!(file_inode)),
         dentry: at(block, off!(file_path) + off!(path_dentry)),
         pos: at(block, off!(file_pos)),
@@ -170,10 +168,16 @@ pub fn read_parent(scratch: &mut Scratch, inode: u64) {
 #[inline(always)]
 fn device(block: *const u64, inode: u64) -> (u32, bool) {
     let sb: u64 = at(block, off!(inode_sb));
-    if off!(btrfs_root) as u32 != 0 && read::<u64>(sb + off!(sb_magic) as u64) == BTRFS_MAGIC {
+    let dev = read(sb + off!(sb_dev) as u64);
+    // A number that is in scope is not that of a btrfs super block: its subvolumes, and only they
+    // are ever in scope, have numbers of their own.
+    if off!(btrfs_root) as u32 != 0
+        && !in_scope(dev)
+        && read::<u64>(sb + off!(sb_magic) as u64) == BTRFS_MAGIC
+    {
         return (btrfs_device(inode), true);
     }
-    (read(sb + off!(sb_dev) as u64), false)
+    (dev, false)
 }
 
 /// `btrfs_inode.root->anon_dev`.
@@ -239,66 +243,41 @@ pub fn object_is_followed(scratch: &Scratch) -> bool {
     kind == S_IFREG || kind == S_IFDIR
 }
 
-/// Writes attributes from a block into a record.
-///
-/// # Safety
-/// `to` points to a record in the ring.
+/// The attributes in a block.
 #[inline(always)]
-unsafe fn attr(to: *mut InodeAttr, block: *const u64, generation: u32, dev: u32) {
-    // SAFETY: as promised; each field is written.
-    unsafe {
-        (*to).id.ino = at(block, off!(inode_ino));
-        (*to).id.dev = dev;
-        (*to).id.generation = generation;
-        (*to).size = at(block, off!(inode_size));
-        (*to).mtime_sec = at(block, off!(inode_mtime_sec));
-        (*to).mtime_nsec = at(block, off!(inode_mtime_nsec));
-        (*to).mode = u32::from(at::<u16>(block, off!(inode_mode)));
-        (*to).uid = at(block, off!(inode_uid));
-        (*to).gid = at(block, off!(inode_gid));
-        (*to).nlink = at(block, off!(inode_nlink));
-        (*to).reserved = 0;
-    }
+fn attr(to: &mut InodeAttr, block: *const u64, generation: u32, dev: u32) {
+    to.id.ino = at(block, off!(inode_ino));
+    to.id.dev = dev;
+    to.id.generation = generation;
+    to.size = at(block, off!(inode_size));
+    to.mtime_sec = at(block, off!(inode_mtime_sec));
+    to.mtime_nsec = at(block, off!(inode_mtime_nsec));
+    to.mode = u32::from(at::<u16>(block, off!(inode_mode)));
+    to.uid = at(block, off!(inode_uid));
+    to.gid = at(block, off!(inode_gid));
+    to.nlink = at(block, off!(inode_nlink));
+    to.reserved = 0;
 }
 
-/// Writes the attributes of the object in the scratch.
-///
-/// # Safety
-/// `to` points to a record in the ring.
+/// The attributes of the object in the scratch go into the file record.
 #[inline(always)]
-pub unsafe fn object_attr(to: *mut InodeAttr, scratch: &Scratch, dev: u32) {
-    // SAFETY: as promised by the caller.
-    unsafe { attr(to, scratch.inode.as_ptr(), scratch.generation[0], dev) }
+pub fn object_attr(scratch: &mut Scratch, dev: u32) {
+    attr(&mut scratch.file_record.event.attr, scratch.inode.as_ptr(), scratch.generation[0], dev);
 }
 
-/// Writes the attributes of the directory in the scratch.
-///
-/// # Safety
-/// `to` points to a record in the ring.
+/// The attributes of the directory in the scratch go into the file record.
 #[inline(always)]
-pub unsafe fn parent_attr(to: *mut InodeAttr, scratch: &Scratch, dev: u32) {
-    // SAFETY: as promised by the caller.
-    unsafe { attr(to, scratch.parent.as_ptr(), scratch.generation[1], dev) }
+pub fn parent_attr(scratch: &mut Scratch, dev: u32) {
+    attr(&mut scratch.file_record.event.parent, scratch.parent.as_ptr(), scratch.generation[1], dev);
 }
 
-/// Writes "no inode", or an identity without attributes.
-///
-/// # Safety
-/// `to` points to a record in the ring.
+/// The attributes of the object in the scratch go into the path record, as those of the second or
+/// of the first base.
 #[inline(always)]
-pub unsafe fn bare_attr(to: *mut InodeAttr, id: InodeId) {
-    // SAFETY: as promised; each field is written.
-    unsafe {
-        (*to).id = id;
-        (*to).size = 0;
-        (*to).mtime_sec = 0;
-        (*to).mtime_nsec = 0;
-        (*to).mode = 0;
-        (*to).uid = 0;
-        (*to).gid = 0;
-        (*to).nlink = 0;
-        (*to).reserved = 0;
-    }
+pub fn base_attr(scratch: &mut Scratch, second: bool, dev: u32) {
+    let event = &mut scratch.path_record.event;
+    let to = if second { &mut event.base2 } else { &mut event.base1 };
+    attr(to, scratch.inode.as_ptr(), scratch.generation[0], dev);
 }
 
 /// A name in its directory, as the dentry has it.

@@ -29,6 +29,11 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
         // SAFETY: a word that only ever goes from 0 to 1.
         unsafe { core::ptr::write_volatile(&raw mut maps::FOREIGN_STORES, 1) };
     }
+    // The number first: most calls change nothing, whoever makes them, and a look into a table that
+    // is loaded anyway costs less than the search for the task.
+    if !syscall::starts(number) {
+        return 0;
+    }
     let pid_tgid = bpf_get_current_pid_tgid();
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
         // SAFETY: the entry of the current task, which only the current task changes.
@@ -40,6 +45,9 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
 /// `sys_exit(regs, ret)`
 #[btf_tracepoint(function = "sys_exit")]
 pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
+    if !syscall::ends(ctx.arg(0)) {
+        return 0;
+    }
     let pid_tgid = bpf_get_current_pid_tgid();
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
         // SAFETY: as above.

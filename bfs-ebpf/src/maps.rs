@@ -4,12 +4,17 @@
 //! before loading, so the verifier takes them for constants and drops what they switch off.
 
 use aya_ebpf::{
+    helpers::generated::bpf_ringbuf_output,
     macros::map,
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use bfs_common::abi::{
-    DEVICES_MAX, InodeId, Offsets, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX, TaskState, counter,
+    DEVICES_MAX, FileEvent, InodeId, Offsets, PATH_MAX, PathEvent, SUSPECTS_MAX, Settings, Suspect,
+    TASKS_MAX, TaskState, counter,
 };
+
+/// `BPF_RB_NO_WAKEUP`: the agent polls, because a wakeup costs more than a record.
+pub const NO_WAKEUP: u64 = 1;
 
 /// Records on their way to the agent; the agent sets the size.
 #[map]
@@ -34,7 +39,7 @@ pub static META: Array<[u64; 4]> = Array::with_max_entries(1, 0);
 /// Working memory; one entry per hook, because on kernels where probes can be preempted only
 /// runs of the same probe exclude each other.
 #[map]
-pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(3, 0);
+pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(2, 0);
 
 /// Bytes read at once from a `struct file`.
 pub const FILE_BLOCK: usize = 184;
@@ -43,7 +48,29 @@ pub const INODE_BLOCK: usize = 128;
 /// Bytes read at once from a `struct dentry`.
 pub const DENTRY_BLOCK: usize = 56;
 
-/// Blocks of kernel memory as they were read.
+/// Bytes of data that are put together with their record before it goes into the ring; more are
+/// copied into the ring directly.
+pub const SMALL_DATA: usize = 128;
+
+/// A record of a call on a descriptor, before it goes into the ring.
+#[repr(C)]
+pub struct FileRecord {
+    pub event: FileEvent,
+    /// The name, then the data; room for the largest name twice, so that a masked length fits.
+    pub bytes: [u8; 256 + SMALL_DATA],
+}
+
+/// A record of a call with paths, before it goes into the ring.
+#[repr(C)]
+pub struct PathRecord {
+    pub event: PathEvent,
+    pub bytes: [u8; 2 * PATH_MAX],
+}
+
+/// Blocks of kernel memory as they were read, and records as they are put together.
+///
+/// What lies here the verifier does not follow value by value, as it does with the stack: that keeps
+/// the number of states small in which it has to look at a probe.
 #[repr(C)]
 pub struct Scratch {
     pub file: [u64; FILE_BLOCK / 8],
@@ -53,6 +80,12 @@ pub struct Scratch {
     /// Generations of `inode` and `parent`, where they lie outside the block.
     pub generation: [u32; 2],
     pub chunks: crate::write::Chunks,
+    /// Address in user memory of the data that go with `file_record`, and how many.
+    pub data: u64,
+    pub data_len: u32,
+    pub reserved: u32,
+    pub file_record: FileRecord,
+    pub path_record: PathRecord,
 }
 
 /// Index into [`SCRATCH`] of `sys_enter`.
@@ -74,11 +107,17 @@ pub static SETTINGS: Settings =
 #[unsafe(no_mangle)]
 pub static mut FOREIGN_STORES: u32 = 0;
 
-/// An offset of [`OFFSETS`], read so that the compiler does not take the zero for its value.
+/// Loads what the agent filled in, so that the compiler does not take the zero for its value.
+#[inline(always)]
+pub fn filled_in<T: Copy>(value: *const T) -> T {
+    // SAFETY: called with the address of a part of a static, which lives for ever.
+    unsafe { core::ptr::read_volatile(value) }
+}
+
+/// An offset of [`OFFSETS`].
 macro_rules! off {
     ($field:ident) => {
-        // SAFETY: a static that lives for ever; volatile because the agent fills it in.
-        unsafe { core::ptr::read_volatile(&raw const $crate::maps::OFFSETS.$field) } as usize
+        $crate::maps::filled_in(&raw const $crate::maps::OFFSETS.$field) as usize
     };
 }
 pub(crate) use off;
@@ -86,17 +125,30 @@ pub(crate) use off;
 /// A field of [`SETTINGS`].
 macro_rules! setting {
     ($field:ident) => {
-        // SAFETY: as for `off!`.
-        unsafe { core::ptr::read_volatile(&raw const $crate::maps::SETTINGS.$field) }
+        $crate::maps::filled_in(&raw const $crate::maps::SETTINGS.$field)
     };
     ($field:ident, $index:expr) => {
-        // SAFETY: as for `off!`; the index is bounded by the caller's loop.
-        unsafe {
-            core::ptr::read_volatile((&raw const $crate::maps::SETTINGS.$field).cast::<u32>().add($index))
-        }
+        $crate::maps::filled_in((&raw const $crate::maps::SETTINGS.$field).cast::<u32>().wrapping_add($index))
     };
 }
 pub(crate) use setting;
+
+/// Puts `len` bytes at `record` into the ring. Whether there was room.
+///
+/// # Safety
+/// `record` is in map memory, of at least `len` bytes.
+#[inline(always)]
+pub unsafe fn output<T>(record: *const T, len: u32) -> bool {
+    // SAFETY: as promised by the caller; the map's definition is what the loader replaces.
+    unsafe {
+        bpf_ringbuf_output(
+            (&raw const RING).cast_mut().cast(),
+            record.cast_mut().cast(),
+            u64::from(len),
+            NO_WAKEUP,
+        ) == 0
+    }
+}
 
 /// Adds one to a counter.
 #[inline(always)]
@@ -107,22 +159,38 @@ pub fn count(index: u32) {
     }
 }
 
-/// Names an object whose record was lost, or, where there is no room for the name, all of them.
+/// Names the object of the record in the scratch, which was lost, or, where there is no room for
+/// the name, all of them.
+///
+/// Global, as every function with `no_mangle` here: the verifier looks at it once and by itself.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn suspect(id: &InodeId, now: u64) -> i64 {
+extern "C" fn suspect(scratch: *mut Scratch) -> i32 {
     count(counter::RESERVE_FAILED);
-    if let Some(entry) = SUSPECTS.get_ptr_mut(id) {
-        // SAFETY: a preallocated map's entry; a lost increment does no harm, the entry is there.
-        unsafe {
+    if scratch.is_null() {
+        return 0;
+    }
+    // SAFETY: a part of the scratch, and the map's own entry.
+    unsafe {
+        let id = &(*scratch).file_record.event.attr.id;
+        let now = (*scratch).file_record.event.header.end_ns;
+        // A lost increment does no harm, the entry is there.
+        if let Some(entry) = SUSPECTS.get_ptr_mut(id) {
             (*entry).lost += 1;
             (*entry).last_ns = now;
         }
-    }
-    // Also when it was there: the agent may have taken it out just before the increment.
-    else if SUSPECTS.insert(id, Suspect { lost: 1, last_ns: now }, 0).is_err() {
-        count(counter::RESCAN);
+        // Also when it was there: the agent may have taken it out just before the increment.
+        else if SUSPECTS.insert(id, Suspect { lost: 1, last_ns: now }, 0).is_err() {
+            count(counter::RESCAN);
+        }
     }
     0
+}
+
+/// Names the object of the record in the scratch.
+#[inline(always)]
+pub fn name_suspect(scratch: &mut Scratch) {
+    suspect(scratch);
 }
 
 /// A record without a single object was lost.

@@ -1,13 +1,13 @@
 //! Records of calls with paths: [`PathEvent`] and the strings.
 
 use aya_ebpf::helpers::generated::{bpf_probe_read_user, bpf_probe_read_user_str};
-use bfs_common::abi::{InodeId, NAME_MAX, PATH_MAX, PathEvent, TaskState, counter, flag};
+use bfs_common::abi::{NAME_MAX, PATH_MAX, PathEvent, TaskState, counter, flag};
 
 use crate::{
     calls::{CALLS, NO_ARG, PATHS, nr},
-    file::{NO_WAKEUP, opaque},
+    file::{NO_ATTR, header, opaque, stamp},
     kernel,
-    maps::{RING, Scratch, count, rescan},
+    maps::{Scratch, count, output, rescan},
 };
 
 /// `AT_FDCWD`
@@ -15,61 +15,39 @@ const AT_FDCWD: i32 = -100;
 /// `AF_UNIX`
 const AF_UNIX: u16 = 1;
 
-/// What a path record says beside the paths.
-#[derive(Clone, Copy)]
-pub struct Out {
-    pub kind: u16,
-    pub flags: u16,
-    pub nr: u32,
-    pub start_ns: u64,
-    pub end_ns: u64,
-    pub ret: i64,
-    pub pid_tgid: u64,
-    /// Bytes of path 1 and path 2, once read.
-    len1: u32,
-    len2: u32,
-    /// Whether a string was longer than the record's class.
-    too_long: u32,
-}
-
-impl Out {
-    /// A record to be.
-    #[inline(always)]
-    pub fn new(
-        kind: u16,
-        flags: u16,
-        nr: u32,
-        state: &TaskState,
-        end_ns: u64,
-        ret: i64,
-        pid_tgid: u64,
-    ) -> Self {
-        let start_ns = state.start_ns;
-        Self { kind, flags, nr, start_ns, end_ns, ret, pid_tgid, len1: 0, len2: 0, too_long: 0 }
-    }
-}
-
-#[repr(C)]
-struct Record<const S: usize> {
-    event: PathEvent,
-    path1: [u8; S],
-    path2: [u8; S],
-}
-
-/// Puts the record into the ring; where there is no room, everything is suspect.
+/// Puts the record of the call in `state` into the ring; where there is no room, everything is
+/// suspect. The caller has filled in the header.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn emit(out: &mut Out, state: &TaskState, scratch: &mut Scratch) -> i64 {
-    // Short paths first: nearly all are.
-    let mut sent = send::<256>(out, state, scratch);
-    if out.too_long != 0 {
-        sent = send::<PATH_MAX>(out, state, scratch);
+extern "C" fn emit_path(scratch: *mut Scratch, state: *const TaskState) -> i32 {
+    if scratch.is_null() || state.is_null() {
+        return 0;
     }
-    if sent {
+    // SAFETY: the verifier checks the pointers that the probe hands in.
+    let (scratch, state) = unsafe { (&mut *scratch, &*state) };
+    if send(scratch, state) {
         count(counter::RECORDS);
     } else {
         rescan();
     }
     0
+}
+
+/// A record of the paths of the call in `state`.
+#[inline(always)]
+pub fn emit(
+    scratch: &mut Scratch,
+    state: &TaskState,
+    kind: u16,
+    flags: u16,
+    nr: u32,
+    end_ns: u64,
+    ret: i64,
+    pid_tgid: u64,
+) {
+    let start_ns = state.start_ns;
+    scratch.path_record.event.header = header(kind, flags, nr, start_ns, end_ns, ret, pid_tgid);
+    emit_path(scratch, state);
 }
 
 #[inline(always)]
@@ -84,54 +62,59 @@ fn argument(state: &TaskState, index: u16) -> u64 {
     }
 }
 
-/// Reads a string; the length without the terminating zero, 0 with a flag where it fails.
+/// Reads a string to `at` in the bytes of the record; the length without the terminating zero, 0 with
+/// a flag where it fails.
 #[inline(always)]
-fn string<const S: usize>(out: &mut Out, to: *mut u8, address: u64) -> u32 {
-    // SAFETY: `to` has room for S bytes.
-    let read = unsafe { bpf_probe_read_user_str(to.cast(), S as u32, address as *const _) };
+fn string(scratch: &mut Scratch, at: u32, address: u64) -> u32 {
+    // SAFETY: `at` is below PATH_MAX, and behind it there is room for another path.
+    let read = unsafe {
+        let to = (&raw mut scratch.path_record.bytes).cast::<u8>().add(at as usize);
+        bpf_probe_read_user_str(to.cast(), PATH_MAX as u32, address as *const _)
+    };
     if read <= 0 {
-        out.flags |= flag::PATH_UNREADABLE;
+        scratch.path_record.event.header.flags |= flag::PATH_UNREADABLE;
         count(counter::USER_UNREADABLE);
         return 0;
-    }
-    if read as usize >= S {
-        out.too_long = 1;
     }
     (read - 1) as u32
 }
 
-/// Whether `path` has no slash and is neither empty nor `.` nor `..`.
-#[inline(always)]
-fn is_single(path: *const u8, len: u32) -> bool {
+/// Whether the path at `start` in the bytes of the record has no slash and is neither empty nor `.`
+/// nor `..`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn path_is_single(scratch: *const Scratch, start: u32, len: u32) -> i32 {
     const SLASHES: u64 = 0x2f2f_2f2f_2f2f_2f2f;
     const ONES: u64 = 0x0101_0101_0101_0101;
-    if len == 0 || len > NAME_MAX as u32 {
-        return false;
+    if scratch.is_null() || len == 0 || len > NAME_MAX as u32 {
+        return 0;
     }
-    let words = path.cast::<u64>();
+    let start = opaque(&start) & (PATH_MAX as u32 - 1);
+    // SAFETY: behind `start` there is room for another path.
+    let bytes = unsafe { (&raw const (*scratch).path_record.bytes).cast::<u8>().add(start as usize) };
     let mut i = 0;
     while i < 32 {
         let before = i as u32 * 8;
         if before >= len {
             break;
         }
-        // SAFETY: both classes have more than 256 bytes here, aligned to 8.
-        let mut word = unsafe { words.add(i).read() };
+        // SAFETY: as above.
+        let mut word = unsafe { bytes.cast::<u64>().add(i).read_unaligned() };
         let rest = len - before;
         if rest < 8 {
             word &= (1 << (rest * 8)) - 1;
         }
         if i == 0 && (word == 0x2e || word == 0x2e2e) {
-            return false;
+            return 0;
         }
         // A byte of the difference is zero where there is a slash.
         let difference = word ^ SLASHES;
         if difference.wrapping_sub(ONES) & !difference & (ONES << 7) != 0 {
-            return false;
+            return 0;
         }
         i += 1;
     }
-    true
+    1
 }
 
 /// The inode that a path starts from.
@@ -149,107 +132,63 @@ fn base(first: u8, len: u32, directory: u16, state: &TaskState) -> u64 {
 }
 
 #[inline(always)]
-fn send<const S: usize>(out: &mut Out, state: &TaskState, scratch: &mut Scratch) -> bool {
-    let Some(mut entry) = RING.reserve::<Record<S>>(0) else {
-        out.too_long = 0;
-        return false;
-    };
-    let record = entry.as_mut_ptr();
-    let spec = PATHS[out.nr as usize & (CALLS - 1)];
-    out.too_long = 0;
-    out.flags &= !flag::PATH_UNREADABLE;
-    // SAFETY: the record was reserved; every field of the event is written.
-    unsafe {
-        let event = &raw mut (*record).event;
-        let bytes = (&raw mut (*record).path1).cast::<u8>();
-        let (directory1, path1) = (spec & 7, spec >> 4 & 7);
-        let (directory2, path2) = (spec >> 8 & 7, spec >> 12 & 7);
-        let mut address = argument(state, path1);
-        let mut limit = S as u32 - 1;
-        if out.nr == nr::BIND {
-            address += 2;
-            limit = (state.args[2] as u32).wrapping_sub(2) & (S as u32 - 1);
-        }
-        out.len1 = string::<S>(out, bytes, address);
-        if out.len1 > limit {
-            out.len1 = limit;
-        }
-        let first1 = *bytes;
-        let single1 = is_single(bytes, out.len1);
-        let mut len1 = opaque(&out.len1);
-        if len1 as usize > S - 1 {
-            len1 = 0;
-        }
-        out.len2 = 0;
-        let mut first2 = 0;
-        let mut single2 = false;
-        if path2 != NO_ARG {
-            // Read where it can be looked at, then moved behind path 1.
-            let second = (&raw mut (*record).path2).cast::<u8>();
-            out.len2 = string::<S>(out, second, argument(state, path2));
-            first2 = *second;
-            single2 = is_single(second, out.len2);
-            let mut len2 = opaque(&out.len2);
-            if len2 as usize > S - 1 {
-                len2 = 0;
-            }
-            if len2 > 0 {
-                aya_ebpf::helpers::generated::bpf_probe_read_kernel(
-                    bytes.add(len1 as usize).cast(),
-                    len2,
-                    second as *const _,
-                );
-            }
-        }
-        if out.too_long != 0 && S < PATH_MAX {
-            entry.discard(NO_WAKEUP);
-            return false;
-        }
-        // symlink: the first path is text, not a path from here.
-        let is_text = out.nr == 88 || out.nr == 266;
-        let inode = if is_text { 0 } else { base(first1, out.len1, directory1, state) };
-        if inode != 0 {
-            kernel::read_inode(scratch, inode);
-            let (dev, _) = kernel::object_device(scratch, inode);
-            kernel::object_attr(&raw mut (*event).base1, scratch, dev);
-            if single1 {
-                out.flags |= flag::PARENT1_ATTR;
-            }
-        } else {
-            kernel::bare_attr(&raw mut (*event).base1, InodeId::NONE);
-        }
-        let inode = if path2 == NO_ARG { 0 } else { base(first2, out.len2, directory2, state) };
-        if inode != 0 {
-            kernel::read_inode(scratch, inode);
-            let (dev, _) = kernel::object_device(scratch, inode);
-            kernel::object_attr(&raw mut (*event).base2, scratch, dev);
-            if single2 {
-                out.flags |= flag::PARENT2_ATTR;
-            }
-        } else {
-            kernel::bare_attr(&raw mut (*event).base2, InodeId::NONE);
-        }
-        let root = kernel::directory(true);
-        kernel::read_parent(scratch, root);
-        let (dev, _) = kernel::parent_device(scratch, root);
-        (*event).root = kernel::parent_id(scratch, dev);
-        (*event).args = state.args;
-        (*event).path1_len = out.len1;
-        (*event).path2_len = out.len2;
-        let header = &raw mut (*event).header;
-        (*header).len = size_of::<PathEvent>() as u32 + out.len1 + out.len2;
-        (*header).kind = out.kind;
-        (*header).flags = out.flags;
-        (*header).start_ns = out.start_ns;
-        (*header).end_ns = out.end_ns;
-        (*header).tid = out.pid_tgid as u32;
-        (*header).tgid = (out.pid_tgid >> 32) as u32;
-        (*header).nr = out.nr;
-        (*header).read_ns = 0;
-        (*header).ret = out.ret;
+fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
+    let number = scratch.path_record.event.header.nr;
+    let spec = PATHS[number as usize & (CALLS - 1)];
+    let (directory1, path1) = (spec & 7, spec >> 4 & 7);
+    let (directory2, path2) = (spec >> 8 & 7, spec >> 12 & 7);
+    let mut address = argument(state, path1);
+    let mut limit = PATH_MAX as u32 - 1;
+    if number == nr::BIND {
+        address += 2;
+        limit = (state.args[2] as u32).wrapping_sub(2) & (PATH_MAX as u32 - 1);
     }
-    entry.submit(NO_WAKEUP);
-    true
+    let len1 = string(scratch, 0, address);
+    scratch.path_record.event.path1_len = if len1 > limit { limit } else { len1 };
+    let len1 = opaque(&scratch.path_record.event.path1_len) & (PATH_MAX as u32 - 1);
+    scratch.path_record.event.path2_len = 0;
+    if path2 != NO_ARG {
+        let len2 = string(scratch, len1, argument(state, path2));
+        scratch.path_record.event.path2_len = len2;
+    }
+    let len2 = opaque(&scratch.path_record.event.path2_len) & (PATH_MAX as u32 - 1);
+    scratch.path_record.event.base1 = NO_ATTR;
+    scratch.path_record.event.base2 = NO_ATTR;
+    // symlink: the first path is text, not a path from here.
+    if number != nr::SYMLINK && number != nr::SYMLINKAT {
+        let first = scratch.path_record.bytes[0];
+        let inode = base(first, len1, directory1, state);
+        if inode != 0 {
+            kernel::read_inode(scratch, inode);
+            let (dev, _) = kernel::object_device(scratch, inode);
+            kernel::base_attr(scratch, false, dev);
+            if path_is_single(scratch, 0, len1) != 0 {
+                scratch.path_record.event.header.flags |= flag::PARENT1_ATTR;
+            }
+        }
+    }
+    if path2 != NO_ARG {
+        let first = scratch.path_record.bytes[len1 as usize];
+        let inode = base(first, len2, directory2, state);
+        if inode != 0 {
+            kernel::read_inode(scratch, inode);
+            let (dev, _) = kernel::object_device(scratch, inode);
+            kernel::base_attr(scratch, true, dev);
+            if path_is_single(scratch, len1, len2) != 0 {
+                scratch.path_record.event.header.flags |= flag::PARENT2_ATTR;
+            }
+        }
+    }
+    let root = kernel::directory(true);
+    kernel::read_parent(scratch, root);
+    let (dev, _) = kernel::parent_device(scratch, root);
+    scratch.path_record.event.root = kernel::parent_id(scratch, dev);
+    scratch.path_record.event.args = state.args;
+    let len = size_of::<PathEvent>() as u32 + len1 + len2;
+    scratch.path_record.event.header.len = len;
+    stamp(&mut scratch.path_record.event.header);
+    // SAFETY: part of the scratch, and within its size.
+    unsafe { output(&raw const scratch.path_record, len) }
 }
 
 /// Whether the address of a `bind` is a path.

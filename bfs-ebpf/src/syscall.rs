@@ -7,7 +7,7 @@
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user};
-use bfs_common::abi::{InodeId, NO_CALL, TaskState, counter, flag, kind, slot};
+use bfs_common::abi::{FileEvent, InodeAttr, NO_CALL, TaskState, counter, flag, kind, slot};
 
 use crate::{
     calls::{CALLS, CLASS, class, nr},
@@ -83,11 +83,32 @@ fn descriptor(number: u32, state: &TaskState) -> u32 {
     }) as u32
 }
 
+/// [`class`] of a call.
+#[inline(always)]
+fn class_of(number: u64) -> u8 {
+    if number < CALLS as u64 { CLASS[number as usize & (CALLS - 1)] } else { class::NONE }
+}
+
+/// Whether a call may matter at its start, if its task is followed.
+#[inline(always)]
+pub fn starts(number: u64) -> bool {
+    class_of(number) != class::NONE || number & X32 != 0 || kernel::task_status() & TS_COMPAT != 0
+}
+
+/// Whether a call may matter at its end, if its task is followed.
+#[inline(always)]
+pub fn ends(regs: *const u64) -> bool {
+    let class = class_of(register(regs, reg::ORIG_AX));
+    class != class::NONE && class != class::MEMORY
+}
+
 /// The start of a call of a followed task.
 #[inline(always)]
 pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64) {
     if kernel::task_status() & TS_COMPAT != 0 || number & X32 != 0 {
         count(counter::COMPAT);
+        state.private_start = 0;
+        state.private_end = 0;
         task::emit(kind::COMPAT, number as u32, pid_tgid as u32, (pid_tgid >> 32) as u32, number, 0);
         return;
     }
@@ -240,10 +261,10 @@ fn enter_path(state: &mut TaskState, number: u32, pid_tgid: u64) {
     }
     state.flags |= slot::PATH_SHARED;
     if let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_ENTER) {
-        let mut out =
-            path::Out::new(kind::PATH_ENTER, flag::PATH_SHARED, number, state, state.start_ns, 0, pid_tgid);
         // SAFETY: this CPU's entry of this hook.
-        path::emit(&mut out, state, unsafe { &mut *scratch });
+        let scratch = unsafe { &mut *scratch };
+        let start_ns = state.start_ns;
+        path::emit(scratch, state, kind::PATH_ENTER, flag::PATH_SHARED, number, start_ns, 0, pid_tgid);
     }
 }
 
@@ -301,30 +322,8 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
         }
         return;
     }
-    let mut out = file::Out {
-        kind: kind::FILE,
-        flags: 0,
-        nr: number,
-        start_ns: state.start_ns,
-        end_ns,
-        ret,
-        pid_tgid,
-        id: state.inode,
-        has_attr: false,
-        has_parent: false,
-        parent_dev: 0,
-        file: state.file,
-        f_flags: 0,
-        f_mode: 0,
-        file_offset: 0,
-        count: 0,
-        range_start: 0,
-        range_end: 0,
-        name: 0,
-        name_len: 0,
-        data_len: 0,
-        data: 0,
-    };
+    let mut kind = kind::FILE;
+    let mut flags = 0;
     if failed {
         match class {
             class::WRITE | class::COPY | class::IOCTL | class::DESCRIPTOR => {
@@ -336,29 +335,35 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
             _ => return,
         }
         if class != class::CLOSE {
-            out.kind = kind::TOUCH;
-            out.flags = flag::FAILED;
+            kind = kind::TOUCH;
+            flags = flag::FAILED;
         }
-    } else if class == class::WRITE || class == class::COPY {
-        if ret == 0 {
-            return;
-        }
+    } else if (class == class::WRITE || class == class::COPY) && ret == 0 {
+        return;
     }
+    begin(scratch, state, ret, end_ns, number, pid_tgid);
     if class == class::CLOSE {
         // The file may be gone, and with it the inode: only an inode that is still the same counts.
         kernel::read_inode(scratch, state.inode_addr);
-        out.has_attr = kernel::object_id(scratch, state.inode.dev) == state.inode;
+        let id = kernel::object_id(scratch, state.inode.dev);
         if state.flags & slot::SHARED_FILE != 0 {
-            out.flags |= flag::SHARED_FILE;
+            flags |= flag::SHARED_FILE;
         }
-        if out.has_attr && kernel::object_links(scratch) == 0 {
-            out.flags |= flag::UNLINKED;
+        if id == state.inode {
+            kernel::object_attr(scratch, id.dev);
+            if kernel::object_links(scratch) == 0 {
+                flags |= flag::UNLINKED;
+            }
         }
-        file::emit(&mut out, scratch);
+        send(scratch, kind, flags);
         return;
     }
-    let fd = if opened { ret as u32 } else { descriptor(number, state) };
-    let (address, table_shared) = kernel::file_of(fd);
+    // What only this task has open nobody can have closed in mid-call.
+    let (address, table_shared) = if !opened && state.flags & slot::SHARED_FILE == 0 {
+        (state.file, false)
+    } else {
+        kernel::file_of(if opened { ret as u32 } else { descriptor(number, state) })
+    };
     if address == 0 || (!opened && address != state.file) {
         if opened {
             // Closed again by another thread before we could look.
@@ -366,76 +371,105 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
             return;
         }
         // The descriptor was replaced in mid-call; the object is known, the rest is not.
-        out.kind = kind::TOUCH;
-        out.flags |= flag::BY_REFERENCE | flag::OFFSET_UNKNOWN;
-        file::emit(&mut out, scratch);
+        send(scratch, kind::TOUCH, flags | flag::BY_REFERENCE | flag::OFFSET_UNKNOWN);
         return;
     }
     let file = kernel::read_file(scratch, address, table_shared);
+    if failed && class == class::WRITE && file.flags & (O_SYNC | O_DSYNC | O_DIRECT) == 0 {
+        return;
+    }
     kernel::read_inode(scratch, file.inode);
+    let mut dev = state.inode.dev;
     let mut btrfs = state.flags & slot::BTRFS != 0;
     if opened {
-        let (dev, on_btrfs) = kernel::object_device(scratch, file.inode);
-        btrfs = on_btrfs;
+        (dev, btrfs) = kernel::object_device(scratch, file.inode);
         if !kernel::object_is_file(scratch) || !kernel::in_scope(dev) {
             return;
         }
-        out.id = kernel::object_id(scratch, dev);
         if file.mode & FMODE_CREATED != 0 {
-            out.flags |= flag::CREATED;
+            flags |= flag::CREATED;
         } else if open_flags(state, number) & O_TRUNC != 0 {
-            out.flags |= flag::TRUNCATED;
+            flags |= flag::TRUNCATED;
         } else {
             // It was there, and is as it was.
             return;
         }
     }
-    if failed && class == class::WRITE && file.flags & (O_SYNC | O_DSYNC | O_DIRECT) == 0 {
+    kernel::object_attr(scratch, dev);
+    scratch.file_record.event.file = address;
+    scratch.file_record.event.f_flags = file.flags;
+    scratch.file_record.event.f_mode = file.mode;
+    if file.shared || state.flags & slot::SHARED_FILE != 0 {
+        flags |= flag::SHARED_FILE;
+    }
+    if scratch.file_record.event.attr.nlink == 0 {
+        flags |= flag::UNLINKED;
+    }
+    if class == class::WRITE && !failed {
+        // Without the name and the directory: the file is known since its open, and this is the
+        // call that counts.
+        flags = write::place(scratch, state, &file, flags);
+        scratch.file_record.event.header.flags = flags;
+        write::data(scratch, state);
+        file::emit(scratch);
         return;
     }
-    out.has_attr = true;
-    out.file = address;
-    out.f_flags = file.flags;
-    out.f_mode = file.mode;
-    if file.shared || state.flags & slot::SHARED_FILE != 0 {
-        out.flags |= flag::SHARED_FILE;
-    }
-    if kernel::object_links(scratch) == 0 {
-        out.flags |= flag::UNLINKED;
-    }
+    let event = &mut scratch.file_record.event;
     match class {
-        class::WRITE if !failed => {
-            write::place(&mut out, state, &file, kernel::object_size(scratch));
-            write::data(&mut out, state, scratch);
-        }
-        class::DESCRIPTOR if number == nr::FTRUNCATE => out.file_offset = state.args[1],
+        class::DESCRIPTOR if number == nr::FTRUNCATE => event.file_offset = state.args[1],
         class::DESCRIPTOR if number == nr::FALLOCATE => {
-            out.kind = kind::TOUCH;
-            out.file_offset = state.args[2];
-            out.count = state.args[3];
+            kind = kind::TOUCH;
+            event.file_offset = state.args[2];
+            event.count = state.args[3];
         }
         class::COPY | class::IOCTL => {
-            out.kind = kind::TOUCH;
+            kind = kind::TOUCH;
             if !failed && class == class::COPY {
-                out.count = ret as u64;
+                event.count = ret as u64;
             }
         }
         class::MMAP => {
-            out.kind = kind::MAPPED;
-            out.file_offset = state.args[5];
-            out.count = state.args[1];
+            kind = kind::MAPPED;
+            event.file_offset = state.args[5];
+            event.count = state.args[1];
         }
         _ => {}
     }
     let name = kernel::read_dentry(scratch, file.dentry);
     if name.parent != 0 {
         kernel::read_parent(scratch, name.parent);
-        out.has_parent = true;
-        out.parent_dev = kernel::parent_device_like(name.parent, out.id.dev, btrfs);
-        out.name = name.address;
-        out.name_len = name.len;
+        kernel::parent_attr(scratch, kernel::parent_device_like(name.parent, dev, btrfs));
+        file::name(scratch, name.address, name.len);
     }
-    file::emit(&mut out, scratch);
+    send(scratch, kind, flags);
+}
+
+/// Begins the record of a call on a descriptor: what is known from its start.
+#[inline(always)]
+fn begin(scratch: &mut Scratch, state: &TaskState, ret: i64, end_ns: u64, number: u32, pid_tgid: u64) {
+    scratch.data_len = 0;
+    scratch.file_record.event = FileEvent {
+        header: file::header(kind::FILE, 0, number, state.start_ns, end_ns, ret, pid_tgid),
+        attr: InodeAttr { id: state.inode, ..file::NO_ATTR },
+        parent: file::NO_ATTR,
+        file: state.file,
+        file_offset: 0,
+        count: 0,
+        range_start: 0,
+        range_end: 0,
+        f_flags: 0,
+        f_mode: 0,
+        name_len: 0,
+        data_len: 0,
+    };
+}
+
+/// Sends the record of a call on a descriptor.
+#[inline(always)]
+fn send(scratch: &mut Scratch, kind: u16, flags: u16) {
+    scratch.file_record.event.header.kind = kind;
+    scratch.file_record.event.header.flags = flags;
+    file::emit(scratch);
 }
 
 #[inline(always)]
@@ -452,8 +486,7 @@ fn exit_path(
     if state.flags & slot::PATH_SHARED != 0 || kernel::paths_are_shared() {
         flags |= flag::PATH_SHARED;
     }
-    let mut out = path::Out::new(kind::PATH, flags, number, state, end_ns, ret, pid_tgid);
-    path::emit(&mut out, state, scratch);
+    path::emit(scratch, state, kind::PATH, flags, number, end_ns, ret, pid_tgid);
 }
 
 /// Whether an open that failed may have created or truncated before. The errors left out come

@@ -4,9 +4,8 @@ use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
 use bfs_common::abi::{NO_CALL, TaskEvent, TaskState, counter, kind};
 
 use crate::{
-    file::NO_WAKEUP,
     kernel::read,
-    maps::{RING, TASKS, count, off, rescan},
+    maps::{NO_WAKEUP, RING, TASKS, count, off, rescan},
 };
 
 /// A state without a call in flight.

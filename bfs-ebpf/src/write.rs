@@ -1,13 +1,13 @@
 //! Writes: where the bytes landed, and whether a copy of the buffer is what the file got.
 
 use aya_ebpf::helpers::generated::{bpf_find_vma, bpf_loop, bpf_probe_read_user};
-use bfs_common::abi::{DataEvent, TaskState, counter, flag, kind, slot};
+use bfs_common::abi::{DataEvent, EventHeader, TaskState, counter, flag, kind, slot};
 
 use crate::{
     calls::nr,
-    file::{DATA_IN_RECORD, NO_WAKEUP, Out, opaque},
+    file::{DATA_IN_RECORD, opaque},
     kernel::{self, File, read},
-    maps::{FOREIGN_STORES, RING, Scratch, count, off, setting},
+    maps::{FOREIGN_STORES, NO_WAKEUP, RING, Scratch, count, off, setting},
 };
 
 /// `include/uapi/asm-generic/fcntl.h`
@@ -25,45 +25,49 @@ const VECTORS_MAX: u64 = 8;
 /// Steps of the loop over chunks; bounds the largest write that is copied.
 const STEPS_MAX: u32 = 80;
 
-/// Fills in where a successful write landed.
+/// Fills in where a successful write landed; the flags with what was found.
 #[inline(always)]
-pub fn place(out: &mut Out, state: &TaskState, file: &File, size: u64) {
-    let written = out.ret as u64;
-    out.count = written;
-    let rwf = if out.nr == nr::PWRITEV2 { state.args[5] as u32 } else { 0 };
+pub fn place(scratch: &mut Scratch, state: &TaskState, file: &File, flags: u16) -> u16 {
+    let event = &mut scratch.file_record.event;
+    let mut flags = flags;
+    let number = event.header.nr;
+    let written = event.header.ret as u64;
+    let size = event.attr.size;
+    event.count = written;
+    let rwf = if number == nr::PWRITEV2 { state.args[5] as u32 } else { 0 };
     let append = state.flags & slot::APPEND != 0;
     let appends = (append || rwf & RWF_APPEND != 0) && rwf & RWF_NOAPPEND == 0;
-    let positioned = match out.nr {
+    let positioned = match number {
         nr::PWRITE64 | nr::PWRITEV => true,
         nr::PWRITEV2 => state.args[3] != u64::MAX,
         _ => false,
     };
-    let shared = out.flags & flag::SHARED_FILE != 0;
     if appends {
-        out.flags |= flag::APPEND;
+        flags |= flag::APPEND;
     }
     if append != (file.flags & O_APPEND != 0) {
         // F_SETFL came in between.
-        out.flags |= flag::OFFSET_UNKNOWN;
+        flags |= flag::OFFSET_UNKNOWN;
     } else if appends {
-        if !shared && !positioned {
-            out.file_offset = file.pos.wrapping_sub(written);
+        if flags & flag::SHARED_FILE == 0 && !positioned {
+            event.file_offset = file.pos.wrapping_sub(written);
         } else if state.size + written == size {
-            out.file_offset = state.size;
+            event.file_offset = state.size;
         } else {
-            out.flags |= flag::OFFSET_UNKNOWN;
+            flags |= flag::OFFSET_UNKNOWN;
             if size > state.size {
-                out.range_start = state.size;
-                out.range_end = size;
+                event.range_start = state.size;
+                event.range_end = size;
             }
         }
     } else if positioned {
-        out.file_offset = state.args[3];
+        event.file_offset = state.args[3];
     } else if state.pos + written == file.pos {
-        out.file_offset = state.pos;
+        event.file_offset = state.pos;
     } else {
-        out.flags |= flag::OFFSET_UNKNOWN;
+        flags |= flag::OFFSET_UNKNOWN;
     }
+    flags
 }
 
 struct Area {
@@ -117,64 +121,86 @@ fn is_private(state: &mut TaskState, start: u64, len: u64) -> bool {
 /// copy and ours: one user of the memory, no io_uring or AIO that may store into it, nobody who
 /// writes into other processes, and pages that no mapping shares.
 #[inline(always)]
-pub fn data(out: &mut Out, state: &mut TaskState, scratch: &mut Scratch) {
-    out.flags |= flag::BY_REFERENCE;
-    let total = out.ret as u64;
+pub fn data(scratch: &mut Scratch, state: &mut TaskState) {
+    let total = scratch.file_record.event.header.ret as u64;
     // SAFETY: a global word; it only ever goes from 0 to 1.
     let foreign = unsafe { core::ptr::read_volatile(&raw const FOREIGN_STORES) };
-    if total > u64::from(setting!(inline_max)) || foreign != 0 || kernel::memory_is_shared() {
-        count(counter::BY_REFERENCE);
-        return;
+    let mut inline = false;
+    if total <= u64::from(setting!(inline_max)) && foreign == 0 && !kernel::memory_is_shared() {
+        let (start, end) = (state.args[1], state.args[1].wrapping_add(total));
+        let number = scratch.file_record.event.header.nr;
+        let plain = matches!(number, nr::WRITE | nr::PWRITE64) && total <= DATA_IN_RECORD;
+        // The usual case: a small write out of the area that the last one came from.
+        if plain && start >= state.private_start && end <= state.private_end && start < end {
+            scratch.data = start;
+            scratch.data_len = total as u32;
+            inline = true;
+        } else {
+            inline = write_data(scratch, state) != 0;
+        }
     }
+    if inline {
+        scratch.file_record.event.header.flags |= flag::INLINE;
+        count(counter::INLINE);
+    } else {
+        scratch.file_record.event.header.flags |= flag::BY_REFERENCE;
+        count(counter::BY_REFERENCE);
+    }
+}
+
+/// Whether the data goes inline; sends what goes ahead of the record.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn write_data(scratch: *mut Scratch, state: *mut TaskState) -> i32 {
+    if scratch.is_null() || state.is_null() {
+        return 0;
+    }
+    // SAFETY: the verifier checks the pointers that the probe hands in.
+    let (scratch, state) = unsafe { (&mut *scratch, &mut *state) };
+    let header = scratch.file_record.event.header;
+    let total = header.ret as u64;
     let mut buffer = [state.args[1], total];
     let mut vectors = 1;
-    if !matches!(out.nr, nr::WRITE | nr::PWRITE64) {
+    if !matches!(header.nr, nr::WRITE | nr::PWRITE64) {
         vectors = state.args[2];
         if vectors == 0 || vectors > VECTORS_MAX || !read_vector(&mut buffer, state.args[1]) {
-            count(counter::BY_REFERENCE);
-            return;
+            return 0;
         }
         if vectors == 1 {
             buffer[1] = total;
         }
     }
     if !is_private(state, buffer[0], buffer[1]) {
-        count(counter::BY_REFERENCE);
-        return;
+        return 0;
     }
     if vectors == 1 && total <= DATA_IN_RECORD {
-        out.data = buffer[0];
-        out.data_len = total as u32;
-    } else {
-        scratch.chunks = Chunks {
-            pid_tgid: out.pid_tgid,
-            start_ns: out.start_ns,
-            end_ns: out.end_ns,
-            nr: out.nr,
-            flags: 0,
-            size: 0,
-            base: buffer[0],
-            left: buffer[1],
-            vector: if vectors == 1 { 0 } else { state.args[1] + 16 },
-            vectors: vectors - 1,
-            offset: 0,
-            total,
-            private_start: state.private_start,
-            private_end: state.private_end,
-        };
-        // SAFETY: the callback has the signature that the helper asks for.
-        unsafe {
-            let mut chunks = &raw mut scratch.chunks;
-            bpf_loop(STEPS_MAX, step as *mut core::ffi::c_void, (&raw mut chunks).cast(), 0);
-        }
-        if scratch.chunks.offset != total {
-            out.flags |= scratch.chunks.flags as u16;
-            count(counter::BY_REFERENCE);
-            return;
-        }
+        scratch.data = buffer[0];
+        scratch.data_len = total as u32;
+        return 1;
     }
-    out.flags = out.flags & !flag::BY_REFERENCE | flag::INLINE;
-    count(counter::INLINE);
+    scratch.chunks = Chunks {
+        header,
+        flags: 0,
+        size: 0,
+        base: buffer[0],
+        left: buffer[1],
+        vector: if vectors == 1 { 0 } else { state.args[1] + 16 },
+        vectors: vectors - 1,
+        offset: 0,
+        total,
+        private_start: state.private_start,
+        private_end: state.private_end,
+    };
+    // SAFETY: the callback has the signature that the helper asks for.
+    unsafe {
+        let mut chunks = &raw mut scratch.chunks;
+        bpf_loop(STEPS_MAX, step as *mut core::ffi::c_void, (&raw mut chunks).cast(), 0);
+    }
+    if scratch.chunks.offset != total {
+        scratch.file_record.event.header.flags |= scratch.chunks.flags as u16;
+        return 0;
+    }
+    1
 }
 
 /// Reads a `struct iovec`.
@@ -190,10 +216,7 @@ fn read_vector(vector: &mut [u64; 2], address: u64) -> bool {
 /// without end.
 #[repr(C)]
 pub struct Chunks {
-    pid_tgid: u64,
-    start_ns: u64,
-    end_ns: u64,
-    nr: u32,
+    header: EventHeader,
     flags: u32,
     size: u32,
     base: u64,
@@ -276,17 +299,8 @@ fn send<const D: usize>(chunks: &mut Chunks) -> bool {
             return false;
         }
         let event = &raw mut (*record).event;
-        let header = &raw mut (*event).header;
-        (*header).len = size_of::<DataEvent>() as u32 + len;
-        (*header).kind = kind::DATA;
-        (*header).flags = 0;
-        (*header).start_ns = chunks.start_ns;
-        (*header).end_ns = chunks.end_ns;
-        (*header).tid = chunks.pid_tgid as u32;
-        (*header).tgid = (chunks.pid_tgid >> 32) as u32;
-        (*header).nr = chunks.nr;
-        (*header).read_ns = 0;
-        (*header).ret = 0;
+        let len_all = size_of::<DataEvent>() as u32 + len;
+        (*event).header = EventHeader { len: len_all, kind: kind::DATA, flags: 0, ret: 0, ..chunks.header };
         (*event).offset = chunks.offset;
         (*event).data_len = len;
         (*event).reserved = 0;

@@ -69,7 +69,7 @@ impl Engine {
                 self.note_mapped(e.attr.id.dev, e.attr.id.ino);
             }
             for inode in [e.attr.id, e.parent.id] {
-                if self.model.find(inode).is_none() {
+                if inode.is_some() && self.model.find(inode).is_none() {
                     self.strangers.note(inode, span.end_ns);
                 }
             }

@@ -11,14 +11,18 @@
 //! Calls outside the cut are held back until the marker stands. If a condition fails, they are
 //! taken in and another t is tried; after [`TRIES`] the processes are stopped.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use bfs_common::abi::Event;
-use bfs_common::record::{CheckpointId, CheckpointLabel, GapScope, Record, Sequence};
+use bfs_common::record::{
+    CheckpointId, CheckpointLabel, FileKind, GapScope, Name, ObjectId, Record, Sequence,
+};
 
 use super::Engine;
 use super::host::{Host, HostError, InFlight, OwnedEvent};
 use super::interpret::{Thing, interpret, span_of};
+use super::recent::Span;
 
 /// Cuts that are tried before the processes are stopped.
 const TRIES: u32 = 12;
@@ -389,27 +393,48 @@ impl Engine {
         self.consume(&event, host)
     }
 
+    /// What the calls that are held back touch, as far as that can be told before they are taken
+    /// in: what a path leads to after an earlier one of them changed a name on it cannot.
+    fn deferred_touches(&self, host: &mut dyn Host) -> Vec<(Span, Vec<Thing>)> {
+        let mut changed: HashSet<(ObjectId, Name)> = HashSet::new();
+        let mut directories_changed = false;
+        let mut all = Vec::with_capacity(self.deferred.len());
+        for event in &self.deferred {
+            let Some(parsed) = Event::parse(&event.bytes) else {
+                all.push((Span::default(), vec![Thing::Everything]));
+                continue;
+            };
+            let act = interpret(&self.model, host, &parsed);
+            let mut touches = act.touches(&self.model);
+            if let Some(place) = act.reaches_by()
+                && (directories_changed || place.entry().is_some_and(|e| changed.contains(&e)))
+            {
+                touches.push(Thing::Everything);
+            }
+            for (place, object) in act.changes(&self.model) {
+                let leaf =
+                    object.is_some_and(|kind| !matches!(kind, FileKind::Directory | FileKind::Symlink));
+                directories_changed |= !leaf;
+                changed.extend(place.entry());
+            }
+            all.push((span_of(&parsed), touches));
+        }
+        all
+    }
+
     /// Whether a call that is held back shares something with a covered one that it may have
     /// overtaken.
     fn crosses(&mut self, host: &mut dyn Host, crossing: &[Crossing]) -> bool {
-        let last = crossing.iter().map(|c| c.until_ns).max().unwrap_or(0);
-        for event in &self.deferred {
-            let Some(parsed) = Event::parse(&event.bytes) else { return true };
-            let span = span_of(&parsed);
-            if span.start_ns > last {
-                continue;
-            }
-            let touches = interpret(&self.model, host, &parsed).touches(&self.model);
-            // The calls of one task follow each other.
-            let shared = crossing
+        if crossing.is_empty() {
+            return false;
+        }
+        // The calls of one task follow each other.
+        self.deferred_touches(host).iter().any(|(span, touches)| {
+            crossing
                 .iter()
                 .filter(|c| c.tid != span.tid && span.start_ns <= c.until_ns)
-                .any(|c| c.touches.iter().any(|a| touches.iter().any(|b| a.shares(b))));
-            if shared {
-                return true;
-            }
-        }
-        false
+                .any(|c| c.touches.iter().any(|a| touches.iter().any(|b| a.shares(b))))
+        })
     }
 
     /// Waits until the calls that started while we read have ended, and holds them back.
@@ -433,17 +458,23 @@ impl Engine {
     /// What was read and then touched by a call outside the cut, before the reading ended, is
     /// dirty again.
     fn stain_reads(&mut self, host: &mut dyn Host) {
-        let deferred = std::mem::take(&mut self.deferred);
-        for event in &deferred {
-            let Some(parsed) = Event::parse(&event.bytes) else { continue };
-            let span = span_of(&parsed);
-            for thing in interpret(&self.model, host, &parsed).touches(&self.model) {
-                if self.reads.after(&thing, span.start_ns) {
+        for (span, touches) in self.deferred_touches(host) {
+            for thing in touches {
+                if !self.reads.after(&thing, span.start_ns) {
+                    continue;
+                }
+                if thing == Thing::Everything {
+                    for read in self.reads.all() {
+                        self.stain(&read, span.end_ns, false);
+                    }
+                    for directory in self.reads.lists.keys() {
+                        self.dirty.rescan(*directory, false);
+                    }
+                } else {
                     self.stain(&thing, span.end_ns, false);
                 }
             }
         }
-        self.deferred = deferred;
     }
 
     /// Takes in what was held back.

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use bfs_common::abi::{Event, FileEvent, InodeAttr, PathEvent, flag, kind};
-use bfs_common::record::{Meta, Name, ObjectId};
+use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 
 use super::host::Host;
 use super::model::Model;
@@ -423,6 +423,36 @@ impl Act {
             }
         }
         things
+    }
+}
+
+impl Act {
+    /// The place through which the act reached an object by its path, to change the object.
+    #[must_use]
+    pub fn reaches_by(&self) -> Option<&Place> {
+        match self {
+            Self::Truncate { place, .. } | Self::Attr { place, .. } => place.as_ref(),
+            Self::Suspect { place } => Some(place),
+            _ => None,
+        }
+    }
+
+    /// The entries that the act changes, each with the type of what it names before, where the
+    /// model knows it.
+    #[must_use]
+    pub fn changes(&self, model: &Model) -> Vec<(Place, Option<FileKind>)> {
+        let kind = |place: &Place| object_at(model, place).and_then(|o| model.get(o)).map(|o| o.kind);
+        match self {
+            Self::Create { parent, name, .. } => {
+                vec![(Place::Entry(*parent, name.clone()), Some(FileKind::Regular))]
+            }
+            Self::Unlink { place, .. } | Self::Make { place, .. } => vec![(place.clone(), kind(place))],
+            Self::Link { place, source, .. } => {
+                vec![(place.clone(), source.as_ref().and_then(kind))]
+            }
+            Self::Rename { from, to, .. } => vec![(from.clone(), kind(from)), (to.clone(), kind(from))],
+            _ => Vec::new(),
+        }
     }
 }
 

@@ -125,6 +125,15 @@ impl Reads {
         self.latest.saturating_add(SLACK_NS) >= t
     }
 
+    /// All that was read.
+    fn all(&self) -> Vec<Thing> {
+        let entries = self.entries.keys().map(|(d, n)| Thing::Entry(*d, n.clone()));
+        let data = self.data.iter().flat_map(|(o, reads)| reads.iter().map(|r| Thing::Data(*o, r.0.clone())));
+        let meta = self.meta.keys().map(|o| Thing::Meta(*o));
+        let xattrs = self.xattrs.keys().map(|o| Thing::Xattrs(*o));
+        entries.chain(data).chain(meta).chain(xattrs).collect()
+    }
+
     fn clear(&mut self) {
         *self = Self { everything: self.everything, ..Self::default() };
     }

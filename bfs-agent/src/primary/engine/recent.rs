@@ -12,7 +12,7 @@ use std::ops::Range;
 pub const SLACK_NS: u64 = 50_000;
 
 /// When a call ran and who made it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Span {
     /// Thread.
     pub tid: u32,

@@ -27,6 +27,17 @@ pub enum Place {
     Unknown,
 }
 
+impl Place {
+    /// The entry that is named or was looked for.
+    #[must_use]
+    pub fn entry(&self) -> Option<(ObjectId, Name)> {
+        match self {
+            Self::Entry(directory, name) | Self::Missing(directory, name) => Some((*directory, name.clone())),
+            Self::Object(_) | Self::Outside | Self::Unknown => None,
+        }
+    }
+}
+
 /// As the kernel: more symlinks than this are `ELOOP` (`MAXSYMLINKS`, include/linux/namei.h).
 const SYMLINKS_MAX: usize = 40;
 
