@@ -28,8 +28,9 @@ const RETAIN_BYTES_MAX: usize = 512 << 20;
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// How long the catalogue of a store may take.
 const CATALOG_LIMIT: Duration = Duration::from_secs(300);
-/// Writes up to this size are copied in the probe where that is exact.
-const INLINE_MAX: u32 = 64 << 10;
+/// Writes up to this size are copied in the probe where that is exact. Beyond, the copy costs the
+/// program more than a record that names the range, and ranges that are rewritten travel once.
+const INLINE_MAX: u32 = 1 << 10;
 /// Size of the ring.
 const RING_BYTES: u32 = 64 << 20;
 
