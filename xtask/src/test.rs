@@ -2,15 +2,20 @@
 //! totals at the end.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::shell::{cargo, root, shown};
 use crate::{setup, tidy};
 
-/// End-to-end tests beside each other: they mostly wait for each other's daemons and disks.
-const E2E_THREADS: &str = "4";
+/// End-to-end tests beside each other. More of them only make each other late on a small machine.
+const E2E_THREADS: &str = "2";
+
+/// One profile for all that is built here: the daemons are tested as users have them, nothing is
+/// compiled twice, and lints share the build scripts (the probes, SQLite) with the tests.
+const PROFILE: &str = "--release";
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Totals {
@@ -30,39 +35,74 @@ impl Totals {
     }
 }
 
-/// Runs it all; an error when anything failed, after the line with the totals.
-pub fn test(long: bool, filter: Option<&str>) -> Result<()> {
+/// Runs it all; the line with the totals is the last one.
+pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
     let mut totals = Totals::default();
+    let mut parts = Parts::default();
     // The tests load probes: where nothing can be installed or loaded, this is where it ends.
-    let set_up = setup::setup();
-    totals.add(report("setup", set_up));
-    totals.add(report("tidy", tidy::tidy()));
-    totals.add(step(cargo().args(["fmt", "--all", "--check"])));
-    let probes = root().join("bfs-ebpf");
-    totals.add(step(cargo().args(["fmt", "--check"]).current_dir(probes)));
-    let lints = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
-    totals.add(step(cargo().args(lints)));
-    totals.add(step(cargo().args(["build", "--quiet", "--workspace", "--bins"])));
-
-    let mut unit = cargo();
-    unit.args(["test", "--workspace", "--exclude", "bfs-tests", "--no-fail-fast"]);
-    let mut end_to_end = cargo();
-    end_to_end.args(["test", "--package", "bfs-tests", "--no-fail-fast"]);
-    for command in [&mut unit, &mut end_to_end] {
-        command.args(filter);
+    totals.add(parts.time("setup", || report("setup", setup::setup())));
+    totals.add(parts.time("tidy", || report("tidy", tidy::tidy())));
+    totals.add(parts.time("format", || {
+        let mut both = step(cargo().args(["fmt", "--all", "--check"]));
+        both.add(step(cargo().args(["fmt", "--check"]).current_dir(root().join("bfs-ebpf"))));
+        both
+    }));
+    // Two packages may use a crate with different features: always the whole workspace, so that
+    // each step finds what the one before has built.
+    totals.add(parts.time("lints", || {
+        step(cargo().args([
+            "clippy",
+            "--quiet",
+            PROFILE,
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ]))
+    }));
+    totals.add(parts.time("build", || {
+        let mut both = step(cargo().args(["build", "--quiet", PROFILE, "--workspace", "--bins"]));
+        both.add(step(cargo().args(["test", "--quiet", PROFILE, "--workspace", "--no-run"])));
+        both
+    }));
+    for (name, packages, threads) in [
+        ("unit tests", &["--workspace", "--exclude", "bfs-tests"][..], None),
+        ("end to end", &["--package", "bfs-tests"], Some(E2E_THREADS)),
+    ] {
+        let mut command = cargo();
+        command.args(["test", PROFILE, "--no-fail-fast"]).args(packages).args(filter);
+        if let Some(threads) = threads {
+            command.args(["--", "--test-threads", threads]);
+        }
+        if long {
+            command.env("BFS_LONG", "1");
+        }
+        totals.add(parts.time(name, || runner(&mut command))?);
     }
-    end_to_end.args(["--", "--test-threads", E2E_THREADS]);
-    if long {
-        end_to_end.env("BFS_LONG", "1");
-    }
-    for command in [&mut unit, &mut end_to_end] {
-        totals.add(runner(command)?);
-    }
+    parts.print();
     println!("{} passed, {} failed", totals.passed, totals.failed);
-    if totals.failed > 0 {
-        bail!("{} of {} failed", totals.failed, totals.passed + totals.failed);
+    Ok(if totals.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// How long each part took.
+#[derive(Default)]
+struct Parts(Vec<(&'static str, f64)>);
+
+impl Parts {
+    fn time<T>(&mut self, name: &'static str, work: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let done = work();
+        self.0.push((name, began.elapsed().as_secs_f64()));
+        done
     }
-    Ok(())
+
+    fn print(&self) {
+        let shown: Vec<String> =
+            self.0.iter().map(|(name, seconds)| format!("{name} {seconds:.0} s")).collect();
+        let total: f64 = self.0.iter().map(|part| part.1).sum();
+        println!("time: {}; {total:.0} s altogether", shown.join(", "));
+    }
 }
 
 fn report(name: &str, result: Result<()>) -> Totals {
