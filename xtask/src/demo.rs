@@ -167,7 +167,7 @@ fn demonstrate(world: &mut World, line: &[String], own_program: bool) -> Result<
 fn show(world: &World, time: Duration, event: &str) {
     let status = world.status().unwrap_or_default();
     let cell = |names: &[&str]| number_named(&status, names).map_or("-".to_owned(), |n| n.to_string());
-    println!(
+    let line = format!(
         "{:>5.1}s  {:>9}  {:>9}  {:>9}  {:>9}  {:>7}  {event}",
         time.as_secs_f64(),
         cell(&["last_sequence"]),
@@ -176,6 +176,7 @@ fn show(world: &World, time: Duration, event: &str) {
         cell(&["confirmed"]),
         cell(&["applied"]),
     );
+    println!("{}", line.trim_end());
 }
 
 fn last_line(text: &str) -> &str {

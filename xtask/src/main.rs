@@ -63,7 +63,7 @@ enum Bench {
     /// What replication costs the program, against the same program without it.
     Overhead {
         /// Pairs of measurements for each workload; the median counts.
-        #[arg(long, default_value_t = 5)]
+        #[arg(long, default_value_t = 3)]
         pairs: usize,
         /// Only workloads whose name holds this.
         filter: Option<String>,
