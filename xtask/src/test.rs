@@ -2,10 +2,11 @@
 //! totals at the end.
 
 use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::shell::{cargo, root, shown};
 use crate::{setup, tidy};
@@ -47,8 +48,6 @@ pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
         both.add(step(cargo().args(["fmt", "--check"]).current_dir(root().join("bfs-ebpf"))));
         both
     }));
-    // Two packages may use a crate with different features: always the whole workspace, so that
-    // each step finds what the one before has built.
     totals.add(parts.time("lints", || {
         step(cargo().args([
             "clippy",
@@ -61,28 +60,61 @@ pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
             "warnings",
         ]))
     }));
-    totals.add(parts.time("build", || {
-        let mut both = step(cargo().args(["build", "--quiet", PROFILE, "--workspace", "--bins"]));
-        both.add(step(cargo().args(["test", "--quiet", PROFILE, "--workspace", "--no-run"])));
-        both
-    }));
-    for (name, packages, threads) in [
-        ("unit tests", &["--workspace", "--exclude", "bfs-tests"][..], None),
-        ("end to end", &["--package", "bfs-tests"], Some(E2E_THREADS)),
-    ] {
-        let mut command = cargo();
-        command.args(["test", PROFILE, "--no-fail-fast"]).args(packages).args(filter);
-        if let Some(threads) = threads {
-            command.args(["--", "--test-threads", threads]);
-        }
-        if long {
-            command.env("BFS_LONG", "1");
-        }
-        totals.add(parts.time(name, || runner(&mut command))?);
+    // Built once, then started from here: `cargo test` of single packages would choose other
+    // features of the crates that they share, and compile those again.
+    let built = parts.time("build", runners);
+    totals.add(report("build", built.as_ref().map(drop).map_err(|e| anyhow::anyhow!("{e:#}"))));
+    for (name, end_to_end) in [("unit tests", false), ("end to end", true)] {
+        let chosen = built.iter().flatten().filter(|r| r.folder.ends_with("tests") == end_to_end);
+        totals.add(parts.time(name, || -> Result<Totals> {
+            let mut sum = Totals::default();
+            for Runner { executable, folder } in chosen {
+                let mut command = Command::new(executable);
+                command.current_dir(folder).env("CARGO_MANIFEST_DIR", folder).args(filter);
+                if end_to_end {
+                    command.args(["--test-threads", E2E_THREADS]);
+                }
+                if long {
+                    command.env("BFS_LONG", "1");
+                }
+                sum.add(runner(&mut command)?);
+            }
+            Ok(sum)
+        })?);
     }
     parts.print();
     println!("{} passed, {} failed", totals.passed, totals.failed);
     Ok(if totals.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A program full of tests.
+struct Runner {
+    executable: PathBuf,
+    /// The package's folder, where it expects to be started.
+    folder: PathBuf,
+}
+
+/// Builds all tests, and the daemons that they use.
+fn runners() -> Result<Vec<Runner>> {
+    let mut command = cargo();
+    command.args(["test", PROFILE, "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]);
+    println!("+ {}", shown(&command));
+    let done = command.stderr(Stdio::inherit()).output().context("cargo does not start")?;
+    ensure!(done.status.success(), "{}: {}", shown(&command), done.status);
+    let messages = String::from_utf8_lossy(&done.stdout).into_owned();
+    let runners: Vec<Runner> = messages.lines().filter_map(test_program).collect();
+    ensure!(!runners.is_empty(), "cargo built no tests");
+    Ok(runners)
+}
+
+/// The test program that a message of cargo tells of.
+fn test_program(message: &str) -> Option<Runner> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    if message["profile"]["test"] != true {
+        return None;
+    }
+    let folder = Path::new(message["manifest_path"].as_str()?).parent()?.to_owned();
+    Some(Runner { executable: message["executable"].as_str()?.into(), folder })
 }
 
 /// How long each part took.
@@ -117,7 +149,7 @@ fn step(command: &mut Command) -> Totals {
     report(&shown(command), crate::shell::run(command))
 }
 
-/// Runs `cargo test`, shows what it prints, and adds up its summaries.
+/// Runs a test program, shows what it prints, and adds up its summaries.
 fn runner(command: &mut Command) -> Result<Totals> {
     println!("+ {}", shown(command));
     let mut child = command
@@ -157,6 +189,19 @@ mod tests {
         let line = "test result: FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out";
         assert_eq!(summary(line), Some(Totals { passed: 12, failed: 3 }));
         assert_eq!(summary("test a ... ok"), None);
+    }
+
+    #[test]
+    fn test_programs_are_found_among_the_messages_of_cargo() {
+        let message = r#"{"reason":"compiler-artifact","manifest_path":"/w/tests/Cargo.toml",
+            "profile":{"test":true},"executable":"/w/target/release/deps/gate-1"}"#;
+        let found = test_program(message).unwrap();
+        assert_eq!(
+            (found.executable, found.folder),
+            ("/w/target/release/deps/gate-1".into(), "/w/tests".into())
+        );
+        assert!(test_program(&message.replace("true", "false")).is_none());
+        assert!(test_program(r#"{"reason":"build-finished","success":true}"#).is_none());
     }
 
     #[test]
