@@ -50,10 +50,26 @@ fn refused(case: &str, done: &Output, what: &str) -> i32 {
     assert!(status != 0, "{case}: it succeeded: {said}");
     assert!(status != 101 && !said.contains("panicked"), "{case}: it panicked: {said}");
     assert!(said.contains(what), "{case}: the message does not name {what:?}: {said}");
-    let advice = ["hint", "try", "install", "choose", "start", "use ", "run "];
-    let lower = said.to_lowercase();
-    assert!(advice.iter().any(|word| lower.contains(word)), "{case}: it does not say what to do: {said}");
+    assert!(says_what_to_do(&said), "{case}: it does not say what to do: {said}");
     status
+}
+
+/// The agent has a line for it; the replayer says it behind a colon.
+fn says_what_to_do(said: &str) -> bool {
+    let line =
+        said.lines().any(|line| line.trim().strip_prefix("try: ").is_some_and(|rest| !rest.is_empty()));
+    line || [
+        ": stop ",
+        ": give ",
+        ": install ",
+        ": start ",
+        ": use ",
+        ": choose ",
+        "keep a copy",
+        "makes one",
+    ]
+    .iter()
+    .any(|advice| said.contains(advice))
 }
 
 /// The exit statuses that a help text documents: the numbers below 256 at the beginning of a line.
@@ -90,11 +106,34 @@ fn each_refusal_has_a_status_of_its_own() {
     command.arg("--backup").arg(format!("dir:{}", inside.display())).args(["--", "/bin/true"]);
     statuses.insert("path overlaps the store", refused("overlap", &ended(&mut command), "inside"));
 
+    // The same with the directory inside of the store.
+    let mut command = Command::new(binary("bfs-agent"));
+    command.args(["run", "--group", &world.group, "--path"]).arg(&inside);
+    command.arg("--backup").arg(format!("dir:{}", world.place.data.display())).args(["--", "/bin/true"]);
+    let done = ended(&mut command);
+    assert_eq!(refused("overlap", &done, "inside"), statuses["path overlaps the store"]);
+
     let mut command = Command::new(binary("bfs-replayer"));
     command.args(["serve", "--store"]).arg(&world.store).arg("--listen");
     command.arg(format!("unix:{}", world.root().join("second.sock").display()));
     let store = world.store.display().to_string();
     statuses.insert("store in use", refused("in use", &ended(&mut command), &store));
+
+    // A store that a later release has written.
+    let newer = world.root().join("newer");
+    fs::create_dir(&newer).unwrap();
+    fs::write(newer.join("format"), "bfs store 99\n").unwrap();
+    let mut command = Command::new(binary("bfs-replayer"));
+    command.args(["serve", "--store"]).arg(&newer).arg("--listen");
+    command.arg(format!("unix:{}", world.root().join("newer.sock").display()));
+    statuses.insert("store newer", refused("newer", &ended(&mut command), "99"));
+
+    // A folder that is somebody else's.
+    let mut command = Command::new(binary("bfs-replayer"));
+    command.args(["serve", "--store"]).arg(&world.place.data).arg("--listen");
+    command.arg(format!("unix:{}", world.root().join("foreign.sock").display()));
+    let foreign = world.place.data.display().to_string();
+    statuses.insert("not a store", refused("not a store", &ended(&mut command), &foreign));
 
     // Another user: the binary is copied to where everybody may run it.
     let copy = world.root().join("bfs-agent");
@@ -137,7 +176,7 @@ fn each_refusal_has_a_status_of_its_own() {
     let [missing, file, overlap] =
         ["path does not exist", "path is a file", "path overlaps the store"].map(|kind| statuses[kind]);
     assert_eq!([missing, missing], [file, overlap], "paths: {statuses:?}");
-    let in_use = statuses.remove("store in use").unwrap();
+    let replayers = ["store in use", "store newer", "not a store"].map(|kind| statuses.remove(kind).unwrap());
     statuses.retain(|kind, _| !["path is a file", "path overlaps the store"].contains(kind));
     let kinds: std::collections::BTreeSet<i32> = statuses.values().copied().collect();
     assert_eq!(kinds.len(), statuses.len(), "two kinds share a status: {statuses:?}");
@@ -146,7 +185,10 @@ fn each_refusal_has_a_status_of_its_own() {
         assert!(known.contains(status), "{kind}: status {status} is not in --help (there: {known:?})");
     }
     let known = documented("bfs-replayer");
-    assert!(known.contains(&in_use), "store in use: status {in_use} is not in --help (there: {known:?})");
+    for status in replayers {
+        assert!(known.contains(&status), "replayer: status {status} is not in --help (there: {known:?})");
+    }
+    assert_eq!(replayers.iter().collect::<std::collections::BTreeSet<_>>().len(), replayers.len());
 }
 
 #[test]

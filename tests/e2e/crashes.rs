@@ -6,10 +6,10 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use bfs_tests::exercise;
-use bfs_tests::programs::Program;
 use bfs_tests::programs::append::AppendWriters;
 use bfs_tests::programs::scripts::FsScript;
 use bfs_tests::programs::sqlite::{Mode, Sqlite};
+use bfs_tests::programs::{BesideMuch, Program};
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{How, Transport, World, rounds};
 
@@ -36,19 +36,36 @@ fn confirmed(world: &World) -> u64 {
     world.status_number(&["confirmed"]).unwrap()
 }
 
+/// What the agent was told to be durable, and confirmed.
+fn acknowledged(world: &World) -> [u64; 2] {
+    let status = world.status().unwrap();
+    let destination = &status["destinations"][0];
+    ["durable", "confirmed"]
+        .map(|what| destination[what].as_u64().unwrap_or_else(|| panic!("no {what} in {destination}")))
+}
+
 fn replayer_killed(program: &dyn Program, transport: Transport) {
     let mut world = World::new(&format!("kill-replayer-{}", program.name()), transport).unwrap();
     // Checkpoints all the time: kills hit the log, the confirming and the applying.
     world.checkpoints("every=100ms");
     world.start(program, How::Run).unwrap();
     let mut moments = Moments::new();
-    for _ in 0..rounds(4, 25) {
+    for _ in 0..rounds(8, 50) {
         moments.pass(Duration::from_millis(600));
-        let before = confirmed(&world);
+        let before = acknowledged(&world);
         world.kill_replayer().unwrap();
+        // The agent stands meanwhile: what the replayer has is what it had, not what was sent again.
+        world.pause_agent(true).unwrap();
         moments.pass(Duration::from_millis(200));
         world.start_replayer().unwrap();
-        until("the replayer to go on", SOON, || (confirmed(&world) > before).then_some(())).unwrap();
+        let status = world.replayer_status().unwrap();
+        assert_eq!(status["attached"].as_bool(), Some(false), "{status}");
+        for (what, before) in ["durable", "confirmed"].into_iter().zip(before) {
+            let now = status[what].as_u64().unwrap_or_else(|| panic!("no {what} in {status}"));
+            assert!(now >= before, "{before} was acknowledged as {what}, the replayer has {now}: {status}");
+        }
+        world.pause_agent(false).unwrap();
+        until("the replayer to go on", SOON, || (confirmed(&world) > before[1]).then_some(())).unwrap();
         assert!(world.program_runs(), "the program ended when the replayer was killed");
     }
     assert!(world.finish().unwrap().success());
@@ -69,15 +86,22 @@ fn the_replayer_is_killed_during_a_shell_script() {
 
 fn agent_killed(program: &dyn Program) {
     let mut world = World::new(&format!("kill-agent-{}", program.name()), Transport::Unix).unwrap();
+    let program = &BesideMuch(program);
     world.start(program, How::Run).unwrap();
+    world.checkpoint().unwrap();
+    let sent = |world: &World| world.status_number(&["stream_bytes"]).unwrap();
+    assert!(sent(&world) > BesideMuch::BYTES, "the first copy holds all that lies there");
     let mut moments = Moments::new();
-    for index in 0..rounds(2, 10) {
+    for index in 0..rounds(4, 20) {
         moments.pass(Duration::from_millis(600));
         world.kill_agent().unwrap();
         moments.pass(Duration::from_millis(200));
         assert!(world.program_runs(), "the program ended when the agent was killed");
         world.resume().unwrap();
         exercise::cut(&world, program, index).unwrap();
+        // The successor reads on: it does not copy everything again. Its counters are its own.
+        let again = sent(&world);
+        assert!(again < BesideMuch::BYTES / 4, "the successor sent {again} bytes");
     }
     exercise::stopped(&world, 0).unwrap();
     world.finish().unwrap();

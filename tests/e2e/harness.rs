@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
+use bfs_tests::leash::Leash;
 use bfs_tests::programs::append::AppendWriters;
 use bfs_tests::programs::racing::RacingBuffer;
 use bfs_tests::programs::scripts::{Failing, FsScript, GitWork, Postgres};
@@ -13,6 +14,7 @@ use bfs_tests::programs::sqlite::{Mode, Sqlite};
 use bfs_tests::programs::unpack::Unpack;
 use bfs_tests::programs::{Place, Program};
 use bfs_tests::watch::{SOON, until};
+use bfs_tests::world::binary;
 use bfs_tests::{copy, oracle};
 
 fn tree(at: &Path) {
@@ -123,7 +125,8 @@ fn alone(program: &dyn Program, spoil: &dyn Fn(&Path)) {
     }
     program.prepare(&place).unwrap();
     let line = program.command(&place);
-    let mut child = Command::new(&line[0]).args(&line[1..]).spawn().unwrap();
+    let leash = Leash::new(directory.path(), None).unwrap();
+    let mut child = leash.hold(Command::new(&line[0]).args(&line[1..])).unwrap().spawn().unwrap();
     until("the program half way", SOON, || {
         assert!(child.try_wait().unwrap().is_none(), "the program ended by itself");
         (place.aux.join("ready").exists() && program.half_way(&place)).then_some(())
@@ -141,6 +144,49 @@ fn alone(program: &dyn Program, spoil: &dyn Fn(&Path)) {
     spoil(&at);
     let wrong = program.check(&at, &place);
     assert!(!wrong.as_ref().is_ok_and(Vec::is_empty), "the check does not see that the tree was spoiled");
+}
+
+/// Whether a process works (not only waits to be waited for).
+fn works(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z') && !rest.starts_with('X'))
+}
+
+#[test]
+fn nothing_outlives_its_leash() {
+    let directory = tempfile::tempdir().unwrap();
+    let leash = Leash::new(directory.path(), None).unwrap();
+    // A session of its own, ignored signals, a parent that is gone: as a daemon.
+    let at = directory.path().join("pid");
+    let script = format!(
+        "trap '' TERM HUP; setsid sh -c 'echo $$ > {0}.new; mv {0}.new {0}; sleep 999; :' &",
+        at.display()
+    );
+    let status = leash.hold(Command::new("/bin/sh").args(["-c", &script])).unwrap().status().unwrap();
+    assert!(status.success());
+    let pid = until("the daemon", SOON, || fs::read_to_string(&at).ok()).unwrap().trim().parse().unwrap();
+    assert!(works(pid));
+    drop(leash);
+    assert!(!works(pid), "a process outlived its leash");
+}
+
+#[test]
+fn nothing_outlives_a_test_process_that_is_killed() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = Place { data: directory.path().join("data"), aux: directory.path().join("aux") };
+    for path in [&place.data, &place.aux] {
+        fs::create_dir(path).unwrap();
+    }
+    let mut test = Command::new(binary("bfs-workload"));
+    let mut test = test.arg("leashed").args([&place.data, &place.aux]).spawn().unwrap();
+    let held = until("a process to be held", SOON, || {
+        fs::read_to_string(place.aux.join("held")).ok()?.trim().parse().ok()
+    });
+    test.kill().unwrap();
+    test.wait().unwrap();
+    let held = held.unwrap();
+    until("what it held to be killed", SOON, || (!works(held)).then_some(())).unwrap();
+    until("its directory to be removed", SOON, || (!place.data.exists()).then_some(())).unwrap();
 }
 
 fn cut_file(at: &Path, keep: impl Fn(u64) -> u64) {

@@ -17,6 +17,12 @@ fn replicated(program: &dyn Program, how: How, transport: Transport) {
     exercise::checkpoints(&mut world, program, how, rounds(20, 60)).unwrap();
 }
 
+// The longest stands first: tests begin in the order of their names.
+#[test]
+fn a_source_tree_is_unpacked_and_removed() {
+    replicated(&Unpack, How::Run, Transport::Tcp);
+}
+
 #[test]
 fn append_writers() {
     replicated(&AppendWriters, How::Run, Transport::Tcp);
@@ -40,11 +46,6 @@ fn shell_script() {
 #[test]
 fn git() {
     replicated(&GitWork, How::Run, Transport::Unix);
-}
-
-#[test]
-fn unpacking() {
-    replicated(&Unpack, How::Run, Transport::Tcp);
 }
 
 #[test]

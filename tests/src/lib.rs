@@ -2,12 +2,13 @@
 //!
 //! Nothing here uses a crate of the project, so what the tests believe cannot be wrong in the same
 //! way as what they test. [`oracle`] compares trees, [`copy`] makes exact ones, [`world`] is one
-//! replayer, one agent and one program with everything that belongs to them, [`programs`] are the
-//! programs that are replicated, each with a check of what it left, [`watch`] waits for
-//! conditions, [`exercise`] is what is done with every program.
+//! replayer, one agent and one program with everything that belongs to them, [`leash`] ends all of
+//! it, [`programs`] are the programs that are replicated, each with a check of what it left,
+//! [`watch`] waits for conditions, [`exercise`] is what is done with every program.
 
 pub mod copy;
 pub mod exercise;
+pub mod leash;
 pub mod ledger;
 pub mod oracle;
 pub mod programs;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bfs_tests::oracle;
+use bfs_tests::watch::until;
 use bfs_tests::world::{Transport, World, number_named};
 
 use crate::setup;
@@ -20,6 +21,16 @@ const WORK: Duration = Duration::from_secs(16);
 /// When the replayer is killed, and how long it stays away.
 const KILL_AT: Duration = Duration::from_secs(6);
 const AWAY: Duration = Duration::from_secs(3);
+
+/// Runs the command, and stays until it may leave, so that the files rest while they are verified.
+const LINGER: &str = "\
+aux=$1; shift
+: > \"$aux/ready\"
+\"$@\"
+status=$?
+: > \"$aux/done\"
+while [ ! -e \"$aux/leave\" ]; do sleep 0.05; done
+exit $status";
 
 /// Builds the daemons as users have them, and makes the harness find them.
 pub fn release_binaries() -> Result<()> {
@@ -41,7 +52,7 @@ pub fn run(path: Option<PathBuf>, command: Vec<String>) -> Result<()> {
     let mut world = World::new("demo", Transport::Unix)?;
     world.checkpoints("every=1s");
     let own_program = path.is_none();
-    let line = match &path {
+    let command = match &path {
         None => {
             let workload = bfs_tests::world::binary("bfs-workload").display().to_string();
             let place = [&world.place.data, &world.place.aux].map(|p| p.display().to_string());
@@ -51,15 +62,19 @@ pub fn run(path: Option<PathBuf>, command: Vec<String>) -> Result<()> {
             let path = path.canonicalize().with_context(|| format!("--path {}", path.display()))?;
             ensure!(path.is_dir(), "--path {} is not a directory", path.display());
             world.place.data = path;
-            let ready = format!(": > '{}'; exec \"$@\"", world.place.aux.join("ready").display());
-            ["/bin/sh", "-c", &ready, "sh"].map(str::to_owned).into_iter().chain(command).collect::<Vec<_>>()
+            command
         }
     };
     let shown = if own_program {
         "SQLite, 4 processes that write to one database".to_owned()
     } else {
-        line[4..].join(" ")
+        command.join(" ")
     };
+    let line: Vec<String> = ["/bin/sh", "-c", LINGER, "sh", &world.place.aux.display().to_string()]
+        .map(str::to_owned)
+        .into_iter()
+        .chain(command)
+        .collect();
     println!("replicated directory  {}", world.place.data.display());
     println!("backup                {}", world.backup().display());
     println!("program               {shown}");
@@ -75,59 +90,73 @@ fn demonstrate(world: &mut World, line: &[String], own_program: bool) -> Result<
     println!("the replayer listens on {}", world.destination());
     world.run(line)?;
     println!("the agent started the program; a checkpoint is taken every second\n");
+    println!("captured, durable: the last record made on the primary, and the last one safe on the backup");
     println!(
-        "{:>6}  {:>10}  {:>10}  {:>9}  {:>7}  what happens",
-        "time", "captured", "durable", "confirmed", "applied"
+        "confirmed, applied: the last checkpoint that is safe, and the one that the backup files show\n"
+    );
+    println!(
+        "{:>6}  {:>9}  {:>9}  {:>9}  {:>9}  {:>7}  what happens",
+        "time", "captured", "durable", "lag bytes", "confirmed", "applied"
     );
     let began = Instant::now();
     let (mut killed, mut back) = (None, None);
     let mut tick = 0;
-    while world.program_runs() && !(own_program && began.elapsed() >= WORK) {
-        let mut event = String::new();
+    let done = world.place.aux.join("done");
+    let over = || done.exists() || (own_program && began.elapsed() >= WORK);
+    while world.program_runs() && !over() {
+        let mut event = "";
         if killed.is_none() && began.elapsed() >= KILL_AT {
             world.kill_replayer()?;
             killed = Some(Instant::now());
-            event = "kill -9 of the replayer: the program goes on, nothing is confirmed".to_owned();
+            event = "kill -9 of the replayer: the program goes on, nothing is confirmed";
         } else if back.is_none() && killed.is_some_and(|at| at.elapsed() >= AWAY) {
             world.start_replayer()?;
             back = Some(Instant::now());
-            event = "the replayer is back, and catches up".to_owned();
+            event = "the replayer is back, and catches up";
         }
-        show(world, began.elapsed(), &event);
+        show(world, began.elapsed(), event);
         tick += 1;
         // One line a second; a program that ends is seen at once.
-        while began.elapsed() < Duration::from_secs(tick) && world.program_runs() {
+        while began.elapsed() < Duration::from_secs(tick) && world.program_runs() && !done.exists() {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
     if killed.is_some() && back.is_none() {
         world.start_replayer()?;
     }
-    let verified = world.program_runs().then(|| world.agent_command(&["verify"], Duration::from_secs(60)));
-    println!("\nthe program ends, its last checkpoint is applied ...");
+    std::fs::write(world.place.stop(), "")?;
+    until("the program to end", Duration::from_secs(60), || done.exists().then_some(()))?;
+    let worked = began.elapsed();
+    show(world, worked, "the program is done");
+    println!("\nbfs-agent verify ...");
+    let verified = world.agent_command(&["verify"], Duration::from_secs(600))?;
+    let said = String::from_utf8_lossy(&verified.stdout).into_owned();
+    print!("{said}");
+    ensure!(
+        verified.status.success(),
+        "verify ended with {}: {}",
+        verified.status,
+        String::from_utf8_lossy(&verified.stderr)
+    );
+    let taken = number_named(&world.status()?, &["checkpoints_taken"]).unwrap_or(0);
+    std::fs::write(world.place.aux.join("leave"), "")?;
     let status = world.finish()?;
-    let done = began.elapsed();
     let differences = oracle::compare(&world.place.data, &world.backup())?;
 
     println!("\nSummary");
-    println!("  the program ran {:.0} s and ended with {status}", done.as_secs_f64());
+    println!(
+        "  the program ran {:.0} s beside {taken} checkpoints, and ended with {status}",
+        worked.as_secs_f64()
+    );
     if killed.is_some() {
         println!("  the replayer was killed once with -9 and brought back; the program did not notice");
     }
-    if let Some(verified) = verified {
-        let verified = verified?;
-        let said = String::from_utf8_lossy(&verified.stdout).into_owned();
-        println!("  bfs-agent verify, while the program worked: {}, {}", verified.status, last_line(&said));
-        ensure!(
-            verified.status.success(),
-            "verify ended with {}:\n{said}{}",
-            verified.status,
-            String::from_utf8_lossy(&verified.stderr)
-        );
-    }
+    println!("  bfs-agent verify: {}", last_line(&said));
     let (objects, bytes) = size(&world.place.data)?;
-    println!("  {objects} files and directories, {bytes} bytes, compared one by one with the backup");
-    println!("  (names, bytes, modes, owners, times, attributes, links): {} differences", differences.len());
+    println!(
+        "  an independent comparison of {objects} files and directories ({bytes} bytes) with the backup:"
+    );
+    println!("  {} differences in names, bytes, modes, owners, times, attributes, links", differences.len());
     ensure!(differences.is_empty(), "the backup differs:\n{}", differences.join("\n"));
     ensure!(status.success(), "the program ended with {status}");
     println!("  the backup equals the primary");
@@ -138,7 +167,7 @@ fn demonstrate(world: &mut World, line: &[String], own_program: bool) -> Result<
 fn show(world: &World, time: Duration, event: &str) {
     let status = world.status().unwrap_or_default();
     let cell = |names: &[&str]| number_named(&status, names).map_or("-".to_owned(), |n| n.to_string());
-    println!(
+    let line = format!(
         "{:>5.1}s  {:>9}  {:>9}  {:>9}  {:>9}  {:>7}  {event}",
         time.as_secs_f64(),
         cell(&["last_sequence"]),
@@ -147,6 +176,7 @@ fn show(world: &World, time: Duration, event: &str) {
         cell(&["confirmed"]),
         cell(&["applied"]),
     );
+    println!("{}", line.trim_end());
 }
 
 fn last_line(text: &str) -> &str {

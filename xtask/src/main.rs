@@ -8,10 +8,12 @@ mod demo;
 mod ebpf;
 mod setup;
 mod shell;
+mod sustained;
 mod test;
 mod tidy;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -61,28 +63,35 @@ enum Bench {
     /// What replication costs the program, against the same program without it.
     Overhead {
         /// Pairs of measurements for each workload; the median counts.
-        #[arg(long, default_value_t = 5)]
+        #[arg(long, default_value_t = 3)]
         pairs: usize,
         /// Only workloads whose name holds this.
         filter: Option<String>,
     },
+    /// How fast a program may write to a replayer on loopback before the ring has no room, and what
+    /// becomes of the rest.
+    Sustained,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     // `cargo xtask run -- --path DIR -- CMD`: the first `--` only ends cargo's own habit.
     let mut words: Vec<_> = std::env::args_os().collect();
     if words.get(1).is_some_and(|w| w == "run") && words.get(2).is_some_and(|w| w == "--") {
         words.remove(2);
     }
     match Arguments::parse_from(words).command {
-        Task::Setup => setup::setup(),
+        Task::Test { long, filter } => return test::test(long, filter.as_deref()),
+        Task::Setup => setup::setup()?,
         Task::Ebpf => {
             setup::setup()?;
-            ebpf::build()
+            ebpf::build()?;
         }
-        Task::Test { long, filter } => test::test(long, filter.as_deref()),
-        Task::Run { path, command } => demo::run(path, command),
-        Task::Bench { what: Bench::Overhead { pairs, filter } } => bench::overhead(pairs, filter.as_deref()),
-        Task::Tidy => tidy::tidy(),
+        Task::Run { path, command } => demo::run(path, command)?,
+        Task::Bench { what: Bench::Overhead { pairs, filter } } => {
+            bench::overhead(pairs, filter.as_deref())?;
+        }
+        Task::Bench { what: Bench::Sustained } => sustained::sustained()?,
+        Task::Tidy => tidy::tidy()?,
     }
+    Ok(ExitCode::SUCCESS)
 }

@@ -2,15 +2,21 @@
 //! totals at the end.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 
 use crate::shell::{cargo, root, shown};
 use crate::{setup, tidy};
 
-/// End-to-end tests beside each other: they mostly wait for each other's daemons and disks.
-const E2E_THREADS: &str = "4";
+/// End-to-end tests beside each other. More of them only make each other late on a small machine.
+const E2E_THREADS: &str = "2";
+
+/// One profile for all that is built here: the daemons are tested as users have them, nothing is
+/// compiled twice, and lints share the build scripts (the probes, SQLite) with the tests.
+const PROFILE: &str = "--release";
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Totals {
@@ -30,39 +36,105 @@ impl Totals {
     }
 }
 
-/// Runs it all; an error when anything failed, after the line with the totals.
-pub fn test(long: bool, filter: Option<&str>) -> Result<()> {
+/// Runs it all; the line with the totals is the last one.
+pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
     let mut totals = Totals::default();
+    let mut parts = Parts::default();
     // The tests load probes: where nothing can be installed or loaded, this is where it ends.
-    let set_up = setup::setup();
-    totals.add(report("setup", set_up));
-    totals.add(report("tidy", tidy::tidy()));
-    totals.add(step(cargo().args(["fmt", "--all", "--check"])));
-    let probes = root().join("bfs-ebpf");
-    totals.add(step(cargo().args(["fmt", "--check"]).current_dir(probes)));
-    let lints = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
-    totals.add(step(cargo().args(lints)));
-    totals.add(step(cargo().args(["build", "--quiet", "--workspace", "--bins"])));
-
-    let mut unit = cargo();
-    unit.args(["test", "--workspace", "--exclude", "bfs-tests", "--no-fail-fast"]);
-    let mut end_to_end = cargo();
-    end_to_end.args(["test", "--package", "bfs-tests", "--no-fail-fast"]);
-    for command in [&mut unit, &mut end_to_end] {
-        command.args(filter);
+    totals.add(parts.time("setup", || report("setup", setup::setup())));
+    totals.add(parts.time("tidy", || report("tidy", tidy::tidy())));
+    totals.add(parts.time("format", || {
+        let mut both = step(cargo().args(["fmt", "--all", "--check"]));
+        both.add(step(cargo().args(["fmt", "--check"]).current_dir(root().join("bfs-ebpf"))));
+        both
+    }));
+    totals.add(parts.time("lints", || {
+        step(cargo().args([
+            "clippy",
+            "--quiet",
+            PROFILE,
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ]))
+    }));
+    // Built once, then started from here: `cargo test` of single packages would choose other
+    // features of the crates that they share, and compile those again.
+    let built = parts.time("build", runners);
+    totals.add(report("build", built.as_ref().map(drop).map_err(|e| anyhow::anyhow!("{e:#}"))));
+    for (name, end_to_end) in [("unit tests", false), ("end to end", true)] {
+        let chosen = built.iter().flatten().filter(|r| r.folder.ends_with("tests") == end_to_end);
+        totals.add(parts.time(name, || -> Result<Totals> {
+            let mut sum = Totals::default();
+            for Runner { executable, folder } in chosen {
+                let mut command = Command::new(executable);
+                command.current_dir(folder).env("CARGO_MANIFEST_DIR", folder).args(filter);
+                if end_to_end {
+                    command.args(["--test-threads", E2E_THREADS]);
+                }
+                if long {
+                    command.env("BFS_LONG", "1");
+                }
+                sum.add(runner(&mut command)?);
+            }
+            Ok(sum)
+        })?);
     }
-    end_to_end.args(["--", "--test-threads", E2E_THREADS]);
-    if long {
-        end_to_end.env("BFS_LONG", "1");
-    }
-    for command in [&mut unit, &mut end_to_end] {
-        totals.add(runner(command)?);
-    }
+    parts.print();
     println!("{} passed, {} failed", totals.passed, totals.failed);
-    if totals.failed > 0 {
-        bail!("{} of {} failed", totals.failed, totals.passed + totals.failed);
+    Ok(if totals.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A program full of tests.
+struct Runner {
+    executable: PathBuf,
+    /// The package's folder, where it expects to be started.
+    folder: PathBuf,
+}
+
+/// Builds all tests, and the daemons that they use.
+fn runners() -> Result<Vec<Runner>> {
+    let mut command = cargo();
+    command.args(["test", PROFILE, "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]);
+    println!("+ {}", shown(&command));
+    let done = command.stderr(Stdio::inherit()).output().context("cargo does not start")?;
+    ensure!(done.status.success(), "{}: {}", shown(&command), done.status);
+    let messages = String::from_utf8_lossy(&done.stdout).into_owned();
+    let runners: Vec<Runner> = messages.lines().filter_map(test_program).collect();
+    ensure!(!runners.is_empty(), "cargo built no tests");
+    Ok(runners)
+}
+
+/// The test program that a message of cargo tells of.
+fn test_program(message: &str) -> Option<Runner> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    if message["profile"]["test"] != true {
+        return None;
     }
-    Ok(())
+    let folder = Path::new(message["manifest_path"].as_str()?).parent()?.to_owned();
+    Some(Runner { executable: message["executable"].as_str()?.into(), folder })
+}
+
+/// How long each part took.
+#[derive(Default)]
+struct Parts(Vec<(&'static str, f64)>);
+
+impl Parts {
+    fn time<T>(&mut self, name: &'static str, work: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let done = work();
+        self.0.push((name, began.elapsed().as_secs_f64()));
+        done
+    }
+
+    fn print(&self) {
+        let shown: Vec<String> =
+            self.0.iter().map(|(name, seconds)| format!("{name} {seconds:.0} s")).collect();
+        let total: f64 = self.0.iter().map(|part| part.1).sum();
+        println!("time: {}; {total:.0} s altogether", shown.join(", "));
+    }
 }
 
 fn report(name: &str, result: Result<()>) -> Totals {
@@ -77,7 +149,7 @@ fn step(command: &mut Command) -> Totals {
     report(&shown(command), crate::shell::run(command))
 }
 
-/// Runs `cargo test`, shows what it prints, and adds up its summaries.
+/// Runs a test program, shows what it prints, and adds up its summaries.
 fn runner(command: &mut Command) -> Result<Totals> {
     println!("+ {}", shown(command));
     let mut child = command
@@ -117,6 +189,19 @@ mod tests {
         let line = "test result: FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out";
         assert_eq!(summary(line), Some(Totals { passed: 12, failed: 3 }));
         assert_eq!(summary("test a ... ok"), None);
+    }
+
+    #[test]
+    fn test_programs_are_found_among_the_messages_of_cargo() {
+        let message = r#"{"reason":"compiler-artifact","manifest_path":"/w/tests/Cargo.toml",
+            "profile":{"test":true},"executable":"/w/target/release/deps/gate-1"}"#;
+        let found = test_program(message).unwrap();
+        assert_eq!(
+            (found.executable, found.folder),
+            ("/w/target/release/deps/gate-1".into(), "/w/tests".into())
+        );
+        assert!(test_program(&message.replace("true", "false")).is_none());
+        assert!(test_program(r#"{"reason":"build-finished","success":true}"#).is_none());
     }
 
     #[test]

@@ -6,26 +6,78 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 
-use super::{Place, Program, fork_writers, read_optional, workload};
+use super::{Place, Program, fork_writers, read_optional, size_optional, workload};
 use crate::ledger::{self, Operation};
 
 /// How many writers.
 pub const WRITERS: usize = 3;
 const LINE: usize = 64;
 
+/// How fast they write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// A few lines a millisecond, so that files stay small enough to be compared often.
+    Steady,
+    /// Thousands of lines at full speed, then a rest: more at once than a small ring holds.
+    Bursts,
+}
+
+impl Pace {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Steady => "append-writers",
+            Self::Bursts => "append-bursts",
+        }
+    }
+
+    /// Lines without a rest, and the rest.
+    const fn rhythm(self) -> (usize, Duration) {
+        match self {
+            Self::Steady => (5, Duration::from_millis(1)),
+            Self::Bursts => (3000, Duration::from_millis(150)),
+        }
+    }
+}
+
 /// See the module.
 pub struct AppendWriters;
 
-impl Program for AppendWriters {
+/// The same in bursts.
+pub struct AppendBursts;
+
+impl Program for AppendBursts {
     fn name(&self) -> &'static str {
-        "append-writers"
+        Pace::Bursts.name()
     }
 
     fn command(&self, place: &Place) -> Vec<String> {
         workload(self.name(), place)
+    }
+
+    fn progress(&self, tree: &Path) -> Result<u64> {
+        AppendWriters.progress(tree)
+    }
+
+    fn check(&self, tree: &Path, place: &Place) -> Result<Vec<String>> {
+        AppendWriters.check(tree, place)
+    }
+}
+
+impl Program for AppendWriters {
+    fn name(&self) -> &'static str {
+        Pace::Steady.name()
+    }
+
+    fn command(&self, place: &Place) -> Vec<String> {
+        workload(self.name(), place)
+    }
+
+    fn progress(&self, tree: &Path) -> Result<u64> {
+        (0..WRITERS).map(|writer| size_optional(&tree.join(format!("own-{writer}")))).sum()
     }
 
     fn check(&self, tree: &Path, _: &Place) -> Result<Vec<String>> {
@@ -64,8 +116,9 @@ impl Program for AppendWriters {
 ///
 /// # Errors
 /// A write that failed.
-pub fn run(place: &Place, writer: Option<usize>) -> Result<()> {
-    let Some(writer) = writer else { return fork_writers("append-writers", place, WRITERS) };
+pub fn run(place: &Place, pace: Pace, writer: Option<usize>) -> Result<()> {
+    let Some(writer) = writer else { return fork_writers(pace.name(), place, WRITERS) };
+    let (lines, rest) = pace.rhythm();
     let appending = |name: &str| OpenOptions::new().create(true).append(true).open(place.data.join(name));
     let mut own = appending(&format!("own-{writer}"))?;
     let mut shared = appending("shared")?;
@@ -73,7 +126,7 @@ pub fn run(place: &Place, writer: Option<usize>) -> Result<()> {
         (0..WRITERS).map(|w| appending(&format!("own-{w}"))).collect::<Result<Vec<File>, _>>()?;
     let mut number = 0;
     while !place.stopping() {
-        for _ in 0..5 {
+        for _ in 0..lines {
             number += 1;
             let mut seen = vec![0; WRITERS];
             for (other, file) in others.iter_mut().enumerate() {
@@ -83,8 +136,7 @@ pub fn run(place: &Place, writer: Option<usize>) -> Result<()> {
             let text = format!("{writer} {number}");
             shared.write_all(format!("{text:<width$}\n", width = LINE - 1).as_bytes())?;
         }
-        // Keeps the files of a long run small enough to be compared 20 times.
-        std::thread::sleep(std::time::Duration::from_millis(1));
+        std::thread::sleep(rest);
     }
     Ok(())
 }

@@ -68,11 +68,60 @@ pub trait Program: Sync {
         std::fs::read_dir(&place.data).is_ok_and(|mut entries| entries.next().is_some())
     }
 
+    /// How far the program had come in a tree, the primary or a backup: a number that only grows.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    fn progress(&self, tree: &Path) -> Result<u64> {
+        size_optional(&tree.join("marks"))
+    }
+
     /// What is wrong with a tree that a checkpoint left. The check may write to it: it gets a copy.
     ///
     /// # Errors
     /// When the check cannot be made.
     fn check(&self, tree: &Path, place: &Place) -> Result<Vec<String>>;
+}
+
+/// A program with much beside it that it never touches.
+pub struct BesideMuch<'a>(pub &'a dyn Program);
+
+impl BesideMuch<'_> {
+    /// Bytes that lie there.
+    pub const BYTES: u64 = 64 << 20;
+}
+
+impl Program for BesideMuch<'_> {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn prepare(&self, place: &Place) -> Result<()> {
+        let folder = place.data.join("untouched");
+        std::fs::create_dir(&folder)?;
+        for file in 0..64_u64 {
+            // Not zeros, so that nobody stores them as holes.
+            let bytes = (file + 1).to_le_bytes().repeat((Self::BYTES / 64 / 8) as usize);
+            std::fs::write(folder.join(format!("file-{file}")), bytes)?;
+        }
+        self.0.prepare(place)
+    }
+
+    fn command(&self, place: &Place) -> Vec<String> {
+        self.0.command(place)
+    }
+
+    fn half_way(&self, place: &Place) -> bool {
+        self.0.half_way(place)
+    }
+
+    fn progress(&self, tree: &Path) -> Result<u64> {
+        self.0.progress(tree)
+    }
+
+    fn check(&self, tree: &Path, place: &Place) -> Result<Vec<String>> {
+        self.0.check(tree, place)
+    }
 }
 
 /// The command line of a subcommand of `bfs-workload`.
@@ -91,6 +140,14 @@ fn read_optional(path: &Path) -> Result<Vec<u8>> {
     match std::fs::read(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         other => other.with_context(|| path.display().to_string()),
+    }
+}
+
+/// The size of a file; one that is not there yet has none.
+fn size_optional(path: &Path) -> Result<u64> {
+    match std::fs::metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(0),
+        other => Ok(other.with_context(|| path.display().to_string())?.len()),
     }
 }
 
@@ -115,7 +172,8 @@ pub fn main(args: &[String]) -> Result<()> {
     let place = Place { data: data.into(), aux: aux.into() };
     let writer = rest.first().map(|w| w.parse::<usize>()).transpose()?;
     match name.as_str() {
-        "append-writers" => append::run(&place, writer),
+        "append-writers" => append::run(&place, append::Pace::Steady, writer),
+        "append-bursts" => append::run(&place, append::Pace::Bursts, writer),
         "racing-buffer" => racing::run(&place),
         #[cfg(feature = "sqlite")]
         "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
@@ -123,6 +181,15 @@ pub fn main(args: &[String]) -> Result<()> {
         "sqlite-wal" => sqlite::run(&place, sqlite::Mode::Wal, writer),
         #[cfg(feature = "sqlite")]
         "sqlite-inserts" => sqlite::inserts(&place, writer.context("COUNT is missing")? as u64),
+        // For the test of the leash: holds a process, says its number, and waits to be killed.
+        "leashed" => {
+            let leash = crate::leash::Leash::new(&place.data, None)?;
+            let mut command = std::process::Command::new("setsid");
+            let mut child = leash.hold(command.args(["sleep", "1000"]))?.spawn()?;
+            std::fs::write(place.aux.join("held"), format!("{}\n", child.id()))?;
+            child.wait()?;
+            Ok(())
+        }
         "getppid" => {
             println!("{:.1}", getppid_ns(writer.context("COUNT is missing")? as u64));
             Ok(())

@@ -35,6 +35,11 @@ impl Program for RacingBuffer {
         workload(self.name(), place)
     }
 
+    fn progress(&self, tree: &Path) -> Result<u64> {
+        let sums = read_optional(&tree.join("sums"))?;
+        Ok(sums.chunks_exact(SUM).map(|sum| u64_at(sum, 0)).max().unwrap_or(0))
+    }
+
     fn check(&self, tree: &Path, _: &Place) -> Result<Vec<String>> {
         let blocks = read_optional(&tree.join("blocks"))?;
         let sums = read_optional(&tree.join("sums"))?;

@@ -11,7 +11,7 @@ use std::path::Path;
 use anyhow::Result;
 use rusqlite::Connection;
 
-use super::{Place, Program, fork_writers, read_optional, workload};
+use super::{Place, Program, fork_writers, read_optional, size_optional, workload};
 use crate::ledger::{self, Operation};
 
 /// How many writers.
@@ -69,6 +69,10 @@ impl Program for Sqlite {
             let acks = std::fs::metadata(place.data.join(format!("acks-{writer}")));
             acks.is_ok_and(|meta| meta.len() >= 5 * LINE as u64)
         })
+    }
+
+    fn progress(&self, tree: &Path) -> Result<u64> {
+        (0..WRITERS).map(|writer| size_optional(&tree.join(format!("acks-{writer}")))).sum()
     }
 
     fn check(&self, tree: &Path, _: &Place) -> Result<Vec<String>> {

@@ -33,21 +33,49 @@ pub fn number_in(text: &str) -> Option<u64> {
     text.split(|c: char| !c.is_ascii_digit()).rfind(|part| !part.is_empty())?.parse().ok()
 }
 
+/// What the agent says that it could not capture the usual way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// Events that found no room in the ring; each names its object.
+    pub events: u64,
+    /// Times when not even that could be named.
+    pub rescans: u64,
+}
+
 impl World {
+    /// What found no room until now.
+    ///
+    /// # Errors
+    /// When the agent does not say it.
+    pub fn dropped(&self) -> Result<Dropped> {
+        let status = self.status()?;
+        let counter = |name| number_named(&status["counters"], &[name]).with_context(|| format!("no {name}"));
+        Ok(Dropped { events: counter("reserve_failed")?, rescans: counter("rescan")? })
+    }
+
     /// Starts `bfs-agent VERB --group GROUP REST...` with pipes.
     ///
     /// # Errors
     /// When it does not start.
     pub fn spawn_agent_command(&self, words: &[&str]) -> Result<std::process::Child> {
-        Command::new(binary("bfs-agent"))
-            .arg(words[0])
-            .args(["--group", &self.group])
-            .args(&words[1..])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("bfs-agent does not start")
+        let mut command = Command::new(binary("bfs-agent"));
+        command.arg(words[0]).args(["--group", &self.group]).args(&words[1..]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.leash.hold(&mut command)?.spawn().context("bfs-agent does not start")
+    }
+
+    /// What the replayer itself says of the group.
+    ///
+    /// # Errors
+    /// When it does not answer or does not know the group.
+    pub fn replayer_status(&self) -> Result<Value> {
+        let mut command = Command::new(binary("bfs-replayer"));
+        command.args(["status", "--json", "--store"]).arg(&self.store);
+        let done = super::command_ok(self.leash.hold(&mut command)?)?;
+        let groups: Value = serde_json::from_slice(&done.stdout).context("not JSON")?;
+        let groups = groups.as_array().context("not a list of groups")?;
+        let own = groups.iter().find(|g| g["group"].as_str() == Some(&self.group));
+        own.cloned().with_context(|| format!("no group {} in {groups:?}", self.group))
     }
 
     /// The same, to its end. A command that does not end is killed and an error.

@@ -1,7 +1,7 @@
 //! One replayer, one agent, one program, and everything that belongs to them.
 //!
-//! A world has a temporary directory, a group name that no other test uses, and processes that it
-//! ends itself, by their numbers, also when the test fails; then it prints what they said. Worlds
+//! A world has a temporary directory, a group name that no other test uses, and a leash that ends
+//! all its processes, also when the test fails (then it prints what they said) or is killed. Worlds
 //! do not disturb each other, so tests run beside each other.
 //!
 //! ```text
@@ -23,13 +23,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
+use crate::leash::Leash;
 use crate::programs::{Place, Program};
 use crate::watch::{SOON, until};
 
 mod cleanup;
 mod commands;
 
-pub use commands::{number_in, number_named};
+pub use commands::{Dropped, number_in, number_named};
 
 /// How the replayer is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +64,7 @@ pub struct World {
     /// Socket path or HOST:PORT.
     address: String,
     checkpoints: String,
+    agent_options: Vec<String>,
     daemon_cpu: Option<usize>,
     logs: PathBuf,
     replayer: Option<Child>,
@@ -70,6 +72,8 @@ pub struct World {
     /// The program, when the test itself started it.
     program: Option<Child>,
     mounts: Vec<PathBuf>,
+    /// Everything that was started. Before the directory: what it kills works there.
+    leash: Leash,
     directory: Option<TempDir>,
 }
 
@@ -126,20 +130,24 @@ impl World {
                 std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string()
             }
         };
+        let group = format!("{name}-{}", std::process::id());
+        let leash = Leash::new(directory.path(), Some(&group))?;
         Ok(Self {
             place,
             store,
             scratch,
-            group: format!("{name}-{}", std::process::id()),
+            group,
             transport,
             address,
             checkpoints: "manual".to_owned(),
+            agent_options: Vec::new(),
             daemon_cpu: None,
             logs,
             replayer: None,
             agent: None,
             program: None,
             mounts: Vec::new(),
+            leash,
             directory: Some(directory),
         })
     }
@@ -149,14 +157,19 @@ impl World {
         self.checkpoints = when.to_owned();
     }
 
+    /// More options for the first agent.
+    pub fn agent_options(&mut self, options: &[&str]) {
+        self.agent_options = options.iter().map(|o| (*o).to_owned()).collect();
+    }
+
     /// Agent and replayer run on this core only.
     pub fn pin_daemons(&mut self, cpu: usize) {
         self.daemon_cpu = Some(cpu);
     }
 
     /// The command that starts a daemon, without its arguments.
-    fn daemon(&self, name: &str) -> Command {
-        match self.daemon_cpu {
+    fn daemon(&self, name: &str) -> Result<Command> {
+        let mut command = match self.daemon_cpu {
             None => Command::new(binary(name)),
             Some(cpu) => {
                 // taskset becomes the daemon: the process number is the same.
@@ -164,7 +177,9 @@ impl World {
                 command.args(["-c", &cpu.to_string()]).arg(binary(name));
                 command
             }
-        }
+        };
+        self.leash.hold(&mut command)?;
+        Ok(command)
     }
 
     /// What `--backup` is given.
@@ -236,7 +251,7 @@ impl World {
         line.extend(["--listen".to_owned(), self.destination()]);
         line.extend(self.secret());
         let mut child = self
-            .daemon("bfs-replayer")
+            .daemon("bfs-replayer")?
             .args(&line)
             .stdin(Stdio::null())
             .stdout(self.log("replayer.log")?)
@@ -287,10 +302,22 @@ impl World {
         Ok(())
     }
 
+    /// Makes the agent stand (SIGSTOP), or go on.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn pause_agent(&self, stand: bool) -> Result<()> {
+        let pid = self.agent.as_ref().context("no agent runs")?.id();
+        let signal = if stand { libc::SIGSTOP } else { libc::SIGCONT };
+        // SAFETY: a system call without pointers; the child was not waited for, so the number is its own.
+        ensure!(unsafe { libc::kill(pid as i32, signal) } == 0, "the agent cannot be signalled");
+        Ok(())
+    }
+
     fn start_agent(&mut self, arguments: &[String]) -> Result<()> {
         ensure!(self.agent.is_none(), "the agent runs");
         let child = self
-            .daemon("bfs-agent")
+            .daemon("bfs-agent")?
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(self.log("agent.log")?)
@@ -306,6 +333,7 @@ impl World {
             .to_vec();
         line.extend([self.place.data.display().to_string(), "--backup".to_owned(), self.destination()]);
         line.extend(self.secret());
+        line.extend(self.agent_options.iter().cloned());
         line
     }
 
@@ -314,16 +342,7 @@ impl World {
     /// # Errors
     /// When either ends or does not come.
     pub fn run(&mut self, command: &[String]) -> Result<()> {
-        self.run_with(&[], command)
-    }
-
-    /// The same, with more options for the agent.
-    ///
-    /// # Errors
-    /// When either ends or does not come.
-    pub fn run_with(&mut self, options: &[&str], command: &[String]) -> Result<()> {
         let mut line = self.common("run");
-        line.extend(options.iter().map(|o| (*o).to_owned()));
         line.push("--".to_owned());
         line.extend(self.telling_its_pid(command));
         self.start_agent(&line)?;
@@ -337,13 +356,10 @@ impl World {
     /// When it ends or does not come.
     pub fn start_program(&mut self, command: &[String]) -> Result<()> {
         let line = self.telling_its_pid(command);
-        let child = Command::new(&line[0])
-            .args(&line[1..])
-            .stdin(Stdio::null())
-            .stdout(self.log("program.log")?)
-            .stderr(self.log("program.log")?)
-            .spawn()?;
-        self.program = Some(child);
+        let mut command = Command::new(&line[0]);
+        command.args(&line[1..]).stdin(Stdio::null());
+        command.stdout(self.log("program.log")?).stderr(self.log("program.log")?);
+        self.program = Some(self.leash.hold(&mut command)?.spawn()?);
         self.wait_program()
     }
 
