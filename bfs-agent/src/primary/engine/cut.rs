@@ -38,6 +38,8 @@ const AHEAD_BYTES: u64 = 1 << 20;
 const AHEAD_THINGS: usize = 64;
 /// Calls that are held back at most while a cut is tried.
 const DEFERRED_MAX: usize = 200_000;
+/// Bytes of their records.
+const DEFERRED_BYTES_MAX: usize = 64 << 20;
 
 /// How far the clocks of two CPUs may be apart (`ktime_get_mono_fast_ns`, kernel/time/timekeeping.c:
 /// a change of frequency shows on one CPU a moment later, by microseconds at most).
@@ -358,7 +360,7 @@ impl Engine {
                 self.cover(host, event, t, &mut crossing)?;
             }
             let Some(oldest) = flying.iter().min_by_key(|f| f.start_ns) else { return Ok(Some(crossing)) };
-            if self.deferred.len() > DEFERRED_MAX {
+            if self.too_much_deferred() {
                 return Ok(None);
             }
             let waited = host.now().saturating_sub(t);
@@ -382,7 +384,7 @@ impl Engine {
         let Some(parsed) = Event::parse(&event.bytes) else { return self.consume(&event, host) };
         let span = span_of(&parsed);
         if span.start_ns > t {
-            self.deferred.push_back(event);
+            self.defer(event);
             return Ok(());
         }
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
@@ -442,13 +444,13 @@ impl Engine {
         let mut flying = host.in_flight(read_until)?;
         loop {
             while let Some(event) = host.next_event()? {
-                self.deferred.push_back(event);
+                self.defer(event);
             }
             if flying.is_empty() {
                 return Ok(true);
             }
             let waited = host.now().saturating_sub(read_until);
-            if waited > READING_NS_MAX || self.deferred.len() > DEFERRED_MAX {
+            if waited > READING_NS_MAX || self.too_much_deferred() {
                 return Ok(false);
             }
             wait(host, &mut flying, waited)?;
@@ -477,8 +479,18 @@ impl Engine {
         }
     }
 
+    fn defer(&mut self, event: OwnedEvent) {
+        self.deferred_bytes += event.bytes.len();
+        self.deferred.push_back(event);
+    }
+
+    fn too_much_deferred(&self) -> bool {
+        self.deferred.len() > DEFERRED_MAX || self.deferred_bytes > DEFERRED_BYTES_MAX
+    }
+
     /// Takes in what was held back.
     fn replay(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        self.deferred_bytes = 0;
         let mut deferred = std::mem::take(&mut self.deferred);
         while let Some(event) = deferred.pop_front() {
             if let Err(e) = self.consume(&event, host) {

@@ -216,6 +216,7 @@ pub struct Engine {
     chunks: HashMap<u32, Chunks>,
     entered: HashMap<u32, (u64, Vec<u8>, Vec<u8>)>,
     deferred: VecDeque<OwnedEvent>,
+    deferred_bytes: usize,
     mapped: HashSet<ObjectId>,
     /// Device and number of files that were mapped before their objects were known.
     mapped_inodes: HashSet<(u32, u64)>,
@@ -251,6 +252,7 @@ impl Engine {
             chunks: HashMap::new(),
             entered: HashMap::new(),
             deferred: VecDeque::new(),
+            deferred_bytes: 0,
             mapped: HashSet::new(),
             mapped_inodes: HashSet::new(),
             multiple,
