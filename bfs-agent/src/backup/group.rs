@@ -21,7 +21,7 @@ use super::apply::{self, Area, CrashPoint, Step};
 use super::error::BackupError;
 use super::gate::{Gate, Marker, Verdict};
 use super::index::{GroupRow, Index, Phase, PlanRow};
-use super::log::writer::LogWriter;
+use super::log::writer::{Batch, LogWriter};
 use super::log::{LogRecord, read_range};
 use super::plan::plan;
 use super::target::Target;
@@ -75,10 +75,7 @@ pub struct State {
 }
 
 enum ToLog {
-    Append {
-        bytes: Bytes,
-        after: Position,
-    },
+    Append(Batch),
     /// Answers when everything before it is durable, after opening the log again if it failed.
     Drain(oneshot::Sender<Result<(), String>>),
 }
@@ -232,23 +229,22 @@ impl Group {
         count: u32,
         mut body: Bytes,
     ) -> Result<(), Refusal> {
-        let (batch, after, refused) = {
-            let mut state = self.state();
-            if state.slot.as_ref().is_none_or(|slot| slot.connection != connection) {
-                return Err(Refusal::Fenced { newest: state.granted });
-            }
-            if let Some(why) = &state.log_trouble {
-                return Err(Refusal::Store(why.clone()));
-            }
-            let mut batch = Vec::new();
-            let refused = take_all(&mut state, epoch, first, count, &mut body, &mut batch).err();
-            (batch, state.gate.position, refused)
-        };
-        if !batch.is_empty() {
-            let sender =
-                locked(&self.to_log).clone().ok_or_else(|| Refusal::Store("it is being closed".into()))?;
-            let append = ToLog::Append { bytes: batch.into(), after };
-            sender.send(append).await.map_err(|_| Refusal::Store("its log thread ended".into()))?;
+        // The place in the queue comes first, so that gate and queue move under one lock: who takes
+        // the slot later finds everything that the gate let in queued before its own `Drain`.
+        let sender = locked(&self.to_log).clone().ok_or_else(|| Refusal::Store("it is being closed".into()))?;
+        let place = sender.reserve().await.map_err(|_| Refusal::Store("its log thread ended".into()))?;
+        let mut state = self.state();
+        if state.slot.as_ref().is_none_or(|slot| slot.connection != connection) {
+            return Err(Refusal::Fenced { newest: state.granted });
+        }
+        if let Some(why) = &state.log_trouble {
+            return Err(Refusal::Store(why.clone()));
+        }
+        let before = state.gate.position;
+        let mut bytes = Vec::new();
+        let refused = take_all(&mut state, epoch, first, count, &mut body, &mut bytes).err();
+        if !bytes.is_empty() {
+            place.send(ToLog::Append(Batch { bytes: bytes.into(), before, after: state.gate.position }));
         }
         refused.map_or(Ok(()), Err)
     }
@@ -274,9 +270,9 @@ impl Group {
             let mut next = Some(first);
             while let Some(message) = next {
                 match message {
-                    ToLog::Append { bytes, after } => {
-                        bytes_total += bytes.len();
-                        batches.push((bytes, after));
+                    ToLog::Append(batch) => {
+                        bytes_total += batch.bytes.len();
+                        batches.push(batch);
                     }
                     ToLog::Drain(answer) => drains.push(answer),
                 }
@@ -312,11 +308,10 @@ impl Group {
     }
 
     fn durable(&self, position: Position) {
-        let confirmed = {
-            let state = self.state();
-            let durable = state.markers.iter().rev().find(|m| m.position.sequence <= position.sequence);
-            durable.map_or(state.applied.0, |m| m.checkpoint)
-        };
+        // All under the lock: the applier looks at both and then waits, without a moment between.
+        let state = self.state();
+        let durable = state.markers.iter().rev().find(|m| m.position.sequence <= position.sequence);
+        let confirmed = durable.map_or(state.applied.0, |m| m.checkpoint);
         self.progress.send_modify(|p| {
             p.durable = position;
             p.confirmed = p.confirmed.max(confirmed);
@@ -373,10 +368,9 @@ impl Group {
                 Err(error) => {
                     tracing::error!("group {}: a checkpoint cannot be applied: {error}", self.name);
                     state.apply_trouble = Some(format!("a checkpoint cannot be applied: {error}"));
-                    if !state.stop {
-                        let waited = self.wake.wait_timeout(state, RETRY);
-                        drop(waited.unwrap_or_else(PoisonError::into_inner));
-                    }
+                    // Records that become durable meanwhile change nothing about it.
+                    let waited = self.wake.wait_timeout_while(state, RETRY, |state| !state.stop);
+                    drop(waited.unwrap_or_else(PoisonError::into_inner));
                 }
             }
         }

@@ -41,6 +41,17 @@ struct Open {
     synced: u64,
 }
 
+/// Encoded records that follow one another.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// The records.
+    pub bytes: Bytes,
+    /// The position that they follow.
+    pub before: Position,
+    /// The position after the last of them.
+    pub after: Position,
+}
+
 /// What opening a log found.
 #[derive(Debug, Default)]
 pub struct Opened {
@@ -145,13 +156,25 @@ impl LogWriter {
         self.durable
     }
 
-    /// Appends batches, each with the position after it, and syncs them as one. When this
-    /// returns `Ok`, all of them are durable; otherwise none of them counts.
+    /// Appends batches and syncs them as one. When this returns `Ok`, all of them are durable;
+    /// otherwise none of them counts.
     ///
     /// # Errors
-    /// [`BackupError::Io`]; the log then stands where it stood before.
-    pub fn append(&mut self, batches: &[(Bytes, Position)]) -> Result<(), BackupError> {
-        let Some((_, after)) = batches.last() else { return Ok(()) };
+    /// [`BackupError::OutOfOrder`], [`BackupError::Io`]; the log then stands where it stood before.
+    pub fn append(&mut self, batches: &[Batch]) -> Result<(), BackupError> {
+        let Some(Batch { after, .. }) = batches.last() else { return Ok(()) };
+        let mut stands = self.durable;
+        for batch in batches {
+            let number = batch.bytes.get(8..16).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
+            if batch.before != stands || number != Some(stands.sequence.next().0) {
+                return Err(BackupError::OutOfOrder {
+                    dir: self.dir.clone(),
+                    stands: stands.sequence,
+                    follows: batch.before.sequence,
+                });
+            }
+            stands = batch.after;
+        }
         let result = self.try_append(batches);
         match result {
             Ok(end) => {
@@ -168,7 +191,7 @@ impl LogWriter {
         }
     }
 
-    fn try_append(&mut self, batches: &[(Bytes, Position)]) -> Result<u64, BackupError> {
+    fn try_append(&mut self, batches: &[Batch]) -> Result<u64, BackupError> {
         if self.segment.as_ref().is_none_or(|open| open.synced >= self.segment_bytes) {
             self.rotate()?;
         }
@@ -177,7 +200,7 @@ impl LogWriter {
         let write = || -> std::io::Result<u64> {
             segment::note_synced(&open.file, open.synced)?;
             let mut at = open.synced;
-            for (bytes, _) in batches {
+            for Batch { bytes, .. } in batches {
                 open.file.write_all_at(bytes, at)?;
                 at += bytes.len() as u64;
             }
@@ -278,7 +301,8 @@ mod tests {
     const GROUP: GroupId = GroupId([7; 16]);
 
     fn append(writer: &mut LogWriter, count: u64) {
-        let mut position = writer.durable();
+        let before = writer.durable();
+        let mut position = before;
         let mut out = BytesMut::new();
         for _ in 0..count {
             let mut one = BytesMut::new();
@@ -289,7 +313,7 @@ mod tests {
             position.sequence = sequence;
             out.extend_from_slice(&one);
         }
-        writer.append(&[(out.freeze(), position)]).unwrap();
+        writer.append(&[Batch { bytes: out.freeze(), before, after: position }]).unwrap();
     }
 
     fn open(dir: &Path) -> Result<(LogWriter, Vec<u64>, Opened), BackupError> {
@@ -330,6 +354,24 @@ mod tests {
         assert_eq!(some, (8..=22).collect::<Vec<_>>());
         LogWriter::remove_applied(dir.path(), Sequence(22)).unwrap();
         assert!(segments(dir.path()).unwrap()[0] <= 23);
+    }
+
+    #[test]
+    fn a_batch_that_does_not_follow_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut writer, ..) = open(dir.path()).unwrap();
+        append(&mut writer, 3);
+        let before = writer.durable();
+        let mut out = BytesMut::new();
+        codec::encode(&mut out, Sequence(5), &Record::Closed { object: ObjectId(1) }, b"");
+        let bytes = out.freeze();
+        for before in [Position { sequence: Sequence(4), ..before }, before, Position::START] {
+            let error = writer.append(&[Batch { bytes: bytes.clone(), before, after: before }]).unwrap_err();
+            assert!(matches!(error, BackupError::OutOfOrder { .. }), "{error}");
+        }
+        append(&mut writer, 1);
+        drop(writer);
+        assert_eq!(open(dir.path()).unwrap().1, [1, 2, 3, 4]);
     }
 
     #[test]
