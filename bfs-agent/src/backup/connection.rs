@@ -221,7 +221,7 @@ impl Session {
                 confirmed: known.confirmed,
                 applied: known.applied,
                 highest_object: state.gate.highest_object,
-                gaps: state.gate.gaps.clone(),
+                gaps: state.gate.gaps.iter().cloned().collect(),
                 roots: state.gate.roots.clone(),
                 boot_id: state.gate.boot_id,
             }
