@@ -1,7 +1,7 @@
 //! What agents read from a group: the catalogue and the manifest.
 //!
-//! Both hold the lock of the tree, so the applier waits while they are made. Both are handed out
-//! in pieces of bounded size.
+//! Both hold the lock of the tree, so the applier waits while they are made and read: `send` gives
+//! up for a peer that reads too slowly. Both are handed out in pieces of bounded size.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
