@@ -128,7 +128,7 @@ fn open_log(log: &std::path::Path, row: &GroupRow) -> Result<OpenLog, BackupErro
     })?;
     if let Some((path, bytes)) = opened.cut {
         tracing::warn!(
-            "{}: {bytes} bytes of a torn batch were cut; they were never acknowledged",
+            "{}: {bytes} bytes of a torn batch were cut; it was never committed",
             path.display()
         );
     }
@@ -261,8 +261,8 @@ impl Group {
         wait.await.map_err(|_| closed())?.map_err(Refusal::Store)
     }
 
-    fn run_log(&self, writer: LogWriter, mut from_group: mpsc::Receiver<ToLog>) {
-        let mut writer = Some(writer);
+    fn run_log(&self, mut log: LogWriter, mut from_group: mpsc::Receiver<ToLog>) {
+        let mut failed = false;
         while let Some(first) = from_group.blocking_recv() {
             let mut batches = Vec::new();
             let mut drains = Vec::new();
@@ -278,19 +278,20 @@ impl Group {
                 }
                 next = if bytes_total < GROUP_COMMIT_BYTES { from_group.try_recv().ok() } else { None };
             }
-            if let Some(log) = &mut writer {
+            // After a failure the batches do not count either: the gate goes back when it is over.
+            if !failed {
                 match log.append(&batches) {
                     Ok(()) if batches.is_empty() => {}
                     Ok(()) => self.durable(log.durable()),
                     Err(error) => {
                         self.log_failed(&error);
-                        writer = None;
+                        failed = true;
                     }
                 }
             }
-            if writer.is_none() && !drains.is_empty() {
-                match self.reopen() {
-                    Ok(log) => writer = Some(log),
+            if failed && !drains.is_empty() {
+                match self.reopen(&mut log) {
+                    Ok(()) => failed = false,
                     Err(error) => self.log_failed(&error),
                 }
             }
@@ -300,9 +301,7 @@ impl Group {
                 let _ = answer.send(trouble.map_or(Ok(()), Err));
             }
         }
-        if let Some(mut log) = writer
-            && let Err(error) = log.seal()
-        {
+        if !failed && let Err(error) = log.seal() {
             tracing::warn!("group {}: {error}", self.name);
         }
     }
@@ -326,11 +325,19 @@ impl Group {
         self.progress.send_modify(|p| p.refuses = Some(why));
     }
 
-    /// After a failure: what the log really holds decides.
-    fn reopen(&self) -> Result<LogWriter, BackupError> {
+    /// After a failure: back to the last record that was synced, and on in a new segment.
+    fn reopen(&self, failed: &mut LogWriter) -> Result<(), BackupError> {
         let row = locked(&self.tree);
-        let (log, gate, markers, pending) = open_log(&self.log, &row)?;
-        let durable = gate.position;
+        failed.settle()?;
+        let (mut log, gate, markers, pending) = open_log(&self.log, &row)?;
+        let (durable, known) = (gate.position, failed.durable());
+        if durable != known {
+            let why =
+                format!("ends at record {}, but {} was the last synced", durable.sequence, known.sequence);
+            return Err(BackupError::corrupt(&self.log, why));
+        }
+        log.begin_new();
+        *failed = log;
         {
             let mut state = self.state();
             state.gate = gate;
@@ -341,7 +348,7 @@ impl Group {
         drop(row);
         self.progress.send_modify(|p| p.refuses = None);
         self.durable(durable);
-        Ok(log)
+        Ok(())
     }
 
     fn run_apply(&self) {
