@@ -14,6 +14,8 @@ use bfs_common::record::{
 use bfs_common::wire::{Position, Refusal};
 use serde::{Deserialize, Serialize};
 
+use super::kinds::Kinds;
+
 /// How many records back a resent one can still be compared.
 const WINDOW: usize = 65_536;
 /// How many scopes of gaps may be open before they are taken as one: everything.
@@ -79,6 +81,8 @@ pub struct Gate {
     pub roots: Vec<(PathBytes, ObjectId)>,
     /// The boot of the last epoch.
     pub boot_id: [u8; 16],
+    /// The objects that live.
+    kinds: Kinds,
     /// Chain hashes of the last records, the newest last.
     window: VecDeque<ChainHash>,
 }
@@ -92,9 +96,10 @@ impl Gate {
         highest_object: ObjectId,
         roots: Vec<(PathBytes, ObjectId)>,
         boot_id: [u8; 16],
+        kinds: Kinds,
     ) -> Self {
         let window = VecDeque::from([position.chain]);
-        Self { position, checkpoint, highest_object, gaps: HashSet::new(), roots, boot_id, window }
+        Self { position, checkpoint, highest_object, gaps: HashSet::new(), roots, boot_id, kinds, window }
     }
 
     /// Decides about the next record of an agent that holds `epoch`; when it is taken, the gate
@@ -102,7 +107,24 @@ impl Gate {
     ///
     /// # Errors
     /// The refusal that the agent gets. The gate is then unchanged.
-    pub fn take(&mut self, epoch: Epoch, encoded: &Encoded, record: &Record) -> Result<Verdict, Refusal> {
+    pub fn take(
+        &mut self,
+        epoch: Epoch,
+        encoded: &Encoded,
+        record: &Record,
+        payload: &[u8],
+    ) -> Result<Verdict, Refusal> {
+        self.pass(epoch, encoded, record, Some(payload))
+    }
+
+    /// With its payload the record is checked for whether it can be applied.
+    fn pass(
+        &mut self,
+        epoch: Epoch,
+        encoded: &Encoded,
+        record: &Record,
+        payload: Option<&[u8]>,
+    ) -> Result<Verdict, Refusal> {
         let (have, got) = (self.position.sequence, encoded.sequence);
         if got <= have {
             return self.compare(encoded);
@@ -115,9 +137,24 @@ impl Gate {
             let what = if begins { "a second beginning of" } else { "a record before the beginning of" };
             return Err(Refusal::Bad(format!("record {got} is {what} epoch {epoch}")));
         }
+        if let Some(payload) = payload {
+            self.check(record, payload).map_err(|why| Refusal::Bad(format!("record {got}: {why}")))?;
+        }
         self.enter(epoch, got, record)?;
+        self.kinds.follow(record);
         self.step(encoded.chain(self.position.chain), got);
         Ok(Verdict::Take)
+    }
+
+    fn check(&self, record: &Record, payload: &[u8]) -> Result<(), String> {
+        self.kinds.check(self.highest_object, record, payload)?;
+        let lost = |(_, object): &&(PathBytes, ObjectId)| !self.kinds.is_directory(*object);
+        if let Record::Checkpoint { .. } = record
+            && let Some((path, object)) = self.roots.iter().find(lost)
+        {
+            return Err(format!("root {path:?} is object {object}, which is no directory"));
+        }
+        Ok(())
     }
 
     fn step(&mut self, chain: ChainHash, sequence: Sequence) {
@@ -203,7 +240,7 @@ impl Gate {
         }
     }
 
-    /// Follows a record of our own log, which the gate let in once.
+    /// Follows a record of our own log, which a gate let in once, maybe that of another release.
     ///
     /// # Errors
     /// The refusal that it would get now: then the log is not what was written.
@@ -212,7 +249,7 @@ impl Gate {
             Record::EpochBegin { epoch, .. } => *epoch,
             _ => self.position.epoch,
         };
-        self.take(epoch, encoded, record).map(|_| ())
+        self.pass(epoch, encoded, record, None).map(|_| ())
     }
 }
 
@@ -259,11 +296,11 @@ mod tests {
     }
 
     fn gate() -> Gate {
-        Gate::new(Position::START, CheckpointId(0), ObjectId(0), Vec::new(), [0; 16])
+        Gate::new(Position::START, CheckpointId(0), ObjectId(0), Vec::new(), [0; 16], Kinds::default())
     }
 
     fn give(gate: &mut Gate, epoch: u64, sequence: u64, record: &Record) -> Result<Verdict, Refusal> {
-        gate.take(Epoch(epoch), &encoded(sequence, record), record)
+        gate.take(Epoch(epoch), &encoded(sequence, record), record, b"")
     }
 
     fn begin(epoch: u64) -> Record {
