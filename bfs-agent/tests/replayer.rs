@@ -31,6 +31,7 @@ struct Agent {
     first: Option<Sequence>,
     count: u32,
     next_checkpoint: u64,
+    suspect: bool,
 }
 
 async fn hello(connection: &mut Connection, epoch: Option<Epoch>, take_over: bool) -> Result<Frame, Refusal> {
@@ -83,11 +84,26 @@ impl Agent {
             first: None,
             count: 0,
             next_checkpoint: confirmed.0 + 1,
+            suspect: false,
         };
         if position.epoch < granted {
-            agent.put(Record::EpochBegin { epoch: granted, boot_id: [1; 16], complete: true }, b"");
+            agent.begin();
         }
         agent
+    }
+
+    /// The beginning of an epoch that knows nothing of the one before.
+    fn begin(&mut self) {
+        self.put(Record::EpochBegin { epoch: self.epoch, boot_id: [1; 16], complete: false }, b"");
+        self.put(Record::Gap { scope: GapScope::Everything }, b"");
+        self.suspect = true;
+    }
+
+    /// Everything is as it should be.
+    fn repair(&mut self) {
+        if std::mem::take(&mut self.suspect) {
+            self.put(Record::Repaired { scope: GapScope::Everything }, b"");
+        }
     }
 
     fn put(&mut self, record: Record, payload: &[u8]) {
@@ -130,6 +146,7 @@ impl Agent {
     }
 
     async fn checkpoint(&mut self) {
+        self.repair();
         let checkpoint = CheckpointId(self.next_checkpoint);
         self.next_checkpoint += 1;
         self.put(Record::Checkpoint { checkpoint, label: CheckpointLabel::default() }, b"");
@@ -267,7 +284,6 @@ async fn what_was_acknowledged_is_there_after_a_restart() {
     assert_eq!(objects.iter().map(|o| o.object.0).collect::<Vec<_>>(), [1, 2, 3]);
     assert_eq!(objects[0].entries.len(), 2);
     assert_eq!(objects[1].size, 3);
-    agent.put(Record::Repaired { scope: GapScope::Everything }, b"");
     agent.checkpoint().await;
     assert_eq!(read(tree(&store).join("a")), "two");
     assert!(tree(&store).join("b").exists());
@@ -449,6 +465,7 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
         agent.object(10 + file, FileKind::Regular, 0o600, b"");
         agent.entry(1, &format!("f{file}"), 10 + file);
     }
+    agent.repair();
     // The whole history, record by record, so that it can be sent again from anywhere.
     for n in 0..3000u64 {
         agent.write(10 + n % 4, n / 4 * 6, format!("{n:05} ").as_bytes());
@@ -554,8 +571,9 @@ async fn maps_lead_only_where_the_replayer_allows() {
             first: None,
             count: 0,
             next_checkpoint: 1,
+            suspect: false,
         };
-        agent.put(Record::EpochBegin { epoch, boot_id: [1; 16], complete: true }, b"");
+        agent.begin();
         agent.root();
         agent.object(2, FileKind::Regular, 0o600, b"");
         agent.entry(1, "file", 2);

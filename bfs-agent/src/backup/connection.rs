@@ -1,7 +1,9 @@
 //! One connection of a known peer.
 //!
-//! Frames are answered in order; a second task writes, fed by a bounded queue, so that a peer
-//! that does not read stops only itself. A refusal is the last frame: afterwards what the peer
+//! Frames are answered in order; a second task writes, fed by a bounded queue. Catalogue and
+//! manifest are made under the lock of the tree and wait for that queue, so the writing task gives
+//! a peer that does not read [`WRITE_MAX`] for a frame; then it ends, the queue with it, and so the
+//! connection: a peer holds up the applier no longer than that. A refusal is the last frame: afterwards what the peer
 //! still sends is read and dropped for a while, because closing a socket with unread bytes would
 //! tear the refusal away from it.
 
@@ -23,6 +25,8 @@ use crate::net::{Connection, FrameError, FrameReader};
 const QUEUE: usize = 32;
 /// How long an agent that ended may keep its group, until its connection is seen to be closed.
 const SLOT_WAIT: Duration = Duration::from_secs(2);
+/// How long a peer may take to read a frame.
+const WRITE_MAX: Duration = Duration::from_secs(30);
 /// How long a refused peer may take to read that.
 const LINGER: Duration = Duration::from_secs(5);
 
@@ -49,7 +53,8 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
     let (out, mut to_write) = mpsc::channel::<(Frame, Bytes)>(QUEUE);
     let writing = tokio::spawn(async move {
         while let Some((frame, body)) = to_write.recv().await {
-            if writer.send(&frame, &body).await.is_err() {
+            // A frame that was begun cannot be taken back: after a timeout the stream is at its end.
+            if !matches!(tokio::time::timeout(WRITE_MAX, writer.send(&frame, &body)).await, Ok(Ok(()))) {
                 return;
             }
         }
@@ -91,8 +96,9 @@ impl Session {
         let mut stop = self.shared.stop.subscribe();
         loop {
             let fenced = self.writing.as_ref().map(|w| w.fenced.clone());
-            let broken = self.broken.clone();
+            let (broken, out) = (self.broken.clone(), self.out.clone());
             tokio::select! {
+                () = out.closed() => return Ok(()),
                 frame = reader.next() => match frame {
                     Ok(Some((frame, body))) => self.frame(frame, body).await?,
                     Ok(None) | Err(FrameError::Io(_) | FrameError::CutOff) => return Ok(()),
@@ -221,7 +227,7 @@ impl Session {
                 confirmed: known.confirmed,
                 applied: known.applied,
                 highest_object: state.gate.highest_object,
-                gaps: state.gate.gaps.clone(),
+                gaps: state.gate.gaps.iter().cloned().collect(),
                 roots: state.gate.roots.clone(),
                 boot_id: state.gate.boot_id,
             }

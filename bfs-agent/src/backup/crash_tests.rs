@@ -20,7 +20,7 @@ use super::error::BackupError;
 use super::gate::Marker;
 use super::group::apply_step;
 use super::index::{GroupRow, Index};
-use super::log::writer::LogWriter;
+use super::log::writer::{Batch, LogWriter};
 use super::store::Store;
 
 const GROUP: &str = "g";
@@ -220,7 +220,8 @@ impl Model {
 }
 
 fn append(log: &mut LogWriter, records: Vec<(Record, Vec<u8>)>) -> Position {
-    let mut position = log.durable();
+    let before = log.durable();
+    let mut position = before;
     let mut out = BytesMut::new();
     for (record, payload) in records {
         let start = out.len();
@@ -228,7 +229,7 @@ fn append(log: &mut LogWriter, records: Vec<(Record, Vec<u8>)>) -> Position {
         codec::encode(&mut out, position.sequence, &record, &payload);
         position.chain = codec::chain(position.chain, &out[start..]);
     }
-    log.append(&[(out.freeze(), position)]).unwrap();
+    log.append(&[Batch { bytes: out.freeze(), before, after: position }]).unwrap();
     position
 }
 

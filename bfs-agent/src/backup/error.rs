@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bfs_common::record::Sequence;
+
 use crate::net::AddressError;
 
 /// What can go wrong in a store.
@@ -51,6 +53,16 @@ pub enum BackupError {
         path: PathBuf,
         /// What was found.
         why: String,
+    },
+    /// A batch for the log that does not follow what is in it: a fault of this program.
+    #[error("{dir}: records that follow record {follows} cannot stand behind record {stands}")]
+    OutOfOrder {
+        /// The log.
+        dir: PathBuf,
+        /// The last record that is there.
+        stands: Sequence,
+        /// The record that the batch follows.
+        follows: Sequence,
     },
     /// The index failed.
     #[error("the store's index failed: {0}")]

@@ -3,8 +3,9 @@
 //! The gate stands at the last record that was *taken*, which may not be durable yet. It lets
 //! each record in exactly once and in order, refuses a gap or a fork by its typed name, counts
 //! open suspects, and refuses a marker while any is open: promise 3 is checked on this side too.
+//! An epoch that does not go on where the one before ended opens everything by itself.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use bfs_common::codec::Encoded;
 use bfs_common::record::{
@@ -13,10 +14,12 @@ use bfs_common::record::{
 use bfs_common::wire::{Position, Refusal};
 use serde::{Deserialize, Serialize};
 
+use super::kinds::Kinds;
+
 /// How many records back a resent one can still be compared.
 const WINDOW: usize = 65_536;
 /// How many scopes of gaps may be open before they are taken as one: everything.
-const GAPS_MAX: usize = 65_536;
+const GAPS_MAX: usize = 4096;
 /// How many roots a group may have.
 const ROOTS_MAX: usize = 1024;
 
@@ -72,12 +75,14 @@ pub struct Gate {
     pub checkpoint: CheckpointId,
     /// Highest object number ever seen.
     pub highest_object: ObjectId,
-    /// Scopes of gaps that are open.
-    pub gaps: Vec<GapScope>,
+    /// Scopes of gaps that are open: [`GapScope::Everything`] alone, or up to [`GAPS_MAX`] others.
+    pub gaps: HashSet<GapScope>,
     /// The group's roots.
     pub roots: Vec<(PathBytes, ObjectId)>,
     /// The boot of the last epoch.
     pub boot_id: [u8; 16],
+    /// The objects that live.
+    kinds: Kinds,
     /// Chain hashes of the last records, the newest last.
     window: VecDeque<ChainHash>,
 }
@@ -91,9 +96,10 @@ impl Gate {
         highest_object: ObjectId,
         roots: Vec<(PathBytes, ObjectId)>,
         boot_id: [u8; 16],
+        kinds: Kinds,
     ) -> Self {
         let window = VecDeque::from([position.chain]);
-        Self { position, checkpoint, highest_object, gaps: Vec::new(), roots, boot_id, window }
+        Self { position, checkpoint, highest_object, gaps: HashSet::new(), roots, boot_id, kinds, window }
     }
 
     /// Decides about the next record of an agent that holds `epoch`; when it is taken, the gate
@@ -101,7 +107,24 @@ impl Gate {
     ///
     /// # Errors
     /// The refusal that the agent gets. The gate is then unchanged.
-    pub fn take(&mut self, epoch: Epoch, encoded: &Encoded, record: &Record) -> Result<Verdict, Refusal> {
+    pub fn take(
+        &mut self,
+        epoch: Epoch,
+        encoded: &Encoded,
+        record: &Record,
+        payload: &[u8],
+    ) -> Result<Verdict, Refusal> {
+        self.pass(epoch, encoded, record, Some(payload))
+    }
+
+    /// With its payload the record is checked for whether it can be applied.
+    fn pass(
+        &mut self,
+        epoch: Epoch,
+        encoded: &Encoded,
+        record: &Record,
+        payload: Option<&[u8]>,
+    ) -> Result<Verdict, Refusal> {
         let (have, got) = (self.position.sequence, encoded.sequence);
         if got <= have {
             return self.compare(encoded);
@@ -114,9 +137,24 @@ impl Gate {
             let what = if begins { "a second beginning of" } else { "a record before the beginning of" };
             return Err(Refusal::Bad(format!("record {got} is {what} epoch {epoch}")));
         }
+        if let Some(payload) = payload {
+            self.check(record, payload).map_err(|why| Refusal::Bad(format!("record {got}: {why}")))?;
+        }
         self.enter(epoch, got, record)?;
+        self.kinds.follow(record);
         self.step(encoded.chain(self.position.chain), got);
         Ok(Verdict::Take)
+    }
+
+    fn check(&self, record: &Record, payload: &[u8]) -> Result<(), String> {
+        self.kinds.check(self.highest_object, record, payload)?;
+        let lost = |(_, object): &&(PathBytes, ObjectId)| !self.kinds.is_directory(*object);
+        if let Record::Checkpoint { .. } = record
+            && let Some((path, object)) = self.roots.iter().find(lost)
+        {
+            return Err(format!("root {path:?} is object {object}, which is no directory"));
+        }
+        Ok(())
     }
 
     fn step(&mut self, chain: ChainHash, sequence: Sequence) {
@@ -151,12 +189,15 @@ impl Gate {
     fn enter(&mut self, epoch: Epoch, sequence: Sequence, record: &Record) -> Result<(), Refusal> {
         let bad = |why: String| Err(Refusal::Bad(format!("record {sequence}: {why}")));
         match record {
-            Record::EpochBegin { epoch: begun, boot_id, .. } => {
+            Record::EpochBegin { epoch: begun, boot_id, complete } => {
                 if *begun != epoch {
                     return bad(format!("it begins epoch {begun}, granted was {epoch}"));
                 }
                 self.position.epoch = epoch;
                 self.boot_id = *boot_id;
+                if !complete {
+                    self.open_gap(&GapScope::Everything);
+                }
             }
             Record::Object { object, .. } => {
                 if *object <= self.highest_object {
@@ -171,13 +212,7 @@ impl Gate {
                 check_roots(roots).map_err(|why| Refusal::Bad(format!("record {sequence}: {why}")))?;
                 self.roots.clone_from(roots);
             }
-            Record::Gap { scope } => {
-                if self.gaps.len() >= GAPS_MAX {
-                    self.gaps = vec![GapScope::Everything];
-                } else if !self.gaps.contains(scope) {
-                    self.gaps.push(scope.clone());
-                }
-            }
+            Record::Gap { scope } => self.open_gap(scope),
             Record::Repaired { scope } => self.gaps.retain(|open| !closes(scope, open)),
             Record::Checkpoint { checkpoint, .. } => {
                 if !self.gaps.is_empty() {
@@ -193,7 +228,19 @@ impl Gate {
         Ok(())
     }
 
-    /// Follows a record of our own log, which the gate let in once.
+    fn open_gap(&mut self, scope: &GapScope) {
+        if self.gaps.contains(&GapScope::Everything) {
+            return;
+        }
+        let too_many = self.gaps.len() >= GAPS_MAX && !self.gaps.contains(scope);
+        if too_many || *scope == GapScope::Everything {
+            self.gaps = HashSet::from([GapScope::Everything]);
+        } else {
+            self.gaps.insert(scope.clone());
+        }
+    }
+
+    /// Follows a record of our own log, which a gate let in once, maybe that of another release.
     ///
     /// # Errors
     /// The refusal that it would get now: then the log is not what was written.
@@ -202,7 +249,7 @@ impl Gate {
             Record::EpochBegin { epoch, .. } => *epoch,
             _ => self.position.epoch,
         };
-        self.take(epoch, encoded, record).map(|_| ())
+        self.pass(epoch, encoded, record, None).map(|_| ())
     }
 }
 
@@ -249,15 +296,15 @@ mod tests {
     }
 
     fn gate() -> Gate {
-        Gate::new(Position::START, CheckpointId(0), ObjectId(0), Vec::new(), [0; 16])
+        Gate::new(Position::START, CheckpointId(0), ObjectId(0), Vec::new(), [0; 16], Kinds::default())
     }
 
     fn give(gate: &mut Gate, epoch: u64, sequence: u64, record: &Record) -> Result<Verdict, Refusal> {
-        gate.take(Epoch(epoch), &encoded(sequence, record), record)
+        gate.take(Epoch(epoch), &encoded(sequence, record), record, b"")
     }
 
     fn begin(epoch: u64) -> Record {
-        Record::EpochBegin { epoch: Epoch(epoch), boot_id: [1; 16], complete: false }
+        Record::EpochBegin { epoch: Epoch(epoch), boot_id: [1; 16], complete: true }
     }
 
     fn marker(n: u64) -> Record {
@@ -297,6 +344,34 @@ mod tests {
         assert_eq!(give(&mut gate, 1, 3, &marker(1)), Err(refusal));
         give(&mut gate, 1, 3, &Record::Repaired { scope: GapScope::Object(ObjectId(3)) }).unwrap();
         assert_eq!(give(&mut gate, 1, 4, &marker(1)), Ok(Verdict::Take));
+    }
+
+    #[test]
+    fn an_epoch_with_a_hole_before_it_is_suspect_as_a_whole() {
+        let mut gate = gate();
+        let begin = |epoch, complete| Record::EpochBegin { epoch: Epoch(epoch), boot_id: [1; 16], complete };
+        let refusal = Err(Refusal::OpenGap { checkpoint: CheckpointId(1), open: 1 });
+        let object = GapScope::Object(ObjectId(3));
+        give(&mut gate, 1, 1, &begin(1, false)).unwrap();
+        assert_eq!(give(&mut gate, 1, 2, &marker(1)), refusal);
+        give(&mut gate, 1, 2, &Record::Repaired { scope: object.clone() }).unwrap();
+        assert_eq!(give(&mut gate, 1, 3, &marker(1)), refusal);
+        // A complete hand-over closes nothing.
+        give(&mut gate, 2, 3, &begin(2, true)).unwrap();
+        give(&mut gate, 2, 4, &Record::Gap { scope: object }).unwrap();
+        assert_eq!(give(&mut gate, 2, 5, &marker(1)), refusal);
+        give(&mut gate, 2, 5, &Record::Repaired { scope: GapScope::Everything }).unwrap();
+        assert_eq!(give(&mut gate, 2, 6, &marker(1)), Ok(Verdict::Take));
+    }
+
+    #[test]
+    fn very_many_gaps_are_one() {
+        let mut gate = gate();
+        give(&mut gate, 1, 1, &begin(1)).unwrap();
+        for n in 0..=GAPS_MAX as u64 {
+            give(&mut gate, 1, n + 2, &Record::Gap { scope: GapScope::Object(ObjectId(n)) }).unwrap();
+        }
+        assert_eq!(gate.gaps, HashSet::from([GapScope::Everything]));
     }
 
     #[test]

@@ -21,7 +21,8 @@ use super::apply::{self, Area, CrashPoint, Step};
 use super::error::BackupError;
 use super::gate::{Gate, Marker, Verdict};
 use super::index::{GroupRow, Index, Phase, PlanRow};
-use super::log::writer::LogWriter;
+use super::kinds::Kinds;
+use super::log::writer::{Batch, LogWriter};
 use super::log::{LogRecord, read_range};
 use super::plan::plan;
 use super::target::Target;
@@ -30,6 +31,11 @@ use super::target::Target;
 const QUEUE: usize = 8;
 /// Bytes that are synced together at most.
 const GROUP_COMMIT_BYTES: usize = 32 << 20;
+/// Bytes of the log that may wait for an applier that is in trouble.
+const UNAPPLIED_MAX: u64 = 16 << 30;
+/// Nothing is taken with less room than this, or than a twentieth of a small file system: the
+/// applier needs some to go on.
+const FREE_MIN: u64 = 256 << 20;
 /// How long the applier waits before it tries a step again that failed.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -62,8 +68,8 @@ pub struct State {
     pub gate: Gate,
     /// The newest epoch that was granted.
     pub granted: Epoch,
-    /// Markers that were taken and are not applied.
-    markers: VecDeque<Marker>,
+    /// Steps that were taken and are not applied.
+    steps: VecDeque<Taken>,
     /// Who writes.
     pub slot: Option<Slot>,
     applied: (CheckpointId, CheckpointLabel),
@@ -74,11 +80,16 @@ pub struct State {
     stop: bool,
 }
 
+/// A step in the log.
+#[derive(Debug)]
+struct Taken {
+    marker: Marker,
+    /// Bytes of its records.
+    bytes: u64,
+}
+
 enum ToLog {
-    Append {
-        bytes: Bytes,
-        after: Position,
-    },
+    Append(Batch),
     /// Answers when everything before it is durable, after opening the log again if it failed.
     Drain(oneshot::Sender<Result<(), String>>),
 }
@@ -111,31 +122,41 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What opening a log gives: its end, the gate there, the markers that are not applied, and how
+/// What opening a log gives: its end, the gate there, the steps that are not applied, and how
 /// many records and bytes stand behind the last of them.
-type OpenLog = (LogWriter, Gate, VecDeque<Marker>, (u64, u64));
+type OpenLog = (LogWriter, Gate, VecDeque<Taken>, (u64, u64));
 
-fn open_log(log: &std::path::Path, row: &GroupRow) -> Result<OpenLog, BackupError> {
+fn open_log(log: &std::path::Path, row: &GroupRow, index: &Index) -> Result<OpenLog, BackupError> {
     let applied: Position = row.applied.into();
-    let mut gate = Gate::new(applied, row.checkpoint, row.highest_object, row.roots.clone(), row.boot_id);
-    let mut markers = VecDeque::new();
+    let mut kinds = Kinds::default();
+    index.view(row.number)?.each_kind(|object, kind| kinds.insert(object, kind))?;
+    let (roots, highest) = (row.roots.clone(), row.highest_object);
+    let mut gate = Gate::new(applied, row.checkpoint, highest, roots, row.boot_id, kinds);
+    let mut steps = VecDeque::new();
     let mut pending = (0, 0);
     let (writer, opened) = LogWriter::open(log, row.id, applied, |found: LogRecord| {
         gate.replay(&found.encoded, &found.record).map_err(|refusal| BackupError::corrupt(log, refusal))?;
         pending = (pending.0 + 1, pending.1 + found.encoded.bytes.len() as u64);
         if let Record::Checkpoint { checkpoint, label } = found.record {
-            markers.push_back(Marker { checkpoint, label, position: gate.position.into() });
+            let marker = Marker { checkpoint, label, position: gate.position.into() };
+            steps.push_back(Taken { marker, bytes: pending.1 });
             pending = (0, 0);
         }
         Ok(())
     })?;
     if let Some((path, bytes)) = opened.cut {
-        tracing::warn!(
-            "{}: {bytes} bytes of a torn batch were cut; they were never acknowledged",
-            path.display()
-        );
+        tracing::warn!("{}: {bytes} bytes of a torn batch were cut; it was never committed", path.display());
     }
-    Ok((writer, gate, markers, pending))
+    Ok((writer, gate, steps, pending))
+}
+
+impl State {
+    /// Why nothing can be taken, if the log grows without being applied.
+    fn too_far_behind(&self) -> Option<String> {
+        let why = self.apply_trouble.as_ref()?;
+        let bytes = self.steps.iter().map(|s| s.bytes).sum::<u64>() + self.pending.1;
+        (bytes >= UNAPPLIED_MAX).then(|| format!("{} MiB wait to be applied, and {why}", bytes >> 20))
+    }
 }
 
 impl Group {
@@ -150,13 +171,13 @@ impl Group {
         area: Area,
         log: PathBuf,
     ) -> Result<Arc<Self>, BackupError> {
-        let (writer, gate, markers, pending) = open_log(&log, &row)?;
-        let confirmed = markers.back().map_or(row.checkpoint, |m| m.checkpoint);
+        let (writer, gate, steps, pending) = open_log(&log, &row, &index)?;
+        let confirmed = steps.back().map_or(row.checkpoint, |s| s.marker.checkpoint);
         let progress = Progress { durable: gate.position, confirmed, applied: row.checkpoint, refuses: None };
         let state = State {
             gate,
             granted: row.granted,
-            markers,
+            steps,
             slot: None,
             applied: (row.checkpoint, row.label.clone()),
             applying: false,
@@ -232,25 +253,38 @@ impl Group {
         count: u32,
         mut body: Bytes,
     ) -> Result<(), Refusal> {
-        let (batch, after, refused) = {
-            let mut state = self.state();
-            if state.slot.as_ref().is_none_or(|slot| slot.connection != connection) {
-                return Err(Refusal::Fenced { newest: state.granted });
-            }
-            if let Some(why) = &state.log_trouble {
-                return Err(Refusal::Store(why.clone()));
-            }
-            let mut batch = Vec::new();
-            let refused = take_all(&mut state, epoch, first, count, &mut body, &mut batch).err();
-            (batch, state.gate.position, refused)
-        };
-        if !batch.is_empty() {
-            let sender =
-                locked(&self.to_log).clone().ok_or_else(|| Refusal::Store("it is being closed".into()))?;
-            let append = ToLog::Append { bytes: batch.into(), after };
-            sender.send(append).await.map_err(|_| Refusal::Store("its log thread ended".into()))?;
+        // The place in the queue comes first, so that gate and queue move under one lock: who takes
+        // the slot later finds everything that the gate let in queued before its own `Drain`.
+        let full = self.no_room();
+        let sender =
+            locked(&self.to_log).clone().ok_or_else(|| Refusal::Store("it is being closed".into()))?;
+        let place = sender.reserve().await.map_err(|_| Refusal::Store("its log thread ended".into()))?;
+        let mut state = self.state();
+        if state.slot.as_ref().is_none_or(|slot| slot.connection != connection) {
+            return Err(Refusal::Fenced { newest: state.granted });
+        }
+        if let Some(why) = &state.log_trouble {
+            return Err(Refusal::Store(why.clone()));
+        }
+        if let Some(why) = full.or_else(|| state.too_far_behind()) {
+            return Err(Refusal::Store(why));
+        }
+        let before = state.gate.position;
+        let mut bytes = Vec::new();
+        let refused = take_all(&mut state, epoch, first, count, &mut body, &mut bytes).err();
+        if !bytes.is_empty() {
+            place.send(ToLog::Append(Batch { bytes: bytes.into(), before, after: state.gate.position }));
         }
         refused.map_or(Ok(()), Err)
+    }
+
+    /// Why nothing can be taken, if the file system of the log is full but for the reserve.
+    fn no_room(&self) -> Option<String> {
+        // What cannot be asked is found out by writing.
+        let now = rustix::fs::statvfs(&self.log).ok()?;
+        let (free, all) = (now.f_bavail * now.f_frsize, now.f_blocks * now.f_frsize);
+        (free < FREE_MIN.min(all / 20))
+            .then(|| format!("{} MiB are left on its file system: make room, then it goes on", free >> 20))
     }
 
     /// Waits until everything that was taken is durable; opens a log again that had failed.
@@ -265,8 +299,8 @@ impl Group {
         wait.await.map_err(|_| closed())?.map_err(Refusal::Store)
     }
 
-    fn run_log(&self, writer: LogWriter, mut from_group: mpsc::Receiver<ToLog>) {
-        let mut writer = Some(writer);
+    fn run_log(&self, mut log: LogWriter, mut from_group: mpsc::Receiver<ToLog>) {
+        let mut failed = false;
         while let Some(first) = from_group.blocking_recv() {
             let mut batches = Vec::new();
             let mut drains = Vec::new();
@@ -274,27 +308,28 @@ impl Group {
             let mut next = Some(first);
             while let Some(message) = next {
                 match message {
-                    ToLog::Append { bytes, after } => {
-                        bytes_total += bytes.len();
-                        batches.push((bytes, after));
+                    ToLog::Append(batch) => {
+                        bytes_total += batch.bytes.len();
+                        batches.push(batch);
                     }
                     ToLog::Drain(answer) => drains.push(answer),
                 }
                 next = if bytes_total < GROUP_COMMIT_BYTES { from_group.try_recv().ok() } else { None };
             }
-            if let Some(log) = &mut writer {
+            // After a failure the batches do not count either: the gate goes back when it is over.
+            if !failed {
                 match log.append(&batches) {
                     Ok(()) if batches.is_empty() => {}
                     Ok(()) => self.durable(log.durable()),
                     Err(error) => {
                         self.log_failed(&error);
-                        writer = None;
+                        failed = true;
                     }
                 }
             }
-            if writer.is_none() && !drains.is_empty() {
-                match self.reopen() {
-                    Ok(log) => writer = Some(log),
+            if failed && !drains.is_empty() {
+                match self.reopen(&mut log) {
+                    Ok(()) => failed = false,
                     Err(error) => self.log_failed(&error),
                 }
             }
@@ -304,19 +339,16 @@ impl Group {
                 let _ = answer.send(trouble.map_or(Ok(()), Err));
             }
         }
-        if let Some(mut log) = writer
-            && let Err(error) = log.seal()
-        {
+        if !failed && let Err(error) = log.seal() {
             tracing::warn!("group {}: {error}", self.name);
         }
     }
 
     fn durable(&self, position: Position) {
-        let confirmed = {
-            let state = self.state();
-            let durable = state.markers.iter().rev().find(|m| m.position.sequence <= position.sequence);
-            durable.map_or(state.applied.0, |m| m.checkpoint)
-        };
+        // All under the lock: the applier looks at both and then waits, without a moment between.
+        let state = self.state();
+        let durable = state.steps.iter().rev().find(|s| s.marker.position.sequence <= position.sequence);
+        let confirmed = durable.map_or(state.applied.0, |s| s.marker.checkpoint);
         self.progress.send_modify(|p| {
             p.durable = position;
             p.confirmed = p.confirmed.max(confirmed);
@@ -331,22 +363,30 @@ impl Group {
         self.progress.send_modify(|p| p.refuses = Some(why));
     }
 
-    /// After a failure: what the log really holds decides.
-    fn reopen(&self) -> Result<LogWriter, BackupError> {
+    /// After a failure: back to the last record that was synced, and on in a new segment.
+    fn reopen(&self, failed: &mut LogWriter) -> Result<(), BackupError> {
         let row = locked(&self.tree);
-        let (log, gate, markers, pending) = open_log(&self.log, &row)?;
-        let durable = gate.position;
+        failed.settle()?;
+        let (mut log, gate, steps, pending) = open_log(&self.log, &row, &self.index)?;
+        let (durable, known) = (gate.position, failed.durable());
+        if durable != known {
+            let why =
+                format!("ends at record {}, but {} was the last synced", durable.sequence, known.sequence);
+            return Err(BackupError::corrupt(&self.log, why));
+        }
+        log.begin_new();
+        *failed = log;
         {
             let mut state = self.state();
             state.gate = gate;
-            state.markers = markers;
+            state.steps = steps;
             state.pending = pending;
             state.log_trouble = None;
         }
         drop(row);
         self.progress.send_modify(|p| p.refuses = None);
         self.durable(durable);
-        Ok(log)
+        Ok(())
     }
 
     fn run_apply(&self) {
@@ -358,7 +398,7 @@ impl Group {
                         return;
                     }
                     let durable = self.progress.borrow().durable.sequence;
-                    if state.markers.front().is_some_and(|m| m.position.sequence <= durable) {
+                    if state.steps.front().is_some_and(|s| s.marker.position.sequence <= durable) {
                         break;
                     }
                     state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -373,10 +413,9 @@ impl Group {
                 Err(error) => {
                     tracing::error!("group {}: a checkpoint cannot be applied: {error}", self.name);
                     state.apply_trouble = Some(format!("a checkpoint cannot be applied: {error}"));
-                    if !state.stop {
-                        let waited = self.wake.wait_timeout(state, RETRY);
-                        drop(waited.unwrap_or_else(PoisonError::into_inner));
-                    }
+                    // Records that become durable meanwhile change nothing about it.
+                    let waited = self.wake.wait_timeout_while(state, RETRY, |state| !state.stop);
+                    drop(waited.unwrap_or_else(PoisonError::into_inner));
                 }
             }
         }
@@ -385,12 +424,12 @@ impl Group {
     /// Does the step to the next durable marker.
     fn apply_next(&self, crash: &mut CrashPoint) -> Result<(), BackupError> {
         let mut tree = locked(&self.tree);
-        let Some(marker) = self.state().markers.front().cloned() else { return Ok(()) };
+        let Some(marker) = self.state().steps.front().map(|s| s.marker.clone()) else { return Ok(()) };
         let row = apply_step(&self.name, &tree, &self.index, &self.area, &self.log, marker, crash)?;
         *tree = row;
         let mut state = self.state();
-        while state.markers.front().is_some_and(|m| m.checkpoint <= tree.checkpoint) {
-            state.markers.pop_front();
+        while state.steps.front().is_some_and(|s| s.marker.checkpoint <= tree.checkpoint) {
+            state.steps.pop_front();
         }
         state.applied = (tree.checkpoint, tree.label.clone());
         drop(state);
@@ -415,6 +454,7 @@ impl Group {
     /// How it stands.
     #[must_use]
     pub fn status(&self) -> GroupStatus {
+        let full = self.no_room();
         let state = self.state();
         let progress = self.progress.borrow().clone();
         GroupStatus {
@@ -429,7 +469,7 @@ impl Group {
             pending_records: state.pending.0,
             open_gaps: state.gate.gaps.len() as u64,
             attached: state.slot.is_some(),
-            trouble: state.log_trouble.clone().or_else(|| state.apply_trouble.clone()),
+            trouble: state.log_trouble.clone().or_else(|| state.apply_trouble.clone()).or(full),
         }
     }
 
@@ -457,18 +497,20 @@ fn take_all(
     let bad = |why: String| Refusal::Bad(format!("records from {first}: {why}"));
     let mut seen = 0;
     while let Some(encoded) = codec::take(body).map_err(|e| bad(e.to_string()))? {
-        let (record, _) = encoded.decode().map_err(|e| bad(e.to_string()))?;
+        let (record, payload) = encoded.decode().map_err(|e| bad(e.to_string()))?;
         if encoded.sequence.0 != first.0.wrapping_add(u64::from(seen)) {
             return Err(bad(format!("number {} stands in place {seen}", encoded.sequence)));
         }
         seen += 1;
-        if state.gate.take(epoch, &encoded, &record)? == Verdict::Known {
+        if state.gate.take(epoch, &encoded, &record, &payload)? == Verdict::Known {
             continue;
         }
         batch.extend_from_slice(&encoded.bytes);
         state.pending = (state.pending.0 + 1, state.pending.1 + encoded.bytes.len() as u64);
         if let Record::Checkpoint { checkpoint, label } = record {
-            state.markers.push_back(Marker { checkpoint, label, position: state.gate.position.into() });
+            let marker = Marker { checkpoint, label, position: state.gate.position.into() };
+            let bytes = state.pending.1;
+            state.steps.push_back(Taken { marker, bytes });
             state.pending = (0, 0);
         }
     }

@@ -322,6 +322,18 @@ impl Base for View {
 }
 
 impl View {
+    /// Number and type of every object.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn each_kind(&self, mut each: impl FnMut(ObjectId, FileKind)) -> Result<(), BackupError> {
+        for line in self.objects.range((self.group, 0)..=(self.group, u64::MAX))? {
+            let (key, row) = line?;
+            each(ObjectId(key.value().1), unpack::<Node>("object", row.value())?.kind);
+        }
+        Ok(())
+    }
+
     /// Objects in the order of their numbers, from `from` on, at most `limit`.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ pub mod error;
 pub mod gate;
 pub mod group;
 pub mod index;
+pub mod kinds;
 pub mod log;
 pub mod places;
 pub mod plan;

@@ -1,15 +1,16 @@
 //! What agents read from a group: the catalogue and the manifest.
 //!
-//! Both hold the lock of the tree, so the applier waits while they are made. Both are handed out
-//! in pieces of bounded size.
+//! Both hold the lock of the tree, so the applier waits while they are made and read: `send` gives
+//! up for a peer that reads too slowly. Both are handed out in pieces of bounded size.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::PoisonError;
 
 use bfs_common::record::{FileKind, Name, ObjectId, PathBytes};
 use bfs_common::wire::{CatalogObject, Frame, ManifestLine};
-use rustix::fs::OFlags;
+use bytes::Bytes;
+use rustix::fs::{Mode, OFlags};
 
 use super::error::BackupError;
 use super::group::Group;
@@ -23,6 +24,30 @@ use crate::tree;
 const FRAME_BYTES: usize = 1 << 20;
 /// Entries of a directory in one line of the catalogue; the same object comes again with more.
 const ENTRIES_MAX: usize = 8192;
+/// Bytes of extended attributes in one line; the same object comes again with more.
+const XATTRS_MAX: usize = 1 << 20;
+/// Levels of directories that are held open by a walk.
+const OPEN_MAX: usize = 64;
+
+fn xattr_len((name, value): &(String, Bytes)) -> usize {
+    name.len() + value.len() + 16
+}
+
+/// Pieces of bounded size; none is empty, one value at least is in each.
+fn in_pieces(mut xattrs: &[(String, Bytes)]) -> Vec<&[(String, Bytes)]> {
+    let mut pieces = Vec::new();
+    while !xattrs.is_empty() {
+        let mut sum = 0;
+        let fits = |x: &&(String, Bytes)| {
+            sum += xattr_len(x);
+            sum <= XATTRS_MAX
+        };
+        let (piece, rest) = xattrs.split_at(xattrs.iter().take_while(fits).count().max(1));
+        pieces.push(piece);
+        xattrs = rest;
+    }
+    pieces
+}
 
 /// The state at the last durable record, as frames. `send` gives up with false.
 ///
@@ -60,12 +85,14 @@ pub fn catalog(group: &Group, send: &mut dyn FnMut(Frame) -> bool) -> Result<(),
             entries = all.into_iter().collect();
         }
         let mut pieces = entries.chunks(ENTRIES_MAX);
-        let mut piece = pieces.next();
+        let mut xattr_pieces = in_pieces(&node.xattrs).into_iter();
+        let (mut piece, mut xattrs) = (pieces.next(), xattr_pieces.next());
         loop {
             let entries = piece.unwrap_or_default().to_vec();
+            let some = xattrs.unwrap_or_default();
             bytes += 200 + node.target.len();
             bytes += entries.iter().map(|(n, _)| n.as_bytes().len() + 16).sum::<usize>();
-            bytes += node.xattrs.iter().map(|(n, v)| n.len() + v.len() + 16).sum::<usize>();
+            bytes += some.iter().map(xattr_len).sum::<usize>();
             objects.push(CatalogObject {
                 object,
                 identity: node.identity,
@@ -73,7 +100,7 @@ pub fn catalog(group: &Group, send: &mut dyn FnMut(Frame) -> bool) -> Result<(),
                 device: node.device,
                 meta: node.meta,
                 size: node.size,
-                xattrs: node.xattrs.clone(),
+                xattrs: some.to_vec(),
                 target: node.target.clone(),
                 entries,
             });
@@ -83,8 +110,8 @@ pub fn catalog(group: &Group, send: &mut dyn FnMut(Frame) -> bool) -> Result<(),
                     return Ok(false);
                 }
             }
-            piece = pieces.next();
-            if piece.is_none() {
+            (piece, xattrs) = (pieces.next(), xattr_pieces.next());
+            if piece.is_none() && xattrs.is_none() {
                 return Ok(true);
             }
         }
@@ -142,7 +169,7 @@ pub fn manifest(group: &Group, send: &mut dyn FnMut(Frame) -> bool) -> Result<()
         ManifestWriter { view: &view, lines: Vec::new(), bytes: 0, frame: &frame, send, goes_on: true };
     for (index, (path, object)) in row.roots.iter().enumerate() {
         if let Some(fd) = group.area.open_root(path.as_path())? {
-            writer.walk(index as u32, Vec::new(), *object, &fd)?;
+            writer.walk(index as u32, *object, fd)?;
         }
     }
     if writer.goes_on {
@@ -161,12 +188,71 @@ struct ManifestWriter<'a> {
     goes_on: bool,
 }
 
+/// A directory that a walk is in.
+struct Level {
+    object: ObjectId,
+    /// (device, inode)
+    identity: (u64, u64),
+    /// Length of its path.
+    path: usize,
+    /// What is still to come, in reverse.
+    names: Vec<Name>,
+}
+
 impl ManifestWriter<'_> {
-    fn walk(&mut self, root: u32, path: Vec<u8>, object: ObjectId, fd: &OwnedFd) -> Result<(), BackupError> {
-        if !self.goes_on {
-            return Ok(());
+    /// A root and all below it. Of deep trees only the last levels are held open; the way up again
+    /// is `..`, checked: nobody but the applier, which waits, moves a directory here.
+    fn walk(&mut self, root: u32, object: ObjectId, fd: OwnedFd) -> Result<(), BackupError> {
+        let mut path = Vec::new();
+        let mut levels: Vec<Level> = Vec::new();
+        // Of the last of them.
+        let mut open: VecDeque<OwnedFd> = VecDeque::new();
+        let enter = |writer: &mut Self, object, fd: OwnedFd, path: &[u8], open: &mut VecDeque<_>| {
+            let level = writer.line(root, path, object, &fd)?;
+            if level.is_some() {
+                if open.len() >= OPEN_MAX {
+                    open.pop_front();
+                }
+                open.push_back(fd);
+            }
+            Ok::<_, BackupError>(level)
+        };
+        levels.extend(enter(self, object, fd, &path, &mut open)?);
+        while self.goes_on
+            && let Some(level) = levels.last_mut()
+        {
+            path.truncate(level.path);
+            let Some(name) = level.names.pop() else {
+                levels.pop();
+                let gone = open.pop_back();
+                if let (Some(above), Some(gone), true) = (levels.last(), gone, open.is_empty()) {
+                    open.push_back(up(&gone, above.identity, &path)?);
+                }
+                continue;
+            };
+            let Some(fd) = open.back() else { break };
+            let shown = || String::from_utf8_lossy(&path).into_owned();
+            let child = super::apply::open_beneath(fd, name.as_bytes(), OFlags::PATH)
+                .map_err(|e| BackupError::io("open an entry of", shown())(e))?;
+            let object = self.view.entry(level.object, &name)?.unwrap_or_default();
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(name.as_bytes());
+            levels.extend(enter(self, object, child, &path, &mut open)?);
         }
-        let shown = String::from_utf8_lossy(&path).into_owned();
+        Ok(())
+    }
+
+    /// Writes the line of a file; of a directory, what is in it.
+    fn line(
+        &mut self,
+        root: u32,
+        path: &[u8],
+        object: ObjectId,
+        fd: &OwnedFd,
+    ) -> Result<Option<Level>, BackupError> {
+        let shown = String::from_utf8_lossy(path).into_owned();
         let io = |what: &'static str| BackupError::io::<std::io::Error>(what, &shown);
         let stat = tree::stat_fd(fd.as_fd()).map_err(io("stat"))?;
         let content = match stat.kind {
@@ -181,7 +267,7 @@ impl ManifestWriter<'_> {
         self.bytes += 300 + path.len();
         self.lines.push(ManifestLine {
             root,
-            path: PathBytes(path.clone().into()),
+            path: PathBytes(path.into()),
             object,
             kind: stat.kind,
             meta: stat.meta,
@@ -196,28 +282,44 @@ impl ManifestWriter<'_> {
             self.goes_on = (self.send)((self.frame)(lines, false));
         }
         if stat.kind != FileKind::Directory {
-            return Ok(());
+            return Ok(None);
         }
         let mut names = Vec::new();
         let dir = tree::reopen_read(fd.as_fd()).map_err(io("open"))?;
         for entry in rustix::fs::Dir::read_from(&dir).map_err(|e| io("read")(e.into()))? {
             let entry = entry.map_err(|e| io("read")(e.into()))?;
-            if let Some(name) = Name::new(entry.file_name().to_bytes()) {
-                names.push(name);
-            }
+            names.extend(Name::new(entry.file_name().to_bytes()));
         }
-        names.sort();
-        for name in names {
-            let child = super::apply::open_beneath(fd, name.as_bytes(), OFlags::PATH)
-                .map_err(|e| io("open an entry of")(e.into()))?;
-            let object = self.view.entry(object, &name)?.unwrap_or_default();
-            let mut below = path.clone();
-            if !below.is_empty() {
-                below.push(b'/');
-            }
-            below.extend_from_slice(name.as_bytes());
-            self.walk(root, below, object, &child)?;
-        }
-        Ok(())
+        names.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(Some(Level { object, identity: (stat.on_device, stat.ino), path: path.len(), names }))
+    }
+}
+
+/// The directory above, if it is the one that we came from.
+fn up(from: &OwnedFd, identity: (u64, u64), below: &[u8]) -> Result<OwnedFd, BackupError> {
+    let shown = || String::from_utf8_lossy(below).into_owned();
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(from, c"..", flags, Mode::empty())
+        .map_err(BackupError::io("open the directory above", shown()))?;
+    let stat = tree::stat_fd(fd.as_fd()).map_err(BackupError::io("stat", shown()))?;
+    if (stat.on_device, stat.ino) == identity {
+        Ok(fd)
+    } else {
+        Err(BackupError::Foreign(format!("the directory above {}", shown())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_attributes_come_in_several_lines() {
+        assert!(in_pieces(&[]).is_empty());
+        let many: Vec<_> = (0..40).map(|n| (format!("user.{n}"), Bytes::from(vec![0; 65_536]))).collect();
+        let pieces = in_pieces(&many);
+        assert_eq!(pieces.len(), 3);
+        assert!(pieces.iter().all(|p| p.iter().map(xattr_len).sum::<usize>() <= XATTRS_MAX));
+        assert_eq!(pieces.concat(), many);
     }
 }

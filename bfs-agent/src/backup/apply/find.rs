@@ -5,12 +5,12 @@
 //! an object is a path of one consistent tree, so the search ends. What is found must be the
 //! inode that the index holds for the object.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use bfs_common::record::ObjectId;
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::super::error::BackupError;
@@ -166,24 +166,76 @@ impl<B: Base> Step<'_, B> {
     }
 }
 
-/// Removes an entry and all below it.
+/// Removes an entry and all below it. A directory below that is not empty is first moved up
+/// beside it, so that any depth takes two descriptors and no recursion.
 pub(super) fn remove(dir: BorrowedFd<'_>, name: &CStr) -> Result<(), BackupError> {
-    let failed = || BackupError::io("remove", show(name.to_bytes()));
-    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => return Ok(()),
-        Err(Errno::ISDIR | Errno::PERM) => {}
-        Err(error) => return Err(failed()(error)),
-    }
-    if rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR).is_ok() {
-        return Ok(());
-    }
-    let fd =
-        open_beneath(dir, name.to_bytes(), OFlags::RDONLY | OFlags::DIRECTORY).map_err(|e| failed()(e))?;
-    for entry in rustix::fs::Dir::read_from(&fd).map_err(|e| failed()(e))? {
-        let entry = entry.map_err(|e| failed()(e))?;
-        if entry.file_name() != c"." && entry.file_name() != c".." {
-            remove(fd.as_fd(), entry.file_name())?;
+    let mut to_do = vec![name.to_owned()];
+    let mut moved = 0u64;
+    while let Some(name) = to_do.pop() {
+        let failed = |error: Errno| BackupError::io("remove", show(name.to_bytes()))(error);
+        if removed(dir, &name).map_err(failed)? {
+            continue;
         }
+        let fd = open_beneath(dir, name.to_bytes(), OFlags::RDONLY | OFlags::DIRECTORY).map_err(failed)?;
+        for entry in rustix::fs::Dir::read_from(&fd).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let below = entry.file_name();
+            if below == c"." || below == c".." || removed(fd.as_fd(), below).map_err(failed)? {
+                continue;
+            }
+            loop {
+                moved += 1;
+                let free = CString::new(format!("{moved}.gone")).expect("no zero byte in it");
+                match rustix::fs::renameat_with(&fd, below, dir, &free, RenameFlags::NOREPLACE) {
+                    Ok(()) => {
+                        to_do.push(free);
+                        break;
+                    }
+                    // Left by a crash.
+                    Err(Errno::EXIST) => {}
+                    Err(error) => return Err(failed(error)),
+                }
+            }
+        }
+        rustix::fs::unlinkat(dir, &name, AtFlags::REMOVEDIR).map_err(failed)?;
     }
-    rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR).map_err(|e| failed()(e))
+    Ok(())
+}
+
+/// Removes an entry; false if it is a directory that is not empty.
+fn removed(dir: BorrowedFd<'_>, name: &CStr) -> Result<bool, Errno> {
+    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(true),
+        Err(Errno::ISDIR | Errno::PERM) => {}
+        Err(error) => return Err(error),
+    }
+    match rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deep_tree_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = rustix::fs::open(dir.path(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let mut at = rustix::io::dup(&top).unwrap();
+        for depth in 0..3000 {
+            rustix::fs::mkdirat(&at, "d", Mode::RWXU).unwrap();
+            if depth % 100 == 0 {
+                rustix::fs::mkdirat(&at, "empty", Mode::RWXU).unwrap();
+            }
+            rustix::fs::openat(&at, "file", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR).unwrap();
+            at = open_beneath(&at, b"d", DIRECTORY).unwrap();
+        }
+        std::fs::write(dir.path().join("1.gone"), "in the way").unwrap();
+        remove(top.as_fd(), c"d").unwrap();
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 3, "{left:?}");
+    }
 }

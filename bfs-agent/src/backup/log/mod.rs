@@ -3,10 +3,11 @@
 //! ```text
 //! log/GROUP/NNNNNNNNNNNNNNNNNNNN.log      NN..: sequence number of the first record
 //! ```
-//! Only the last segment can have a torn tail: the bytes of a batch that was never acknowledged.
-//! It is cut when the log is opened. Everything else that does not fit (a checksum, a number, a
-//! chain hash, a file that is shorter than what was synced) is damage, named and never repaired
-//! by itself.
+//! Only the last segment can have a torn tail: bytes that are no record, with no commit behind
+//! them. It is cut when the log is opened. Everything else that does not fit (a checksum, a number,
+//! a chain hash, a record that is not understood, a file that is shorter than what was synced) is
+//! damage, named and never repaired by itself. A segment gets its name when its header is synced;
+//! before that it is called `*.new`.
 
 pub mod segment;
 pub mod writer;
@@ -45,6 +46,9 @@ pub fn segments(dir: &Path) -> Result<Vec<u64>, BackupError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(BackupError::io("read", dir))? {
         let name = entry.map_err(BackupError::io("read", dir))?.file_name();
+        if name.as_encoded_bytes().ends_with(b".new") {
+            continue;
+        }
         let number = name.to_str().and_then(|n| n.strip_suffix(".log")).and_then(|n| n.parse().ok());
         match number {
             Some(number) => found.push(number),

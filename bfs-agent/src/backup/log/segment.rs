@@ -12,16 +12,29 @@
 //! 104  8   bytes of the file that are known to be synced
 //! 112  4   CRC32C over bytes 104..112
 //! 116  12  zeros
-//! 128      records, as bfs_common::codec lays them out
+//! 128      records, as bfs_common::codec lays them out, and behind each batch its commit
 //! ```
-//! The synced length is written together with the *next* batch: whoever finds a batch knows that
-//! everything before it was synced, so damage below that length is damage and not a torn tail.
+//! A commit is laid out like a record, with the number of the last record before it, without a
+//! head, and with this as its payload:
+//!
+//! ```text
+//! 0    8   "bfscommt"
+//! 8    8   number of the segment
+//! 16   8   offset of the commit in the file
+//! 24   32  chain hash after the last record before it
+//! ```
+//! It is written and synced together with its batch. Bytes that are no record with a commit
+//! somewhere behind them are damage: the batch was written as a whole and may be acknowledged.
+//! (A power cut that left the end of a batch on the disk and not its middle looks the same and is
+//! refused too; a file grows in order, so this is rare.) Without one they are a torn tail. Whole
+//! records are kept either way. The synced length is written with the *next* batch: below it
+//! damage is damage whatever the commits say.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use bfs_common::codec::{self, CodecError};
+use bfs_common::codec::{self, CodecError, Encoded};
 use bfs_common::record::{ChainHash, Epoch, GroupId, Sequence};
 use bfs_common::wire::Position;
 use bytes::Bytes;
@@ -35,6 +48,9 @@ const VERSION: u32 = 1;
 /// Bytes before the first record.
 pub const HEADER: u64 = 128;
 const SYNCED_AT: usize = 104;
+const COMMIT_MAGIC: [u8; 8] = *b"bfscommt";
+/// Bytes of a commit.
+pub const COMMIT: usize = codec::PREFIX + 56;
 /// How much is read at once: more than the longest record.
 const CHUNK: usize = 4 << 20;
 
@@ -105,21 +121,46 @@ fn encode_synced(length: u64) -> [u8; 12] {
     out
 }
 
-/// Makes a segment with its header, not synced.
+/// The commit behind a batch that ends at this position.
+#[must_use]
+pub fn encode_commit(segment: u64, at: u64, after: &Position) -> [u8; COMMIT] {
+    let mut out = [0; COMMIT];
+    out[4..8].copy_from_slice(&((COMMIT - codec::PREFIX) as u32).to_le_bytes());
+    out[8..16].copy_from_slice(&after.sequence.0.to_le_bytes());
+    let payload = &mut out[codec::PREFIX..];
+    payload[..8].copy_from_slice(&COMMIT_MAGIC);
+    payload[8..16].copy_from_slice(&segment.to_le_bytes());
+    payload[16..24].copy_from_slice(&at.to_le_bytes());
+    payload[24..].copy_from_slice(&after.chain.0);
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&out[..16]), &out[codec::PREFIX..]);
+    out[16..20].copy_from_slice(&crc.to_le_bytes());
+    out
+}
+
+/// What a commit says, if it is one and belongs here.
+fn decode_commit(encoded: &Encoded, segment: u64, at: u64) -> Option<(Sequence, ChainHash)> {
+    let chain = encoded.bytes.get(COMMIT - 32..)?.try_into().ok()?;
+    let after = Position { epoch: Epoch(0), sequence: encoded.sequence, chain: ChainHash(chain) };
+    (encoded.bytes[..] == encode_commit(segment, at, &after)).then_some((encoded.sequence, ChainHash(chain)))
+}
+
+/// Makes a segment with its header, synced but for its name; takes the place of one that got no
+/// record.
 ///
 /// # Errors
 /// What the system says.
 pub fn create(dir: &Path, header: &Header) -> Result<File, BackupError> {
     let path = segment_path(dir, header.first.0);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(BackupError::io("make", &path))?;
-    file.write_all_at(&header.encode(), 0).map_err(BackupError::io("write", &path))?;
-    Ok(file)
+    let new = path.with_extension("new");
+    let make = || -> std::io::Result<File> {
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all_at(&header.encode(), 0)?;
+        file.sync_all()?;
+        std::fs::rename(&new, &path)?;
+        Ok(file)
+    };
+    make().map_err(BackupError::io("make", &path))
 }
 
 /// Notes in the header how many bytes are synced (durable with the next sync).
@@ -143,6 +184,22 @@ pub struct SegmentReader {
     buffer: Bytes,
     /// Offset in the file of the first byte of `buffer`.
     at: u64,
+}
+
+/// What stands in a segment.
+#[derive(Debug)]
+pub enum Item {
+    /// A record.
+    Record(LogRecord),
+    /// The end of a batch.
+    Commit {
+        /// The last record before it.
+        sequence: Sequence,
+        /// Chain hash after that.
+        chain: ChainHash,
+        /// Where the commit ends.
+        end: u64,
+    },
 }
 
 /// How a segment ends.
@@ -182,30 +239,37 @@ impl SegmentReader {
     /// # Errors
     /// [`BackupError::Corrupt`] for anything that is not a whole, sound record.
     pub fn read(&mut self) -> Result<Option<LogRecord>, BackupError> {
-        match self.next_or_tail()? {
-            Ok(found) => Ok(Some(found)),
-            Err(Tail::Clean) => Ok(None),
-            Err(Tail::Torn { at, why }) => {
-                Err(BackupError::corrupt(&self.path, format!("at byte {at}: {why}")))
+        loop {
+            match self.next_or_tail()? {
+                Ok(Item::Record(found)) => return Ok(Some(found)),
+                Ok(Item::Commit { .. }) => {}
+                Err(Tail::Clean) => return Ok(None),
+                Err(Tail::Torn { at, why }) => {
+                    return Err(BackupError::corrupt(&self.path, format!("at byte {at}: {why}")));
+                }
             }
         }
     }
 
-    /// The next record, or how the segment ends.
+    /// The next record or commit, or how the segment ends.
     ///
     /// # Errors
     /// What the system says.
-    pub fn next_or_tail(&mut self) -> Result<Result<LogRecord, Tail>, BackupError> {
+    pub fn next_or_tail(&mut self) -> Result<Result<Item, Tail>, BackupError> {
         loop {
             match codec::take(&mut self.buffer) {
                 Ok(Some(encoded)) => {
+                    if let Some((sequence, chain)) = decode_commit(&encoded, self.number, self.at) {
+                        self.at += encoded.bytes.len() as u64;
+                        return Ok(Ok(Item::Commit { sequence, chain, end: self.at }));
+                    }
                     let (record, payload) = match encoded.decode() {
                         Ok(found) => found,
                         Err(why) => return Ok(Err(Tail::Torn { at: self.at, why })),
                     };
                     self.at += encoded.bytes.len() as u64;
                     let at = LogRef { segment: self.number, offset: self.at - payload.len() as u64 };
-                    return Ok(Ok(LogRecord { encoded, record, payload, at, end: self.at }));
+                    return Ok(Ok(Item::Record(LogRecord { encoded, record, payload, at, end: self.at })));
                 }
                 Ok(None) => {
                     if !self.more()? {
@@ -220,6 +284,26 @@ impl SegmentReader {
                 Err(why) => return Ok(Err(Tail::Torn { at: self.at, why })),
             }
         }
+    }
+
+    /// Whether a commit stands anywhere behind this offset.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn commit_behind(&mut self, from: u64) -> Result<bool, BackupError> {
+        self.at = from;
+        self.buffer = Bytes::new();
+        // As long as a segment at most, and only after a crash.
+        while self.more()? {}
+        let at_magic = |at: &usize| self.buffer[*at..].starts_with(&COMMIT_MAGIC);
+        let starts = (codec::PREFIX..self.buffer.len()).filter(at_magic).map(|at| at - codec::PREFIX);
+        for start in starts {
+            let found = codec::take(&mut self.buffer.slice(start..)).ok().flatten();
+            if found.is_some_and(|found| decode_commit(&found, self.number, from + start as u64).is_some()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Reads on behind what is in the buffer; false at the end of the file.

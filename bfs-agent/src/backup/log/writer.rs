@@ -1,22 +1,23 @@
 //! The end of a log: opening it after whatever happened, appending, syncing, rotating.
 //!
-//! Order of writes: records of a batch, and in the header how far the file was synced *before*
-//! the batch; then one `fdatasync`; only then is the batch acknowledged. A new segment is synced,
-//! and its folder, before it gets a record. After a failed write or sync nothing since the last
-//! good one counts: the segment is cut there and a new one begun, because a second `fsync` may
-//! report success for pages that were thrown away.
+//! Order of writes: records of a batch, its commit, and in the header how far the file was synced
+//! *before* the batch; then one `fdatasync`; only then is the batch acknowledged. A new segment is
+//! synced, and its folder, before it gets a record. After a failed write or sync nothing since the
+//! last good one counts, because a second `fsync` may report success for pages that were thrown
+//! away: the segment is cut there, nothing is taken before that has worked, and a new one begins.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use bfs_common::record::{GroupId, Sequence};
+use bfs_common::codec::CodecError;
+use bfs_common::record::{GroupId, Record, Sequence};
 use bfs_common::wire::Position;
 use bytes::Bytes;
 
 use super::super::error::BackupError;
 use super::super::store::sync_dir;
-use super::segment::{self, HEADER, Header, SegmentReader, Tail};
+use super::segment::{self, COMMIT, HEADER, Header, Item, SegmentReader, Tail};
 use super::{LogRecord, segment_path, segments};
 
 /// A segment is ended when it is longer than this.
@@ -28,6 +29,8 @@ pub struct LogWriter {
     dir: PathBuf,
     group: GroupId,
     segment: Option<Open>,
+    /// A segment that failed and is not cut yet where it was last synced.
+    stump: Option<Open>,
     /// The last synced record.
     durable: Position,
     segment_bytes: u64,
@@ -39,6 +42,17 @@ struct Open {
     number: u64,
     /// Bytes that are synced.
     synced: u64,
+}
+
+/// Encoded records that follow one another.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// The records.
+    pub bytes: Bytes,
+    /// The position that they follow.
+    pub before: Position,
+    /// The position after the last of them.
+    pub after: Position,
 }
 
 /// What opening a log found.
@@ -60,11 +74,17 @@ impl LogWriter {
         applied: Position,
         mut each: impl FnMut(LogRecord) -> Result<(), BackupError>,
     ) -> Result<(Self, Opened), BackupError> {
-        let mut all = segments(dir)?;
-        drop_unborn(dir, &mut all)?;
+        remove_unborn(dir)?;
+        let all = segments(dir)?;
         let mut opened = Opened::default();
-        let mut writer =
-            Self { dir: dir.into(), group, segment: None, durable: applied, segment_bytes: SEGMENT_BYTES };
+        let mut writer = Self {
+            dir: dir.into(),
+            group,
+            segment: None,
+            stump: None,
+            durable: applied,
+            segment_bytes: SEGMENT_BYTES,
+        };
         let mut expected: Option<Position> = None;
         for (index, number) in all.iter().enumerate() {
             let path = segment_path(dir, *number);
@@ -77,11 +97,18 @@ impl LogWriter {
                 let why = format!("records after {} are missing before it", applied.sequence);
                 return Err(BackupError::corrupt(&path, why));
             }
-            let mut end = HEADER;
+            let (mut end, mut committed) = (HEADER, HEADER);
             let tail = loop {
                 match reader.next_or_tail()? {
                     Err(tail) => break tail,
-                    Ok(found) => {
+                    Ok(Item::Commit { sequence, chain, end: after }) => {
+                        if (sequence, chain) != (here.sequence, here.chain) {
+                            let why = format!("at byte {end}: the commit is of record {sequence}");
+                            return Err(BackupError::corrupt(&path, why));
+                        }
+                        (end, committed) = (after, after);
+                    }
+                    Ok(Item::Record(found)) => {
                         if found.encoded.sequence != here.sequence.next() {
                             let why = format!(
                                 "at byte {end}: record {} after {}",
@@ -89,7 +116,7 @@ impl LogWriter {
                             );
                             return Err(BackupError::corrupt(&path, why));
                         }
-                        if let bfs_common::record::Record::EpochBegin { epoch, .. } = &found.record {
+                        if let Record::EpochBegin { epoch, .. } = &found.record {
                             here.epoch = *epoch;
                         }
                         here.sequence = found.encoded.sequence;
@@ -107,7 +134,10 @@ impl LogWriter {
             };
             let last = index + 1 == all.len();
             if let Tail::Torn { at, why } = &tail
-                && (!last || reader.synced.is_some_and(|synced| *at < synced))
+                && (!last
+                    || reader.synced.is_some_and(|synced| *at < synced)
+                    || matches!(why, CodecError::Head { .. })
+                    || reader.commit_behind(*at)?)
             {
                 return Err(BackupError::corrupt(&path, format!("at byte {at}: {why}")));
             }
@@ -123,7 +153,15 @@ impl LogWriter {
                     file.set_len(end).map_err(BackupError::io("cut", &path))?;
                     opened.cut = Some((path.clone(), length - end));
                 }
-                // What was found may only be in memory: it counts once it is synced.
+                if end > committed {
+                    let commit = segment::encode_commit(*number, end, &here);
+                    file.write_all_at(&commit, end).map_err(BackupError::io("write", &path))?;
+                    end += COMMIT as u64;
+                }
+                // What was found may only be in memory, left by a sync that failed: it counts once
+                // it was written and synced again.
+                let unsure = reader.synced.unwrap_or(HEADER);
+                write_again(&file, unsure, end).map_err(BackupError::io("write", &path))?;
                 file.sync_all().map_err(BackupError::io("sync", &path))?;
                 writer.segment = Some(Open { file, number: *number, synced: end });
             }
@@ -145,13 +183,25 @@ impl LogWriter {
         self.durable
     }
 
-    /// Appends batches, each with the position after it, and syncs them as one. When this
-    /// returns `Ok`, all of them are durable; otherwise none of them counts.
+    /// Appends batches and syncs them as one. When this returns `Ok`, all of them are durable;
+    /// otherwise none of them counts.
     ///
     /// # Errors
-    /// [`BackupError::Io`]; the log then stands where it stood before.
-    pub fn append(&mut self, batches: &[(Bytes, Position)]) -> Result<(), BackupError> {
-        let Some((_, after)) = batches.last() else { return Ok(()) };
+    /// [`BackupError::OutOfOrder`], [`BackupError::Io`]; the log then stands where it stood before.
+    pub fn append(&mut self, batches: &[Batch]) -> Result<(), BackupError> {
+        let Some(Batch { after, .. }) = batches.last() else { return Ok(()) };
+        let mut stands = self.durable;
+        for batch in batches {
+            let number = batch.bytes.get(8..16).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
+            if batch.before != stands || number != Some(stands.sequence.next().0) {
+                return Err(BackupError::OutOfOrder {
+                    dir: self.dir.clone(),
+                    stands: stands.sequence,
+                    follows: batch.before.sequence,
+                });
+            }
+            stands = batch.after;
+        }
         let result = self.try_append(batches);
         match result {
             Ok(end) => {
@@ -168,7 +218,7 @@ impl LogWriter {
         }
     }
 
-    fn try_append(&mut self, batches: &[(Bytes, Position)]) -> Result<u64, BackupError> {
+    fn try_append(&mut self, batches: &[Batch]) -> Result<u64, BackupError> {
         if self.segment.as_ref().is_none_or(|open| open.synced >= self.segment_bytes) {
             self.rotate()?;
         }
@@ -177,9 +227,13 @@ impl LogWriter {
         let write = || -> std::io::Result<u64> {
             segment::note_synced(&open.file, open.synced)?;
             let mut at = open.synced;
-            for (bytes, _) in batches {
+            for Batch { bytes, .. } in batches {
                 open.file.write_all_at(bytes, at)?;
                 at += bytes.len() as u64;
+            }
+            if let Some(last) = batches.last() {
+                open.file.write_all_at(&segment::encode_commit(open.number, at, &last.after), at)?;
+                at += COMMIT as u64;
             }
             Ok(at)
         };
@@ -191,9 +245,9 @@ impl LogWriter {
     /// Ends the segment and begins the next one.
     fn rotate(&mut self) -> Result<(), BackupError> {
         self.seal()?;
+        self.settle()?;
         let first = self.durable.sequence.next();
         let file = segment::create(&self.dir, &Header { group: self.group, first, before: self.durable })?;
-        file.sync_all().map_err(BackupError::io("sync", segment_path(&self.dir, first.0)))?;
         sync_dir(&self.dir)?;
         self.segment = Some(Open { file, number: first.0, synced: HEADER });
         Ok(())
@@ -213,17 +267,31 @@ impl LogWriter {
         Ok(())
     }
 
-    /// After a failure: cuts the segment where it was last synced, as far as that works; the next
-    /// append begins a new one.
+    /// After a failure: the segment is at its end, at the length that we know to be synced.
     fn abandon(&mut self) {
-        let Some(open) = self.segment.take() else { return };
-        // An error here is found again when the log is opened or the next segment is made: what
-        // was cut off or not was never acknowledged.
-        let _ = open.file.set_len(open.synced).and_then(|()| open.file.sync_all());
-        if open.synced == HEADER {
-            // Its number is the one that the next segment will have.
-            let _ = fs::remove_file(segment_path(&self.dir, open.number));
+        if let Some(open) = self.segment.take() {
+            self.stump = Some(open);
         }
+    }
+
+    /// Cuts a segment that failed where it was last synced. Until that has worked nothing may be
+    /// read back or appended: what stands behind that may exist in memory only.
+    ///
+    /// # Errors
+    /// What the system says; then it can be tried again.
+    pub fn settle(&mut self) -> Result<(), BackupError> {
+        if let Some(stump) = &self.stump {
+            let path = segment_path(&self.dir, stump.number);
+            let cut = stump.file.set_len(stump.synced).and_then(|()| stump.file.sync_all());
+            cut.map_err(BackupError::io("cut", path))?;
+            self.stump = None;
+        }
+        Ok(())
+    }
+
+    /// The next append begins a new segment.
+    pub fn begin_new(&mut self) {
+        self.segment = None;
     }
 
     /// Removes segments of which every record is applied; never the last one.
@@ -249,21 +317,25 @@ impl LogWriter {
     }
 }
 
-/// A last segment whose header was never synced: it has no record that was acknowledged.
-fn drop_unborn(dir: &Path, all: &mut Vec<u64>) -> Result<(), BackupError> {
-    if let Some(last) = all.last().copied() {
-        let path = segment_path(dir, last);
-        let file = File::open(&path).map_err(BackupError::io("open", &path))?;
-        let length = file.metadata().map_err(BackupError::io("stat", &path))?.len();
-        let mut head = [0; HEADER as usize];
-        let read = file.read_exact_at(&mut head, 0);
-        // Shorter than a header, or a header of zeros and nothing behind it: a crash between
-        // making and syncing it. A segment gets records only after that sync.
-        let unborn = length < HEADER || (length == HEADER && (read.is_err() || head == [0; HEADER as usize]));
-        if unborn {
+/// Removes what a crash left of segments that never got their name, and so no record.
+fn remove_unborn(dir: &Path) -> Result<(), BackupError> {
+    for entry in fs::read_dir(dir).map_err(BackupError::io("read", dir))? {
+        let path = entry.map_err(BackupError::io("read", dir))?.path();
+        if path.extension().is_some_and(|e| e == "new") {
             fs::remove_file(&path).map_err(BackupError::io("remove", &path))?;
-            all.pop();
         }
+    }
+    Ok(())
+}
+
+/// Writes the bytes of a range once more as they are.
+fn write_again(file: &File, mut from: u64, to: u64) -> std::io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    while from < to {
+        let len = (to - from).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..len], from)?;
+        file.write_all_at(&buffer[..len], from)?;
+        from += len as u64;
     }
     Ok(())
 }
@@ -278,7 +350,8 @@ mod tests {
     const GROUP: GroupId = GroupId([7; 16]);
 
     fn append(writer: &mut LogWriter, count: u64) {
-        let mut position = writer.durable();
+        let before = writer.durable();
+        let mut position = before;
         let mut out = BytesMut::new();
         for _ in 0..count {
             let mut one = BytesMut::new();
@@ -289,7 +362,7 @@ mod tests {
             position.sequence = sequence;
             out.extend_from_slice(&one);
         }
-        writer.append(&[(out.freeze(), position)]).unwrap();
+        writer.append(&[Batch { bytes: out.freeze(), before, after: position }]).unwrap();
     }
 
     fn open(dir: &Path) -> Result<(LogWriter, Vec<u64>, Opened), BackupError> {
@@ -333,51 +406,129 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_tail_is_cut_and_the_log_goes_on() {
+    fn a_batch_that_does_not_follow_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (mut writer, ..) = open(dir.path()).unwrap();
         append(&mut writer, 3);
+        let before = writer.durable();
+        let mut out = BytesMut::new();
+        codec::encode(&mut out, Sequence(5), &Record::Closed { object: ObjectId(1) }, b"");
+        let bytes = out.freeze();
+        for before in [Position { sequence: Sequence(4), ..before }, before, Position::START] {
+            let error = writer.append(&[Batch { bytes: bytes.clone(), before, after: before }]).unwrap_err();
+            assert!(matches!(error, BackupError::OutOfOrder { .. }), "{error}");
+        }
         append(&mut writer, 1);
         drop(writer);
-        let path = only_segment(dir.path());
+        assert_eq!(open(dir.path()).unwrap().1, [1, 2, 3, 4]);
+    }
+
+    /// A log of two batches, of three records and of one; its file, and where the first ends.
+    fn two_batches(dir: &Path) -> (PathBuf, Vec<u8>, usize) {
+        let (mut writer, ..) = open(dir).unwrap();
+        append(&mut writer, 3);
+        let path = only_segment(dir);
+        let first = fs::metadata(&path).unwrap().len() as usize;
+        append(&mut writer, 1);
+        drop(writer);
         let whole = fs::read(&path).unwrap();
-        let synced = 3 * (whole.len() as u64 - HEADER) / 4 + HEADER;
-        for cut in synced + 1..whole.len() as u64 {
-            fs::write(&path, &whole[..cut as usize]).unwrap();
+        (path, whole, first)
+    }
+
+    #[test]
+    fn a_torn_tail_is_cut_and_the_log_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, whole, first) = two_batches(dir.path());
+        let record = whole.len() - COMMIT;
+        for cut in first + 1..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
             let (mut writer, seen, opened) = open(dir.path()).unwrap();
-            assert_eq!(seen, [1, 2, 3]);
-            assert_eq!(opened.cut.unwrap().1, cut - synced);
+            // A whole record is kept: only its commit is missing.
+            let (kept, end) = if cut < record { (3, first) } else { (4, record) };
+            assert_eq!(seen, (1..=kept).collect::<Vec<_>>());
+            assert_eq!(opened.cut.map_or(0, |cut| cut.1), (cut - end) as u64);
             append(&mut writer, 2);
             drop(writer);
-            assert_eq!(open(dir.path()).unwrap().1, [1, 2, 3, 4, 5]);
+            assert_eq!(open(dir.path()).unwrap().1, (1..=kept + 2).collect::<Vec<_>>());
         }
     }
 
     #[test]
-    fn damage_below_what_was_synced_is_named_and_refused() {
+    fn damage_of_what_was_committed_is_named_and_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut writer, ..) = open(dir.path()).unwrap();
-        append(&mut writer, 3);
-        append(&mut writer, 1);
-        drop(writer);
-        let path = only_segment(dir.path());
-        let whole = fs::read(&path).unwrap();
-        let synced = 3 * (whole.len() - HEADER as usize) / 4 + HEADER as usize;
-        for cut in HEADER as usize..synced {
+        let (path, whole, first) = two_batches(dir.path());
+        for cut in HEADER as usize..first {
             fs::write(&path, &whole[..cut]).unwrap();
             let error = open(dir.path()).unwrap_err();
             assert!(matches!(error, BackupError::Corrupt { .. }), "cut at {cut}: {error}");
         }
         // Bytes 104..116 are the synced length (a torn one only loses the lower bound), the rest
         // up to 128 is zeros without meaning.
-        for at in (0..104).chain(HEADER as usize..synced) {
+        for at in (0..104).chain(HEADER as usize..whole.len() - COMMIT) {
             for bit in [0, 5] {
                 let mut flipped = whole.clone();
                 flipped[at] ^= 1 << bit;
                 fs::write(&path, &flipped).unwrap();
                 let error = open(dir.path()).unwrap_err();
                 assert!(matches!(error, BackupError::Corrupt { .. }), "byte {at}: {error}");
+                assert!(fs::read(&path).unwrap() == flipped, "byte {at}: the file was changed");
             }
+        }
+        // The last commit: its records are whole, and kept.
+        for at in whole.len() - COMMIT..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1;
+            fs::write(&path, &flipped).unwrap();
+            match open(dir.path()) {
+                Ok((_, seen, _)) => assert_eq!(seen, [1, 2, 3, 4]),
+                Err(error) => assert!(matches!(error, BackupError::Corrupt { .. }), "byte {at}: {error}"),
+            }
+        }
+        // A segment that lost even its header had records: it has its name.
+        fs::write(&path, &whole[..50]).unwrap();
+        assert!(matches!(open(dir.path()), Err(BackupError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn a_record_of_a_newer_format_is_refused_and_not_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, mut whole, first) = two_batches(dir.path());
+        whole.truncate(first);
+        // A sound record with a head that no release knows.
+        let mut newer = vec![0; codec::PREFIX + 1];
+        newer[..4].copy_from_slice(&1u32.to_le_bytes());
+        newer[8..16].copy_from_slice(&4u64.to_le_bytes());
+        newer[codec::PREFIX] = 0xc1;
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&newer[..16]), &newer[codec::PREFIX..]);
+        newer[16..20].copy_from_slice(&crc.to_le_bytes());
+        whole.extend_from_slice(&newer);
+        fs::write(&path, &whole).unwrap();
+        let error = open(dir.path()).unwrap_err();
+        assert!(matches!(error, BackupError::Corrupt { .. }), "{error}");
+        assert!(fs::read(&path).unwrap() == whole);
+    }
+
+    #[test]
+    fn after_a_failure_nothing_unsynced_counts_and_a_new_segment_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        for failed_first in [true, false] {
+            let dir = dir.path().join(failed_first.to_string());
+            fs::create_dir(&dir).unwrap();
+            let (mut writer, ..) = open(&dir).unwrap();
+            if !failed_first {
+                append(&mut writer, 3);
+            }
+            let (stands, known) = (writer.durable(), writer.segment.as_ref().map_or(HEADER, |o| o.synced));
+            append(&mut writer, 2);
+            // As if its sync had failed: whole and readable, but it does not count.
+            writer.durable = stands;
+            writer.segment.as_mut().unwrap().synced = known;
+            writer.abandon();
+            append(&mut writer, 1);
+            drop(writer);
+            let expected: Vec<_> = (1..=stands.sequence.0 + 1).collect();
+            assert_eq!(open(&dir).unwrap().1, expected);
+            assert_eq!(segments(&dir).unwrap().len(), if failed_first { 1 } else { 2 });
         }
     }
 
