@@ -209,17 +209,17 @@ fn now() -> u64 {
     time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
 
-fn files(seen: &[Seen], number: u32) -> Vec<(FileEvent, &[u8])> {
-    let file = |seen| match seen {
-        &Seen::File { ref event, ref data, .. } if event.header.nr == number => Some((*event, &data[..])),
+fn files<'a>(seen: &'a [Seen], number: u32) -> Vec<(FileEvent, &'a [u8])> {
+    let file = |seen: &'a Seen| match seen {
+        Seen::File { event, data, .. } if event.header.nr == number => Some((*event, &data[..])),
         _ => None,
     };
     seen.iter().filter_map(file).collect()
 }
 
-fn paths(seen: &[Seen], number: u32) -> Vec<(PathEvent, &str, &str)> {
-    let path = |seen| match seen {
-        &Seen::Path { ref event, ref path1, ref path2 } if event.header.nr == number => {
+fn paths<'a>(seen: &'a [Seen], number: u32) -> Vec<(PathEvent, &'a str, &'a str)> {
+    let path = |seen: &'a Seen| match seen {
+        Seen::Path { event, path1, path2 } if event.header.nr == number => {
             Some((*event, &path1[..], &path2[..]))
         }
         _ => None,
