@@ -27,6 +27,8 @@ const QUEUE: usize = 32;
 const SLOT_WAIT: Duration = Duration::from_secs(2);
 /// How long a peer may take to read a frame.
 const WRITE_MAX: Duration = Duration::from_secs(30);
+/// Bytes of text in a refusal: it may quote what the peer sent.
+const TEXT_MAX: usize = 4096;
 /// How long a refused peer may take to read that.
 const LINGER: Duration = Duration::from_secs(5);
 
@@ -69,6 +71,7 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
     let refused = match end {
         Ok(()) => false,
         Err(refusal) => {
+            let refusal = short(refusal);
             tracing::warn!("{peer}: {refusal}");
             session.out.send((Frame::Refused(refusal), Bytes::new())).await.is_ok()
         }
@@ -80,6 +83,17 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
         let _ = tokio::time::timeout(LINGER, drain).await;
     }
     let _ = tokio::time::timeout(LINGER, writing).await;
+}
+
+/// The refusal with a text that fits into any frame.
+fn short(mut refusal: Refusal) -> Refusal {
+    if let Refusal::Bad(text) | Refusal::Store(text) = &mut refusal
+        && text.len() > TEXT_MAX
+    {
+        text.truncate(text.floor_char_boundary(TEXT_MAX));
+        text.push_str("...");
+    }
+    refusal
 }
 
 /// Waits for ever if there is nothing to wait for.
@@ -171,7 +185,8 @@ impl Session {
                         Err(error) => error.to_string(),
                     };
                     // If the connection ended there is nobody to tell.
-                    let _ = out.send((Frame::Refused(Refusal::Store(failed)), Bytes::new())).await;
+                    let refusal = short(Refusal::Store(failed));
+                    let _ = out.send((Frame::Refused(refusal), Bytes::new())).await;
                 });
                 self.readers.push(task.abort_handle());
                 Ok(())
