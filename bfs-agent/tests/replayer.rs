@@ -698,7 +698,7 @@ async fn a_full_store_loses_nothing_and_goes_on_when_there_is_room() {
     agent.checkpoint().await;
     let free = || {
         let now = rustix::fs::statvfs(&small.mount).unwrap();
-        now.f_bavail * now.f_frsize >> 20
+        (now.f_bavail * now.f_frsize) >> 20
     };
     // Room for the log of the next step and not for its files.
     std::fs::write(&ballast[0], vec![1; (free() as usize - 14) << 20]).unwrap();

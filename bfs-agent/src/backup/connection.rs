@@ -2,8 +2,8 @@
 //!
 //! Frames are answered in order; a second task writes, fed by a bounded queue. Catalogue and
 //! manifest are made under the lock of the tree and wait for that queue, so the writing task gives
-//! a peer that does not read [`WRITE_MAX`] for a frame; then it ends, the queue with it, and so the
-//! connection: a peer holds up the applier no longer than that. A refusal is the last frame: afterwards what the peer
+//! a peer [`WRITE_MAX`] to read a frame; then it ends, the queue with it, and so the connection: a
+//! peer that stands still holds up the applier no longer than that. A refusal is the last frame: afterwards what the peer
 //! still sends is read and dropped for a while, because closing a socket with unread bytes would
 //! tear the refusal away from it.
 
@@ -26,7 +26,7 @@ const QUEUE: usize = 32;
 /// How long an agent that ended may keep its group, until its connection is seen to be closed.
 const SLOT_WAIT: Duration = Duration::from_secs(2);
 /// How long a peer may take to read a frame.
-const WRITE_MAX: Duration = Duration::from_secs(30);
+const WRITE_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 /// Bytes of text in a refusal: it may quote what the peer sent.
 const TEXT_MAX: usize = 4096;
 /// How long a refused peer may take to read that.
@@ -322,5 +322,29 @@ impl Session {
             drop(state);
             writing.group.slot_free.notify_waiters();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::{Replayer, ServeOptions};
+
+    #[tokio::test]
+    async fn a_peer_that_does_not_read_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = ServeOptions { store: dir.path().join("store"), ..ServeOptions::default() };
+        let replayer = Replayer::start(options).unwrap();
+        let mut connection = replayer.connect_local();
+        // Each is answered, and no answer is read.
+        let ask = async { while connection.writer.send(&Frame::Ping(1), b"").await.is_ok() {} };
+        tokio::time::timeout(Duration::from_secs(20), ask).await.expect("it is dropped");
+    }
+
+    #[test]
+    fn a_refusal_that_quotes_much_is_cut() {
+        let long = "\u{e4}".repeat(TEXT_MAX);
+        let Refusal::Bad(text) = short(Refusal::Bad(long)) else { panic!() };
+        assert!(text.len() <= TEXT_MAX + 3 && text.ends_with("..."));
     }
 }
