@@ -3,9 +3,9 @@
 //! Frames are answered in order; a second task writes, fed by a bounded queue. Catalogue and
 //! manifest are made under the lock of the tree and wait for that queue, so the writing task gives
 //! a peer [`WRITE_MAX`] to read a frame; then it ends, the queue with it, and so the connection: a
-//! peer that stands still holds up the applier no longer than that. A refusal is the last frame: afterwards what the peer
-//! still sends is read and dropped for a while, because closing a socket with unread bytes would
-//! tear the refusal away from it.
+//! peer that stands still holds up the applier no longer than that. A refusal is the last frame:
+//! afterwards what the peer still sends is read and dropped for a while, because closing a socket
+//! with unread bytes would tear the refusal away from it.
 
 use std::sync::Arc;
 use std::time::Duration;
