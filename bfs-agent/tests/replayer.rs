@@ -364,7 +364,7 @@ async fn sockets_authenticate_and_strangers_are_turned_away() {
         store: dir.path().join("store"),
         listen: vec!["tcp://127.0.0.1:0".parse().unwrap(), unix.clone()],
         secret: Some(secret.clone()),
-        allow_roots: Vec::new(),
+        ..ServeOptions::default()
     };
     let again = options.clone();
     let replayer = Replayer::start(options).unwrap();
@@ -581,4 +581,179 @@ async fn maps_lead_only_where_the_replayer_allows() {
     }
     assert!(dir.path().join("store/tree/near/x/y/app/file").exists());
     assert!(outside.join("z/app/file").exists());
+}
+
+#[tokio::test]
+async fn a_deep_tree_has_a_manifest() {
+    let dir = tempfile::tempdir().unwrap();
+    let replayer = serve(&dir.path().join("store"));
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    let mut expected = vec![String::new()];
+    let mut path = String::new();
+    for depth in 0..200u64 {
+        let (above, below) = (1 + depth * 2, 3 + depth * 2);
+        agent.object(below - 1, FileKind::Regular, 0o600, b"");
+        agent.entry(above, "z", below - 1);
+        agent.object(below, FileKind::Directory, 0o700, b"");
+        agent.entry(above, "d", below);
+        expected.push(format!("{path}z"));
+        expected.push(format!("{path}d"));
+        path += "d/";
+    }
+    agent.checkpoint().await;
+    let ask = Frame::GetManifest { group: "g".into(), at_least: CheckpointId(1) };
+    agent.connection.writer.send(&ask, b"").await.unwrap();
+    let Frame::Manifest { lines, last: true, .. } = next(&mut agent.connection).await else { panic!() };
+    let mut paths: Vec<_> = lines.iter().map(|l| l.path.as_path().to_string_lossy().into_owned()).collect();
+    assert_eq!((paths[1].as_str(), paths[400].as_str()), ("d", "z"), "in the order of a walk");
+    paths.sort();
+    expected.sort();
+    assert_eq!(paths, expected);
+    assert!(lines.iter().all(|l| l.object != ObjectId(0)));
+}
+
+#[tokio::test]
+async fn records_that_can_never_be_applied_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let replayer = serve(&dir.path().join("store"));
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "file", 2);
+    agent.checkpoint().await;
+    let (epoch, name) = (agent.epoch, Name::new(b"x").unwrap());
+    let object = |n| ObjectId(n);
+    for bad in [
+        Record::EntrySet { directory: object(1), name: name.clone(), object: object(9) },
+        Record::EntrySet { directory: object(2), name, object: object(1) },
+        Record::Write { object: object(1), offset: 0 },
+        Record::XattrSet { object: object(2), name: "nameless".into() },
+    ] {
+        let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
+        agent.put(bad.clone(), b"x");
+        agent.flush().await;
+        assert!(matches!(refusal(&mut agent.connection).await, Refusal::Bad(_)), "{bad:?}");
+    }
+    let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
+    agent.write(2, 0, b"good");
+    agent.checkpoint().await;
+}
+
+/// A small file system of its own.
+struct Small {
+    mount: PathBuf,
+}
+
+impl Small {
+    fn make(dir: &Path, mib: u64) -> Self {
+        let (image, mount) = (dir.join("image"), dir.join("mount"));
+        std::fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
+        std::fs::create_dir(&mount).unwrap();
+        for (command, args) in [("mkfs.ext4", vec!["-q", "-m0"]), ("mount", vec!["-o", "loop", "-t", "ext4"])]
+        {
+            let mut command = std::process::Command::new(command);
+            command.args(args).arg(&image);
+            if command.get_program() == "mount" {
+                command.arg(&mount);
+            }
+            assert!(command.status().unwrap().success(), "{command:?} needs root and a loop device");
+        }
+        Self { mount }
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.mount).status();
+    }
+}
+
+async fn trouble(replayer: &ReplayerHandle) -> String {
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(trouble) = replayer.status()[0].trouble.clone() {
+            return trouble;
+        }
+        assert!(std::time::Instant::now() < deadline, "no trouble in time");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root and a loop device"]
+async fn a_full_store_loses_nothing_and_goes_on_when_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = Small::make(dir.path(), 48);
+    let store = small.mount.join("store");
+    let ballast: Vec<_> = (0..2).map(|n| small.mount.join(format!("ballast{n}"))).collect();
+    let unapplied_max = Some(8 << 20);
+    let options = ServeOptions { store: store.clone(), unapplied_max, ..ServeOptions::default() };
+    let replayer = Replayer::start(options).unwrap();
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "a", 2);
+    agent.write(2, 0, b"first");
+    agent.checkpoint().await;
+    let free = || {
+        let now = rustix::fs::statvfs(&small.mount).unwrap();
+        (now.f_bavail * now.f_frsize) >> 20
+    };
+    // Room for the log of the next step and not for its files.
+    std::fs::write(&ballast[0], vec![1; (free() as usize - 14) << 20]).unwrap();
+    for mib in 0..8u64 {
+        agent.write(2, mib << 20, &vec![mib as u8 + 1; 1 << 20]);
+        agent.flush().await;
+    }
+    agent.repair();
+    let checkpoint = CheckpointId(2);
+    agent.put(Record::Checkpoint { checkpoint, label: CheckpointLabel::default() }, b"");
+    agent.next_checkpoint = 3;
+    agent.acked().await;
+    println!("applying: {}", trouble(&replayer).await);
+    let epoch = agent.epoch;
+    agent.write(2, 0, b"more");
+    agent.flush().await;
+    let refused = refusal(&mut agent.connection).await;
+    assert!(matches!(&refused, Refusal::Store(why) if why.contains("wait to be applied")), "{refused:?}");
+    std::fs::remove_file(&ballast[0]).unwrap();
+    let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
+    if agent.applied < checkpoint {
+        agent.wait(|agent, _| agent.applied >= checkpoint).await;
+    }
+    let data = std::fs::read(tree(&store).join("a")).unwrap();
+    assert!(
+        data.len() == 8 << 20
+            && data.chunks(1 << 20).enumerate().all(|(n, c)| c == vec![n as u8 + 1; 1 << 20])
+    );
+    assert_eq!(replayer.status()[0].trouble, None);
+
+    // No room for the log either: first a batch that does not fit, then not even the reserve.
+    std::fs::write(&ballast[1], vec![1; (free() as usize - 4) << 20]).unwrap();
+    for _ in 0..6 {
+        agent.write(2, 0, &vec![9; 1 << 20]);
+    }
+    agent.flush().await;
+    let refused = refusal(&mut agent.connection).await;
+    assert!(matches!(&refused, Refusal::Store(why) if why.contains("os error 28")), "{refused:?}");
+    println!("logging: {refused}; {}", trouble(&replayer).await);
+    let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
+    assert_eq!(agent.position.sequence, replayer.status()[0].durable);
+    for _ in 0..4 {
+        agent.write(2, 0, &vec![9; 1 << 20]);
+        agent.flush().await;
+    }
+    let refused = refusal(&mut agent.connection).await;
+    assert!(matches!(refused, Refusal::Store(_)), "{refused:?}");
+    println!("logging: {refused}; {}", trouble(&replayer).await);
+    assert!(std::fs::read(tree(&store).join("a")).unwrap() == data, "nothing pending is seen");
+    std::fs::remove_file(&ballast[1]).unwrap();
+    let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
+    agent.next_checkpoint = 3;
+    agent.write(2, 0, b"after");
+    agent.checkpoint().await;
+    assert_eq!(&std::fs::read(tree(&store).join("a")).unwrap()[..5], b"after");
+    assert_eq!(replayer.status()[0].trouble, None);
+    drop(replayer);
 }

@@ -2,10 +2,10 @@
 //!
 //! Frames are answered in order; a second task writes, fed by a bounded queue. Catalogue and
 //! manifest are made under the lock of the tree and wait for that queue, so the writing task gives
-//! a peer that does not read [`WRITE_MAX`] for a frame; then it ends, the queue with it, and so the
-//! connection: a peer holds up the applier no longer than that. A refusal is the last frame: afterwards what the peer
-//! still sends is read and dropped for a while, because closing a socket with unread bytes would
-//! tear the refusal away from it.
+//! a peer [`WRITE_MAX`] to read a frame; then it ends, the queue with it, and so the connection: a
+//! peer that stands still holds up the applier no longer than that. A refusal is the last frame:
+//! afterwards what the peer still sends is read and dropped for a while, because closing a socket
+//! with unread bytes would tear the refusal away from it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,9 @@ const QUEUE: usize = 32;
 /// How long an agent that ended may keep its group, until its connection is seen to be closed.
 const SLOT_WAIT: Duration = Duration::from_secs(2);
 /// How long a peer may take to read a frame.
-const WRITE_MAX: Duration = Duration::from_secs(30);
+const WRITE_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
+/// Bytes of text in a refusal: it may quote what the peer sent.
+const TEXT_MAX: usize = 4096;
 /// How long a refused peer may take to read that.
 const LINGER: Duration = Duration::from_secs(5);
 
@@ -69,6 +71,7 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
     let refused = match end {
         Ok(()) => false,
         Err(refusal) => {
+            let refusal = short(refusal);
             tracing::warn!("{peer}: {refusal}");
             session.out.send((Frame::Refused(refusal), Bytes::new())).await.is_ok()
         }
@@ -80,6 +83,17 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
         let _ = tokio::time::timeout(LINGER, drain).await;
     }
     let _ = tokio::time::timeout(LINGER, writing).await;
+}
+
+/// The refusal with a text that fits into any frame.
+fn short(mut refusal: Refusal) -> Refusal {
+    if let Refusal::Bad(text) | Refusal::Store(text) = &mut refusal
+        && text.len() > TEXT_MAX
+    {
+        text.truncate(text.floor_char_boundary(TEXT_MAX));
+        text.push_str("...");
+    }
+    refusal
 }
 
 /// Waits for ever if there is nothing to wait for.
@@ -171,7 +185,8 @@ impl Session {
                         Err(error) => error.to_string(),
                     };
                     // If the connection ended there is nobody to tell.
-                    let _ = out.send((Frame::Refused(Refusal::Store(failed)), Bytes::new())).await;
+                    let refusal = short(Refusal::Store(failed));
+                    let _ = out.send((Frame::Refused(refusal), Bytes::new())).await;
                 });
                 self.readers.push(task.abort_handle());
                 Ok(())
@@ -307,5 +322,29 @@ impl Session {
             drop(state);
             writing.group.slot_free.notify_waiters();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::{Replayer, ServeOptions};
+
+    #[tokio::test]
+    async fn a_peer_that_does_not_read_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = ServeOptions { store: dir.path().join("store"), ..ServeOptions::default() };
+        let replayer = Replayer::start(options).unwrap();
+        let mut connection = replayer.connect_local();
+        // Each is answered, and no answer is read.
+        let ask = async { while connection.writer.send(&Frame::Ping(1), b"").await.is_ok() {} };
+        tokio::time::timeout(Duration::from_secs(20), ask).await.expect("it is dropped");
+    }
+
+    #[test]
+    fn a_refusal_that_quotes_much_is_cut() {
+        let long = "\u{e4}".repeat(TEXT_MAX);
+        let Refusal::Bad(text) = short(Refusal::Bad(long)) else { panic!() };
+        assert!(text.len() <= TEXT_MAX + 3 && text.ends_with("..."));
     }
 }

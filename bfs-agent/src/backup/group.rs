@@ -31,8 +31,8 @@ use super::target::Target;
 const QUEUE: usize = 8;
 /// Bytes that are synced together at most.
 const GROUP_COMMIT_BYTES: usize = 32 << 20;
-/// Bytes of the log that may wait for an applier that is in trouble.
-const UNAPPLIED_MAX: u64 = 16 << 30;
+/// Bytes of the log that may wait for an applier that is in trouble, unless another bound is given.
+pub const UNAPPLIED_MAX: u64 = 16 << 30;
 /// Nothing is taken with less room than this, or than a twentieth of a small file system: the
 /// applier needs some to go on.
 const FREE_MIN: u64 = 256 << 20;
@@ -114,6 +114,7 @@ pub struct Group {
     pub(super) index: Arc<Index>,
     pub(super) area: Area,
     pub(super) log: PathBuf,
+    unapplied_max: u64,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -152,10 +153,10 @@ fn open_log(log: &std::path::Path, row: &GroupRow, index: &Index) -> Result<Open
 
 impl State {
     /// Why nothing can be taken, if the log grows without being applied.
-    fn too_far_behind(&self) -> Option<String> {
+    fn too_far_behind(&self, max: u64) -> Option<String> {
         let why = self.apply_trouble.as_ref()?;
         let bytes = self.steps.iter().map(|s| s.bytes).sum::<u64>() + self.pending.1;
-        (bytes >= UNAPPLIED_MAX).then(|| format!("{} MiB wait to be applied, and {why}", bytes >> 20))
+        (bytes >= max).then(|| format!("{} MiB wait to be applied, and {why}", bytes >> 20))
     }
 }
 
@@ -170,6 +171,7 @@ impl Group {
         index: Arc<Index>,
         area: Area,
         log: PathBuf,
+        unapplied_max: u64,
     ) -> Result<Arc<Self>, BackupError> {
         let (writer, gate, steps, pending) = open_log(&log, &row, &index)?;
         let confirmed = steps.back().map_or(row.checkpoint, |s| s.marker.checkpoint);
@@ -201,6 +203,7 @@ impl Group {
             index,
             area,
             log,
+            unapplied_max,
             threads: Mutex::new(Vec::new()),
         });
         let spawn = |what: &str, work: Box<dyn FnOnce() + Send>| {
@@ -266,7 +269,7 @@ impl Group {
         if let Some(why) = &state.log_trouble {
             return Err(Refusal::Store(why.clone()));
         }
-        if let Some(why) = full.or_else(|| state.too_far_behind()) {
+        if let Some(why) = state.too_far_behind(self.unapplied_max).or(full) {
             return Err(Refusal::Store(why));
         }
         let before = state.gate.position;

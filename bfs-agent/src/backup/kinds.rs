@@ -14,6 +14,8 @@ const TARGET_MAX: usize = 4095;
 /// Longest name and value of an extended attribute (linux/limits.h).
 const XATTR_NAME_MAX: usize = 255;
 const XATTR_VALUE_MAX: usize = 65_536;
+/// Longest tag and trigger of a checkpoint, in bytes.
+const LABEL_MAX: usize = 1024;
 /// Forgotten since the last marker: records of its step may still name it.
 const FORGOTTEN: u8 = u8::MAX;
 
@@ -165,6 +167,12 @@ impl Kinds {
                 }
                 if payload.len() > XATTR_VALUE_MAX {
                     return Err(format!("object {object}: {name} has {} bytes", payload.len()));
+                }
+                Ok(())
+            }
+            Record::Checkpoint { checkpoint, label } => {
+                if label.tag.len() > LABEL_MAX || label.trigger.len() > LABEL_MAX {
+                    return Err(format!("the label of checkpoint {checkpoint} is beyond {LABEL_MAX} bytes"));
                 }
                 Ok(())
             }

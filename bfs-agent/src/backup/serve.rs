@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, watch};
 use super::apply::Area;
 use super::connection;
 use super::error::BackupError;
-use super::group::Group;
+use super::group::{Group, UNAPPLIED_MAX};
 use super::index::{GroupRow, Index};
 use super::places;
 use super::store::Store;
@@ -43,6 +43,8 @@ pub struct ServeOptions {
     pub secret: Option<Secret>,
     /// Folders outside the store that maps may lead into.
     pub allow_roots: Vec<PathBuf>,
+    /// Bytes of a group's log that may wait for an applier that is in trouble; 16 GiB if not given.
+    pub unapplied_max: Option<u64>,
 }
 
 /// A store at work: what all connections share.
@@ -52,6 +54,7 @@ pub struct Shared {
     index: Arc<Index>,
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
     allowed: Vec<PathBuf>,
+    unapplied_max: u64,
     /// True when the replayer ends.
     pub(super) stop: watch::Sender<bool>,
     connections: AtomicU64,
@@ -66,9 +69,10 @@ impl Shared {
         for dir in &options.allow_roots {
             allowed.push(std::fs::canonicalize(dir).map_err(BackupError::io("find the allowed root", dir))?);
         }
+        let unapplied_max = options.unapplied_max.unwrap_or(UNAPPLIED_MAX);
         let mut groups = BTreeMap::new();
         for (name, row) in index.groups()? {
-            let group = open_group(&store, &index, &name, row, &allowed)?;
+            let group = open_group(&store, &index, &name, row, &allowed, unapplied_max)?;
             groups.insert(name, group);
         }
         Ok(Self {
@@ -76,6 +80,7 @@ impl Shared {
             index,
             groups: Mutex::new(groups),
             allowed,
+            unapplied_max,
             stop: watch::Sender::new(false),
             connections: AtomicU64::new(0),
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -127,7 +132,7 @@ impl Shared {
         let row = GroupRow::new(number, id, maps.to_vec());
         let make = || -> Result<Arc<Group>, BackupError> {
             self.index.put_group(name, &row)?;
-            open_group(&self.store, &self.index, name, row.clone(), &self.allowed)
+            open_group(&self.store, &self.index, name, row.clone(), &self.allowed, self.unapplied_max)
         };
         let group = make().map_err(|e| Refusal::Store(e.to_string()))?;
         groups.insert(name.into(), group.clone());
@@ -153,10 +158,11 @@ fn open_group(
     name: &str,
     row: GroupRow,
     allowed: &[PathBuf],
+    unapplied_max: u64,
 ) -> Result<Arc<Group>, BackupError> {
     let area = Area::open(store, name, &row.maps, allowed)?;
     let log = store.group_dir("log", name)?;
-    Group::open(name, row, index.clone(), area, log)
+    Group::open(name, row, index.clone(), area, log, unapplied_max)
 }
 
 /// Starts replayers.

@@ -179,7 +179,7 @@ fn serve(
         use tokio::signal::unix::{SignalKind, signal};
         [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
     };
-    let handle = Replayer::start(ServeOptions { store, listen, secret, allow_roots })?;
+    let handle = Replayer::start(ServeOptions { store, listen, secret, allow_roots, unapplied_max: None })?;
     for address in handle.listening() {
         eprintln!("listening on {address}");
     }
