@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Place, Program, read_optional};
+use super::{Place, Program, read_optional, size_optional};
 
 /// Writes the script to `aux` and gives the line that runs it.
 pub(super) fn script(name: &str, text: &str, place: &Place) -> Vec<String> {
@@ -185,6 +185,11 @@ impl Program for Failing {
 
     fn half_way(&self, place: &Place) -> bool {
         marks_hold(place, "round 1")
+    }
+
+    // A round is long; what each failing call says comes more often.
+    fn progress(&self, tree: &Path) -> Result<u64> {
+        Ok(size_optional(&tree.join("errors.log"))? + size_optional(&tree.join("marks"))?)
     }
 
     fn check(&self, tree: &Path, _: &Place) -> Result<Vec<String>> {

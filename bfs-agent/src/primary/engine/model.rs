@@ -126,6 +126,7 @@ impl Model {
             // A large directory comes in several lines of the same number.
             if let Some(known) = model.objects.get_mut(&line.object) {
                 known.entries.extend(line.entries);
+                known.xattrs.extend(line.xattrs);
                 continue;
             }
             model.by_inode.insert(inode, line.object);
