@@ -58,6 +58,13 @@ impl Program for AppendBursts {
         workload(self.name(), place)
     }
 
+    /// All writers have written for a while, so each has seen much of the others.
+    fn half_way(&self, place: &Place) -> bool {
+        let long =
+            |writer| size_optional(&place.data.join(format!("own-{writer}"))).is_ok_and(|s| s > 32 << 10);
+        (0..WRITERS).all(long)
+    }
+
     fn progress(&self, tree: &Path) -> Result<u64> {
         AppendWriters.progress(tree)
     }
