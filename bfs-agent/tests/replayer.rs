@@ -10,7 +10,6 @@ use bfs_agent::net::{self, ConnectError, Destination, Secret};
 use bfs_common::codec;
 use bfs_common::record::*;
 use bfs_common::wire::*;
-use bytes::BytesMut;
 
 #[path = "replayer/client.rs"]
 mod client;
@@ -387,22 +386,7 @@ async fn maps_lead_only_where_the_replayer_allows() {
         let mut connection = replayer.connect_local();
         connection.writer.send(&map(group, &to), b"").await.unwrap();
         let welcome = next(&mut connection).await;
-        let Frame::Welcome { epoch, position, .. } = welcome.clone() else { panic!("{welcome:?}") };
-        let (confirmed, applied) = (CheckpointId(0), CheckpointId(0));
-        let mut agent = Agent {
-            connection,
-            epoch,
-            position,
-            welcome,
-            confirmed,
-            applied,
-            batch: BytesMut::new(),
-            first: None,
-            count: 0,
-            next_checkpoint: 1,
-            suspect: false,
-        };
-        agent.begin();
+        let mut agent = Agent::welcomed(connection, welcome);
         agent.root();
         agent.object(2, FileKind::Regular, 0o600, b"");
         agent.entry(1, "file", 2);

@@ -72,6 +72,11 @@ impl Agent {
 
     pub async fn resume(mut connection: Connection, epoch: Option<Epoch>) -> Self {
         let welcome = hello(&mut connection, epoch, false).await.unwrap();
+        Self::welcomed(connection, welcome)
+    }
+
+    /// Goes on from what the replayer said to a hello; a new epoch begins at once.
+    pub fn welcomed(connection: Connection, welcome: Frame) -> Self {
         let Frame::Welcome { epoch: granted, position, confirmed, applied, .. } = welcome.clone() else {
             panic!("{welcome:?}")
         };
