@@ -540,7 +540,9 @@ mod tests {
         assert_eq!(reader.list(root.stat.inode).unwrap().unwrap(), vec![name.clone()]);
         std::fs::remove_file(dir.path().join("f")).unwrap();
         assert_eq!(reader.child(root.stat.inode, &name).unwrap(), None);
-        assert_eq!(reader.stat(stat.inode).unwrap(), None);
+        // Another test may just be starting a process, which holds a copy of the descriptor that the write
+        // used until its exec: the inode may live on for that long, but without a name.
+        assert!(reader.stat(stat.inode).unwrap().is_none_or(|s| s.links == 0));
         let back = reader.outside_path(root.stat.inode, std::process::id()).unwrap();
         assert_eq!(back, dir.path());
     }
