@@ -172,15 +172,16 @@ extern "C" fn suspect(scratch: *mut Scratch) -> i32 {
     }
     // SAFETY: a part of the scratch, and the map's own entry.
     unsafe {
-        let id = &(*scratch).file_record.event.attr.id;
+        // On the stack: before 6.2 the verifier takes a key from nowhere else.
+        let id = (*scratch).file_record.event.attr.id;
         let now = (*scratch).file_record.event.header.end_ns;
         // A lost increment does no harm, the entry is there.
-        if let Some(entry) = SUSPECTS.get_ptr_mut(id) {
+        if let Some(entry) = SUSPECTS.get_ptr_mut(&id) {
             (*entry).lost += 1;
             (*entry).last_ns = now;
         }
         // Also when it was there: the agent may have taken it out just before the increment.
-        else if SUSPECTS.insert(id, Suspect { lost: 1, last_ns: now }, 0).is_err() {
+        else if SUSPECTS.insert(&id, Suspect { lost: 1, last_ns: now }, 0).is_err() {
             count(counter::RESCAN);
         }
     }

@@ -6,6 +6,7 @@
 mod bench;
 mod demo;
 mod ebpf;
+mod kernels;
 mod setup;
 mod shell;
 mod sustained;
@@ -36,8 +37,10 @@ enum Task {
         /// The long runs: more kills, more checkpoints.
         #[arg(long)]
         long: bool,
-        /// Only tests whose name holds this.
+        /// Only tests whose name holds this; or `kernels`: in QEMU, on other kernels.
         filter: Option<String>,
+        /// After `kernels`: only versions that begin with one of these.
+        versions: Vec<String>,
     },
     /// A demonstration on this machine, with a program of ours or with yours.
     #[command(override_usage = "cargo xtask run [-- --path DIR -- CMD ARGS...]")]
@@ -80,7 +83,10 @@ fn main() -> anyhow::Result<ExitCode> {
         words.remove(2);
     }
     match Arguments::parse_from(words).command {
-        Task::Test { long, filter } => return test::test(long, filter.as_deref()),
+        Task::Test { filter: Some(word), versions, .. } if word == "kernels" => {
+            return kernels::test(&versions);
+        }
+        Task::Test { long, filter, .. } => return test::test(long, filter.as_deref()),
         Task::Setup => setup::setup()?,
         Task::Ebpf => {
             setup::setup()?;

@@ -12,8 +12,11 @@ use crate::shell::{cargo, find, is_root, run, shown, target};
 /// The linker of the probes, and the version that works with the compilers named in ebpf.rs.
 const BPF_LINKER: &str = "0.13.0";
 
-/// Programs that must be there: name, Debian package, why.
-const PROGRAMS: [(&str, &str, &str); 9] = [
+/// A program that must be there: name, Debian packages, why.
+pub type Tool = (&'static str, &'static str, &'static str);
+
+/// What every build and test needs.
+const PROGRAMS: [Tool; 9] = [
     ("cc", "gcc libc6-dev", "compiles the SQLite of the tests"),
     ("git", "git", "a program that the tests replicate"),
     ("tar", "tar", "a program that the tests replicate"),
@@ -30,6 +33,16 @@ pub fn setup() -> Result<()> {
     let mut apt = Apt::default();
     compiler(&mut apt)?;
     linker()?;
+    install(&mut apt, &PROGRAMS)?;
+    bpffs()
+}
+
+/// Installs what of these is missing.
+pub fn tools(tools: &[Tool]) -> Result<()> {
+    install(&mut Apt::default(), tools)
+}
+
+fn install(apt: &mut Apt, tools: &[Tool]) -> Result<()> {
     let folders: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
         .flatten()
@@ -37,17 +50,17 @@ pub fn setup() -> Result<()> {
         .map(|entry| entry.path().join("bin"))
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
         .collect();
-    for (program, packages, why) in PROGRAMS {
+    for (program, packages, why) in tools {
         if find(program, &folders).is_none() {
             println!("setup: {program} is missing ({why})");
             apt.install(&packages.split(' ').collect::<Vec<_>>())?;
             ensure!(
-                program == "initdb" || find(program, &folders).is_some(),
+                *program == "initdb" || find(program, &folders).is_some(),
                 "{program} is still missing after installing {packages}"
             );
         }
     }
-    bpffs()
+    Ok(())
 }
 
 /// Debian's package manager; its lists are fetched once, before the first package.
@@ -83,7 +96,7 @@ impl Apt {
 }
 
 /// Runs without showing what it says, unless it fails.
-fn quiet(command: &mut Command) -> Result<()> {
+pub fn quiet(command: &mut Command) -> Result<()> {
     let done = command.output().with_context(|| format!("{} does not start", shown(command)))?;
     ensure!(
         done.status.success(),

@@ -16,16 +16,20 @@ const E2E_THREADS: &str = "2";
 
 /// One profile for all that is built here: the daemons are tested as users have them, nothing is
 /// compiled twice, and lints share the build scripts (the probes, SQLite) with the tests.
-const PROFILE: &str = "--release";
+pub const PROFILE: &str = "--release";
 
+/// What test runners counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Totals {
-    passed: u64,
-    failed: u64,
+pub struct Totals {
+    /// Tests that passed.
+    pub passed: u64,
+    /// Tests that failed.
+    pub failed: u64,
 }
 
 impl Totals {
-    fn add(&mut self, other: Self) {
+    /// Adds those of another runner.
+    pub fn add(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
     }
@@ -62,7 +66,7 @@ pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
     }));
     // Built once, then started from here: `cargo test` of single packages would choose other
     // features of the crates that they share, and compile those again.
-    let built = parts.time("build", runners);
+    let built = parts.time("build", || runners(&[]));
     totals.add(report("build", built.as_ref().map(drop).map_err(|e| anyhow::anyhow!("{e:#}"))));
     for (name, end_to_end) in [("unit tests", false), ("end to end", true)] {
         let chosen = built.iter().flatten().filter(|r| r.folder.ends_with("tests") == end_to_end);
@@ -88,16 +92,19 @@ pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
 }
 
 /// A program full of tests.
-struct Runner {
-    executable: PathBuf,
+pub struct Runner {
+    /// The program.
+    pub executable: PathBuf,
     /// The package's folder, where it expects to be started.
-    folder: PathBuf,
+    pub folder: PathBuf,
 }
 
-/// Builds all tests, and the daemons that they use.
-fn runners() -> Result<Vec<Runner>> {
+/// Builds tests: all of them and the daemons that they use, or, with `targets`, those that cargo
+/// chooses by it.
+pub fn runners(targets: &[&str]) -> Result<Vec<Runner>> {
     let mut command = cargo();
     command.args(["test", PROFILE, "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]);
+    command.args(targets);
     println!("+ {}", shown(&command));
     let done = command.stderr(Stdio::inherit()).output().context("cargo does not start")?;
     ensure!(done.status.success(), "{}: {}", shown(&command), done.status);
@@ -171,7 +178,7 @@ fn runner(command: &mut Command) -> Result<Totals> {
 }
 
 /// The numbers of `test result: ok. 3 passed; 0 failed; ...`.
-fn summary(line: &str) -> Option<Totals> {
+pub fn summary(line: &str) -> Option<Totals> {
     let rest = line.strip_prefix("test result: ")?;
     let number = |word: &str| {
         let before = rest.split(word).next()?.trim_end();

@@ -89,6 +89,19 @@ pub struct BesideMuch<'a>(pub &'a dyn Program);
 impl BesideMuch<'_> {
     /// Bytes that lie there.
     pub const BYTES: u64 = 64 << 20;
+
+    /// Bytes in the program's own files, which stand in the top folder.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn own_bytes(place: &Place) -> Result<u64> {
+        let mut sum = 0;
+        for entry in std::fs::read_dir(&place.data)? {
+            let meta = entry?.metadata();
+            sum += meta.map_or(0, |meta| if meta.is_file() { meta.len() } else { 0 });
+        }
+        Ok(sum)
+    }
 }
 
 impl Program for BesideMuch<'_> {

@@ -136,7 +136,7 @@ impl World {
     /// # Errors
     /// When it is not.
     pub fn checkpoint_until(&self, state: &str) -> Result<u64> {
-        let said = self.succeeded(&["checkpoint", "--wait", state, "--timeout", "60s"], SOON * 2)?;
+        let said = self.succeeded(&["checkpoint", "--wait", state, "--timeout", &soon()], SOON * 2)?;
         number_in(&said).with_context(|| format!("no checkpoint number in {said:?}"))
     }
 
@@ -146,7 +146,8 @@ impl World {
     /// # Errors
     /// When the command fails or the checkpoint is not applied.
     pub fn checkpoint_stopped(&self, command: &[String]) -> Result<u64> {
-        let mut words = vec!["checkpoint", "--wait", "applied", "--timeout", "60s", "--stopped", "--"];
+        let limit = soon();
+        let mut words = vec!["checkpoint", "--wait", "applied", "--timeout", &limit, "--stopped", "--"];
         words.extend(command.iter().map(String::as_str));
         let said = self.succeeded(&words, SOON * 2)?;
         let number = number_in(&said).with_context(|| format!("no checkpoint number in {said:?}"))?;
@@ -189,4 +190,9 @@ mod tests {
         assert_eq!(number_in("checkpoint 12\n"), Some(12));
         assert_eq!(number_in("none\n"), None);
     }
+}
+
+/// [`SOON`], as the command line takes it.
+fn soon() -> String {
+    format!("{}s", SOON.as_secs())
 }
