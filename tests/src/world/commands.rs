@@ -176,6 +176,11 @@ fn reader(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u
     })
 }
 
+/// [`SOON`], as the command line takes it.
+fn soon() -> String {
+    format!("{}s", SOON.as_secs())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,9 +195,4 @@ mod tests {
         assert_eq!(number_in("checkpoint 12\n"), Some(12));
         assert_eq!(number_in("none\n"), None);
     }
-}
-
-/// [`SOON`], as the command line takes it.
-fn soon() -> String {
-    format!("{}s", SOON.as_secs())
 }
