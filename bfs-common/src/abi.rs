@@ -7,7 +7,7 @@
 
 /// Changes with every change of layout or meaning in this module; the agent refuses to adopt
 /// pinned maps of another version.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Longest path that the kernel takes, with the terminating zero (`include/uapi/linux/limits.h`).
 pub const PATH_MAX: usize = 4096;
@@ -99,6 +99,8 @@ pub mod kind {
     /// A compat (32-bit or x32) call of a followed task: [`super::TaskEvent`] with the number.
     /// What it wrote is not known.
     pub const COMPAT: u16 = 10;
+    /// A process was moved into the selected cgroup: [`super::TaskEvent`].
+    pub const JOINED: u16 = 20;
 }
 
 /// Bits of [`EventHeader::flags`].
@@ -279,6 +281,19 @@ pub struct TaskState {
     pub private_start: u64,
     /// End of that range; 0 when nothing is known.
     pub private_end: u64,
+    /// One of [`role`]; the only field that others than the task itself change.
+    pub role: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// [`TaskState::role`]: how the task stands to the selection.
+pub mod role {
+    /// It is selected.
+    pub const SELECTED: u32 = 0;
+    /// It was moved out of the selected cgroup. Its slot goes, by its own hand, when the call that it
+    /// is in has its record.
+    pub const LEAVES: u32 = 1;
 }
 
 /// Bits of [`TaskState::flags`]: what the probe at the start of a call found.
@@ -394,6 +409,15 @@ pub struct Offsets {
     /// `btrfs_inode.root` relative to the embedded inode (negative), 0 without btrfs.
     pub btrfs_root: i32,
     pub btrfs_anon_dev: u32,
+    pub task_flags: u32,
+    pub task_thread_node: u32,
+    pub signal_thread_head: u32,
+    pub task_cgroups: u32,
+    pub css_set_cgroup: u32,
+    pub cgroup_level: u32,
+    pub cgroup_ancestors: u32,
+    pub cgroup_node: u32,
+    pub node_id: u32,
 }
 
 /// What the agent decides when it loads the probes.
@@ -408,6 +432,11 @@ pub struct Settings {
     pub log: u32,
     /// Records of these thread groups are never made (the agent itself, a replayer in it).
     pub own_tgid: u32,
+    /// Identity of the cgroup whose tasks are selected, lower half; 0 in both: selection is by
+    /// process tree.
+    pub cgroup_low: u32,
+    /// Upper half.
+    pub cgroup_high: u32,
     /// Zero.
     pub reserved: u32,
 }
@@ -420,10 +449,10 @@ const _: () = {
     assert!(size_of::<DataEvent>() == 64);
     assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 8);
     assert!(size_of::<TaskEvent>() == 64);
-    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32);
+    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 8);
     assert!(size_of::<Suspect>() == 16);
-    assert!(size_of::<Settings>() == 64 + 16);
-    assert!(size_of::<Offsets>() == 49 * 4);
+    assert!(size_of::<Settings>() == 64 + 24);
+    assert!(size_of::<Offsets>() == 58 * 4);
 };
 
 /// A struct of this ABI that may be copied out of bytes: any bit pattern is a value.
@@ -478,7 +507,8 @@ pub enum Event<'a> {
         /// Second path.
         path2: &'a [u8],
     },
-    /// A task event ([`kind::FORK`], [`kind::EXEC`], [`kind::EXIT`], [`kind::COMPAT`]).
+    /// A task event ([`kind::FORK`], [`kind::EXEC`], [`kind::EXIT`], [`kind::COMPAT`],
+    /// [`kind::JOINED`]).
     Task {
         /// The struct.
         event: TaskEvent,
@@ -509,7 +539,7 @@ impl<'a> Event<'a> {
                     two(bytes.get(size_of::<PathEvent>()..)?, event.path1_len, event.path2_len)?;
                 Some(Self::Path { event, path1, path2 })
             }
-            kind::FORK | kind::EXEC | kind::EXIT | kind::COMPAT => {
+            kind::FORK | kind::EXEC | kind::EXIT | kind::COMPAT | kind::JOINED => {
                 Some(Self::Task { event: TaskEvent::read_from(bytes)? })
             }
             _ => None,

@@ -1,4 +1,5 @@
-//! The probes of bfs: BTF tracepoints at both ends of every system call and at fork, exec and exit.
+//! The probes of bfs: BTF tracepoints at both ends of every system call, at fork, exec and exit, and
+//! where tasks are moved between cgroups.
 //!
 //! A probe may assume that [`maps::OFFSETS`] and [`maps::SETTINGS`] were filled before it was
 //! loaded. It promises: nothing of a task that is not in [`maps::TASKS`]; every mutation of one
@@ -9,6 +10,7 @@
 #![no_main]
 
 mod calls;
+mod cgroup;
 mod file;
 mod kernel;
 mod maps;
@@ -36,8 +38,12 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
     }
     let pid_tgid = bpf_get_current_pid_tgid();
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
-        // SAFETY: the entry of the current task, which only the current task changes.
-        syscall::enter(unsafe { &mut *state }, ctx.arg(0), number, pid_tgid);
+        // SAFETY: the entry of the current task, which (but for its role) only that task changes.
+        let state = unsafe { &mut *state };
+        if task::leaves(state, pid_tgid) {
+            return 0;
+        }
+        syscall::enter(state, ctx.arg(0), number, pid_tgid);
     }
     0
 }
@@ -51,7 +57,9 @@ pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
     let pid_tgid = bpf_get_current_pid_tgid();
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
         // SAFETY: as above.
-        syscall::exit(unsafe { &mut *state }, ctx.arg(0), ctx.arg(1), pid_tgid);
+        let state = unsafe { &mut *state };
+        syscall::exit(state, ctx.arg(0), ctx.arg(1), pid_tgid);
+        task::leaves(state, pid_tgid);
     }
     0
 }
@@ -74,6 +82,14 @@ pub fn sched_process_exec(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sched_process_exit")]
 pub fn sched_process_exit(ctx: BtfTracePointContext) -> i32 {
     task::exit(ctx.arg(0));
+    0
+}
+
+/// `cgroup_attach_task(dst_cgrp, path, task, threadgroup)`
+#[btf_tracepoint(function = "cgroup_attach_task")]
+pub fn cgroup_attach_task(ctx: BtfTracePointContext) -> i32 {
+    let whole: u32 = ctx.arg(3);
+    cgroup::moved(ctx.arg(2), whole & 0xff != 0);
     0
 }
 

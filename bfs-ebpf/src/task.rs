@@ -1,15 +1,17 @@
-//! Which tasks are followed: inherited by fork, kept through exec, dropped at exit.
+//! Which tasks are followed: inherited by fork (or by the cgroup that the child is born in), kept
+//! through exec, dropped at exit.
 
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
-use bfs_common::abi::{NO_CALL, TaskEvent, TaskState, counter, kind};
+use bfs_common::abi::{NO_CALL, TaskEvent, TaskState, counter, kind, role};
 
 use crate::{
-    kernel::read,
+    cgroup,
+    kernel::{self, read},
     maps::{NO_WAKEUP, RING, TASKS, count, off, rescan},
 };
 
 /// A state without a call in flight.
-const IDLE: TaskState = TaskState {
+pub const IDLE: TaskState = TaskState {
     start_ns: 0,
     active: 0,
     nr: NO_CALL,
@@ -23,6 +25,8 @@ const IDLE: TaskState = TaskState {
     size: 0,
     private_start: 0,
     private_end: 0,
+    role: role::SELECTED,
+    reserved: 0,
 };
 
 /// Puts a [`TaskEvent`] into the ring.
@@ -59,24 +63,51 @@ pub fn emit(kind: u16, nr: u32, tid: u32, tgid: u32, value: u64, last_thread: u3
 #[inline(always)]
 pub fn fork(child: u64) {
     let parent = bpf_get_current_pid_tgid() as u32;
-    let Some(state) = TASKS.get_ptr_mut(parent) else {
-        return;
-    };
+    let state = TASKS.get_ptr_mut(parent);
     // A thread that shares the memory may change its mappings.
     // SAFETY: the parent's own entry, and the parent is the current task.
-    unsafe {
+    let selected = state.is_some_and(|state| unsafe {
         (*state).private_start = 0;
         (*state).private_end = 0;
+        (*state).role == role::SELECTED
+    });
+    // A child can be born into another cgroup than its parent's (clone3(2), CLONE_INTO_CGROUP), and
+    // between a move of its parent and the event that tells of it.
+    if if cgroup::is_selection() { !cgroup::holds(child) } else { !selected } {
+        return;
     }
     let tid: u32 = read(child + off!(task_pid) as u64);
     let tgid: u32 = read(child + off!(task_tgid) as u64);
+    follow(tid, tgid);
+    emit(kind::FORK, u32::MAX, tid, tgid, u64::from(parent), 0);
+}
+
+/// A task is followed from now on.
+#[inline(always)]
+pub fn follow(tid: u32, tgid: u32) {
     let mut idle = IDLE;
     idle.tgid = tgid;
     if TASKS.insert(tid, idle, 0).is_err() {
         count(counter::TASKS_FULL);
         count(counter::RESCAN);
     }
-    emit(kind::FORK, u32::MAX, tid, tgid, u64::from(parent), 0);
+}
+
+/// Takes the slot of the current task away if it was moved out of the selection; whether it was.
+///
+/// Whoever moves it back in meanwhile may have found the slot that goes: so where the task stands
+/// is looked at once more when the slot is gone.
+#[inline(always)]
+pub fn leaves(state: &TaskState, pid_tgid: u64) -> bool {
+    // SAFETY: the task's own slot; whoever moves it changes this field.
+    if unsafe { core::ptr::read_volatile(&raw const state.role) } != role::LEAVES {
+        return false;
+    }
+    let _ = TASKS.remove(pid_tgid as u32);
+    if cgroup::holds(kernel::task() as u64) {
+        follow(pid_tgid as u32, (pid_tgid >> 32) as u32);
+    }
+    true
 }
 
 /// `sched_process_exec(task, old_pid, bprm)`: a thread that is not the leader takes the leader's tid.
@@ -88,12 +119,7 @@ pub fn exec(old_tid: u32) {
         return;
     }
     // The memory is new, and execve itself is not followed: nothing of the old state counts.
-    let mut idle = IDLE;
-    idle.tgid = tgid;
-    if TASKS.insert(tid, idle, 0).is_err() {
-        count(counter::TASKS_FULL);
-        count(counter::RESCAN);
-    }
+    follow(tid, tgid);
     if old_tid != tid {
         let _ = TASKS.remove(old_tid);
     }

@@ -105,6 +105,12 @@ impl Leash {
         Ok(command)
     }
 
+    /// The cgroup's directory.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
     /// Kills everything that was held, also what is frozen, and waits until it is gone.
     pub fn kill(&self) {
         kill_cgroup(&self.cgroup);

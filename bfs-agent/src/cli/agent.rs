@@ -19,7 +19,7 @@ use crate::primary::control::WaitFor;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
 use crate::primary::schedule::{Schedule, parse_size, parse_time};
-use crate::primary::session::{self, SessionOptions};
+use crate::primary::session::{self, SessionOptions, Whom};
 use crate::primary::{preflight, stop::guard};
 
 /// Exit statuses, for `--help`.
@@ -76,10 +76,12 @@ enum Command {
     },
     /// Replicate what programs do that run already, and all their children
     ///
-    /// Example:
+    /// Examples:
     ///   bfs-agent attach --path /srv/data --backup unix:/run/bfs/backup.sock --pid 4711
+    ///   bfs-agent attach --path /srv/data --backup unix:/run/bfs/backup.sock \
+    ///     --cgroup /sys/fs/cgroup/system.slice/postgresql.service
     ///
-    /// Ends when they have ended, or with `bfs-agent stop`.
+    /// Ends when they have ended (with --cgroup: when it is removed), or with `bfs-agent stop`.
     #[command(verbatim_doc_comment)]
     Attach {
         #[command(flatten)]
@@ -87,8 +89,9 @@ enum Command {
         /// A process; its threads and descendants are selected with it (may be repeated)
         #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
         pid: Vec<u32>,
-        /// Not in this version
-        #[arg(long, hide = true, value_name = "DIR")]
+        /// All in this cgroup (v2) or below it, and whoever comes into it later; who leaves it is no
+        /// longer selected
+        #[arg(long, value_name = "DIR", conflicts_with = "pid")]
         cgroup: Option<PathBuf>,
         /// Not in this version
         #[arg(long, hide = true)]
@@ -328,17 +331,22 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
     match command {
         Command::Run { options, command } => session::run(options.check()?, command, inherited),
         Command::Attach { options, pid, cgroup, everyone } => {
-            let instead = "name processes with --pid; their descendants are taken in too";
-            if cgroup.is_some() {
-                return Err(later("attach --cgroup", instead));
-            }
+            let instead = "name processes with --pid, or a cgroup with --cgroup";
             if everyone {
                 return Err(later("attach --everyone", instead));
             }
-            if pid.is_empty() {
-                return Err(Failure::new(Kind::Usage, "attach needs at least one --pid", "add --pid PID"));
-            }
-            session::attach(options.check()?, pid, inherited)
+            let whom = match cgroup {
+                Some(directory) => Whom::Cgroup(directory),
+                None if pid.is_empty() => {
+                    return Err(Failure::new(
+                        Kind::Usage,
+                        "attach needs somebody to follow",
+                        "add --pid PID or --cgroup DIR",
+                    ));
+                }
+                None => Whom::Processes(pid),
+            };
+            session::attach(options.check()?, &whom, &inherited)
         }
         Command::Resume { group } => {
             logging();

@@ -5,6 +5,7 @@
 //! streams, environment, directory, process group, signal mask and ignored signals are what the
 //! agent was started with. If the agent dies before the release, the command never starts.
 
+mod cgroup;
 mod tree;
 
 use std::ffi::OsString;
@@ -20,6 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+pub use cgroup::{in_cgroup, tasks_of_cgroup};
 pub use tree::{Task, any_alive, start_of, threads_of, tree_of};
 
 /// Signals that the agent takes instead of dying of them. For `run` they go on to the command;

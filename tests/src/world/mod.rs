@@ -378,10 +378,55 @@ impl World {
     /// # Errors
     /// When it ends or does not answer.
     pub fn attach(&mut self) -> Result<()> {
+        let pid = self.program_pid()?.to_string();
+        self.attach_to(&["--pid", &pid])
+    }
+
+    /// The same, with other words for whom it follows.
+    ///
+    /// # Errors
+    /// When it ends or does not answer.
+    pub fn attach_to(&mut self, whom: &[&str]) -> Result<()> {
         let mut line = self.common("attach");
-        line.extend(["--pid".to_owned(), self.program_pid()?.to_string()]);
+        line.extend(whom.iter().map(|word| (*word).to_owned()));
         self.start_agent(&line)?;
         self.wait_agent_answers(false)
+    }
+
+    /// Starts a further process, which ends with the world at the latest. It has the directories of
+    /// [`Place`] as `$1` (data) and `$2` (aux).
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn spawn_shell(&self, script: &str) -> Result<Child> {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script, "sh"]).arg(&self.place.data).arg(&self.place.aux);
+        command.stdin(Stdio::null()).stdout(self.log("program.log")?).stderr(self.log("program.log")?);
+        self.leash.hold(&mut command)?.spawn().context("a shell does not start")
+    }
+
+    /// Makes a cgroup in the one that holds the world's processes.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn cgroup(&self, name: &str) -> Result<PathBuf> {
+        let path = self.leash.cgroup().join(name);
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(path)
+    }
+
+    /// The cgroup that holds all processes of the world, daemons too.
+    #[must_use]
+    pub fn leash_cgroup(&self) -> String {
+        self.leash.cgroup().display().to_string()
+    }
+
+    /// Ends an agent that was attached to something that goes on.
+    ///
+    /// # Errors
+    /// When it does not end well.
+    pub fn stop_agent(&mut self) -> Result<()> {
+        self.end_attached()
     }
 
     /// Starts replayer, program and agent, in the order that `how` says.

@@ -256,6 +256,15 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         vma_file: one("vm_area_struct", "vm_file")?,
         btrfs_root,
         btrfs_anon_dev: if btrfs_root == 0 { 0 } else { one("btrfs_root", "anon_dev")? },
+        task_flags: one("task_struct", "flags")?,
+        task_thread_node: one("task_struct", "thread_node")?,
+        signal_thread_head: one("signal_struct", "thread_head")?,
+        task_cgroups: one("task_struct", "cgroups")?,
+        css_set_cgroup: one("css_set", "dfl_cgrp")?,
+        cgroup_level: one("cgroup", "level")?,
+        cgroup_ancestors: one("cgroup", "ancestors")?,
+        cgroup_node: one("cgroup", "kn")?,
+        node_id: one("kernfs_node", "id")?,
     })
 }
 

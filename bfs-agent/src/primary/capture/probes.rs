@@ -16,7 +16,7 @@ use aya::{
 };
 use bfs_common::abi::{
     ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX,
-    TaskState, counter,
+    TaskState, counter, role,
 };
 
 use super::{CaptureError, btf, ring::Ring, sys};
@@ -26,8 +26,14 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bf
 
 /// Programs, each of the name of its tracepoint. Attached in this order: those that keep the set of
 /// tasks first.
-const PROGRAMS: [&str; 5] =
-    ["sched_process_fork", "sched_process_exec", "sched_process_exit", "sys_exit", "sys_enter"];
+const PROGRAMS: [&str; 6] = [
+    "sched_process_fork",
+    "sched_process_exec",
+    "sched_process_exit",
+    "cgroup_attach_task",
+    "sys_exit",
+    "sys_enter",
+];
 const MAPS: [&str; 5] = ["RING", "TASKS", "SUSPECTS", "COUNTERS", "META"];
 
 /// Largest [`LoadOptions::inline_max`]: what the loop over chunks in the probe can take.
@@ -61,6 +67,9 @@ pub struct LoadOptions {
     /// Devices with subtrees in scope (`s_dev` in the kernel's form; on btrfs the anonymous device
     /// of the subvolume), at most [`DEVICES_MAX`].
     pub devices: Vec<u32>,
+    /// Identity of the cgroup whose tasks are selected, of those that are born or moved into it too
+    /// (the inode of its directory); `None`: the selected tasks and their children.
+    pub cgroup: Option<u64>,
     /// Largest write whose bytes are copied in the probe, at most [`INLINE_MAX`].
     pub inline_max: u32,
     /// Bytes of the ring: a power of two, at least a page.
@@ -81,6 +90,7 @@ impl LoadOptions {
         Self {
             pin_dir: group_dir(group),
             devices,
+            cgroup: None,
             inline_max: 1 << 10,
             ring_bytes: 64 << 20,
             btf: PathBuf::from(btf::KERNEL_BTF),
@@ -104,6 +114,8 @@ impl LoadOptions {
             return Err(CaptureError::Options("the ring's size is not a power of two of pages".to_owned()));
         }
         settings.devices[..self.devices.len()].copy_from_slice(&self.devices);
+        let cgroup = self.cgroup.unwrap_or(0);
+        (settings.cgroup_low, settings.cgroup_high) = (cgroup as u32, (cgroup >> 32) as u32);
         Ok(settings)
     }
 }
@@ -225,14 +237,19 @@ impl Probes {
         Self::clear(&self.pin_dir)
     }
 
-    /// Follows a task, and what it forks from now on.
+    /// Follows a task, and what it forks from now on. (A task that has ended meanwhile is let go.)
     pub fn select_task(&self, tid: u32, tgid: u32) -> Result<(), CaptureError> {
         let state = TaskState { nr: NO_CALL, tgid, ..TaskState::default() };
         match sys::update(self.tasks.as_fd(), &tid, &state, sys::NO_EXIST) {
             // The probe at fork was faster.
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-            result => result.map_err(kernel(format!("cannot follow task {tid}"))),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => return Ok(()),
+            result => result.map_err(kernel(format!("cannot follow task {tid}")))?,
         }
+        // The probe at its end may have run before there was an entry to remove.
+        if !Path::new(&format!("/proc/{tgid}/task/{tid}")).exists() {
+            self.deselect_task(tid)?;
+        }
+        Ok(())
     }
 
     /// No longer follows a task.
@@ -240,9 +257,15 @@ impl Probes {
         sys::delete(self.tasks.as_fd(), &tid).map_err(kernel(format!("cannot let go of task {tid}")))
     }
 
-    /// The tasks that are followed, with the call that each is in.
-    pub fn selected_tasks(&self) -> Result<Vec<(u32, TaskState)>, CaptureError> {
+    fn tasks(&self) -> Result<Vec<(u32, TaskState)>, CaptureError> {
         sys::entries(self.tasks.as_fd(), TASKS_MAX, false).map_err(kernel("cannot read the followed tasks"))
+    }
+
+    /// The selected tasks, with the call that each is in.
+    pub fn selected_tasks(&self) -> Result<Vec<(u32, TaskState)>, CaptureError> {
+        let mut tasks = self.tasks()?;
+        tasks.retain(|(_, state)| state.role == role::SELECTED);
+        Ok(tasks)
     }
 
     /// The calls in flight that started at or before `t` (`CLOCK_MONOTONIC`, in the past), or may
@@ -252,7 +275,7 @@ impl Probes {
     /// time: a call whose start is not after `t` was visible before `t` was read.
     pub fn in_flight(&self, t: u64) -> Result<Vec<(u32, TaskState)>, CaptureError> {
         fence(Ordering::SeqCst);
-        let mut tasks = self.selected_tasks()?;
+        let mut tasks = self.tasks()?;
         tasks.retain(|(_, state)| state.active != 0 && state.start_ns <= t);
         Ok(tasks)
     }

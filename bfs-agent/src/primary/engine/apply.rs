@@ -60,6 +60,12 @@ impl Engine {
                 self.entered.remove(&tid);
                 return;
             }
+            Event::Task { event: e } if e.header.kind == kind::JOINED => {
+                for (dev, ino) in host.mapped_by(e.header.tgid) {
+                    self.note_mapped(dev, ino);
+                }
+                return;
+            }
             _ => {}
         }
         let act = interpret(&self.model, host, event);

@@ -157,6 +157,9 @@ pub trait Host {
     /// [`HostError::Probes`].
     fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError>;
 
+    /// The files (device, number) that a process has mapped, shared and writable.
+    fn mapped_by(&mut self, tgid: u32) -> Vec<(u32, u64)>;
+
     /// Whether a call that does not end waits at a point before which it changes nothing, such as
     /// the open of a FIFO that waits for the other side.
     fn is_idle(&mut self, call: &InFlight) -> bool;

@@ -146,11 +146,12 @@ impl Ground {
         Ok(Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, local })
     }
 
-    /// Loads the probes. What an agent before left is removed if nothing runs in it any more.
+    /// Loads the probes; with a cgroup its tasks are selected as they are born or moved. What an agent
+    /// before left is removed if nothing runs in it any more.
     ///
     /// # Errors
     /// [`Failure`].
-    pub fn load_probes(&self) -> Result<Probes, Failure> {
+    pub fn load_probes(&self, cgroup: Option<u64>) -> Result<Probes, Failure> {
         let pin_dir = group_dir(&self.options.group);
         // The control socket is ours, so no agent of this group lives.
         match Probes::adopt(&pin_dir) {
@@ -163,6 +164,7 @@ impl Ground {
         let inline_max = self.options.inline_max.map_or(INLINE_MAX, |n| n.min(u64::from(u32::MAX)) as u32);
         let ring_bytes = self.options.ring_bytes.map_or(RING_BYTES, |n| n.min(1 << 30) as u32);
         let mut load = LoadOptions::new(&self.options.group, self.reader.devices());
+        load.cgroup = cgroup;
         load.inline_max = inline_max;
         load.ring_bytes = ring_bytes;
         Ok(Probes::load(&load)?)

@@ -158,6 +158,10 @@ impl Host for Link {
         Ok(())
     }
 
+    fn mapped_by(&mut self, tgid: u32) -> Vec<(u32, u64)> {
+        super::mapped::mapped_by(tgid)
+    }
+
     fn is_idle(&mut self, call: &InFlight) -> bool {
         // fifo_open() in fs/pipe.c: the FIFO was there, or it would not be one.
         let wchan = format!("/proc/{}/task/{}/wchan", call.tgid, call.tid);

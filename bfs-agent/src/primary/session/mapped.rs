@@ -12,12 +12,17 @@ impl Work {
         processes.sort_unstable();
         processes.dedup();
         for process in processes {
-            let Ok(maps) = std::fs::read_to_string(format!("/proc/{process}/maps")) else { continue };
-            for (dev, ino) in maps.lines().filter_map(shared_writable) {
+            for (dev, ino) in mapped_by(process) {
                 self.engine.note_mapped(dev, ino);
             }
         }
     }
+}
+
+/// The files that a process has mapped, shared and writable; none when it is gone.
+pub(super) fn mapped_by(process: u32) -> Vec<(u32, u64)> {
+    let maps = std::fs::read(format!("/proc/{process}/maps")).unwrap_or_default();
+    String::from_utf8_lossy(&maps).lines().filter_map(shared_writable).collect()
 }
 
 /// Device and inode of a line that is a shared writable mapping of a file

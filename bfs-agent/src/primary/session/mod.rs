@@ -3,6 +3,7 @@
 mod begin;
 mod link;
 mod mapped;
+mod select;
 mod state;
 mod status;
 mod work;
@@ -22,7 +23,7 @@ use super::schedule::Schedule;
 use super::stop::Stopper;
 use super::stop::freezer::Freezer;
 use super::stop::guard::Guard;
-use super::stop::ptrace::{Members, Ptrace};
+use super::stop::ptrace::Ptrace;
 use crate::net::Destination;
 use begin::Ground;
 use state::{Selection, State};
@@ -61,7 +62,7 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
     let group = options.group.clone();
     let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
     let ground = Ground::open(options, false)?;
-    let probes = ground.load_probes()?;
+    let probes = ground.load_probes(None)?;
     let ready = prepare_run(&group, guard, &command, &inherited, &probes);
     let (freezer, held) = match ready {
         Ok(ready) => ready,
@@ -125,66 +126,44 @@ fn prepare_run(
     }
 }
 
-/// Replicates what running processes and their descendants do, until they end or `stop`.
+/// Whom `attach` follows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whom {
+    /// These processes and their descendants.
+    Processes(Vec<u32>),
+    /// Who is in this cgroup (v2), or one below it, and who comes into it.
+    Cgroup(PathBuf),
+}
+
+/// Replicates what running processes do, until they end or `stop`.
 ///
 /// # Errors
 /// [`Failure`].
-pub fn attach(options: SessionOptions, pids: Vec<u32>, inherited: Inherited) -> Result<u8, Failure> {
+pub fn attach(options: SessionOptions, whom: &Whom, inherited: &Inherited) -> Result<u8, Failure> {
     let group = options.group.clone();
-    for pid in &pids {
-        tree_of(*pid)?;
-    }
-    let ground = Ground::open(options, false)?;
-    let probes = ground.load_probes()?;
-    let mut stopper = Ptrace::new(members(&probes)?);
-    if let Err(e) = select_all(&probes, &pids, &mut stopper) {
-        let _ = probes.unpin();
-        return Err(e);
-    }
-    let program = format!("pid {}", pids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
-    let state = State::new(&ground.options, &program, Selection::Processes(pids.clone()));
-    let mut work = ground.build(probes, Some(Box::new(stopper)), &state, false)?;
-    work.suspect_mapped();
-    follow_processes(work, &group, &inherited)
-}
-
-/// Follows the processes, all their threads and descendants. The calls that they are in at this
-/// moment have no start that we saw: a short stop makes sure that they have ended before
-/// anything is read.
-fn select_all(probes: &Probes, pids: &[u32], stopper: &mut Ptrace) -> Result<(), Failure> {
-    let mut known = std::collections::HashSet::new();
-    loop {
-        let mut new = false;
-        for pid in pids {
-            for task in tree_of(*pid).unwrap_or_default() {
-                if known.insert(task.tid) {
-                    probes.select_task(task.tid, task.tgid)?;
-                    new = true;
-                }
+    let cgroup = match whom {
+        Whom::Processes(pids) => {
+            for pid in pids {
+                tree_of(*pid)?;
             }
+            None
         }
-        if !new {
-            break;
+        Whom::Cgroup(directory) => Some(select::check_cgroup(directory)?),
+    };
+    let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
+    let ground = Ground::open(options, false)?;
+    let probes = ground.load_probes(cgroup.as_ref().map(|c| c.id))?;
+    let (stopper, program, selection) = match select::select(&probes, whom, cgroup.as_ref(), guard) {
+        Ok(selected) => selected,
+        Err(e) => {
+            let _ = probes.unpin();
+            return Err(e);
         }
-    }
-    if known.is_empty() {
-        return Err(Failure::new(Kind::Usage, "the process has ended already", "look for it with `ps`"));
-    }
-    stopper.stop(link::STOP_LIMITS)?;
-    stopper.go()?;
-    Ok(())
-}
-
-/// The selected processes, for a stop.
-fn members(probes: &Probes) -> Result<Members, Failure> {
-    let probes = Probes::adopt(probes.pin_dir())?;
-    Ok(Box::new(move || {
-        let tasks = probes.selected_tasks().unwrap_or_default();
-        let mut processes: Vec<u32> = tasks.into_iter().map(|(_, state)| state.tgid).collect();
-        processes.sort_unstable();
-        processes.dedup();
-        processes
-    }))
+    };
+    let state = State::new(&ground.options, &program, selection);
+    let mut work = ground.build(probes, Some(stopper), &state, false)?;
+    work.suspect_mapped();
+    follow_processes(work, &group, inherited, cgroup.map(|c| c.directory))
 }
 
 /// Goes on for an agent that died, with the configuration in the group's state file.
@@ -211,20 +190,31 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
     let probes = Probes::adopt(&pin_dir)?;
     let stopper: Box<dyn Stopper> = match &state.selection {
         Selection::Cgroup(directory) if directory.exists() => Box::new(Freezer::adopt(directory, guard)?),
-        _ => Box::new(Ptrace::new(members(&probes)?)),
+        Selection::Attached(directory) if directory.exists() => Box::new(Freezer::attach(directory, guard)?),
+        _ => Box::new(Ptrace::new(select::members(&probes)?)),
     };
     let complete = !state.incomplete;
     let mut work = ground.build(probes, Some(stopper), &state, complete)?;
     work.suspect_mapped();
-    let status = follow_processes(work, group, &inherited)?;
+    let attached = match &state.selection {
+        Selection::Attached(directory) => Some(directory.clone()),
+        _ => None,
+    };
+    let status = follow_processes(work, group, &inherited, attached)?;
     if let Selection::Cgroup(directory) = &state.selection {
         remove_cgroup(directory);
     }
     Ok(status)
 }
 
-/// Follows until no selected process is left, or a signal or command ends it.
-fn follow_processes(mut work: work::Work, group: &str, inherited: &Inherited) -> Result<u8, Failure> {
+/// Follows until no selected process is left, or a signal or command ends it. A cgroup can be empty
+/// and fill again: there it ends when the cgroup is removed.
+fn follow_processes(
+    mut work: work::Work,
+    group: &str,
+    inherited: &Inherited,
+    cgroup: Option<PathBuf>,
+) -> Result<u8, Failure> {
     let asked = Arc::new(AtomicBool::new(false));
     let signalled = Arc::clone(&asked);
     let _signals = Signals::start(inherited, move |received| {
@@ -235,7 +225,11 @@ fn follow_processes(mut work: work::Work, group: &str, inherited: &Inherited) ->
     .map_err(|e| cannot("read signals", &e))?;
     let probes = Probes::adopt(&group_dir(group))?;
     work.follow(|| {
-        asked.load(Ordering::Relaxed) || probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty())
+        asked.load(Ordering::Relaxed)
+            || match &cgroup {
+                Some(directory) => !directory.exists(),
+                None => probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty()),
+            }
     });
     let ending = work.finish();
     work.close();

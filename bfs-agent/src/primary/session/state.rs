@@ -19,6 +19,8 @@ const DIRECTORY: &str = "/run/bfs";
 pub enum Selection {
     /// `run`: they live in this cgroup.
     Cgroup(PathBuf),
+    /// `attach --cgroup`: they are where somebody else put them.
+    Attached(PathBuf),
     /// `attach --pid`: they are stopped one by one.
     Processes(Vec<u32>),
 }

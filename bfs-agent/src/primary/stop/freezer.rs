@@ -1,4 +1,5 @@
-//! The cgroup v2 freezer: the command of `run` lives in a cgroup of its own.
+//! The cgroup v2 freezer: the command of `run` lives in a cgroup of its own, `attach --cgroup` has one
+//! that is somebody else's: that one is never removed, and where its owner froze it, it stays frozen.
 //!
 //! Assumes a writable cgroup2 mount (it may stand beside v1; no controller is needed). A task
 //! freezes on its way back to user mode, so a frozen cgroup has no call in flight but those that
@@ -23,6 +24,10 @@ pub struct Freezer {
     events: File,
     guard: Guard,
     since: Option<(Instant, Limits)>,
+    /// We made it, and remove it.
+    own: bool,
+    /// Its owner froze it before our stop.
+    frozen_before: bool,
 }
 
 /// Where the cgroup2 hierarchy is mounted.
@@ -71,11 +76,25 @@ impl Freezer {
         }
     }
 
+    /// A cgroup that belongs to somebody else.
+    ///
+    /// # Errors
+    /// [`StopError::NotACgroup`] when it cannot be frozen (the topmost one cannot).
+    pub fn attach(directory: &Path, guard: Guard) -> Result<Self, StopError> {
+        Self::open(directory, guard, false)
+    }
+
     /// Takes over a cgroup that exists, as the successor of an agent that died.
     ///
     /// # Errors
     /// [`StopError::NotACgroup`] when it cannot be frozen.
-    pub fn adopt(directory: &Path, mut guard: Guard) -> Result<Self, StopError> {
+    pub fn adopt(directory: &Path, guard: Guard) -> Result<Self, StopError> {
+        let mut freezer = Self::open(directory, guard, true)?;
+        freezer.thaw()?;
+        Ok(freezer)
+    }
+
+    fn open(directory: &Path, mut guard: Guard, own: bool) -> Result<Self, StopError> {
         let events = File::open(directory.join("cgroup.events"))
             .map_err(|_| StopError::NotACgroup(directory.to_owned()))?;
         if !directory.join("cgroup.freeze").exists() {
@@ -84,9 +103,8 @@ impl Freezer {
         guard
             .watch_cgroup(directory)
             .map_err(|e| StopError::system("write", "the pipe to the guard process", e))?;
-        let mut freezer = Self { directory: directory.to_owned(), events, guard, since: None };
-        freezer.thaw()?;
-        Ok(freezer)
+        let directory = directory.to_owned();
+        Ok(Self { directory, events, guard, since: None, own, frozen_before: false })
     }
 
     /// The cgroup's directory (for the state file of the group).
@@ -126,12 +144,20 @@ impl Freezer {
         Ok(self.events()?.contains("frozen 1"))
     }
 
+    /// Whether it is asked to be frozen (which is not yet to be frozen).
+    fn freezes(&self) -> bool {
+        fs::read_to_string(self.directory.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
+    }
+
     fn write_freeze(&self, value: &str) -> Result<(), StopError> {
         let file = self.directory.join("cgroup.freeze");
         fs::write(&file, value).map_err(|e| StopError::system("write", file.display(), e))
     }
 
     fn thaw(&mut self) -> Result<(), StopError> {
+        if self.frozen_before {
+            return Ok(());
+        }
         let thawed = self.write_freeze("0");
         // Said to the guard only after the thaw: dying in between must not leave it frozen.
         if self.guard.going().is_err() {
@@ -188,9 +214,12 @@ impl Stopper for Freezer {
             return Err(StopError::Already);
         }
         let since = Instant::now();
-        self.guard
-            .stopping(limits.stand)
-            .map_err(|e| StopError::system("write", "the pipe to the guard process", e))?;
+        self.frozen_before = !self.own && self.freezes();
+        if !self.frozen_before {
+            self.guard
+                .stopping(limits.stand)
+                .map_err(|e| StopError::system("write", "the pipe to the guard process", e))?;
+        }
         let stopped = self.write_freeze("1").and_then(|()| self.wait_frozen(since, limits));
         if let Err(error) = stopped {
             self.thaw()?;
@@ -217,10 +246,15 @@ impl Stopper for Freezer {
 }
 
 impl Drop for Freezer {
-    /// Lets everybody go, and removes the cgroup when it is empty (else its processes stay in it).
+    /// Lets everybody go, and removes a cgroup of our own when it is empty (else its processes stay in
+    /// it).
     fn drop(&mut self) {
-        let _ = self.thaw();
-        let _ = fs::remove_dir(&self.directory);
+        if self.own {
+            let _ = self.thaw();
+            let _ = fs::remove_dir(&self.directory);
+        } else {
+            let _ = self.go();
+        }
     }
 }
 

@@ -350,6 +350,10 @@ impl Host for World {
         Ok(())
     }
 
+    fn mapped_by(&mut self, _tgid: u32) -> Vec<(u32, u64)> {
+        Vec::new()
+    }
+
     fn is_idle(&mut self, _call: &InFlight) -> bool {
         false
     }
