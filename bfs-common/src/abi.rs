@@ -308,6 +308,8 @@ pub mod slot {
     pub const BY_DESCRIPTOR: u32 = 1 << 3;
     /// A record of the paths at the start was made.
     pub const PATH_SHARED: u32 = 1 << 4;
+    /// The descriptor's file had no name.
+    pub const NAMELESS: u32 = 1 << 5;
 }
 
 /// `nr` of a [`TaskState`] between two calls.

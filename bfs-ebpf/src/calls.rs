@@ -23,6 +23,8 @@ pub mod class {
     pub const MMAP: u8 = 8;
     /// Changes the memory map.
     pub const MEMORY: u8 = 9;
+    /// Sets the position of descriptor 0; matters where others use it too.
+    pub const SEEK: u8 = 10;
 }
 
 /// Numbers that are looked at one by one.
@@ -35,6 +37,7 @@ pub mod nr {
     pub const FTRUNCATE: u32 = 77;
     pub const CREAT: u32 = 85;
     pub const SYMLINK: u32 = 88;
+    pub const ACCT: u32 = 163;
     pub const FUTIMESAT: u32 = 261;
     pub const SYMLINKAT: u32 = 266;
     pub const SPLICE: u32 = 275;
@@ -71,13 +74,14 @@ const fn classes() -> [u8; CALLS] {
         &mut table,
         &[
             49, 76, 82, 83, 84, 86, 87, 88, 90, 92, 94, 132, 133, 188, 189, 197, 198, 235, 258, 259, 260,
-            261, 263, 264, 265, 266, 268, 280, 316, 452, 463, 466, 469,
+            261, 263, 264, 265, 266, 268, 280, 316, 452, 463, 466, 469, 163, 167,
         ],
         class::PATH,
     );
     set(&mut table, &[40, 275, 326], class::COPY);
     set(&mut table, &[16], class::IOCTL);
     set(&mut table, &[9], class::MMAP);
+    set(&mut table, &[8], class::SEEK);
     // mprotect munmap brk mremap madvise shmat shmdt remap_file_pages pkey_mprotect, and those after
     // which another task may change the memory map, or it is another one: clone fork vfork execve
     // execveat clone3
@@ -89,9 +93,13 @@ const fn paths() -> [u16; CALLS] {
     let none = pack(NO_ARG, NO_ARG, NO_ARG, NO_ARG);
     let mut table = [none; CALLS];
     // open creat truncate mkdir rmdir unlink chmod chown lchown utime mknod setxattr lsetxattr
-    // removexattr lremovexattr utimes
+    // removexattr lremovexattr utimes acct swapon
     let first = pack(NO_ARG, 0, NO_ARG, NO_ARG);
-    fill(&mut table, &[2, 85, 76, 83, 84, 87, 90, 92, 94, 132, 133, 188, 189, 197, 198, 235], first);
+    fill(
+        &mut table,
+        &[2, 85, 76, 83, 84, 87, 90, 92, 94, 132, 133, 188, 189, 197, 198, 235, 163, 167],
+        first,
+    );
     // openat openat2 mkdirat mknodat fchownat futimesat unlinkat fchmodat utimensat fchmodat2
     // setxattrat removexattrat file_setattr
     let second = pack(0, 1, NO_ARG, NO_ARG);

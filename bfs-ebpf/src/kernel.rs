@@ -9,8 +9,9 @@ use bfs_common::abi::{DEVICES_MAX, InodeAttr, InodeId};
 
 use crate::maps::{DENTRY_BLOCK, FILE_BLOCK, INODE_BLOCK, Scratch, off, setting};
 
-/// `S_IFMT` and the two types that are followed (`include/uapi/linux/stat.h`).
+/// `S_IFMT` and the types that are followed (`include/uapi/linux/stat.h`).
 const S_IFMT: u32 = 0o170_000;
+const S_IFIFO: u32 = 0o010_000;
 const S_IFREG: u32 = 0o100_000;
 const S_IFDIR: u32 = 0o040_000;
 
@@ -234,6 +235,12 @@ pub fn object_links(scratch: &Scratch) -> u32 {
 #[inline(always)]
 pub fn object_is_file(scratch: &Scratch) -> bool {
     u32::from(at::<u16>(scratch.inode.as_ptr(), off!(inode_mode))) & S_IFMT == S_IFREG
+}
+
+/// Whether the object in the scratch is a FIFO.
+#[inline(always)]
+pub fn object_is_fifo(scratch: &Scratch) -> bool {
+    u32::from(at::<u16>(scratch.inode.as_ptr(), off!(inode_mode))) & S_IFMT == S_IFIFO
 }
 
 /// Whether the object in the scratch is a regular file or a directory.

@@ -38,19 +38,32 @@ const MAP_TYPE: u64 = 0xf;
 const MAP_SHARED: u64 = 1;
 const MAP_SHARED_VALIDATE: u64 = 3;
 
-/// ioctls that change a file: FICLONE, FICLONERANGE, FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR,
-/// FS_IOC_RESVSP(64), FS_IOC_UNRESVSP(64), FS_IOC_ZERO_RANGE. (Deduplication changes no content.)
-const IOCTLS: [u32; 9] = [
-    0x4004_9409,
-    0x4020_940d,
-    0x4008_6602,
-    0x401c_5820,
-    0x4030_5828,
-    0x4030_582a,
-    0x4030_5829,
-    0x4030_582b,
-    0x4030_5839,
+/// ioctls that change no file, of those that programs make on files and directories: FIBMAP, FIGETBSZ,
+/// FS_IOC_FIEMAP, FS_IOC_GETFLAGS and FSGETXATTR, GETVERSION, GETFSUUID, GETFSLABEL, FITRIM, FIDEDUPERANGE
+/// (it shares bytes that are equal), BTRFS_IOC_TREE_SEARCH, INO_LOOKUP, FS_INFO.
+const HARMLESS: [u32; 14] = [
+    1,
+    2,
+    0xc020_660b,
+    0x8008_6601,
+    0x8004_6601,
+    0x801c_581f,
+    0x8008_7601,
+    0x8011_1500,
+    0x8100_9431,
+    0xc018_5879,
+    0xc018_9436,
+    0xd000_9411,
+    0xd000_9412,
+    0x8400_941f,
 ];
+
+/// Type of the ioctls of terminals: no file answers them (isatty(3) asks).
+const TERMINAL: u32 = 0x54;
+
+/// Type and number of ioctls that change another file than that of the descriptor as well:
+/// EXT4_IOC_MOVE_EXT, XFS_IOC_SWAPEXT, ATTRMULTI_BY_HANDLE, EXCHANGE_RANGE, COMMIT_RANGE.
+const OF_OTHERS: [u32; 5] = [0x660f, 0x586d, 0x587b, 0x5881, 0x5883];
 
 /// `include/linux/errno.h`: the call is going to be restarted.
 const RESTART: core::ops::RangeInclusive<i64> = -516..=-512;
@@ -137,7 +150,7 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     let follow = match class {
         class::OPEN => opens(state, number),
         class::PATH => takes_path(state, number),
-        class::IOCTL => is_changing_ioctl(state.args[1] as u32) && enter_file(state, number, class),
+        class::IOCTL => !is_harmless(state.args[1] as u32) && enter_file(state, number, class),
         class::MMAP => {
             state.private_start = 0;
             state.private_end = 0;
@@ -169,10 +182,15 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
 }
 
 #[inline(always)]
-fn is_changing_ioctl(command: u32) -> bool {
+fn is_harmless(command: u32) -> bool {
+    command >> 8 & 0xff == TERMINAL || is_among(command, &HARMLESS)
+}
+
+#[inline(always)]
+fn is_among(value: u32, list: &[u32]) -> bool {
     let mut i = 0;
-    while i < IOCTLS.len() {
-        if IOCTLS[i] == command {
+    while i < list.len() {
+        if list[i] == value {
             return true;
         }
         i += 1;
@@ -199,7 +217,9 @@ fn open_flags(state: &TaskState, number: u32) -> u32 {
 
 #[inline(always)]
 fn opens(state: &TaskState, number: u32) -> bool {
-    open_flags(state, number) & (O_CREAT | O_TRUNC | O_TMPFILE) != 0
+    // Without a name (O_TMPFILE) it concerns nobody yet.
+    let flags = open_flags(state, number);
+    flags & (O_CREAT | O_TRUNC) != 0 && flags & O_TMPFILE == 0
 }
 
 #[inline(always)]
@@ -207,6 +227,10 @@ fn takes_path(state: &mut TaskState, number: u32) -> bool {
     if (number == nr::UTIMENSAT || number == nr::FUTIMESAT) && state.args[1] == 0 {
         state.flags = slot::BY_DESCRIPTOR;
         return enter_file(state, number, class::DESCRIPTOR);
+    }
+    // acct(NULL) ends the accounting.
+    if number == nr::ACCT {
+        return state.args[0] != 0;
     }
     number != nr::BIND || path::is_unix_path(state)
 }
@@ -224,11 +248,22 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     // SAFETY: this CPU's entry of this hook.
     let scratch = unsafe { &mut *scratch };
     let file = kernel::read_file(scratch, address, table_shared);
-    if (class == class::CLOSE || class == class::MMAP) && file.mode & FMODE_WRITE == 0 {
+    let writable = file.mode & FMODE_WRITE != 0;
+    if (class == class::CLOSE || class == class::MMAP || class == class::SEEK) && !writable {
+        return false;
+    }
+    if class == class::SEEK && !file.shared {
         return false;
     }
     kernel::read_inode(scratch, file.inode);
-    if !kernel::object_is_followed(scratch) || kernel::object_links(scratch) == 0 {
+    let followed = match class {
+        // Writing to a FIFO moves its modification time (pipe_write() in fs/pipe.c).
+        class::WRITE => kernel::object_is_file(scratch) || kernel::object_is_fifo(scratch),
+        class::DESCRIPTOR => true,
+        _ => kernel::object_is_followed(scratch),
+    };
+    // A file that has no name yet may get one while the call runs (linkat of an O_TMPFILE).
+    if !followed || class == class::CLOSE && kernel::object_links(scratch) == 0 {
         return false;
     }
     let (dev, btrfs) = kernel::object_device(scratch, file.inode);
@@ -249,6 +284,9 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     }
     if btrfs {
         flags |= slot::BTRFS;
+    }
+    if kernel::object_links(scratch) == 0 {
+        flags |= slot::NAMELESS;
     }
     state.flags = flags;
     true
@@ -395,6 +433,10 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
             return;
         }
     }
+    // Without a name all the time: it is in nobody's tree, and if it gets one, all of it is read.
+    if state.flags & slot::NAMELESS != 0 && kernel::object_links(scratch) == 0 && class != class::MMAP {
+        return;
+    }
     kernel::object_attr(scratch, dev);
     scratch.file_record.event.file = address;
     scratch.file_record.event.f_flags = file.flags;
@@ -404,6 +446,10 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
     }
     if scratch.file_record.event.attr.nlink == 0 {
         flags |= flag::UNLINKED;
+    }
+    if class == class::WRITE && !kernel::object_is_file(scratch) {
+        send(scratch, kind::FILE, flags);
+        return;
     }
     if class == class::WRITE && !failed {
         // Without the name and the directory: the file is known since its open, and this is the
@@ -422,10 +468,18 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
             event.file_offset = state.args[2];
             event.count = state.args[3];
         }
-        class::COPY | class::IOCTL => {
+        class::COPY => {
             kind = kind::TOUCH;
-            if !failed && class == class::COPY {
+            if !failed {
                 event.count = ret as u64;
+            }
+        }
+        class::IOCTL => {
+            kind = kind::TOUCH;
+            // It may have changed the generation, by which the object is known.
+            event.attr.id = state.inode;
+            if is_among(state.args[1] as u32 & 0xffff, &OF_OTHERS) {
+                count(counter::RESCAN);
             }
         }
         class::MMAP => {

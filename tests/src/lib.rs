@@ -4,7 +4,8 @@
 //! way as what they test. [`oracle`] compares trees, [`copy`] makes exact ones, [`world`] is one
 //! replayer, one agent and one program with everything that belongs to them, [`leash`] ends all of
 //! it, [`programs`] are the programs that are replicated, each with a check of what it left,
-//! [`watch`] waits for conditions, [`exercise`] is what is done with every program.
+//! [`watch`] waits for conditions, [`exercise`] is what is done with every program, [`rows`] are the ways to
+//! change a file, one by one.
 
 pub mod copy;
 pub mod exercise;
@@ -12,5 +13,6 @@ pub mod leash;
 pub mod ledger;
 pub mod oracle;
 pub mod programs;
+pub mod rows;
 pub mod watch;
 pub mod world;

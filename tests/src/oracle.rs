@@ -210,7 +210,7 @@ pub fn xattrs(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
         other => other.map_err(|e| named(e, path))?,
     };
     let mut all = BTreeMap::new();
-    for name in list.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+    for name in list.split(|byte| *byte == 0).filter(|name| !name.is_empty() && !is_of_storage(name)) {
         let c_name = CString::new(name)?;
         let value = grown(|buffer| {
             // SAFETY: both strings end with a zero byte; at most `len` bytes are written.
@@ -221,6 +221,12 @@ pub fn xattrs(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
         all.insert(String::from_utf8_lossy(name).into_owned(), value.map_err(|e| named(e, path))?);
     }
     Ok(all)
+}
+
+/// Attributes that belong to the file system and not to the file: properties of btrfs, and the ACLs of
+/// xfs in its own form, which it shows beside the portable one (cp(1) leaves them out too).
+fn is_of_storage(name: &[u8]) -> bool {
+    name.starts_with(b"btrfs.") || name.starts_with(b"trusted.SGI_ACL_")
 }
 
 /// Calls with a buffer of 64 KiB, which is the kernel's bound for lists and values (xattr(7)).

@@ -16,7 +16,7 @@ const BPF_LINKER: &str = "0.13.0";
 pub type Tool = (&'static str, &'static str, &'static str);
 
 /// What every build and test needs.
-const PROGRAMS: [Tool; 9] = [
+const PROGRAMS: [Tool; 11] = [
     ("cc", "gcc libc6-dev", "compiles the SQLite of the tests"),
     ("git", "git", "a program that the tests replicate"),
     ("tar", "tar", "a program that the tests replicate"),
@@ -26,6 +26,8 @@ const PROGRAMS: [Tool; 9] = [
     ("setpriv", "util-linux", "runs commands of tests as another user"),
     ("taskset", "util-linux", "pins the programs of `bench`"),
     ("mkfs.ext4", "e2fsprogs", "small file systems for tests"),
+    ("mkfs.xfs", "xfsprogs", "every way to change a file is tried on xfs too"),
+    ("mkfs.btrfs", "btrfs-progs", "every way to change a file is tried on btrfs too"),
 ];
 
 /// Makes this machine ready; see the module.

@@ -92,10 +92,14 @@ pub fn stat_at(directory: BorrowedFd<'_>, name: impl rustix::path::Arg) -> io::R
     FileStat::from_stat(&rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
-/// Whether an attribute of this name can be copied: those of the `system` namespace other than
-/// the POSIX ACLs are made up by file systems and cannot be set.
+/// Whether an attribute of this name is copied: those of the `system` namespace other than the POSIX
+/// ACLs are made up by file systems and cannot be set; xfs shows the ACLs a second time in its own form
+/// (fs/xfs/xfs_acl.h); and those of btrfs are properties of its storage, which no other file system has.
 #[must_use]
 pub fn xattr_is_copied(name: &str) -> bool {
+    if name.starts_with("btrfs.") || name == "trusted.SGI_ACL_FILE" || name == "trusted.SGI_ACL_DEFAULT" {
+        return false;
+    }
     match name.strip_prefix("system.") {
         Some(rest) => rest == "posix_acl_access" || rest == "posix_acl_default",
         None => true,

@@ -183,6 +183,10 @@ pub fn main(args: &[String]) -> Result<()> {
         anyhow::bail!("usage: bfs-workload NAME DATA AUX [WRITER or COUNT]");
     };
     let place = Place { data: data.into(), aux: aux.into() };
+    if name == "rows" {
+        let [beside, filter] = rest else { anyhow::bail!("usage: bfs-workload rows DATA AUX BESIDE FILTER") };
+        return crate::rows::driver::run(&place, Path::new(beside), filter);
+    }
     let writer = rest.first().map(|w| w.parse::<usize>()).transpose()?;
     match name.as_str() {
         "append-writers" => append::run(&place, append::Pace::Steady, writer),

@@ -41,6 +41,32 @@ pub enum Transport {
     Tcp,
 }
 
+/// What the replicated directory can lie on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSystem {
+    /// An image.
+    Ext4,
+    /// An image.
+    Xfs,
+    /// An image.
+    Btrfs,
+    /// Memory.
+    Tmpfs,
+}
+
+impl FileSystem {
+    /// Its name for mount(8).
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+            Self::Tmpfs => "tmpfs",
+        }
+    }
+}
+
 /// How the agent comes to the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
@@ -218,11 +244,49 @@ impl World {
     /// # Errors
     /// When it cannot be made or mounted.
     pub fn mount_ext4(&mut self, mebibytes: u64) -> Result<()> {
-        let image = self.root().join("image");
-        File::create(&image)?.set_len(mebibytes << 20)?;
-        command_ok(Command::new("mkfs.ext4").arg("-q").arg(&image))?;
-        command_ok(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&self.place.data))?;
-        self.mounts.push(self.place.data.clone());
+        let at = self.place.data.clone();
+        self.mount_at(FileSystem::Ext4, mebibytes, at)
+    }
+
+    /// Puts the replicated directory on a file system of this type, with room [`World::beside`] it.
+    ///
+    /// # Errors
+    /// When it cannot be made or mounted.
+    pub fn mount(&mut self, file_system: FileSystem) -> Result<()> {
+        let at = self.place.data.clone();
+        self.mount_at(file_system, 512, at.clone())?;
+        self.place.data = at.join("data");
+        fs::create_dir(&self.place.data)?;
+        Ok(())
+    }
+
+    /// A directory on the file system of [`World::mount`] that is not replicated.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn beside(&self) -> Result<PathBuf> {
+        let path = self.place.data.with_file_name("beside");
+        fs::create_dir_all(&path)?;
+        Ok(path)
+    }
+
+    fn mount_at(&mut self, file_system: FileSystem, mebibytes: u64, at: PathBuf) -> Result<()> {
+        let mut mount = Command::new("mount");
+        if file_system == FileSystem::Tmpfs {
+            mount.args(["-t", "tmpfs", "-o", &format!("size={mebibytes}m"), "tmpfs"]);
+        } else {
+            let image = self.root().join("image");
+            File::create(&image)?.set_len(mebibytes << 20)?;
+            let mut make = Command::new(format!("mkfs.{}", file_system.name()));
+            if file_system == FileSystem::Ext4 {
+                // With checksums the generation of an inode cannot be set (ext4_ioctl_setversion()).
+                make.args(["-O", "^metadata_csum"]);
+            }
+            command_ok(make.arg("-q").arg(&image))?;
+            mount.args(["-o", "loop"]).arg(&image);
+        }
+        command_ok(mount.arg(&at))?;
+        self.mounts.push(at);
         Ok(())
     }
 

@@ -222,6 +222,10 @@ pub struct Counters {
     pub tasks_full: u64,
     /// Times when a probe did not run because it was running (`recursion_misses`).
     pub probe_misses: u64,
+    /// Times that everything in the group became suspect and was read again.
+    pub everything_suspect: u64,
+    /// Calls whose order or effect was settled by reading.
+    pub ambiguous: u64,
     /// Records of the stream made.
     pub stream_records: u64,
     /// Bytes of the stream made.

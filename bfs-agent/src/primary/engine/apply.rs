@@ -8,7 +8,7 @@ use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 use bytes::Bytes;
 
 use super::host::{Host, HostError, OwnedEvent, Stat};
-use super::interpret::{Act, CAPABILITY, Thing, interpret, meta_of, object_at, span_of};
+use super::interpret::{Act, CAPABILITY, Thing, has_capability, interpret, meta_of, object_at, span_of};
 use super::model::NewObject;
 use super::recent::Span;
 use super::resolve::Place;
@@ -322,10 +322,25 @@ impl Engine {
                     self.dirty.entry(parent, &name, true);
                 }
             }
-            Act::Write { object, range, inline, attr } => {
+            Act::Seek { object, file } => {
+                if self.recent_positions.note(file, span, 0..1, false).with.contains(&true) {
+                    self.stats.ambiguous += 1;
+                    self.dirty.whole(object);
+                }
+            }
+            Act::Write { object, range, inline, attr, position } => {
                 self.snapshot(object, &attr, span);
-                if self.model.get(object).is_some_and(|o| o.xattrs.contains_key(CAPABILITY)) {
+                if has_capability(&self.model, object) {
                     self.dirty.xattrs(object);
+                }
+                // Positions only go up but for seeks: without one meanwhile, a position that moved by as
+                // much as was written moved by this write.
+                if let Some(file) = position {
+                    let others = self.recent_positions.note(file, span, 0..1, true);
+                    if others.forgotten || others.with.contains(&false) {
+                        self.stats.ambiguous += 1;
+                        self.dirty.whole(object);
+                    }
                 }
                 let whole = self.dirty.get(object).is_some_and(|d| d.whole);
                 if inline && !ambiguous && self.write_inline(object, &range, event) {
@@ -342,6 +357,9 @@ impl Engine {
                 }
                 self.model.truncate(object, size, &mut self.out);
                 self.meta_after(object, attr.as_ref(), span);
+                if has_capability(&self.model, object) {
+                    self.dirty.xattrs(object);
+                }
                 if ambiguous {
                     self.dirty.whole(object);
                 } else {

@@ -41,6 +41,15 @@ pub enum Act {
         inline: bool,
         /// The file after the call.
         attr: InodeAttr,
+        /// The open file, where others use its position too and the range comes from there.
+        position: Option<u64>,
+    },
+    /// The position of an open file that others use too was set.
+    Seek {
+        /// The file.
+        object: ObjectId,
+        /// The open file.
+        file: u64,
     },
     /// A file got a length.
     Truncate {
@@ -196,6 +205,13 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
         }
         libc::SYS_ftruncate => Act::Truncate { object, size: e.file_offset, attr: Some(attr), place: None },
         libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_writev | libc::SYS_pwritev | libc::SYS_pwritev2 => {
+            if model.get(object).is_some_and(|o| o.kind != FileKind::Regular) {
+                // Of a FIFO a write leaves its time only.
+                return Act::Attr { object, attr: Some(attr), xattrs: false, place: None };
+            }
+            let at_position = flags & flag::SHARED_FILE != 0
+                && flags & flag::APPEND == 0
+                && !matches!(nr, libc::SYS_pwrite64 | libc::SYS_pwritev);
             let range = if flags & flag::OFFSET_UNKNOWN == 0 {
                 e.file_offset..e.file_offset.saturating_add(e.count)
             } else if e.range_end > 0 {
@@ -205,8 +221,9 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
             };
             let inline = flags & flag::INLINE != 0
                 && flags & (flag::DATA_LOST | flag::OFFSET_UNKNOWN | flag::BY_REFERENCE) == 0;
-            Act::Write { object, range, inline, attr }
+            Act::Write { object, range, inline, attr, position: at_position.then_some(e.file) }
         }
+        libc::SYS_lseek => Act::Seek { object, file: e.file },
         libc::SYS_fchmod | libc::SYS_fchown => {
             Act::Attr { object, attr: Some(attr), xattrs: true, place: None }
         }
@@ -298,6 +315,11 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
                 whiteout: bits & libc::RENAME_WHITEOUT != 0,
             }
         }
+        // The kernel writes to the file from now on, whenever it likes.
+        libc::SYS_acct | libc::SYS_swapon => match object_at(model, &p.place(model, host, false, true)) {
+            Some(object) => Act::Touch { object, mapped: true },
+            None => Act::Nothing,
+        },
         libc::SYS_truncate => {
             let place = p.place(model, host, false, true);
             match object_at(model, &place) {
@@ -374,15 +396,20 @@ impl Act {
             Self::Write { object, range, .. } => {
                 things.extend([Thing::Data(*object, range.clone()), Thing::Meta(*object)]);
                 // The first write to a file with a capability drops it.
-                if model.get(*object).is_some_and(|o| o.xattrs.contains_key(CAPABILITY)) {
+                if has_capability(model, *object) {
                     things.push(Thing::Xattrs(*object));
                 }
             }
+            // Whatever is written there at that time may have gone elsewhere.
+            Self::Seek { object, .. } => things.push(Thing::Data(*object, 0..u64::MAX)),
             Self::Truncate { object, size, place: at, .. } => {
                 if let Some(Place::Entry(directory, name)) = at {
                     things.push(Thing::Entry(*directory, name.clone()));
                 }
                 things.extend([Thing::Data(*object, *size..u64::MAX), Thing::Meta(*object)]);
+                if has_capability(model, *object) {
+                    things.push(Thing::Xattrs(*object));
+                }
             }
             Self::Attr { object, xattrs, place: at, .. } => {
                 if let Some(Place::Entry(directory, name)) = at {
@@ -454,6 +481,12 @@ impl Act {
             _ => Vec::new(),
         }
     }
+}
+
+/// Whether the object has a file capability, which the next change of its bytes drops.
+#[must_use]
+pub fn has_capability(model: &Model, object: ObjectId) -> bool {
+    model.get(object).is_some_and(|o| o.xattrs.contains_key(CAPABILITY))
 }
 
 /// The xattr of file capabilities.

@@ -210,6 +210,8 @@ pub struct Engine {
     recent_data: Recent<ObjectId>,
     recent_entries: Recent<(ObjectId, Name), Rc<[Thing]>>,
     recent_paths: Recent<()>,
+    /// Open files whose position several use: writes at it (`true`) and seeks.
+    recent_positions: Recent<u64, bool>,
     moved: VecDeque<(ObjectId, Span)>,
     strangers: Strangers,
     reads: Reads,
@@ -246,6 +248,7 @@ impl Engine {
             recent_data: Recent::default(),
             recent_entries: Recent::default(),
             recent_paths: Recent::default(),
+            recent_positions: Recent::default(),
             moved: VecDeque::new(),
             strangers: Strangers::default(),
             reads: Reads::default(),
@@ -453,6 +456,7 @@ impl Engine {
         self.recent_data.prune(horizon);
         self.recent_entries.prune(horizon);
         self.recent_paths.prune(horizon);
+        self.recent_positions.prune(horizon);
         self.moved.retain(|m| m.1.end_ns >= horizon);
     }
 

@@ -74,6 +74,8 @@ impl Work {
                 compat: counters.get(counter::COMPAT),
                 tasks_full: counters.get(counter::TASKS_FULL),
                 probe_misses: misses.iter().map(|m| m.1).sum(),
+                everything_suspect: self.engine.stats.everything,
+                ambiguous: self.engine.stats.ambiguous,
                 stream_records,
                 stream_bytes,
             },
