@@ -101,19 +101,46 @@ pub fn chain(before: ChainHash, encoded: &[u8]) -> ChainHash {
 /// If the payload is longer than [`PAYLOAD_MAX`] (callers split), or the head cannot be encoded
 /// (all types of [`Record`] can).
 pub fn encode(out: &mut BytesMut, sequence: Sequence, record: &Record, payload: &[u8]) -> usize {
-    assert!(payload.len() <= PAYLOAD_MAX, "payload of {} bytes not split", payload.len());
+    let open = begin(out, sequence, record);
+    out.put_slice(payload);
+    finish(out, open).len()
+}
+
+/// A record at the end of a buffer whose payload may still grow.
+#[derive(Clone, Copy, Debug)]
+pub struct Open {
+    start: usize,
+    head: usize,
+    sequence: Sequence,
+}
+
+/// Appends the head of a record; what is appended to `out` before [`finish`] is its payload.
+///
+/// # Panics
+/// If the head cannot be encoded (all types of [`Record`] can).
+pub fn begin(out: &mut BytesMut, sequence: Sequence, record: &Record) -> Open {
     let start = out.len();
     out.put_bytes(0, PREFIX);
     rmp_serde::encode::write(&mut (&mut *out).writer(), record).expect("records can be encoded");
     let head = out.len() - start - PREFIX;
     assert!(head <= HEAD_MAX, "head of {head} bytes");
-    out.put_slice(payload);
-    out[start..start + 4].copy_from_slice(&(head as u32).to_le_bytes());
-    out[start + 4..start + 8].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-    out[start + 8..start + 16].copy_from_slice(&sequence.0.to_le_bytes());
-    let crc = checksum(&out[start..]);
-    out[start + 16..start + 20].copy_from_slice(&crc.to_le_bytes());
-    out.len() - start
+    Open { start, head, sequence }
+}
+
+/// Ends the record that was begun; gives its bytes.
+///
+/// # Panics
+/// If the payload is longer than [`PAYLOAD_MAX`].
+pub fn finish(out: &mut BytesMut, open: Open) -> &[u8] {
+    let record = &mut out[open.start..];
+    let payload = record.len() - PREFIX - open.head;
+    assert!(payload <= PAYLOAD_MAX, "payload of {payload} bytes not split");
+    record[..4].copy_from_slice(&(open.head as u32).to_le_bytes());
+    record[4..8].copy_from_slice(&(payload as u32).to_le_bytes());
+    record[8..16].copy_from_slice(&open.sequence.0.to_le_bytes());
+    let crc = checksum(record);
+    record[16..20].copy_from_slice(&crc.to_le_bytes());
+    record
 }
 
 fn checksum(record: &[u8]) -> u32 {

@@ -142,8 +142,10 @@ impl Engine {
     /// What the other one did with names is then suspect as well.
     fn note(&mut self, touches: &[Thing], act: &Act, span: Span) -> bool {
         let mut ambiguous = false;
-        let entries: Rc<[Thing]> =
-            touches.iter().filter(|t| matches!(t, Thing::Entry(..))).cloned().collect();
+        let names = touches.iter().any(|t| matches!(t, Thing::Entry(..)));
+        // An empty one would be made anew for each write.
+        let entries: Option<Rc<[Thing]>> =
+            names.then(|| touches.iter().filter(|t| matches!(t, Thing::Entry(..))).cloned().collect());
         for thing in touches {
             match thing {
                 Thing::Data(object, range) => {
@@ -151,16 +153,15 @@ impl Engine {
                 }
                 Thing::Entry(directory, name) => {
                     let key = (*directory, name.clone());
-                    let overlap = self.recent_entries.note(key, span, 0..1, Rc::clone(&entries));
+                    let overlap = self.recent_entries.note(key, span, 0..1, entries.clone());
                     ambiguous |= overlap.any();
-                    for other in overlap.with.iter().flat_map(|o| o.iter()) {
+                    for other in overlap.with.iter().flatten().flat_map(|o| o.iter()) {
                         self.stain(other, span.end_ns, true);
                     }
                 }
                 Thing::Meta(_) | Thing::Xattrs(_) | Thing::Everything => {}
             }
         }
-        let names = !entries.is_empty();
         // A path that was followed while a directory moved may have led elsewhere. (Creates name
         // their directory's inode, not a path.)
         if names && !matches!(act, Act::Create { .. }) {

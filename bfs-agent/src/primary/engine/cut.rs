@@ -19,9 +19,11 @@ use bfs_common::record::{
     CheckpointId, CheckpointLabel, FileKind, GapScope, Name, ObjectId, Record, Sequence,
 };
 
+use smallvec::smallvec;
+
 use super::Engine;
 use super::host::{Host, HostError, InFlight, OwnedEvent};
-use super::interpret::{Thing, interpret, span_of};
+use super::interpret::{Thing, Things, interpret, span_of};
 use super::recent::Span;
 
 /// Cuts that are tried before the processes are stopped.
@@ -128,7 +130,7 @@ pub enum CheckpointError {
 /// What a covered call that was running at the instant touched, and when it ended.
 struct Crossing {
     tid: u32,
-    touches: Vec<Thing>,
+    touches: Things,
     until_ns: u64,
 }
 
@@ -261,13 +263,14 @@ impl Engine {
     /// [`HostError`].
     pub fn take_some(&mut self, host: &mut dyn Host, max: usize) -> Result<usize, HostError> {
         assert!(self.deferred.is_empty(), "events are taken in in their order");
-        for n in 0..max {
-            match host.next_event()? {
-                Some(event) => self.consume(&event, host)?,
-                None => return Ok(n),
-            }
+        let mut event = std::mem::take(&mut self.spare);
+        let mut taken = 0;
+        while taken < max && host.next_event(&mut event)? {
+            self.consume(&event, host)?;
+            taken += 1;
         }
-        Ok(max)
+        self.spare = event;
+        Ok(taken)
     }
 
     /// Makes dirty what the probes say they lost; says whether there was anything.
@@ -352,12 +355,13 @@ impl Engine {
         t: u64,
     ) -> Result<Option<Vec<Crossing>>, CheckpointError> {
         let mut crossing = Vec::new();
+        let mut event = OwnedEvent::default();
         let mut flying = host.in_flight(t)?;
         loop {
             // The ring is drained after the look: a call that is not in flight any more has its
             // record there.
-            while let Some(event) = host.next_event()? {
-                self.cover(host, event, t, &mut crossing)?;
+            while host.next_event(&mut event)? {
+                self.cover(host, &mut event, t, &mut crossing)?;
             }
             let Some(oldest) = flying.iter().min_by_key(|f| f.start_ns) else { return Ok(Some(crossing)) };
             if self.too_much_deferred() {
@@ -377,14 +381,14 @@ impl Engine {
     fn cover(
         &mut self,
         host: &mut dyn Host,
-        event: OwnedEvent,
+        event: &mut OwnedEvent,
         t: u64,
         crossing: &mut Vec<Crossing>,
     ) -> Result<(), HostError> {
-        let Some(parsed) = Event::parse(&event.bytes) else { return self.consume(&event, host) };
+        let Some(parsed) = Event::parse(&event.bytes) else { return self.consume(event, host) };
         let span = span_of(&parsed);
         if span.start_ns > t {
-            self.defer(event);
+            self.defer(std::mem::take(event));
             return Ok(());
         }
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
@@ -392,18 +396,18 @@ impl Engine {
             let touches = interpret(&self.model, host, &parsed).touches(&self.model);
             crossing.push(Crossing { tid: span.tid, touches, until_ns });
         }
-        self.consume(&event, host)
+        self.consume(event, host)
     }
 
     /// What the calls that are held back touch, as far as that can be told before they are taken
     /// in: what a path leads to after an earlier one of them changed a name on it cannot.
-    fn deferred_touches(&self, host: &mut dyn Host) -> Vec<(Span, Vec<Thing>)> {
+    fn deferred_touches(&self, host: &mut dyn Host) -> Vec<(Span, Things)> {
         let mut changed: HashSet<(ObjectId, Name)> = HashSet::new();
         let mut directories_changed = false;
         let mut all = Vec::with_capacity(self.deferred.len());
         for event in &self.deferred {
             let Some(parsed) = Event::parse(&event.bytes) else {
-                all.push((Span::default(), vec![Thing::Everything]));
+                all.push((Span::default(), smallvec![Thing::Everything]));
                 continue;
             };
             let act = interpret(&self.model, host, &parsed);
@@ -443,8 +447,9 @@ impl Engine {
     fn wait_reading(&mut self, host: &mut dyn Host, read_until: u64) -> Result<bool, HostError> {
         let mut flying = host.in_flight(read_until)?;
         loop {
-            while let Some(event) = host.next_event()? {
-                self.defer(event);
+            let mut event = OwnedEvent::default();
+            while host.next_event(&mut event)? {
+                self.defer(std::mem::take(&mut event));
             }
             if flying.is_empty() {
                 return Ok(true);

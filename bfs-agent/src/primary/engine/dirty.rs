@@ -1,9 +1,10 @@
 //! What is not exact yet: the suspects that a checkpoint has to settle. Pure.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use bfs_common::record::{GapScope, Name, ObjectId};
+use foldhash::{HashMap, HashSet};
 
 use super::ranges::RangeSet;
 

@@ -54,10 +54,10 @@ pub struct InFlight {
 }
 
 /// A record of the ring, copied out, and the ring position after it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct OwnedEvent {
     /// The record.
-    pub bytes: Box<[u8]>,
+    pub bytes: Vec<u8>,
     /// Ring position behind it.
     pub ring_position: u64,
 }
@@ -164,11 +164,12 @@ pub trait Host {
     /// the open of a FIFO that waits for the other side.
     fn is_idle(&mut self, call: &InFlight) -> bool;
 
-    /// The next record of the ring, if there is one.
+    /// Copies the next record of the ring into `event`, whose buffer is used again; says whether
+    /// there was one.
     ///
     /// # Errors
     /// [`HostError::Probes`].
-    fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError>;
+    fn next_event(&mut self, event: &mut OwnedEvent) -> Result<bool, HostError>;
 
     /// What was lost since the last call.
     ///

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use bfs_common::abi::{Event, FileEvent, InodeAttr, PathEvent, flag, kind};
 use bfs_common::record::{FileKind, Meta, Name, ObjectId};
+use smallvec::SmallVec;
 
 use super::host::Host;
 use super::model::Model;
@@ -126,6 +127,9 @@ pub enum Act {
         to_attr: Option<InodeAttr>,
     },
 }
+
+/// What one act touches: mostly few things, so they need no memory of their own.
+pub type Things = SmallVec<[Thing; 3]>;
 
 /// What an act shares with others.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -368,8 +372,8 @@ pub fn object_at(model: &Model, place: &Place) -> Option<ObjectId> {
 impl Act {
     /// Everything that the act reads or changes and that others may share.
     #[must_use]
-    pub fn touches(&self, model: &Model) -> Vec<Thing> {
-        let mut things = Vec::new();
+    pub fn touches(&self, model: &Model) -> Things {
+        let mut things = Things::new();
         let mut place = |place: &Place| match place {
             Place::Entry(directory, name) => {
                 things.push(Thing::Entry(*directory, name.clone()));

@@ -23,7 +23,7 @@ mod settle;
 #[cfg(test)]
 mod simulation;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -31,6 +31,7 @@ use std::rc::Rc;
 use bfs_common::abi::InodeId;
 use bfs_common::record::{CheckpointId, Epoch, GapScope, Meta, Name, ObjectId, Record};
 use bytes::Bytes;
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 
 pub use cut::{CheckpointError, RECENT_NS, Request, Stop, Taken};
 use dirty::DirtySet;
@@ -208,7 +209,7 @@ pub struct Engine {
     dirty: DirtySet,
     snapshots: HashMap<ObjectId, Snapshot>,
     recent_data: Recent<ObjectId>,
-    recent_entries: Recent<(ObjectId, Name), Rc<[Thing]>>,
+    recent_entries: Recent<(ObjectId, Name), Option<Rc<[Thing]>>>,
     recent_paths: Recent<()>,
     /// Open files whose position several use: writes at it (`true`) and seeks.
     recent_positions: Recent<u64, bool>,
@@ -218,6 +219,8 @@ pub struct Engine {
     chunks: HashMap<u32, Chunks>,
     entered: HashMap<u32, (u64, Vec<u8>, Vec<u8>)>,
     deferred: VecDeque<OwnedEvent>,
+    /// The buffer of the last event, for the next one.
+    spare: OwnedEvent,
     deferred_bytes: usize,
     mapped: HashSet<ObjectId>,
     /// Device and number of files that were mapped before their objects were known.
@@ -255,6 +258,7 @@ impl Engine {
             chunks: HashMap::new(),
             entered: HashMap::new(),
             deferred: VecDeque::new(),
+            spare: OwnedEvent::default(),
             deferred_bytes: 0,
             mapped: HashSet::new(),
             mapped_inodes: HashSet::new(),

@@ -5,7 +5,7 @@
 //! Directories have at most one link; an object without a link is an orphan until
 //! [`Model::forget_orphans`] lets it go. Pure: no I/O.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use bfs_common::abi::InodeId;
@@ -13,6 +13,7 @@ use bfs_common::codec::PAYLOAD_MAX;
 use bfs_common::record::{FileKind, Identity, Meta, Name, ObjectId, PathBytes, Record};
 use bfs_common::wire::CatalogObject;
 use bytes::Bytes;
+use foldhash::{HashMap, HashSet};
 
 use super::outbox::Outbox;
 use crate::tree::Xattrs;
@@ -318,7 +319,7 @@ impl Model {
         o.size = o.size.max(offset + data.len() as u64);
         for (i, piece) in data.chunks(PAYLOAD_MAX).enumerate() {
             let offset = offset + (i * PAYLOAD_MAX) as u64;
-            out.push(&Record::Write { object, offset }, piece);
+            out.push_write(object, offset, piece);
         }
     }
 

@@ -4,9 +4,10 @@
 //! their records do not tell. Stamps closer than [`SLACK_NS`] count as overlapping (capture rule
 //! 3.5: ring order and stamps were seen inverted by up to 19 us).
 
-use std::collections::HashMap;
 use std::hash::Hash;
 use std::ops::Range;
+
+use foldhash::{HashMap, HashMapExt};
 
 /// Stamps closer than this are not told apart.
 pub const SLACK_NS: u64 = 50_000;

@@ -168,11 +168,14 @@ impl Host for Link {
         std::fs::read(wchan).is_ok_and(|function| function == b"wait_for_partner")
     }
 
-    fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError> {
-        let Some((record, ring_position)) = self.probes.ring().next() else { return Ok(None) };
+    fn next_event(&mut self, event: &mut OwnedEvent) -> Result<bool, HostError> {
+        let Some((record, ring_position)) = self.probes.ring().next() else { return Ok(false) };
         let bytes = record.bytes();
         let length = bytes.first_chunk::<4>().map_or(0, |l| u32::from_ne_bytes(*l) as usize);
-        Ok(Some(OwnedEvent { bytes: bytes.get(..length).unwrap_or(bytes).into(), ring_position }))
+        event.bytes.clear();
+        event.bytes.extend_from_slice(bytes.get(..length).unwrap_or(bytes));
+        event.ring_position = ring_position;
+        Ok(true)
     }
 
     fn losses(&mut self) -> Result<Losses, HostError> {

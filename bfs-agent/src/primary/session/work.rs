@@ -19,16 +19,21 @@ use crate::primary::ship::Progress;
 use crate::primary::stop::Limits;
 use crate::primary::verify;
 
-/// Records wait at most this long for their batch.
-const FLUSH_EVERY: Duration = Duration::from_millis(20);
+/// Records wait at most this long for their batch, unless a checkpoint or a command comes: each batch is
+/// a sync at the replayer, maybe on the disk that the program works on.
+const FLUSH_EVERY: Duration = Duration::from_millis(100);
+/// The same while the ring fills up: its room comes back only when what it held is durable.
+const FLUSH_SOON: Duration = Duration::from_millis(10);
 /// How often is looked at what was lost, and forgotten what is old.
 const CARE_EVERY: Duration = Duration::from_millis(200);
 /// How long the end of `run` waits for the backup's files once the checkpoint is confirmed.
 const APPLIED_WAIT: Duration = Duration::from_secs(10);
 /// Events that are taken in before the loop looks at anything else.
 const EVENTS_AT_ONCE: usize = 4096;
-/// Between two looks at an empty ring.
-const LOOK_MIN: Duration = Duration::from_micros(200);
+/// Between two looks at an empty ring of the usual size; a small one is full sooner.
+const LOOK_MIN: Duration = Duration::from_millis(1);
+/// A ring that is smaller than this is small.
+const SMALL_RING: u64 = 16 << 20;
 /// See [`LOOK_MIN`]; when nothing happens for long.
 const LOOK_MAX: Duration = Duration::from_millis(4);
 /// Most recent checkpoints whose instant and tag are remembered.
@@ -192,7 +197,11 @@ impl Work {
                 self.host_failed(&e);
             }
         }
-        if self.engine.needs_flush() && self.last_flush.elapsed() >= FLUSH_EVERY {
+        let ring = self.link.probes.ring();
+        let filling = ring.used_bytes() > ring.capacity() / 4;
+        let look_min = if ring.capacity() < SMALL_RING { LOOK_MIN / 5 } else { LOOK_MIN };
+        let wait = if filling { FLUSH_SOON } else { FLUSH_EVERY };
+        if self.engine.needs_flush() && self.last_flush.elapsed() >= wait {
             self.flush();
         }
         self.link.release_ring();
@@ -205,7 +214,7 @@ impl Work {
             std::thread::sleep(self.look);
             self.look = (self.look * 2).min(LOOK_MAX);
         } else {
-            self.look = LOOK_MIN;
+            self.look = look_min;
         }
     }
 

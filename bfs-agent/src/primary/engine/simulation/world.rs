@@ -217,7 +217,7 @@ impl World {
             Call::Link { from, to } => self.path(header, libc::SYS_linkat, from, Some(to)),
         };
         self.ring_position += bytes.len() as u64;
-        let event = OwnedEvent { bytes: bytes.into(), ring_position: self.ring_position };
+        let event = OwnedEvent { bytes, ring_position: self.ring_position };
         // Another CPU's record may come to stand before one that ended just earlier.
         if self.random.next(8) == 0
             && self.ring.back().is_some_and(|b| {
@@ -358,8 +358,11 @@ impl Host for World {
         false
     }
 
-    fn next_event(&mut self) -> Result<Option<OwnedEvent>, HostError> {
-        Ok(self.ring.pop_front())
+    fn next_event(&mut self, event: &mut OwnedEvent) -> Result<bool, HostError> {
+        let next = self.ring.pop_front();
+        let there = next.is_some();
+        *event = next.unwrap_or_default();
+        Ok(there)
     }
 
     fn losses(&mut self) -> Result<Losses, HostError> {
