@@ -7,7 +7,7 @@
 
 /// Changes with every change of layout or meaning in this module; the agent refuses to adopt
 /// pinned maps of another version.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Longest path that the kernel takes, with the terminating zero (`include/uapi/linux/limits.h`).
 pub const PATH_MAX: usize = 4096;
@@ -101,6 +101,9 @@ pub mod kind {
     pub const COMPAT: u16 = 10;
     /// A process was moved into the selected cgroup: [`super::TaskEvent`].
     pub const JOINED: u16 = 20;
+    /// A write whose place is known ended: [`super::WriteEvent`], then data bytes. The commonest record,
+    /// so the smallest that will do.
+    pub const WRITE: u16 = 30;
 }
 
 /// Bits of [`EventHeader::flags`].
@@ -198,6 +201,34 @@ pub struct FileEvent {
     pub data_len: u32,
 }
 
+/// A write whose place is known, of a file that is known since its open: the head of a [`FileEvent`].
+///
+/// As many bytes were written as `header.ret` says. After the struct come the data bytes of an
+/// [`flag::INLINE`] write that are not in [`kind::DATA`] records before.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteEvent {
+    /// Header; kind is [`kind::WRITE`].
+    pub header: EventHeader,
+    /// The file, read at the end of the call.
+    pub attr: InodeAttr,
+    /// First byte that it changed.
+    pub file_offset: u64,
+}
+
+impl From<WriteEvent> for FileEvent {
+    fn from(write: WriteEvent) -> Self {
+        Self {
+            header: EventHeader { kind: kind::FILE, ..write.header },
+            attr: write.attr,
+            file_offset: write.file_offset,
+            count: write.header.ret as u64,
+            data_len: write.header.len - size_of::<WriteEvent>() as u32,
+            ..Self::default()
+        }
+    }
+}
+
 /// Bytes of a large write, in order, before its [`FileEvent`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -281,6 +312,11 @@ pub struct TaskState {
     pub private_start: u64,
     /// End of that range; 0 when nothing is known.
     pub private_end: u64,
+    /// `struct file` that the last call on a descriptor had, if it was a regular file in scope whose inode
+    /// is `inode`; else 0.
+    pub known_file: u64,
+    /// Its super block.
+    pub known_sb: u64,
     /// One of [`role`]; the only field that others than the task itself change.
     pub role: u32,
     /// Zero.
@@ -310,6 +346,8 @@ pub mod slot {
     pub const PATH_SHARED: u32 = 1 << 4;
     /// The descriptor's file had no name.
     pub const NAMELESS: u32 = 1 << 5;
+    /// The inode was not read at the start: it seemed to be that of the call before.
+    pub const KNOWN: u32 = 1 << 16;
 }
 
 /// `nr` of a [`TaskState`] between two calls.
@@ -430,17 +468,11 @@ pub struct Settings {
     pub devices: [u32; DEVICES_MAX],
     /// Largest write, in bytes, whose data is copied in the probe.
     pub inline_max: u32,
-    /// 1: diagnostics through aya-log.
-    pub log: u32,
-    /// Records of these thread groups are never made (the agent itself, a replayer in it).
-    pub own_tgid: u32,
     /// Identity of the cgroup whose tasks are selected, lower half; 0 in both: selection is by
     /// process tree.
     pub cgroup_low: u32,
     /// Upper half.
     pub cgroup_high: u32,
-    /// Zero.
-    pub reserved: u32,
 }
 
 const _: () = {
@@ -448,12 +480,16 @@ const _: () = {
     assert!(size_of::<InodeAttr>() == 56);
     assert!(size_of::<EventHeader>() == 48);
     assert!(size_of::<FileEvent>() == 48 + 112 + 40 + 16);
+    assert!(size_of::<WriteEvent>() == 48 + 56 + 8);
+    // What the probes put together as the one can be sent as the other.
+    assert!(core::mem::offset_of!(WriteEvent, attr) == core::mem::offset_of!(FileEvent, attr));
+    assert!(core::mem::offset_of!(WriteEvent, file_offset) == core::mem::offset_of!(FileEvent, parent));
     assert!(size_of::<DataEvent>() == 64);
     assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 8);
     assert!(size_of::<TaskEvent>() == 64);
-    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 8);
+    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 8);
     assert!(size_of::<Suspect>() == 16);
-    assert!(size_of::<Settings>() == 64 + 24);
+    assert!(size_of::<Settings>() == 64 + 12);
     assert!(size_of::<Offsets>() == 58 * 4);
 };
 
@@ -479,12 +515,23 @@ macro_rules! plain {
         unsafe impl Plain for $t {}
     )* };
 }
-plain!(InodeId, InodeAttr, EventHeader, FileEvent, DataEvent, PathEvent, TaskEvent, TaskState, Suspect);
+plain!(
+    InodeId,
+    InodeAttr,
+    EventHeader,
+    FileEvent,
+    WriteEvent,
+    DataEvent,
+    PathEvent,
+    TaskEvent,
+    TaskState,
+    Suspect
+);
 
 /// A record of the ring, with the bytes that follow its struct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// A call on a descriptor ([`kind::FILE`], [`kind::TOUCH`], [`kind::MAPPED`]).
+    /// A call on a descriptor ([`kind::FILE`], [`kind::WRITE`], [`kind::TOUCH`], [`kind::MAPPED`]).
     File {
         /// The struct.
         event: FileEvent,
@@ -529,6 +576,14 @@ impl<'a> Event<'a> {
                 let event = FileEvent::read_from(bytes)?;
                 let (name, data) = two(bytes.get(size_of::<FileEvent>()..)?, event.name_len, event.data_len)?;
                 Some(Self::File { event, name, data })
+            }
+            kind::WRITE => {
+                let event = WriteEvent::read_from(bytes)?;
+                Some(Self::File {
+                    event: event.into(),
+                    name: &[],
+                    data: bytes.get(size_of::<WriteEvent>()..)?,
+                })
             }
             kind::DATA => {
                 let event = DataEvent::read_from(bytes)?;

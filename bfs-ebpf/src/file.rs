@@ -1,10 +1,11 @@
-//! Records of calls on a descriptor: [`FileEvent`], the dentry's name, the bytes of a small write.
+//! Records of calls on a descriptor: [`FileEvent`] with the dentry's name, [`WriteEvent`] with the bytes of a
+//! small write.
 //!
 //! A record is put together in the scratch. Small ones are copied into the ring as they are; the
 //! data of larger writes goes from the program's memory into the ring directly.
 
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_probe_read_user};
-use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, NAME_MAX, counter, flag};
+use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, NAME_MAX, WriteEvent, counter, flag, kind};
 
 use crate::maps::{NO_WAKEUP, RING, SMALL_DATA, Scratch, count, name_suspect, output};
 
@@ -12,9 +13,9 @@ use crate::maps::{NO_WAKEUP, RING, SMALL_DATA, Scratch, count, name_suspect, out
 pub const DATA_IN_RECORD: u64 = 16_384;
 
 #[repr(C)]
-struct Record<const D: usize> {
-    event: FileEvent,
-    data: [u8; D],
+struct Record {
+    event: WriteEvent,
+    data: [u8; DATA_IN_RECORD as usize],
 }
 
 /// A value that the compiler must load again, so that a bound tested here is one that the verifier
@@ -93,18 +94,49 @@ extern "C" fn emit_file(scratch: *mut Scratch) -> i32 {
     // SAFETY: the verifier checks the pointer that the probe hands in.
     let scratch = unsafe { &mut *scratch };
     stamp(&mut scratch.file_record.event.header);
-    let sent = match scratch.data_len {
-        ..=128 => send_small(scratch),
-        ..=1024 => send::<1024>(scratch),
-        ..=4096 => send::<4096>(scratch),
-        _ => send::<{ DATA_IN_RECORD as usize }>(scratch),
-    };
-    if sent {
+    let name_len = opaque(&scratch.file_record.event.name_len) & 0xff;
+    let len = size_of::<FileEvent>() as u32 + name_len;
+    scratch.file_record.event.header.len = len;
+    // SAFETY: part of the scratch, and within its size.
+    sent(scratch, unsafe { output(&raw const scratch.file_record, len) });
+    0
+}
+
+/// The same for a write whose place is known, with its data.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn emit_written(scratch: *mut Scratch) -> i32 {
+    if scratch.is_null() {
+        return 0;
+    }
+    // SAFETY: the verifier checks the pointer that the probe hands in.
+    let scratch = unsafe { &mut *scratch };
+    let event = &mut scratch.file_record.event;
+    stamp(&mut event.header);
+    event.header.kind = kind::WRITE;
+    // From here on it is a `WriteEvent`, whose offset stands here (asserted beside it).
+    event.parent.id.ino = event.file_offset;
+    let mut done =
+        if scratch.data_len <= SMALL_DATA as u32 { send_small(scratch) } else { send_large(scratch) };
+    if !done && scratch.data_len > 0 {
+        // There may be room for the record without its data.
+        by_reference(&mut scratch.file_record.event);
+        scratch.file_record.event.header.flags |= flag::DATA_LOST;
+        count(counter::DATA_LOST);
+        scratch.data_len = 0;
+        done = send_small(scratch);
+    }
+    sent(scratch, done);
+    0
+}
+
+#[inline(always)]
+fn sent(scratch: &mut Scratch, done: bool) {
+    if done {
         count(counter::RECORDS);
     } else {
         name_suspect(scratch);
     }
-    0
 }
 
 /// Puts the record in the scratch into the ring.
@@ -113,26 +145,33 @@ pub fn emit(scratch: &mut Scratch) {
     emit_file(scratch);
 }
 
-/// The data could not be read: it is to be read from the file.
+/// Puts the record in the scratch into the ring, as that of a write whose place is known.
+#[inline(always)]
+pub fn emit_write(scratch: &mut Scratch) {
+    emit_written(scratch);
+}
+
+/// The data is to be read from the file.
+#[inline(always)]
+fn by_reference(event: &mut FileEvent) {
+    event.header.flags = event.header.flags & !flag::INLINE | flag::BY_REFERENCE;
+}
+
+/// The data could not be read.
 #[inline(always)]
 fn unreadable(event: &mut FileEvent) {
     count(counter::USER_UNREADABLE);
-    event.header.flags = event.header.flags & !flag::INLINE | flag::BY_REFERENCE;
-    event.data_len = 0;
+    by_reference(event);
 }
 
 #[inline(always)]
 fn send_small(scratch: &mut Scratch) -> bool {
-    let name_len = opaque(&scratch.file_record.event.name_len) & 0xff;
-    let mut data_len = opaque(&scratch.data_len);
-    if data_len > SMALL_DATA as u32 {
-        data_len = 0;
-    }
-    scratch.file_record.event.data_len = data_len;
+    // A mask, because the compiler turns a comparison into one that the verifier does not understand.
+    let mut data_len = opaque(&scratch.data_len) & SMALL_DATA as u32;
     if data_len > 0 {
-        // SAFETY: behind the longest name there is room for that much data.
+        // SAFETY: behind the head there is room for that much data.
         let read = unsafe {
-            let to = (&raw mut scratch.file_record.bytes).cast::<u8>().add(name_len as usize);
+            let to = (&raw mut scratch.file_record).cast::<u8>().add(size_of::<WriteEvent>());
             bpf_probe_read_user(to.cast(), data_len, scratch.data as *const _)
         };
         if read < 0 {
@@ -140,25 +179,22 @@ fn send_small(scratch: &mut Scratch) -> bool {
             data_len = 0;
         }
     }
-    let len = size_of::<FileEvent>() as u32 + name_len + data_len;
+    let len = size_of::<WriteEvent>() as u32 + data_len;
     scratch.file_record.event.header.len = len;
     // SAFETY: part of the scratch, and within its size.
     unsafe { output(&raw const scratch.file_record, len) }
 }
 
-/// Only writes have data, and their records have no name.
 #[inline(always)]
-fn send<const D: usize>(scratch: &mut Scratch) -> bool {
-    let Some(mut entry) = RING.reserve::<Record<D>>(0) else {
+fn send_large(scratch: &mut Scratch) -> bool {
+    let Some(mut entry) = RING.reserve::<Record>(0) else {
         return false;
     };
     let record = entry.as_mut_ptr();
     let mut len = opaque(&scratch.data_len);
-    if len > D as u32 {
-        len = D as u32;
+    if len > DATA_IN_RECORD as u32 {
+        len = DATA_IN_RECORD as u32;
     }
-    scratch.file_record.event.name_len = 0;
-    scratch.file_record.event.data_len = len;
     // SAFETY: the record was reserved; its event is written, and bytes that were not written are
     // not counted in its length.
     unsafe {
@@ -166,8 +202,8 @@ fn send<const D: usize>(scratch: &mut Scratch) -> bool {
             unreadable(&mut scratch.file_record.event);
             len = 0;
         }
-        scratch.file_record.event.header.len = size_of::<FileEvent>() as u32 + len;
-        (*record).event = scratch.file_record.event;
+        scratch.file_record.event.header.len = size_of::<WriteEvent>() as u32 + len;
+        (*record).event = (&raw const scratch.file_record).cast::<WriteEvent>().read();
     }
     entry.submit(NO_WAKEUP);
     true

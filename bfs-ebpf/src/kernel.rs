@@ -207,6 +207,12 @@ pub fn parent_device_like(inode: u64, known: u32, btrfs: bool) -> u32 {
     if off!(btrfs_root) as u32 != 0 && btrfs { btrfs_device(inode) } else { known }
 }
 
+/// The super block of the object in the scratch.
+#[inline(always)]
+pub fn object_sb(scratch: &Scratch) -> u64 {
+    at(scratch.inode.as_ptr(), off!(inode_sb))
+}
+
 /// Identity of the object in the scratch.
 #[inline(always)]
 pub fn object_id(scratch: &Scratch, dev: u32) -> InodeId {

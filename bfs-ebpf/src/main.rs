@@ -5,6 +5,9 @@
 //! loaded. It promises: nothing of a task that is not in [`maps::TASKS`]; every mutation of one
 //! that is, as a record in the ring, or as a name in [`maps::SUSPECTS`], or as a rise of the
 //! counter `RESCAN`.
+//!
+//! Diagnostics go through aya-log. Its level stands in read-only data as well, so what is not asked for
+//! the verifier drops.
 #![feature(asm_experimental_arch)]
 #![no_std]
 #![no_main]
@@ -20,22 +23,18 @@ mod task;
 mod write;
 
 use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::btf_tracepoint, programs::BtfTracePointContext};
-use calls::nr;
+use aya_log_ebpf::{debug, trace};
 
 /// `sys_enter(regs, nr)`
 #[btf_tracepoint(function = "sys_enter")]
 pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
     let number: u64 = ctx.arg(1);
-    // 64-bit, 32-bit and x32 number; before the selection, because anybody may do it.
-    if number == u64::from(nr::PROCESS_VM_WRITEV) || number == 348 || number == 0x4000_021c {
-        // SAFETY: a word that only ever goes from 0 to 1.
-        unsafe { core::ptr::write_volatile(&raw mut maps::FOREIGN_STORES, 1) };
-    }
     // The number first: most calls change nothing, whoever makes them, and a look into a table that
     // is loaded anyway costs less than the search for the task.
     if !syscall::starts(number) {
         return 0;
     }
+    syscall::note_foreign_store(number);
     let pid_tgid = bpf_get_current_pid_tgid();
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
         // SAFETY: the entry of the current task, which (but for its role) only that task changes.
@@ -58,8 +57,9 @@ pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
         // SAFETY: as above.
         let state = unsafe { &mut *state };
-        syscall::exit(state, ctx.arg(0), ctx.arg(1), pid_tgid);
+        let number = syscall::exit(state, ctx.arg(0), ctx.arg(1), pid_tgid);
         task::leaves(state, pid_tgid);
+        trace!(&ctx, "call {} of thread {} ended with {}", number, pid_tgid as u32, ctx.arg::<i64>(1));
     }
     0
 }
@@ -67,7 +67,9 @@ pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
 /// `sched_process_fork(parent, child)`
 #[btf_tracepoint(function = "sched_process_fork")]
 pub fn sched_process_fork(ctx: BtfTracePointContext) -> i32 {
-    task::fork(ctx.arg(1));
+    if let Some(child) = task::fork(ctx.arg(1)) {
+        debug!(&ctx, "thread {} is followed", child);
+    }
     0
 }
 
@@ -81,7 +83,9 @@ pub fn sched_process_exec(ctx: BtfTracePointContext) -> i32 {
 /// `sched_process_exit(task)`
 #[btf_tracepoint(function = "sched_process_exit")]
 pub fn sched_process_exit(ctx: BtfTracePointContext) -> i32 {
-    task::exit(ctx.arg(0));
+    if let Some(tid) = task::exit(ctx.arg(0)) {
+        debug!(&ctx, "thread {} has ended", tid);
+    }
     0
 }
 

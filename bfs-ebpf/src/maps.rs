@@ -48,16 +48,16 @@ pub const INODE_BLOCK: usize = 128;
 /// Bytes read at once from a `struct dentry`.
 pub const DENTRY_BLOCK: usize = 56;
 
-/// Bytes of data that are put together with their record before it goes into the ring; more are
-/// copied into the ring directly.
-pub const SMALL_DATA: usize = 128;
+/// Bytes of data that are put together with their record before it goes into the ring, which then takes as
+/// much room as it needs; more are copied into the ring directly, into room of a fixed size. A mask.
+pub const SMALL_DATA: usize = 0x1fff;
 
 /// A record of a call on a descriptor, before it goes into the ring.
 #[repr(C)]
 pub struct FileRecord {
     pub event: FileEvent,
-    /// The name, then the data; room for the largest name twice, so that a masked length fits.
-    pub bytes: [u8; 256 + SMALL_DATA],
+    /// The name, or of a write, which has none and a shorter head, the data.
+    pub bytes: [u8; SMALL_DATA + 1],
 }
 
 /// A record of a call with paths, before it goes into the ring.
@@ -100,15 +100,8 @@ pub static OFFSETS: Offsets = unsafe { core::mem::zeroed() };
 
 /// Filled by the agent before loading.
 #[unsafe(no_mangle)]
-pub static SETTINGS: Settings = Settings {
-    devices: [0; DEVICES_MAX],
-    inline_max: 0,
-    log: 0,
-    own_tgid: 0,
-    cgroup_low: 0,
-    cgroup_high: 0,
-    reserved: 0,
-};
+pub static SETTINGS: Settings =
+    Settings { devices: [0; DEVICES_MAX], inline_max: 0, cgroup_low: 0, cgroup_high: 0 };
 
 /// 1 once any process wrote into the memory of another one: no buffer is private any more.
 #[unsafe(no_mangle)]

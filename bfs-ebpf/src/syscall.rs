@@ -12,7 +12,7 @@ use bfs_common::abi::{FileEvent, InodeAttr, NO_CALL, TaskState, counter, flag, k
 use crate::{
     calls::{CALLS, CLASS, class, nr},
     file, kernel,
-    maps::{SCRATCH, SCRATCH_ENTER, SCRATCH_EXIT, Scratch, count},
+    maps::{self, SCRATCH, SCRATCH_ENTER, SCRATCH_EXIT, Scratch, count},
     path, task, write,
 };
 
@@ -105,14 +105,27 @@ fn class_of(number: u64) -> u8 {
 /// Whether a call may matter at its start, if its task is followed.
 #[inline(always)]
 pub fn starts(number: u64) -> bool {
-    class_of(number) != class::NONE || number & X32 != 0 || kernel::task_status() & TS_COMPAT != 0
+    match class_of(number) {
+        class::NONE => number & X32 != 0,
+        class::MAYBE_COMPAT => kernel::task_status() & TS_COMPAT != 0,
+        _ => true,
+    }
+}
+
+/// Notes that a process stores into the memory of another one; before the selection, because anybody may.
+#[inline(always)]
+pub fn note_foreign_store(number: u64) {
+    if class_of(number) == class::FOREIGN_STORE || number == 0x4000_021c {
+        // SAFETY: a word that only ever goes from 0 to 1.
+        unsafe { core::ptr::write_volatile(&raw mut maps::FOREIGN_STORES, 1) };
+    }
 }
 
 /// Whether a call may matter at its end, if its task is followed.
 #[inline(always)]
 pub fn ends(regs: *const u64) -> bool {
     let class = class_of(register(regs, reg::ORIG_AX));
-    class != class::NONE && class != class::MEMORY
+    !matches!(class, class::NONE | class::MEMORY | class::MAYBE_COMPAT | class::FOREIGN_STORE)
 }
 
 /// The start of a call of a followed task.
@@ -129,7 +142,7 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
         return;
     }
     let class = CLASS[number as usize & (CALLS - 1)];
-    if class == class::NONE {
+    if matches!(class, class::NONE | class::MAYBE_COMPAT | class::FOREIGN_STORE) {
         return;
     }
     if class == class::MEMORY {
@@ -255,6 +268,20 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     if class == class::SEEK && !file.shared {
         return false;
     }
+    // The usual case: it goes on writing to the file of its last write. Whether it really is that file is
+    // looked at when the call has ended; what an append needs of the inode is needed now.
+    if class == class::WRITE
+        && address == state.known_file
+        && file.inode == state.inode_addr
+        && !file.shared
+        && file.flags & write::O_APPEND == 0
+        && number != nr::PWRITEV2
+    {
+        state.file = address;
+        state.pos = file.pos;
+        state.flags = slot::KNOWN;
+        return true;
+    }
     kernel::read_inode(scratch, file.inode);
     let followed = match class {
         // Writing to a FIFO moves its modification time (pipe_write() in fs/pipe.c).
@@ -271,6 +298,9 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
         return false;
     }
     state.file = address;
+    let keep = kernel::object_is_file(scratch) && kernel::object_links(scratch) != 0 && !btrfs;
+    state.known_file = if keep { address } else { 0 };
+    state.known_sb = kernel::object_sb(scratch);
     state.inode_addr = file.inode;
     state.inode = kernel::object_id(scratch, dev);
     state.pos = file.pos;
@@ -306,22 +336,22 @@ fn enter_path(state: &mut TaskState, number: u32, pid_tgid: u64) {
     }
 }
 
-/// The end of a call of a followed task.
+/// The end of a call of a followed task; gives its number.
 #[inline(always)]
-pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) {
+pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) -> u64 {
     let number = register(regs, reg::ORIG_AX);
     if number >= CALLS as u64 {
-        return;
+        return number;
     }
     let class = CLASS[number as usize & (CALLS - 1)];
-    if class == class::NONE || class == class::MEMORY {
-        return;
+    if matches!(class, class::NONE | class::MEMORY | class::MAYBE_COMPAT | class::FOREIGN_STORE) {
+        return number;
     }
     if state.nr != number as u32 {
         if kernel::task_status() & TS_COMPAT == 0 {
             count(counter::NO_ENTER);
         }
-        return;
+        return number;
     }
     if state.active != 0 {
         if !RESTART.contains(&ret) {
@@ -338,6 +368,7 @@ pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) {
         }
     }
     state.nr = NO_CALL;
+    number
 }
 
 /// Makes the record of a call that ended.
@@ -351,6 +382,12 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
         if !failed {
             exit_path(state, number, 0, end_ns, ret, pid_tgid, scratch);
         }
+        return;
+    }
+    if state.flags & slot::KNOWN != 0 && !is_known(state, scratch) {
+        return;
+    }
+    if class == class::WRITE && ret > 0 && record_write(state, number, ret, end_ns, pid_tgid, scratch) {
         return;
     }
     let opened = class == class::OPEN;
@@ -452,12 +489,7 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
         return;
     }
     if class == class::WRITE && !failed {
-        // Without the name and the directory: the file is known since its open, and this is the
-        // call that counts.
-        flags = write::place(scratch, state, &file, flags);
-        scratch.file_record.event.header.flags = flags;
-        write::data(scratch, state);
-        file::emit(scratch);
+        written(scratch, state, &file, flags);
         return;
     }
     let event = &mut scratch.file_record.event;
@@ -496,6 +528,84 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
         file::name(scratch, name.address, name.len);
     }
     send(scratch, kind, flags);
+}
+
+/// Whether the call was on a file in scope, where its start only took it for the one of the call before;
+/// finds out which one it was. The inode is in the scratch then.
+#[inline(always)]
+fn is_known(state: &mut TaskState, scratch: &mut Scratch) -> bool {
+    kernel::read_inode(scratch, state.inode_addr);
+    if kernel::object_sb(scratch) == state.known_sb
+        && kernel::object_id(scratch, state.inode.dev) == state.inode
+    {
+        return true;
+    }
+    // Another file at the same address.
+    state.known_file = 0;
+    let (dev, btrfs) = kernel::object_device(scratch, state.inode_addr);
+    state.inode = kernel::object_id(scratch, dev);
+    if btrfs {
+        state.flags |= slot::BTRFS;
+    }
+    kernel::in_scope(dev)
+}
+
+/// Makes the record of a write to a file that nobody else has open through this description: the call that
+/// counts. `false`: it is not of that kind.
+#[inline(always)]
+fn record_write(
+    state: &mut TaskState,
+    number: u32,
+    ret: i64,
+    end_ns: u64,
+    pid_tgid: u64,
+    scratch: &mut Scratch,
+) -> bool {
+    if state.flags & slot::SHARED_FILE != 0 {
+        return false;
+    }
+    // What only this task has open nobody can have closed in mid-call.
+    let file = kernel::read_file(scratch, state.file, false);
+    if file.shared {
+        return false;
+    }
+    if state.flags & slot::KNOWN == 0 {
+        kernel::read_inode(scratch, file.inode);
+    }
+    if !kernel::object_is_file(scratch) || kernel::object_links(scratch) == 0 {
+        return false;
+    }
+    scratch.data_len = 0;
+    kernel::object_attr(scratch, state.inode.dev);
+    let event = &mut scratch.file_record.event;
+    event.header = file::header(kind::FILE, 0, number, state.start_ns, end_ns, ret, pid_tgid);
+    event.range_start = 0;
+    event.range_end = 0;
+    written(scratch, state, &file, 0);
+    true
+}
+
+/// Where a write landed, and its bytes. Without the name and the directory: the file is known since its open.
+#[inline(always)]
+fn written(scratch: &mut Scratch, state: &mut TaskState, file: &kernel::File, flags: u16) {
+    let flags = write::place(scratch, state, file, flags);
+    let event = &mut scratch.file_record.event;
+    if flags & flag::OFFSET_UNKNOWN == 0 {
+        event.header.flags = flags;
+        write::data(scratch, state);
+        file::emit_write(scratch);
+        return;
+    }
+    event.header.flags = flags | flag::BY_REFERENCE;
+    event.parent = file::NO_ATTR;
+    event.file = state.file;
+    event.f_flags = file.flags;
+    event.f_mode = file.mode;
+    event.file_offset = 0;
+    event.name_len = 0;
+    event.data_len = 0;
+    count(counter::BY_REFERENCE);
+    file::emit(scratch);
 }
 
 /// Begins the record of a call on a descriptor: what is known from its start.

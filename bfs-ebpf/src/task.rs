@@ -25,6 +25,8 @@ pub const IDLE: TaskState = TaskState {
     size: 0,
     private_start: 0,
     private_end: 0,
+    known_file: 0,
+    known_sb: 0,
     role: role::SELECTED,
     reserved: 0,
 };
@@ -61,7 +63,7 @@ pub fn emit(kind: u16, nr: u32, tid: u32, tgid: u32, value: u64, last_thread: u3
 
 /// `sched_process_fork(parent, child)`: runs in the parent, before the child's first instruction.
 #[inline(always)]
-pub fn fork(child: u64) {
+pub fn fork(child: u64) -> Option<u32> {
     let parent = bpf_get_current_pid_tgid() as u32;
     let state = TASKS.get_ptr_mut(parent);
     // A thread that shares the memory may change its mappings.
@@ -74,12 +76,13 @@ pub fn fork(child: u64) {
     // A child can be born into another cgroup than its parent's (clone3(2), CLONE_INTO_CGROUP), and
     // between a move of its parent and the event that tells of it.
     if if cgroup::is_selection() { !cgroup::holds(child) } else { !selected } {
-        return;
+        return None;
     }
     let tid: u32 = read(child + off!(task_pid) as u64);
     let tgid: u32 = read(child + off!(task_tgid) as u64);
     follow(tid, tgid);
     emit(kind::FORK, u32::MAX, tid, tgid, u64::from(parent), 0);
+    Some(tid)
 }
 
 /// A task is followed from now on.
@@ -128,15 +131,14 @@ pub fn exec(old_tid: u32) {
 
 /// `sched_process_exit(task)`: the entry goes, whatever call it was in.
 #[inline(always)]
-pub fn exit(task: u64) {
+pub fn exit(task: u64) -> Option<u32> {
     let pid_tgid = bpf_get_current_pid_tgid();
     let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
-    if TASKS.get_ptr_mut(tid).is_none() {
-        return;
-    }
+    TASKS.get_ptr_mut(tid)?;
     let signal: u64 = read(task + off!(task_signal) as u64);
     let live: u32 = read(signal + off!(signal_live) as u64);
     // The record first: while the entry is there the agent waits for it.
     emit(kind::EXIT, u32::MAX, tid, tgid, 0, u32::from(live == 0));
     let _ = TASKS.remove(tid);
+    Some(tid)
 }

@@ -1,6 +1,7 @@
 //! The probes: loading, pinning, the ring and the maps.
 
 pub mod btf;
+pub mod log;
 pub mod probes;
 pub mod ring;
 mod sys;

@@ -19,7 +19,7 @@ use bfs_common::abi::{
     TaskState, counter, role,
 };
 
-use super::{CaptureError, btf, ring::Ring, sys};
+use super::{CaptureError, btf, log, log::ProbeLog, ring::Ring, sys};
 
 /// The compiled probes.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bfs-ebpf"));
@@ -76,8 +76,8 @@ pub struct LoadOptions {
     pub ring_bytes: u32,
     /// The kernel's types: [`btf::KERNEL_BTF`].
     pub btf: PathBuf,
-    /// Diagnostics of the probes through aya-log.
-    pub log: bool,
+    /// How much the probes log: [`log::wanted`].
+    pub log: u8,
 }
 
 impl LoadOptions {
@@ -94,13 +94,12 @@ impl LoadOptions {
             inline_max: 1 << 10,
             ring_bytes: 64 << 20,
             btf: PathBuf::from(btf::KERNEL_BTF),
-            log: false,
+            log: log::wanted(),
         }
     }
 
     fn settings(&self) -> Result<Settings, CaptureError> {
-        let mut settings =
-            Settings { inline_max: self.inline_max, log: u32::from(self.log), ..Settings::default() };
+        let mut settings = Settings { inline_max: self.inline_max, ..Settings::default() };
         if self.devices.is_empty() || self.devices.len() > DEVICES_MAX || self.devices.contains(&0) {
             return Err(CaptureError::Options(format!(
                 "1 to {DEVICES_MAX} file systems can be in scope, not {}",
@@ -141,8 +140,8 @@ pub struct Probes {
     programs: Vec<(&'static str, OwnedFd)>,
     ring: Ring,
     cpus: usize,
-    /// Keeps the log's map and reader, only with [`LoadOptions::log`].
-    _loaded: Option<Ebpf>,
+    /// Only with [`LoadOptions::log`].
+    log: Option<ProbeLog>,
 }
 
 fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> CaptureError {
@@ -168,10 +167,10 @@ impl Probes {
             }
             Err(source) => return Err(no_bpf_fs(&options.pin_dir, source)),
         }
-        let loaded = load_pinned(options, &offsets, &settings).and_then(|ebpf| {
+        let loaded = load_pinned(options, &offsets, &settings).and_then(|mut ebpf| {
             let mut probes = Self::adopt(&options.pin_dir)?;
-            if options.log {
-                probes._loaded = Some(ebpf);
+            if options.log > 0 {
+                probes.log = Some(ProbeLog::open(&mut ebpf)?);
             }
             Ok(probes)
         });
@@ -217,7 +216,7 @@ impl Probes {
                 what: format!("cannot count the CPUs ({what})"),
                 source,
             })?,
-            _loaded: None,
+            log: None,
         })
     }
 
@@ -318,6 +317,13 @@ impl Probes {
             .map_err(kernel("cannot read the state of the probes"))
     }
 
+    /// What the probes log goes into the agent's log.
+    pub fn forward_log(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.forward();
+        }
+    }
+
     /// The ring.
     pub fn ring(&mut self) -> &mut Ring {
         &mut self.ring
@@ -341,6 +347,7 @@ fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) ->
         .btf(Some(&kernel_btf))
         .override_global("OFFSETS", words(offsets), true)
         .override_global("SETTINGS", words(settings), true)
+        .override_global(log::LEVEL, &options.log, true)
         .map_max_entries("RING", options.ring_bytes)
         .load(OBJECT)
         .map_err(|error| load_error("(maps)", &error))?;

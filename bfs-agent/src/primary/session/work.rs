@@ -192,6 +192,7 @@ impl Work {
         };
         if self.last_care.elapsed() >= CARE_EVERY {
             self.last_care = Instant::now();
+            self.link.probes.forward_log();
             self.engine.prune(monotonic_ns().saturating_sub(RECENT_NS));
             if let Err(e) = self.engine.take_losses(&mut self.link) {
                 self.host_failed(&e);
@@ -591,7 +592,8 @@ impl Work {
     }
 
     /// Ends the capture: nothing is left for a successor.
-    pub fn close(self) {
+    pub fn close(mut self) {
+        self.link.probes.forward_log();
         let pin_dir = self.link.probes.pin_dir().to_owned();
         if let Err(e) = self.link.probes.unpin() {
             tracing::warn!("cannot remove the probes at {}: {e}", Path::new(&pin_dir).display());
