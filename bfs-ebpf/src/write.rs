@@ -20,8 +20,6 @@ const VM_NOT_PRIVATE: u64 = 0x8 | 0x400 | 0x4000 | 0x1000_0000;
 
 /// Bytes of the largest [`DataEvent`] record's data.
 const CHUNK: usize = 32_768;
-/// The first write to an empty file goes inline up to this many bytes.
-const FIRST_MAX: u64 = 8191;
 /// Vectors of more buffers than this go by reference.
 const VECTORS_MAX: u64 = 8;
 /// Steps of the loop over chunks; bounds the largest write that is copied.
@@ -128,10 +126,7 @@ pub fn data(scratch: &mut Scratch, state: &mut TaskState) {
     // SAFETY: a global word; it only ever goes from 0 to 1.
     let foreign = unsafe { core::ptr::read_volatile(&raw const FOREIGN_STORES) };
     let mut inline = false;
-    let inline_max = u64::from(setting!(inline_max));
-    // The first bytes of a file are mostly all that it gets: it need not be opened and read for them.
-    let first = state.flags & slot::KNOWN == 0 && state.size == 0 && total <= FIRST_MAX;
-    if (total <= inline_max || first && inline_max > 0) && foreign == 0 && !kernel::memory_is_shared() {
+    if total <= u64::from(setting!(inline_max)) && foreign == 0 && !kernel::memory_is_shared() {
         let (start, end) = (state.args[1], state.args[1].wrapping_add(total));
         let number = scratch.file_record.event.header.nr;
         let plain = matches!(number, nr::WRITE | nr::PWRITE64) && total <= DATA_IN_RECORD;
