@@ -221,6 +221,9 @@ fn print_event(event: Event<'_>) -> anyhow::Result<()> {
             );
         }
         Event::Task { event } => line += &format!(" value {} last {}", event.value, event.last_thread),
+        Event::Dirty { event } => {
+            line += &format!(" inode {} at {} +{}", event.id.ino, event.offset, event.len);
+        }
     }
     writeln!(io::stdout(), "{line}")?;
     Ok(())

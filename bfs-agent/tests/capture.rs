@@ -6,6 +6,7 @@
 use std::{
     fs,
     io::Write,
+    os::fd::{AsFd, AsRawFd},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -14,7 +15,9 @@ use std::{
 };
 
 use bfs_agent::primary::capture::{LoadOptions, Probes};
-use bfs_common::abi::{Event, EventHeader, FileEvent, InodeId, PathEvent, TaskState, counter, flag, kind};
+use bfs_common::abi::{
+    DirtyEvent, Event, EventHeader, FileEvent, InodeId, PathEvent, TaskState, counter, flag, kind,
+};
 
 /// System call numbers, x86-64.
 mod nr {
@@ -58,6 +61,7 @@ enum Seen {
     Data { header: EventHeader, offset: u64, data: Vec<u8> },
     Path { event: PathEvent, path1: String, path2: String },
     Task { header: EventHeader, value: u64 },
+    Dirty { event: DirtyEvent },
 }
 
 impl Seen {
@@ -65,6 +69,7 @@ impl Seen {
         match self {
             Self::File { event, .. } => event.header,
             Self::Path { event, .. } => event.header,
+            Self::Dirty { event } => event.header,
             Self::Data { header, .. } | Self::Task { header, .. } => *header,
         }
     }
@@ -141,6 +146,7 @@ impl Capture {
                     Seen::Path { event, path1: text(path1), path2: text(path2) }
                 }
                 Event::Task { event } => Seen::Task { header: event.header, value: event.value },
+                Event::Dirty { event } => Seen::Dirty { event },
             });
             ring.release(position);
         }
@@ -476,4 +482,63 @@ fn two_groups_see_each_their_own() {
     assert!(paths(&one, nr::MKDIR).is_empty());
     assert_eq!(files(&two, nr::WRITE).len(), 1);
     assert_eq!(paths(&two, nr::MKDIR).len(), 1);
+}
+
+#[test]
+fn pages_of_a_followed_file_tell_when_they_become_dirty() {
+    let mut capture = Capture::new("pages");
+    assert!(capture.probes().records_dirty_pages(), "this kernel has no writeback_dirty_folio");
+    let path = capture.dir.path().join("f");
+    fs::write(&path, vec![1; 64 << 10]).expect("a file");
+    let file = fs::File::options().read(true).write(true).open(&path).expect("the file");
+    file.sync_all().expect("fsync");
+    let metadata = file.metadata().expect("its metadata");
+    let mut generation = 0u32;
+    // SAFETY: FS_IOC_GETVERSION writes an int, whatever its number says (ioctl_iflags(2)).
+    assert_eq!(unsafe { libc::ioctl(file.as_raw_fd(), 0x8008_7601, &raw mut generation) }, 0);
+    let device = libc::major(metadata.dev()) << 20 | libc::minor(metadata.dev());
+    let id = InodeId { ino: metadata.ino(), dev: device, generation };
+    assert_eq!(capture.probes().writable_mappings(file.as_fd()), Some(0));
+    // SAFETY: a new mapping of an open file, wherever the kernel likes.
+    let map = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            64 << 10,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    assert_ne!(map, libc::MAP_FAILED);
+    let store = |at: usize| {
+        // SAFETY: within the mapping.
+        unsafe { map.cast::<u8>().add(at).write_volatile(2) };
+    };
+    assert_eq!(capture.probes().writable_mappings(file.as_fd()), Some(1));
+    store(0);
+    assert!(dirty(&capture.drain()).is_empty(), "it is not followed yet");
+    file.sync_all().expect("fsync");
+    assert!(capture.probes().follow_mapped(id, true).expect("there is room"));
+    store(20_000);
+    let first = dirty(&capture.drain());
+    assert_eq!(first.len(), 1, "{first:?}");
+    assert!(first[0].id == id && (first[0].offset..first[0].offset + first[0].len).contains(&20_000));
+    store(20_001);
+    assert!(dirty(&capture.drain()).is_empty(), "it is dirty already");
+    file.sync_all().expect("fsync");
+    store(20_002);
+    assert_eq!(dirty(&capture.drain()).len(), 1);
+    // SAFETY: the mapping from above, which nobody uses after this.
+    assert_eq!(unsafe { libc::munmap(map, 64 << 10) }, 0);
+    assert_eq!(capture.probes().writable_mappings(file.as_fd()), Some(0));
+    assert_eq!(capture.probes().files_mapped().expect("the files"), [id]);
+    capture.probes().forget_mapped(id).expect("it is let go");
+    file.sync_all().expect("fsync");
+    std::os::unix::fs::FileExt::write_all_at(&file, b"x", 0).expect("a write");
+    assert!(dirty(&capture.drain()).is_empty());
+}
+
+fn dirty(seen: &[Seen]) -> Vec<DirtyEvent> {
+    seen.iter().filter_map(|s| if let Seen::Dirty { event } = s { Some(*event) } else { None }).collect()
 }

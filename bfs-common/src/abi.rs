@@ -21,6 +21,9 @@ pub const TASKS_MAX: u32 = 32_768;
 /// Entries of the map that names objects whose record found no room in the ring.
 pub const SUSPECTS_MAX: u32 = 65_536;
 
+/// Entries of the map of mapped files.
+pub const MAPPED_MAX: u32 = 16_384;
+
 /// How many devices (`s_dev`) with subtrees in scope the probes tell apart.
 pub const DEVICES_MAX: usize = 16;
 
@@ -101,6 +104,11 @@ pub mod kind {
     pub const COMPAT: u16 = 10;
     /// A process was moved into the selected cgroup: [`super::TaskEvent`].
     pub const JOINED: u16 = 20;
+    /// Pages of a file of the map `MAPPED` became dirty, whoever did it: [`super::DirtyEvent`].
+    /// From here on, until they are clean again, they can be stored into without a record.
+    pub const DIRTIED: u16 = 11;
+    /// A call of a followed task changed files of which it cannot be told which: [`super::TaskEvent`].
+    pub const UNKNOWN: u16 = 12;
     /// A write whose place is known ended: [`super::WriteEvent`], then data bytes. The commonest record,
     /// so the smallest that will do.
     pub const WRITE: u16 = 30;
@@ -282,6 +290,20 @@ pub struct TaskEvent {
     pub reserved: u32,
 }
 
+/// Pages of a file became dirty. Comes before the first store that this allows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DirtyEvent {
+    /// Header; the task is the one that dirtied them, start and end are the same.
+    pub header: EventHeader,
+    /// The file.
+    pub id: InodeId,
+    /// Where they begin.
+    pub offset: u64,
+    /// How many bytes they are.
+    pub len: u64,
+}
+
 /// Value of the map `TASKS`, keyed by tid: a followed task and the call that it is in.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -458,6 +480,15 @@ pub struct Offsets {
     pub cgroup_ancestors: u32,
     pub cgroup_node: u32,
     pub node_id: u32,
+    pub inode_mapping: u32,
+    pub mapping_host: u32,
+    /// `i_mmap_writable`: how many shared mappings may be written.
+    pub mapping_writable: u32,
+    pub folio_index: u32,
+    /// Number of pages of a large folio; 0 where it is not known.
+    pub folio_pages: u32,
+    /// Bit of `folio.flags` that a large folio has (`PG_head`).
+    pub folio_head: u32,
 }
 
 /// What the agent decides when it loads the probes.
@@ -487,10 +518,11 @@ const _: () = {
     assert!(size_of::<DataEvent>() == 64);
     assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 8);
     assert!(size_of::<TaskEvent>() == 64);
+    assert!(size_of::<DirtyEvent>() == 48 + 16 + 16);
     assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 8);
     assert!(size_of::<Suspect>() == 16);
     assert!(size_of::<Settings>() == 64 + 12);
-    assert!(size_of::<Offsets>() == 58 * 4);
+    assert!(size_of::<Offsets>() == 64 * 4);
 };
 
 /// A struct of this ABI that may be copied out of bytes: any bit pattern is a value.
@@ -524,6 +556,7 @@ plain!(
     DataEvent,
     PathEvent,
     TaskEvent,
+    DirtyEvent,
     TaskState,
     Suspect
 );
@@ -557,10 +590,15 @@ pub enum Event<'a> {
         path2: &'a [u8],
     },
     /// A task event ([`kind::FORK`], [`kind::EXEC`], [`kind::EXIT`], [`kind::COMPAT`],
-    /// [`kind::JOINED`]).
+    /// [`kind::JOINED`], [`kind::UNKNOWN`]).
     Task {
         /// The struct.
         event: TaskEvent,
+    },
+    /// Pages became dirty ([`kind::DIRTIED`]).
+    Dirty {
+        /// The struct.
+        event: DirtyEvent,
     },
 }
 
@@ -596,9 +634,10 @@ impl<'a> Event<'a> {
                     two(bytes.get(size_of::<PathEvent>()..)?, event.path1_len, event.path2_len)?;
                 Some(Self::Path { event, path1, path2 })
             }
-            kind::FORK | kind::EXEC | kind::EXIT | kind::COMPAT | kind::JOINED => {
+            kind::FORK | kind::EXEC | kind::EXIT | kind::COMPAT | kind::UNKNOWN | kind::JOINED => {
                 Some(Self::Task { event: TaskEvent::read_from(bytes)? })
             }
+            kind::DIRTIED => Some(Self::Dirty { event: DirtyEvent::read_from(bytes)? }),
             _ => None,
         }
     }
@@ -611,6 +650,7 @@ impl<'a> Event<'a> {
             Self::Data { event, .. } => &event.header,
             Self::Path { event, .. } => &event.header,
             Self::Task { event } => &event.header,
+            Self::Dirty { event } => &event.header,
         }
     }
 }

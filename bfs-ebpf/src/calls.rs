@@ -25,6 +25,8 @@ pub mod class {
     pub const MEMORY: u8 = 9;
     /// Sets the position of descriptor 0; matters where others use it too.
     pub const SEEK: u8 = 10;
+    /// Gives advice about memory, which may punch holes into the file that is mapped there.
+    pub const ADVICE: u8 = 11;
     /// Stores into the memory of another process.
     pub const FOREIGN_STORE: u8 = 101;
     /// Changes nothing, but may be a 32-bit call of that number, which does.
@@ -37,6 +39,7 @@ pub mod nr {
     pub const OPEN: u32 = 2;
     pub const MMAP: u32 = 9;
     pub const PWRITE64: u32 = 18;
+    pub const MADVISE: u32 = 28;
     pub const BIND: u32 = 49;
     pub const FTRUNCATE: u32 = 77;
     pub const CREAT: u32 = 85;
@@ -87,10 +90,12 @@ const fn classes() -> [u8; CALLS] {
     set(&mut table, &[8], class::SEEK);
     // process_vm_writev, 64-bit and 32-bit number
     set(&mut table, &[311, 348], class::FOREIGN_STORE);
-    // mprotect munmap brk mremap madvise shmat shmdt remap_file_pages pkey_mprotect, and those after
+    // madvise process_madvise
+    set(&mut table, &[28, 440], class::ADVICE);
+    // mprotect munmap brk mremap shmat shmdt remap_file_pages pkey_mprotect, and those after
     // which another task may change the memory map, or it is another one: clone fork vfork execve
     // execveat clone3
-    set(&mut table, &[10, 11, 12, 25, 28, 30, 67, 216, 329, 56, 57, 58, 59, 322, 435], class::MEMORY);
+    set(&mut table, &[10, 11, 12, 25, 30, 67, 216, 329, 56, 57, 58, 59, 322, 435], class::MEMORY);
     // Whether a call is a 32-bit one has to be asked for; that is saved where the number is harmless in both
     // tables. (Those from 403 on are the same in both.)
     let mut i = 0;

@@ -42,7 +42,7 @@ fn at<T: Copy>(block: *const u64, offset: usize) -> T {
 /// # Safety
 /// `base` is a pointer that the verifier tracks, and the field is a member of exactly that size.
 #[inline(always)]
-unsafe fn field<T: Copy>(base: *const u8, offset: usize) -> T {
+pub unsafe fn field<T: Copy>(base: *const u8, offset: usize) -> T {
     // SAFETY: as promised by the caller.
     unsafe { base.add(offset).cast::<T>().read_volatile() }
 }

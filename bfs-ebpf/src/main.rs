@@ -4,7 +4,8 @@
 //! A probe may assume that [`maps::OFFSETS`] and [`maps::SETTINGS`] were filled before it was
 //! loaded. It promises: nothing of a task that is not in [`maps::TASKS`]; every mutation of one
 //! that is, as a record in the ring, or as a name in [`maps::SUSPECTS`], or as a rise of the
-//! counter `RESCAN`.
+//! counter `RESCAN`; and of each file in [`maps::MAPPED`] every range that becomes dirty, whoever does it, in the
+//! same three ways.
 //!
 //! Diagnostics go through aya-log. Its level stands in read-only data as well, so what is not asked for
 //! the verifier drops.
@@ -16,13 +17,18 @@ mod calls;
 mod cgroup;
 mod file;
 mod kernel;
+mod mapped;
 mod maps;
 mod path;
 mod syscall;
 mod task;
 mod write;
 
-use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::btf_tracepoint, programs::BtfTracePointContext};
+use aya_ebpf::{
+    helpers::bpf_get_current_pid_tgid,
+    macros::btf_tracepoint,
+    programs::{BtfTracePointContext, RawTracePointContext},
+};
 use aya_log_ebpf::{debug, trace};
 
 /// `sys_enter(regs, nr)`
@@ -95,6 +101,22 @@ pub fn cgroup_attach_task(ctx: BtfTracePointContext) -> i32 {
     let whole: u32 = ctx.arg(3);
     cgroup::moved(ctx.arg(2), whole & 0xff != 0);
     0
+}
+
+/// `writeback_dirty_folio(folio, mapping)`
+#[btf_tracepoint(function = "writeback_dirty_folio")]
+pub fn writeback_dirty_folio(ctx: BtfTracePointContext) -> i32 {
+    mapped::dirtied(ctx.arg(0), ctx.arg(1));
+    0
+}
+
+/// Not attached: the agent runs it to ask about a descriptor of its own. (The macro for raw tracepoints gives
+/// nothing back.)
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp/sys_enter")]
+pub extern "C" fn writable_mappings(ctx: *mut core::ffi::c_void) -> i32 {
+    let ctx = RawTracePointContext::new(ctx);
+    mapped::writable(ctx.arg::<u64>(0) as u32)
 }
 
 #[panic_handler]

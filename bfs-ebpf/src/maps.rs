@@ -9,8 +9,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use bfs_common::abi::{
-    DEVICES_MAX, FileEvent, InodeId, Offsets, PATH_MAX, PathEvent, SUSPECTS_MAX, Settings, Suspect,
-    TASKS_MAX, TaskState, counter,
+    DEVICES_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent, SUSPECTS_MAX, Settings,
+    Suspect, TASKS_MAX, TaskState, counter,
 };
 
 /// `BPF_RB_NO_WAKEUP`: the agent polls, because a wakeup costs more than a record.
@@ -28,18 +28,23 @@ pub static TASKS: HashMap<u32, TaskState> = HashMap::with_max_entries(TASKS_MAX,
 #[map]
 pub static SUSPECTS: HashMap<InodeId, Suspect> = HashMap::with_max_entries(SUSPECTS_MAX, 0);
 
+/// Files that a process may store into through a mapping. Of those with the value 1 the pages that become dirty
+/// are recorded. The agent fills it; a successor finds in it what the one before knew.
+#[map]
+pub static MAPPED: HashMap<InodeId, u32> = HashMap::with_max_entries(MAPPED_MAX, 0);
+
 /// [`counter`], one array per CPU.
 #[map]
 pub static COUNTERS: PerCpuArray<[u64; counter::COUNT as usize]> = PerCpuArray::with_max_entries(1, 0);
 
-/// What a successor checks before it adopts: `[ABI_VERSION, bytes of the ring, 0, 0]`.
+/// What a successor checks before it adopts: `[ABI_VERSION, bytes of the ring, 0 while MAPPED is empty, 0]`.
 #[map]
 pub static META: Array<[u64; 4]> = Array::with_max_entries(1, 0);
 
 /// Working memory; one entry per hook, because on kernels where probes can be preempted only
 /// runs of the same probe exclude each other.
 #[map]
-pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(2, 0);
+pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(3, 0);
 
 /// Bytes read at once from a `struct file`.
 pub const FILE_BLOCK: usize = 184;
@@ -92,6 +97,8 @@ pub struct Scratch {
 pub const SCRATCH_ENTER: u32 = 0;
 /// Index into [`SCRATCH`] of `sys_exit`.
 pub const SCRATCH_EXIT: u32 = 1;
+/// Index into [`SCRATCH`] of `writeback_dirty_folio`.
+pub const SCRATCH_DIRTIED: u32 = 2;
 
 /// Filled by the agent before loading.
 #[unsafe(no_mangle)]

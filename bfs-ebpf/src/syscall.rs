@@ -7,11 +7,11 @@
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user};
-use bfs_common::abi::{FileEvent, InodeAttr, NO_CALL, TaskState, counter, flag, kind, slot};
+use bfs_common::abi::{FileEvent, InodeAttr, InodeId, NO_CALL, TaskState, counter, flag, kind, slot};
 
 use crate::{
     calls::{CALLS, CLASS, class, nr},
-    file, kernel,
+    file, kernel, mapped,
     maps::{self, SCRATCH, SCRATCH_ENTER, SCRATCH_EXIT, Scratch, count},
     path, task, write,
 };
@@ -37,6 +37,7 @@ const FMODE_CREATED: u32 = 0x10_0000;
 const MAP_TYPE: u64 = 0xf;
 const MAP_SHARED: u64 = 1;
 const MAP_SHARED_VALIDATE: u64 = 3;
+const MADV_REMOVE: u32 = 9;
 
 /// ioctls that change no file, of those that programs make on files and directories: FIBMAP, FIGETBSZ,
 /// FS_IOC_FIEMAP, FS_IOC_GETFLAGS and FSGETXATTR, GETVERSION, GETFSUUID, GETFSLABEL, FITRIM, FIDEDUPERANGE
@@ -170,6 +171,12 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
             let kind = state.args[3] & MAP_TYPE;
             (kind == MAP_SHARED || kind == MAP_SHARED_VALIDATE) && enter_file(state, number, class)
         }
+        class::ADVICE => {
+            state.private_start = 0;
+            state.private_end = 0;
+            let advice = if number == nr::MADVISE { state.args[2] } else { state.args[3] };
+            advice as u32 == MADV_REMOVE && enter_file(state, number, class)
+        }
         _ => enter_file(state, number, class),
     };
     if !follow {
@@ -251,9 +258,15 @@ fn takes_path(state: &mut TaskState, number: u32) -> bool {
 /// Resolves the descriptor and takes what is known only now. Whether the call is followed.
 #[inline(always)]
 fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
-    let (address, table_shared) = kernel::file_of(descriptor(number, state));
+    let (address, table_shared) = if class == class::ADVICE {
+        (mapped::file_at(state, number), true)
+    } else {
+        kernel::file_of(descriptor(number, state))
+    };
     if address == 0 {
-        return false;
+        // Which files are mapped there could not be told: the call is followed without one.
+        state.inode = InodeId::NONE;
+        return class == class::ADVICE;
     }
     let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_ENTER) else {
         return false;
@@ -407,6 +420,8 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
                 }
             }
             class::CLOSE => {}
+            // It may have come half way.
+            class::ADVICE => {}
             _ => return,
         }
         if class != class::CLOSE {
@@ -417,7 +432,14 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
         return;
     }
     begin(scratch, state, ret, end_ns, number, pid_tgid);
-    if class == class::CLOSE {
+    if class == class::ADVICE && !by_descriptor {
+        task::emit(kind::UNKNOWN, number, pid_tgid as u32, (pid_tgid >> 32) as u32, 0, 0);
+        return;
+    }
+    if class == class::CLOSE || class == class::ADVICE {
+        if class == class::ADVICE {
+            kind = kind::TOUCH;
+        }
         // The file may be gone, and with it the inode: only an inode that is still the same counts.
         kernel::read_inode(scratch, state.inode_addr);
         let id = kernel::object_id(scratch, state.inode.dev);

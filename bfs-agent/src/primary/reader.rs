@@ -7,6 +7,8 @@
 //! which inode it names. The form in use is taken from the handle of the root directory and
 //! checked against it; a file system with another form is refused by name.
 
+mod pages;
+
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;

@@ -13,6 +13,7 @@ pub mod racing;
 pub mod scripts;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
+pub mod stores;
 pub mod unpack;
 
 /// Where a program works.
@@ -192,6 +193,7 @@ pub fn main(args: &[String]) -> Result<()> {
         "append-writers" => append::run(&place, append::Pace::Steady, writer),
         "append-bursts" => append::run(&place, append::Pace::Bursts, writer),
         "racing-buffer" => racing::run(&place),
+        "stores" => stores::run(&place),
         #[cfg(feature = "sqlite")]
         "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
         #[cfg(feature = "sqlite")]

@@ -16,6 +16,7 @@ pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 const MAGIC: u16 = 0xeb9f;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
+const ENUM: u32 = 6;
 
 /// A member of a struct or union.
 #[derive(Clone, Copy)]
@@ -41,6 +42,8 @@ pub struct KernelTypes {
     types: Vec<Type>,
     members: Vec<Member>,
     structs: HashMap<Vec<u8>, u32>,
+    /// Name, names and values.
+    enums: HashMap<Vec<u8>, Vec<(u32, u32)>>,
 }
 
 impl KernelTypes {
@@ -69,8 +72,13 @@ impl KernelTypes {
         let strings = section(word(16)?, word(20)?)?.to_vec();
         let mut rest = section(word(8)?, word(12)?)?;
         // Type 0 is void.
-        let mut this =
-            Self { strings, types: vec![Type::Other], members: Vec::new(), structs: HashMap::new() };
+        let mut this = Self {
+            strings,
+            types: vec![Type::Other],
+            members: Vec::new(),
+            structs: HashMap::new(),
+            enums: HashMap::new(),
+        };
         while !rest.is_empty() {
             let head: [u32; 3] = take(&mut rest)?;
             let [name, info, size_or_type] = head;
@@ -101,8 +109,20 @@ impl KernelTypes {
                 1 | 14 | 17 => skip(&mut rest, 4)?,
                 // array: three words
                 3 => skip(&mut rest, 12)?,
-                // enum, function prototype: two words each
-                6 | 13 => skip(&mut rest, 8 * count)?,
+                ENUM => {
+                    let mut values = Vec::with_capacity(count);
+                    for _ in 0..count {
+                        let [name, value] = take(&mut rest)?;
+                        values.push((name, value));
+                    }
+                    if let Some(name) = this.string(name).filter(|name| !name.is_empty()) {
+                        let name = name.to_vec();
+                        this.enums.entry(name).or_insert(values);
+                    }
+                    Type::Other
+                }
+                // function prototype: two words each
+                13 => skip(&mut rest, 8 * count)?,
                 // data section, 64-bit enum: three words each
                 15 | 19 => skip(&mut rest, 12 * count)?,
                 // pointer, forward, function, float
@@ -130,6 +150,13 @@ impl KernelTypes {
             id = self.resolve(member_type)?;
         }
         (bits % 8 == 0).then_some(bits / 8)
+    }
+
+    /// Value of a name of an enum.
+    #[must_use]
+    pub fn enumerator(&self, of: &str, name: &str) -> Option<u32> {
+        let values = self.enums.get(of.as_bytes())?;
+        values.iter().find(|(n, _)| self.string(*n) == Some(name.as_bytes())).map(|(_, value)| *value)
     }
 
     fn resolve(&self, mut id: u32) -> Option<u32> {
@@ -206,6 +233,9 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         (Some(root), Some(inode)) => root.cast_signed() - inode.cast_signed(),
         _ => 0,
     };
+    // Without either a folio counts as one of the largest size.
+    let pages = types.any("folio", &["_nr_pages", "_folio_nr_pages"]).ok();
+    let (folio_pages, folio_head) = pages.zip(types.enumerator("pageflags", "PG_head")).unwrap_or((0, 0));
     Ok(Offsets {
         task_files: one("task_struct", "files")?,
         task_fs: one("task_struct", "fs")?,
@@ -265,6 +295,12 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         cgroup_ancestors: one("cgroup", "ancestors")?,
         cgroup_node: one("cgroup", "kn")?,
         node_id: one("kernfs_node", "id")?,
+        inode_mapping: one("inode", "i_mapping")?,
+        mapping_host: one("address_space", "host")?,
+        mapping_writable: one("address_space", "i_mmap_writable")?,
+        folio_index: one("folio", "index")?,
+        folio_pages,
+        folio_head,
     })
 }
 
@@ -290,6 +326,8 @@ mod tests {
             assert_eq!((found.dentry_parent, found.dentry_name, found.dentry_inode), (24, 32, 48));
             assert_eq!((found.vma_file, found.vma_flags), (88, 32));
             assert_eq!(found.file_count_one, 0);
+            assert_eq!((found.folio_index, found.folio_head, found.mapping_writable), (32, 6, 68));
+            assert!(found.folio_pages > 64);
         }
     }
 

@@ -5,18 +5,18 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::atomic::{Ordering, fence},
 };
 
 use aya::{
     Btf, Ebpf, EbpfError, EbpfLoader,
-    programs::{BtfTracePoint, ProgramError, links::FdLink},
+    programs::{BtfTracePoint, ProgramError, RawTracePoint, links::FdLink},
 };
 use bfs_common::abi::{
-    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX,
-    TaskState, counter, role,
+    ABI_VERSION, DEVICES_MAX, InodeId, MAPPED_MAX, NO_CALL, Offsets, Plain, SUSPECTS_MAX, Settings, Suspect,
+    TASKS_MAX, TaskState, counter, role,
 };
 
 use super::{CaptureError, btf, log, log::ProbeLog, ring::Ring, sys};
@@ -34,7 +34,11 @@ const PROGRAMS: [&str; 6] = [
     "sys_exit",
     "sys_enter",
 ];
-const MAPS: [&str; 5] = ["RING", "TASKS", "SUSPECTS", "COUNTERS", "META"];
+/// Probes that a kernel may refuse: then files that are mapped are read as a whole at each checkpoint.
+const DIRTIED: &str = "writeback_dirty_folio";
+/// Not attached but run; without it a mapping is never known to be gone.
+const QUERY: &str = "writable_mappings";
+const MAPS: [&str; 6] = ["RING", "TASKS", "SUSPECTS", "MAPPED", "COUNTERS", "META"];
 
 /// Largest [`LoadOptions::inline_max`]: what the loop over chunks in the probe can take.
 pub const INLINE_MAX: u32 = 1 << 21;
@@ -137,6 +141,10 @@ pub struct Probes {
     tasks: OwnedFd,
     suspects: OwnedFd,
     counters: OwnedFd,
+    mapped: OwnedFd,
+    files_mapped: usize,
+    meta: OwnedFd,
+    query: Option<OwnedFd>,
     programs: Vec<(&'static str, OwnedFd)>,
     ring: Ring,
     cpus: usize,
@@ -187,10 +195,8 @@ impl Probes {
             let path = pin_dir.join(name);
             sys::open_pin(&path).map_err(kernel(format!("cannot open the pin {}", path.display())))
         };
-        let mut meta = [0u8; 32];
-        sys::lookup(open("META")?.as_fd(), &0u32, &mut meta).map_err(kernel("cannot read META"))?;
-        let found =
-            u64::from_ne_bytes([meta[0], meta[1], meta[2], meta[3], meta[4], meta[5], meta[6], meta[7]]);
+        let meta = open("META")?;
+        let [found, ..] = sys::read_meta(meta.as_fd()).map_err(kernel("cannot read META"))?;
         if found != u64::from(ABI_VERSION) {
             return Err(CaptureError::AbiMismatch {
                 path: pin_dir.to_owned(),
@@ -204,12 +210,20 @@ impl Probes {
             // A link that is missing would mean probes that do not run.
             open(&link_name(name))?;
         }
+        if pin_dir.join(link_name(DIRTIED)).exists() {
+            programs.push((DIRTIED, open(DIRTIED)?));
+        }
+        let mapped = open("MAPPED")?;
         let ring = Ring::open(open("RING")?).map_err(kernel("cannot map the ring"))?;
         Ok(Self {
             pin_dir: pin_dir.to_owned(),
             tasks: open("TASKS")?,
             suspects: open("SUSPECTS")?,
             counters: open("COUNTERS")?,
+            files_mapped: files_mapped(mapped.as_fd())?.len(),
+            mapped,
+            meta,
+            query: open(QUERY).ok(),
             programs,
             ring,
             cpus: aya::util::nr_cpus().map_err(|(what, source)| CaptureError::Kernel {
@@ -294,6 +308,64 @@ impl Probes {
         sys::entries(self.suspects.as_fd(), SUSPECTS_MAX, true).map_err(kernel("cannot read the suspects"))
     }
 
+    /// Whether pages of mapped files that become dirty are recorded.
+    #[must_use]
+    pub fn records_dirty_pages(&self) -> bool {
+        self.programs.iter().any(|(name, _)| *name == DIRTIED)
+    }
+
+    /// Keeps in mind that a file is mapped, and records from now on which of its pages become dirty, if
+    /// `pages` says so. `false` where there is no room for it.
+    pub fn follow_mapped(&mut self, file: InodeId, pages: bool) -> Result<bool, CaptureError> {
+        let failed = |error| kernel("cannot note that a file is mapped")(error);
+        let value = u32::from(pages);
+        match sys::update(self.mapped.as_fd(), &file, &value, sys::NO_EXIST) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                sys::update(self.mapped.as_fd(), &file, &value, 0).map_err(failed)?;
+                Ok(true)
+            }
+            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => Ok(false),
+            Err(error) => Err(failed(error)),
+            Ok(()) => self.count_mapped(self.files_mapped + 1).map(|()| true),
+        }
+    }
+
+    /// The file is not mapped any more.
+    pub fn forget_mapped(&mut self, file: InodeId) -> Result<(), CaptureError> {
+        let there =
+            sys::delete(self.mapped.as_fd(), &file).map_err(kernel("cannot let go of a mapped file"))?;
+        if there { self.count_mapped(self.files_mapped.saturating_sub(1)) } else { Ok(()) }
+    }
+
+    /// The files that were noted as mapped.
+    pub fn files_mapped(&self) -> Result<Vec<InodeId>, CaptureError> {
+        files_mapped(self.mapped.as_fd())
+    }
+
+    /// The probe looks at nothing while there are none.
+    fn count_mapped(&mut self, count: usize) -> Result<(), CaptureError> {
+        let gate = (self.files_mapped == 0) != (count == 0);
+        self.files_mapped = count;
+        if gate {
+            let write = || {
+                let mut meta = sys::read_meta(self.meta.as_fd())?;
+                meta[2] = u64::from(count > 0);
+                sys::update(self.meta.as_fd(), &0u32, &meta, 0)
+            };
+            write().map_err(kernel("cannot write META"))?;
+        }
+        Ok(())
+    }
+
+    /// How many mappings there are, in whatever process, through which the file may be written; `None` where
+    /// the kernel does not tell.
+    #[must_use]
+    pub fn writable_mappings(&self, file: BorrowedFd<'_>) -> Option<u32> {
+        let answer =
+            sys::run_raw(self.query.as_ref()?.as_fd(), file.as_raw_fd().cast_unsigned().into()).ok()?;
+        answer.checked_sub(1)
+    }
+
     /// The counters.
     pub fn counters(&self) -> Result<Counters, CaptureError> {
         let mut bytes = vec![0; self.cpus * size_of::<Counters>()];
@@ -336,6 +408,12 @@ impl Probes {
     }
 }
 
+fn files_mapped(map: BorrowedFd<'_>) -> Result<Vec<InodeId>, CaptureError> {
+    let files: Vec<(InodeId, u32)> =
+        sys::entries(map, MAPPED_MAX, false).map_err(kernel("cannot read which files are mapped"))?;
+    Ok(files.into_iter().map(|f| f.0).collect())
+}
+
 fn link_name(program: &str) -> String {
     format!("link_{program}")
 }
@@ -352,9 +430,7 @@ fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) ->
         .load(OBJECT)
         .map_err(|error| load_error("(maps)", &error))?;
     for name in PROGRAMS {
-        let program: &mut BtfTracePoint =
-            program(&mut ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))?;
-        program.load(name, &kernel_btf).map_err(|error| refused(name, &error))?;
+        tracepoint(&mut ebpf, name)?.load(name, &kernel_btf).map_err(|error| refused(name, &error))?;
     }
     for name in MAPS {
         let map = ebpf.map(name).ok_or_else(|| missing(name))?;
@@ -365,18 +441,44 @@ fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) ->
     let value = [u64::from(ABI_VERSION), u64::from(options.ring_bytes), 0, 0];
     sys::update(meta.as_fd(), &0u32, &value, 0).map_err(kernel("cannot write META"))?;
     for name in PROGRAMS {
-        let program: &mut BtfTracePoint =
-            program(&mut ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))?;
-        program
-            .pin(options.pin_dir.join(name))
-            .map_err(|error| kernel(format!("cannot pin the probe {name}"))(io::Error::other(error)))?;
-        let link =
-            program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
-        FdLink::from(link)
-            .pin(options.pin_dir.join(link_name(name)))
-            .map_err(|error| kernel(format!("cannot pin the link of {name}"))(io::Error::other(error)))?;
+        attach(&mut ebpf, name, options)?;
     }
+    attach_optional(&mut ebpf, &kernel_btf, options)?;
     Ok(ebpf)
+}
+
+/// What a kernel may lack.
+fn attach_optional(ebpf: &mut Ebpf, kernel_btf: &Btf, options: &LoadOptions) -> Result<(), CaptureError> {
+    match tracepoint(ebpf, DIRTIED)?.load(DIRTIED, kernel_btf) {
+        Ok(()) => attach(ebpf, DIRTIED, options)?,
+        Err(error) => tracing::info!("mapped files are read whole: {}", refused(DIRTIED, &error)),
+    }
+    let query: &mut RawTracePoint =
+        program(ebpf, QUERY)?.try_into().map_err(|error: ProgramError| refused(QUERY, &error))?;
+    match query.load() {
+        Ok(()) => query
+            .pin(options.pin_dir.join(QUERY))
+            .map_err(|error| kernel(format!("cannot pin the probe {QUERY}"))(io::Error::other(error)))?,
+        Err(error) => tracing::info!("mappings count as there for ever: {}", refused(QUERY, &error)),
+    }
+    Ok(())
+}
+
+fn attach(ebpf: &mut Ebpf, name: &str, options: &LoadOptions) -> Result<(), CaptureError> {
+    let program = tracepoint(ebpf, name)?;
+    program
+        .pin(options.pin_dir.join(name))
+        .map_err(|error| kernel(format!("cannot pin the probe {name}"))(io::Error::other(error)))?;
+    let link =
+        program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
+    FdLink::from(link)
+        .pin(options.pin_dir.join(link_name(name)))
+        .map_err(|error| kernel(format!("cannot pin the link of {name}"))(io::Error::other(error)))?;
+    Ok(())
+}
+
+fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, CaptureError> {
+    program(ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::Program, CaptureError> {
@@ -466,8 +568,9 @@ fn mount_bpf_fs() -> Result<(), CaptureError> {
 
 /// Links first: then nothing runs any more.
 fn remove_pins(pin_dir: &Path) -> io::Result<()> {
-    let names = PROGRAMS.iter().map(|name| link_name(name));
-    let names = names.chain(PROGRAMS.iter().chain(&MAPS).map(|&name| name.to_owned()));
+    let probes = PROGRAMS.iter().chain([&DIRTIED, &QUERY]);
+    let names = probes.clone().map(|name| link_name(name));
+    let names = names.chain(probes.chain(&MAPS).map(|&name| name.to_owned()));
     for name in names {
         match fs::remove_file(pin_dir.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

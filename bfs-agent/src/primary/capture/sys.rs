@@ -19,6 +19,7 @@ mod command {
     pub const MAP_UPDATE_ELEM: i64 = 2;
     pub const MAP_DELETE_ELEM: i64 = 3;
     pub const OBJ_GET: i64 = 7;
+    pub const PROG_TEST_RUN: i64 = 10;
     pub const OBJ_GET_INFO_BY_FD: i64 = 15;
     pub const MAP_LOOKUP_AND_DELETE_BATCH: i64 = 25;
     pub const MAP_LOOKUP_BATCH: i64 = 24;
@@ -141,6 +142,49 @@ pub fn entries<K: Copy + Default, V: Copy + Default>(
         position = next;
         first = false;
     }
+}
+
+/// The one value of the map `META`.
+pub fn read_meta(map: BorrowedFd<'_>) -> io::Result<[u64; 4]> {
+    let mut bytes = [0u8; 32];
+    lookup(map, &0u32, &mut bytes)?;
+    let mut words = [0; 4];
+    for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+        *word = u64::from_ne_bytes(*bytes);
+    }
+    Ok(words)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RunAttr {
+    program: u32,
+    result: u32,
+    data_size: [u32; 2],
+    data: [u64; 2],
+    repeat: u32,
+    duration: u32,
+    context_size_in: u32,
+    context_size_out: u32,
+    context_in: u64,
+    context_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch: u32,
+    reserved: u32,
+}
+
+/// Runs a raw tracepoint program once, in this task, with one argument.
+pub fn run_raw(program: BorrowedFd<'_>, argument: u64) -> io::Result<u32> {
+    let arguments = [argument];
+    let mut attr = RunAttr {
+        program: program.as_raw_fd().cast_unsigned(),
+        context_size_in: 8,
+        context_in: arguments.as_ptr().addr() as u64,
+        ..RunAttr::default()
+    };
+    bpf(command::PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.result)
 }
 
 #[repr(C)]

@@ -29,9 +29,12 @@ impl Engine {
     pub fn consume(&mut self, event: &OwnedEvent, host: &mut dyn Host) -> Result<(), HostError> {
         let Some(parsed) = Event::parse(&event.bytes) else {
             self.stats.malformed += 1;
+            self.mapped.lost_all();
             self.suspect_everything(host.now());
             return Ok(());
         };
+        // Before its room in the ring can be given back, so that a successor knows.
+        self.note_mappings(&parsed, host)?;
         self.take_in(&parsed, host);
         // A write whose pieces are still arriving must be read again by a successor.
         if self.chunks.is_empty() && self.deferred.is_empty() {
@@ -60,20 +63,11 @@ impl Engine {
                 self.entered.remove(&tid);
                 return;
             }
-            Event::Task { event: e } if e.header.kind == kind::JOINED => {
-                for (dev, ino) in host.mapped_by(e.header.tgid) {
-                    self.note_mapped(dev, ino);
-                }
-                return;
-            }
             _ => {}
         }
         let act = interpret(&self.model, host, event);
         let span = span_of(event);
         if let Event::File { event: e, .. } = event {
-            if e.header.kind == kind::MAPPED && self.model.find(e.attr.id).is_none() {
-                self.note_mapped(e.attr.id.dev, e.attr.id.ino);
-            }
             for inode in [e.attr.id, e.parent.id] {
                 if inode.is_some() && self.model.find(inode).is_none() {
                     self.strangers.note(inode, span.end_ns);
@@ -84,7 +78,9 @@ impl Engine {
         if act != Act::Nothing {
             self.stats.ops += 1;
         }
-        let ambiguous = self.note(&touches, &act, span);
+        // What these overlap with says nothing: the stores come later.
+        let stores = matches!(act, Act::Dirtied { .. } | Act::Mapped { .. });
+        let ambiguous = !stores && self.note(&touches, &act, span);
         self.apply(act, event, span, ambiguous, host);
         // What was read from the file system after this call started holds an unknown part of it.
         for thing in &touches {
@@ -130,7 +126,7 @@ impl Engine {
         }
     }
 
-    fn stain_range(&mut self, object: ObjectId, range: Range<u64>) {
+    pub(super) fn stain_range(&mut self, object: ObjectId, range: Range<u64>) {
         if range == (0..u64::MAX) {
             self.dirty.whole(object);
         } else {
@@ -286,7 +282,8 @@ impl Engine {
 
     fn apply(&mut self, act: Act, event: &Event<'_>, span: Span, ambiguous: bool, host: &mut dyn Host) {
         match act {
-            Act::Nothing => {}
+            // The mapping was noted already.
+            Act::Nothing | Act::Mapped { .. } => {}
             Act::Everything => self.suspect_everything(span.end_ns),
             Act::Create { parent, parent_attr, name, attr } => {
                 let mut missed = false;
@@ -345,7 +342,8 @@ impl Engine {
                 }
                 let whole = self.dirty.get(object).is_some_and(|d| d.whole);
                 if inline && !ambiguous && self.write_inline(object, &range, event) {
-                    if !whole {
+                    // Of a mapped file it is not known whether a store came later.
+                    if !whole && !self.mapped.has(object) {
                         self.dirty.range_exact(object, range);
                     }
                 } else {
@@ -363,7 +361,7 @@ impl Engine {
                 }
                 if ambiguous {
                     self.dirty.whole(object);
-                } else {
+                } else if !self.mapped.has(object) {
                     self.dirty.range_exact(object, size..u64::MAX);
                 }
             }
@@ -376,12 +374,12 @@ impl Engine {
                     self.dirty.xattrs(object);
                 }
             }
-            Act::Touch { object, mapped } => {
-                if mapped {
-                    self.mapped.insert(object);
-                }
+            Act::Dirtied { object, range } => self.pages_dirtied(object, range, span.end_ns),
+            Act::Held { object } => {
+                self.held(object);
                 self.suspect_object(object, span.end_ns);
             }
+            Act::Touch { object } => self.suspect_object(object, span.end_ns),
             Act::Suspect { place } => {
                 self.parent_after(&place, None, span);
                 self.suspect_entry(&place, true);

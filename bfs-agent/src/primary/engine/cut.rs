@@ -28,6 +28,8 @@ use super::recent::Span;
 
 /// Cuts that are tried before the processes are stopped.
 const TRIES: u32 = 12;
+/// Of these, how many clean what is mapped.
+const TRIES_MAPPED: u32 = 3;
 /// Rounds of reading ahead of the cut, while there is much to read.
 const ROUNDS_AHEAD: u32 = 6;
 /// How long covered calls may take to end before the checkpoint is given up for now.
@@ -188,12 +190,23 @@ impl Engine {
     fn place(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
         let begun = host.now();
         self.read_ahead(host)?;
-        // Stores into a shared mapping leave no record: they hold still only in a stop.
-        let must_stop = request.stop != Stop::Never && !self.mapped.is_empty();
         let mut tries = 0;
-        if request.stop != Stop::Hold && !must_stop {
+        self.tend_mapped(host)?;
+        if request.stop != Stop::Hold {
             while tries < TRIES {
                 tries += 1;
+                // Stores into pages that are dirty leave no record: they hold still only in a stop.
+                if self.mapped.silent() {
+                    if tries > 1 && tries <= TRIES_MAPPED || request.stop == Stop::Never {
+                        self.tend_mapped(host)?;
+                    }
+                    if self.mapped.silent() {
+                        if request.stop == Stop::Never {
+                            continue;
+                        }
+                        break;
+                    }
+                }
                 match self.try_cut(host)? {
                     Tried::Settled(at_ns) => {
                         let how = How { begun, tries, at_ns, stopped_us: 0 };
@@ -211,7 +224,9 @@ impl Engine {
         }
         let stopping = host.now();
         host.stop()?;
+        self.standing = true;
         let taken = self.cut_stopped(host, request, begun, tries, stopping);
+        self.standing = false;
         if taken.is_err() || request.stop != Stop::Hold {
             host.go();
         }
@@ -226,11 +241,7 @@ impl Engine {
         tries: u32,
         stopping: u64,
     ) -> Result<Taken, CheckpointError> {
-        for object in self.mapped.clone() {
-            if self.model.get(object).is_some() {
-                self.suspect_object(object, host.now());
-            }
-        }
+        self.suspect_open(host)?;
         // Calls of processes that are not stopped can still cross the reads.
         for _ in 0..TRIES {
             match self.try_cut(host)? {
@@ -283,12 +294,16 @@ impl Engine {
         let any = everything || !losses.inodes.is_empty();
         for inode in losses.inodes {
             match self.model.find(inode) {
-                Some(object) => self.suspect_object(object, host.now()),
+                Some(object) => {
+                    self.mapped.lost(object);
+                    self.suspect_object(object, host.now());
+                }
                 // An object that the model does not know: its creation may be what was lost.
                 None => everything = true,
             }
         }
         if everything {
+            self.mapped.lost_all();
             self.suspect_everything(host.now());
         }
         Ok(any)
@@ -296,7 +311,7 @@ impl Engine {
 
     /// While there is much to read, it is read before an instant is chosen, and events go on
     /// being taken in: so little is held back later.
-    fn read_ahead(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+    pub(super) fn read_ahead(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
         for _ in 0..ROUNDS_AHEAD {
             self.drain(host)?;
             let model = &self.model;
@@ -339,7 +354,9 @@ impl Engine {
             self.take_losses(host)?;
             self.stain_reads(host);
         }
-        Ok(if self.dirty.is_empty() {
+        Ok(if !self.standing && self.mapped.silent() {
+            again("pages of a mapped file became dirty")
+        } else if self.dirty.is_empty() {
             Tried::Settled(t)
         } else {
             again("what was read was touched meanwhile")
@@ -528,10 +545,7 @@ impl Engine {
         self.last_checkpoint = checkpoint;
         self.out.close(self.position);
         host.ship(self.out.take())?;
-        // Stores into a mapping can come at any moment: a successor has to know.
-        for object in self.mapped.clone() {
-            self.suspect_object(object, host.now());
-        }
+        self.suspect_unfollowed(host.now());
         Ok(Taken {
             checkpoint,
             sequence,

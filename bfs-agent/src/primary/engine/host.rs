@@ -157,8 +157,12 @@ pub trait Host {
     /// [`HostError::Probes`].
     fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError>;
 
-    /// The files (device, number) that a process has mapped, shared and writable.
-    fn mapped_by(&mut self, tgid: u32) -> Vec<(u32, u64)>;
+    /// The files that a process has mapped, shared, so that they may be written; `None` when it changes its
+    /// mappings all the time.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn mapped_by(&mut self, tgid: u32) -> Result<Option<Vec<InodeId>>, HostError>;
 
     /// Whether a call that does not end waits at a point before which it changes nothing, such as
     /// the open of a FIFO that waits for the other side.
@@ -176,6 +180,34 @@ pub trait Host {
     /// # Errors
     /// [`HostError::Probes`].
     fn losses(&mut self) -> Result<Losses, HostError>;
+
+    /// Keeps in mind, for a successor, that a file is mapped; and if `pages` says so, records from now on which
+    /// of its pages become dirty, as an event before they can be stored into. `false` where that is not done:
+    /// stores into clean pages cannot be told there, or there is no room.
+    ///
+    /// # Errors
+    /// [`HostError::Probes`].
+    fn follow_mapped(&mut self, inode: InodeId, pages: bool) -> Result<bool, HostError>;
+
+    /// The file is not mapped any more.
+    ///
+    /// # Errors
+    /// [`HostError::Probes`].
+    fn forget_mapped(&mut self, inode: InodeId) -> Result<(), HostError>;
+
+    /// How many shared mappings there are, in whatever process, that may be made writable; 0 when the inode is
+    /// gone, `None` when that cannot be told: on tmpfs, before the inode was looked up by a name.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn writable_mappings(&mut self, inode: InodeId) -> Result<Option<u32>, HostError>;
+
+    /// Cleans ranges of a file: writes back what was dirty when it was called, so that the next store makes it
+    /// dirty anew. Gives those ranges where that came about.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn clean(&mut self, inode: InodeId, ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, HostError>;
 
     /// Lets a little time pass.
     fn pause(&mut self, time: Duration);

@@ -78,8 +78,23 @@ pub enum Act {
     Touch {
         /// The object.
         object: ObjectId,
-        /// A writable shared mapping was made.
-        mapped: bool,
+    },
+    /// A file was mapped, shared and writable: it can be stored into from now on.
+    Mapped {
+        /// The file.
+        object: ObjectId,
+    },
+    /// The kernel writes to the file from now on, whenever it likes.
+    Held {
+        /// The file.
+        object: ObjectId,
+    },
+    /// Pages of a mapped file became dirty: they can be stored into from now on.
+    Dirtied {
+        /// The file.
+        object: ObjectId,
+        /// Where.
+        range: Range<u64>,
     },
     /// A call that may have changed an entry and what it names.
     Suspect {
@@ -170,10 +185,16 @@ pub fn span_of(event: &Event<'_>) -> Span {
 pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> Act {
     match event {
         Event::File { event, name, .. } => file(model, event, name),
+        Event::Dirty { event } => match model.find(event.id) {
+            Some(object) => {
+                Act::Dirtied { object, range: event.offset..event.offset.saturating_add(event.len) }
+            }
+            None => Act::Nothing,
+        },
         Event::Path { event, path1, path2 } if event.header.kind == kind::PATH => {
             path(model, host, event, path1, path2)
         }
-        Event::Task { event } if event.header.kind == kind::COMPAT => Act::Everything,
+        Event::Task { event } if matches!(event.header.kind, kind::COMPAT | kind::UNKNOWN) => Act::Everything,
         Event::Path { .. } | Event::Data { .. } | Event::Task { .. } => Act::Nothing,
     }
 }
@@ -189,15 +210,15 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
     if is_open(nr) && flags & flag::CREATED != 0 && flags & flag::FAILED == 0 {
         return match (model.find(e.parent.id), Name::new(name)) {
             (Some(parent), Some(name)) => Act::Create { parent, parent_attr: e.parent, name, attr: e.attr },
-            _ => known.map_or(Act::Nothing, |object| Act::Touch { object, mapped: false }),
+            _ => known.map_or(Act::Nothing, |object| Act::Touch { object }),
         };
     }
     let Some(object) = known else { return Act::Nothing };
     if e.header.kind == kind::TOUCH || flags & flag::FAILED != 0 {
-        return Act::Touch { object, mapped: false };
+        return Act::Touch { object };
     }
     if e.header.kind == kind::MAPPED {
-        return Act::Touch { object, mapped: true };
+        return Act::Mapped { object };
     }
     let attr = e.attr;
     match nr {
@@ -238,7 +259,7 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
             Act::Attr { object, attr: Some(attr), xattrs: true, place: None }
         }
         libc::SYS_close => Act::Nothing,
-        _ => Act::Touch { object, mapped: false },
+        _ => Act::Touch { object },
     }
 }
 
@@ -321,7 +342,7 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
         }
         // The kernel writes to the file from now on, whenever it likes.
         libc::SYS_acct | libc::SYS_swapon => match object_at(model, &p.place(model, host, false, true)) {
-            Some(object) => Act::Touch { object, mapped: true },
+            Some(object) => Act::Held { object },
             None => Act::Nothing,
         },
         libc::SYS_truncate => {
@@ -424,7 +445,13 @@ impl Act {
                     things.push(Thing::Xattrs(*object));
                 }
             }
-            Self::Touch { object, .. } => {
+            Self::Mapped { object } => {
+                things.extend([Thing::Data(*object, 0..u64::MAX), Thing::Meta(*object)]);
+            }
+            Self::Dirtied { object, range } => {
+                things.extend([Thing::Data(*object, range.clone()), Thing::Meta(*object)]);
+            }
+            Self::Touch { object } | Self::Held { object } => {
                 things.extend([
                     Thing::Data(*object, 0..u64::MAX),
                     Thing::Meta(*object),

@@ -14,6 +14,7 @@ mod cut;
 pub mod dirty;
 pub mod host;
 pub mod interpret;
+mod mapped;
 pub mod model;
 pub mod outbox;
 pub mod ranges;
@@ -37,6 +38,7 @@ pub use cut::{CheckpointError, RECENT_NS, Request, Stop, Taken};
 use dirty::DirtySet;
 use host::{Host, HostError, OwnedEvent, Stat};
 use interpret::Thing;
+use mapped::Mapped;
 use model::{Model, NewObject};
 use outbox::Outbox;
 use recent::{Recent, SLACK_NS, Span};
@@ -156,9 +158,6 @@ struct Strangers {
     floor: u64,
 }
 
-/// How many mapped files that are not in the model are remembered.
-const MAPPED_MAX: usize = 65_536;
-
 /// How many strangers are remembered.
 const STRANGERS_MAX: usize = 1024;
 
@@ -222,13 +221,11 @@ pub struct Engine {
     /// The buffer of the last event, for the next one.
     spare: OwnedEvent,
     deferred_bytes: usize,
-    mapped: HashSet<ObjectId>,
-    /// Device and number of files that were mapped before their objects were known.
-    mapped_inodes: HashSet<(u32, u64)>,
+    mapped: Mapped,
+    /// The processes stand for a checkpoint.
+    standing: bool,
     /// Objects that were seen with more than one name.
     multiple: HashSet<ObjectId>,
-    /// More files were mapped than can be remembered: all that enter the model count as mapped.
-    mapped_unknown: bool,
     /// Behind the last event that was taken in, while none is half taken in.
     position: Option<u64>,
     /// What was handed over of it.
@@ -260,10 +257,9 @@ impl Engine {
             deferred: VecDeque::new(),
             spare: OwnedEvent::default(),
             deferred_bytes: 0,
-            mapped: HashSet::new(),
-            mapped_inodes: HashSet::new(),
+            mapped: Mapped::default(),
+            standing: false,
             multiple,
-            mapped_unknown: false,
             flushed_position: None,
             position: None,
             last_checkpoint,
@@ -319,19 +315,6 @@ impl Engine {
         self.reads.everything = t;
     }
 
-    /// A file is mapped, shared and writable. (Its generation is not known: all objects of that
-    /// number count. Files that are not in the model yet are found when everything is scanned.)
-    pub fn note_mapped(&mut self, dev: u32, ino: u64) {
-        if self.mapped_inodes.len() >= MAPPED_MAX {
-            self.mapped_unknown = true;
-        } else {
-            self.mapped_inodes.insert((dev, ino));
-        }
-        let model = &self.model;
-        let here = |o: &ObjectId| model.get(*o).is_some_and(|o| o.inode.dev == dev && o.inode.ino == ino);
-        self.mapped.extend(model.ids().filter(here));
-    }
-
     /// A gap is open in the stream that was taken over.
     pub fn adopt_gaps(&mut self, gaps: &[GapScope], now: u64) {
         for gap in gaps {
@@ -347,12 +330,6 @@ impl Engine {
                 }
                 GapScope::Entry(directory, name) => self.dirty.entry(*directory, name, true),
             }
-        }
-    }
-
-    fn mark_mapped(&mut self, object: ObjectId, inode: InodeId) {
-        if self.mapped_unknown || self.mapped_inodes.contains(&(inode.dev, inode.ino)) {
-            self.mapped.insert(object);
         }
     }
 
@@ -420,6 +397,12 @@ impl Engine {
         self.mapped.len()
     }
 
+    /// Whether a file can be changed through a mapping without a record.
+    #[must_use]
+    pub fn silent(&self) -> bool {
+        self.mapped.silent()
+    }
+
     /// Sends what has been collected. What is not exact is named in the stream first, so that
     /// the ring can be released.
     ///
@@ -449,7 +432,7 @@ impl Engine {
         for object in self.model.forget_orphans(&mut self.out) {
             self.dirty.forget(object);
             self.snapshots.remove(&object);
-            self.mapped.remove(&object);
+            self.forget_mapped(object);
             self.multiple.remove(&object);
         }
     }

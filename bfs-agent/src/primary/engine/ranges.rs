@@ -63,6 +63,12 @@ impl RangeSet {
         self.0.iter().map(|(s, e)| *s..*e)
     }
 
+    /// How many ranges there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// How many bytes are in the set.
     #[must_use]
     pub fn bytes(&self) -> u64 {

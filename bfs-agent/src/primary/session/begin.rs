@@ -15,6 +15,7 @@ use crate::primary::capture::probes::group_dir;
 use crate::primary::capture::{CaptureError, LoadOptions, Probes};
 use crate::primary::control::{self, Inbound};
 use crate::primary::engine::Engine;
+use crate::primary::engine::host::HostError;
 use crate::primary::engine::model::{FileSystems, Model};
 use crate::primary::engine::outbox::Outbox;
 use crate::primary::failure::{Failure, Kind};
@@ -74,6 +75,12 @@ impl From<CaptureError> for Failure {
 impl From<ReaderError> for Failure {
     fn from(error: ReaderError) -> Self {
         Self::new(Kind::Path, error.to_string(), "choose a directory on ext4, xfs, btrfs or tmpfs")
+    }
+}
+
+impl From<HostError> for Failure {
+    fn from(error: HostError) -> Self {
+        Self::new(Kind::Other, error.to_string(), "")
     }
 }
 

@@ -1,6 +1,7 @@
 //! The engine's outside world, for real: probes, file systems, shipper, stopper.
 
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -158,8 +159,8 @@ impl Host for Link {
         Ok(())
     }
 
-    fn mapped_by(&mut self, tgid: u32) -> Vec<(u32, u64)> {
-        super::mapped::mapped_by(tgid)
+    fn mapped_by(&mut self, tgid: u32) -> Result<Option<Vec<InodeId>>, HostError> {
+        super::mapped::mapped_by(self, tgid)
     }
 
     fn is_idle(&mut self, call: &InFlight) -> bool {
@@ -199,6 +200,27 @@ impl Host for Link {
         losses.everything |= misses > self.seen_misses;
         self.seen_misses = misses;
         Ok(losses)
+    }
+
+    fn follow_mapped(&mut self, inode: InodeId, pages: bool) -> Result<bool, HostError> {
+        let pages = pages && self.probes.records_dirty_pages() && self.reader.tells_stores(inode)?;
+        Ok(self.probes.follow_mapped(inode, pages).map_err(probes_failed)? && pages)
+    }
+
+    fn forget_mapped(&mut self, inode: InodeId) -> Result<(), HostError> {
+        self.probes.forget_mapped(inode).map_err(probes_failed)
+    }
+
+    fn writable_mappings(&mut self, inode: InodeId) -> Result<Option<u32>, HostError> {
+        Ok(match self.reader.descriptor(inode)? {
+            Some(fd) => self.probes.writable_mappings(fd.as_fd()),
+            None if self.reader.finds_by_number(inode) => Some(0),
+            None => None,
+        })
+    }
+
+    fn clean(&mut self, inode: InodeId, ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, HostError> {
+        self.reader.clean(inode, ranges)
     }
 
     fn pause(&mut self, time: Duration) {

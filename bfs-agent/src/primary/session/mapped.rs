@@ -1,43 +1,83 @@
-//! Shared writable mappings of processes that were there before the probes: `/proc/PID/maps`.
+//! Shared writable mappings that were there before the probes, or before this agent.
 
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use bfs_common::abi::InodeId;
+use rustix::fs::{CWD, Mode, OFlags};
+
+use super::link::Link;
 use super::work::Work;
-use crate::primary::reader::kernel_dev;
+use crate::primary::engine::host::HostError;
+
+/// How often the mappings of a process that changes them all the time are looked at.
+const LOOKS_MAX: u32 = 20;
 
 impl Work {
-    /// Files of the group that a selected process has mapped for writing are read at each
-    /// checkpoint: stores into them leave no record.
-    pub(super) fn suspect_mapped(&mut self) {
-        let tasks = self.link.probes.selected_tasks().unwrap_or_default();
+    /// Files of the group that a selected process has mapped for writing, or an agent before knew to be.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub(super) fn find_mapped(&mut self) -> Result<(), HostError> {
+        let failed = |e: crate::primary::capture::CaptureError| HostError::Probes(e.to_string());
+        for inode in self.link.probes.files_mapped().map_err(failed)? {
+            self.engine.note_mapped(inode, &mut self.link)?;
+        }
+        let tasks = self.link.probes.selected_tasks().map_err(failed)?;
         let mut processes: Vec<u32> = tasks.into_iter().map(|(_, state)| state.tgid).collect();
         processes.sort_unstable();
         processes.dedup();
         for process in processes {
-            for (dev, ino) in mapped_by(process) {
-                self.engine.note_mapped(dev, ino);
-            }
+            self.engine.note_mappings_of(process, &mut self.link)?;
+        }
+        Ok(())
+    }
+}
+
+/// The files that a process has mapped, shared, so that they may be written; none when it is gone, `None` when it
+/// changes its mappings all the time.
+pub(super) fn mapped_by(link: &Link, process: u32) -> Result<Option<Vec<InodeId>>, HostError> {
+    for _ in 0..LOOKS_MAX {
+        if let Some(files) = look(link, process)? {
+            return Ok(Some(files));
         }
     }
+    Ok(None)
 }
 
-/// The files that a process has mapped, shared and writable; none when it is gone.
-pub(super) fn mapped_by(process: u32) -> Vec<(u32, u64)> {
-    let maps = std::fs::read(format!("/proc/{process}/maps")).unwrap_or_default();
-    String::from_utf8_lossy(&maps).lines().filter_map(shared_writable).collect()
+/// `None` when a mapping changed meanwhile.
+fn look(link: &Link, process: u32) -> Result<Option<Vec<InodeId>>, HostError> {
+    let mut files = Vec::new();
+    let Ok(maps) = fs::read(format!("/proc/{process}/maps")) else { return Ok(Some(files)) };
+    for address in String::from_utf8_lossy(&maps).lines().filter_map(shared_file) {
+        // This leads to the file that is mapped, whatever its name leads to by now.
+        let path = format!("/proc/{process}/map_files/{address}");
+        let failed = |source: io::Error| HostError::Read { what: format!("the mapping {path}"), source };
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let fd: OwnedFd = match rustix::fs::openat(CWD, &path, flags, Mode::empty()) {
+            Ok(fd) => fd,
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(e) => return Err(failed(e.into())),
+        };
+        // The line does not tell whether it may be made writable later; this does.
+        if link.probes.writable_mappings(fd.as_fd()) != Some(0) {
+            files.extend(link.reader.inode_of(fd.as_fd()).map_err(failed)?);
+        }
+    }
+    Ok(Some(files))
 }
 
-/// Device and inode of a line that is a shared writable mapping of a file
-/// (`address perms offset major:minor inode path`, proc_pid_maps(5)).
-fn shared_writable(line: &str) -> Option<(u32, u64)> {
+/// The addresses of a line that is a shared mapping of a file
+/// (`address perms offset major:minor inode path`, proc_pid_maps(5)), as `map_files` names them.
+fn shared_file(line: &str) -> Option<&str> {
     let mut fields = line.split_ascii_whitespace();
-    let permissions = fields.nth(1)?;
-    if !permissions.ends_with('s') || !permissions.contains('w') {
+    let address = fields.next()?;
+    if !fields.next()?.ends_with('s') {
         return None;
     }
-    let (major, minor) = fields.nth(1)?.split_once(':')?;
-    let major = u32::from_str_radix(major, 16).ok()?;
-    let minor = u32::from_str_radix(minor, 16).ok()?;
-    let ino = fields.next()?.parse().ok().filter(|ino| *ino > 0)?;
-    Some((kernel_dev(rustix::fs::makedev(major, minor)), ino))
+    let inode: u64 = fields.nth(2)?.parse().ok()?;
+    (inode > 0).then_some(address)
 }
 
 #[cfg(test)]
@@ -45,12 +85,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_shared_writable_files_count() {
+    fn only_shared_files_count() {
         let line = "7f0-7f1 rw-s 00000000 fe:00 1234   /data/file";
-        assert_eq!(shared_writable(line), Some((0xfe << 20, 1234)));
-        assert_eq!(shared_writable("7f0-7f1 rw-p 00000000 fe:00 1234 /data/file"), None);
-        assert_eq!(shared_writable("7f0-7f1 r--s 00000000 fe:00 1234 /data/file"), None);
-        assert_eq!(shared_writable("7f0-7f1 rw-s 00000000 00:00 0"), None);
-        assert_eq!(shared_writable(""), None);
+        assert_eq!(shared_file(line), Some("7f0-7f1"));
+        assert_eq!(shared_file("7f0-7f1 r--s 00000000 fe:00 1234 /data/file"), Some("7f0-7f1"));
+        assert_eq!(shared_file("7f0-7f1 rw-p 00000000 fe:00 1234 /data/file"), None);
+        assert_eq!(shared_file("7f0-7f1 rw-s 00000000 00:00 0"), None);
+        assert_eq!(shared_file(""), None);
     }
 }

@@ -162,7 +162,10 @@ pub fn attach(options: SessionOptions, whom: &Whom, inherited: &Inherited) -> Re
     };
     let state = State::new(&ground.options, &program, selection);
     let mut work = ground.build(probes, Some(stopper), &state, false)?;
-    work.suspect_mapped();
+    if let Err(e) = work.find_mapped() {
+        work.close();
+        return Err(e.into());
+    }
     follow_processes(work, &group, inherited, cgroup.map(|c| c.directory))
 }
 
@@ -195,7 +198,7 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
     };
     let complete = !state.incomplete;
     let mut work = ground.build(probes, Some(stopper), &state, complete)?;
-    work.suspect_mapped();
+    work.find_mapped()?;
     let attached = match &state.selection {
         Selection::Attached(directory) => Some(directory.clone()),
         _ => None,

@@ -265,7 +265,7 @@ impl Work {
         let idle = self.tally.taken > 0
             && self.engine.stats.ops == self.ops_at_checkpoint
             && self.engine.suspects() == 0
-            && self.engine.mapped() == 0
+            && !self.engine.silent()
             && trigger == "every";
         self.last_checkpoint = Instant::now();
         if !idle {

@@ -19,17 +19,59 @@ pub(super) struct Inode {
 
 #[derive(Clone, Debug)]
 pub(super) enum Call {
-    Create { directory: u64, name: Vec<u8> },
-    Write { file: u64, offset: Option<u64>, data: Vec<u8>, inline: bool },
-    Truncate { file: u64, size: u64 },
-    Fchmod { file: u64, mode: u32 },
-    Unlink { at: At },
-    Mkdir { at: At },
-    Rmdir { at: At },
-    Symlink { at: At, target: Vec<u8> },
-    Rename { from: At, to: At },
-    Link { from: At, to: At },
-    Chmod { at: At, mode: u32 },
+    Create {
+        directory: u64,
+        name: Vec<u8>,
+    },
+    Write {
+        file: u64,
+        offset: Option<u64>,
+        data: Vec<u8>,
+        inline: bool,
+    },
+    Truncate {
+        file: u64,
+        size: u64,
+    },
+    Fchmod {
+        file: u64,
+        mode: u32,
+    },
+    Unlink {
+        at: At,
+    },
+    Mkdir {
+        at: At,
+    },
+    Rmdir {
+        at: At,
+    },
+    Symlink {
+        at: At,
+        target: Vec<u8>,
+    },
+    Rename {
+        from: At,
+        to: At,
+    },
+    Link {
+        from: At,
+        to: At,
+    },
+    Chmod {
+        at: At,
+        mode: u32,
+    },
+    Map {
+        file: u64,
+    },
+    /// Not a call: a store into a mapping. The first into a clean page moves the modification time.
+    Store {
+        file: u64,
+        offset: usize,
+        byte: u8,
+        faults: bool,
+    },
 }
 
 /// A directory by inode, and a path below it.
@@ -127,6 +169,15 @@ impl Fs {
                 let f = self.inodes.get_mut(file)?;
                 f.data.resize(*size as usize, 0);
                 f.mtime = stamp;
+                ok(*file)
+            }
+            Call::Map { file } => ok(*file),
+            Call::Store { file, offset, byte, faults } => {
+                let f = self.inodes.get_mut(file)?;
+                *f.data.get_mut(*offset)? = *byte;
+                if *faults {
+                    f.mtime = stamp;
+                }
                 ok(*file)
             }
             Call::Fchmod { file, mode } => {

@@ -4,6 +4,7 @@
 
 mod backup;
 mod fs;
+mod memory;
 mod world;
 
 use std::path::PathBuf;
@@ -38,6 +39,10 @@ fn run(seed: u64) -> (u32, u32) {
     engine.set_roots(vec![(PathBuf::from("/r"), root)]);
     engine.suspect_everything(world.now());
     engine.suspect_events_before(world.now());
+    let mapped: Vec<u64> = world.memory.maps.keys().copied().collect();
+    for file in mapped {
+        engine.note_mapped(world::inode_id(file), &mut world).unwrap();
+    }
     let mut backup = Backup::default();
     let mut checkpoints = 0;
     while world.calls_left > 0 || checkpoints < 2 {

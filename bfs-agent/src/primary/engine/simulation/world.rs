@@ -9,6 +9,7 @@ use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, InodeId, PathEvent, fla
 use bfs_common::record::{FileKind, Meta, Name};
 
 use super::fs::{At, Call, Done, Effect, Fs, ROOT};
+use super::memory::Memory;
 use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
 use crate::tree::Xattrs;
@@ -45,6 +46,7 @@ pub(super) struct World {
     pub(super) stopped: bool,
     pub(super) calls_left: u64,
     pub(super) stops: u32,
+    pub(super) memory: Memory,
 }
 
 pub(super) fn inode_id(ino: u64) -> InodeId {
@@ -66,6 +68,11 @@ impl World {
             stopped: false,
             calls_left: calls,
             stops: 0,
+            memory: Memory {
+                tells: !seed.is_multiple_of(5),
+                cachestat: !seed.is_multiple_of(3),
+                ..Memory::default()
+            },
         }
     }
 
@@ -117,7 +124,7 @@ impl World {
     pub(super) fn invent(&mut self) -> Call {
         let directory = self.pick(FileKind::Directory).unwrap_or(ROOT);
         let file = self.pick(FileKind::Regular);
-        match (self.random.next(16), file) {
+        match (self.random.next(17), file) {
             (0..=5, Some(file)) => {
                 let length = 1 + self.random.next(6) as usize;
                 let byte = self.random.next(200) as u8 + 1;
@@ -126,6 +133,7 @@ impl World {
                 Call::Write { file, offset, data: vec![byte; length], inline }
             }
             (6, Some(file)) => Call::Truncate { file, size: self.random.next(10) },
+            (16, Some(file)) => Call::Map { file },
             (7, Some(file)) => Call::Fchmod { file, mode: self.random.next(0o777) as u32 },
             (8, _) => Call::Unlink { at: self.at() },
             (9, _) => Call::Mkdir { at: self.at() },
@@ -141,6 +149,9 @@ impl World {
     /// Time passes, and one task gets a step further.
     pub(super) fn step(&mut self) {
         self.clock += 1 + self.random.next(40_000);
+        if !self.stopped && self.random.next(4) == 0 {
+            return self.touch_memory();
+        }
         let who = self.random.next(self.tasks.len() as u64) as usize;
         match self.tasks[who].take() {
             None => {
@@ -153,6 +164,17 @@ impl World {
             Some(mut running) if running.effect.is_none() => {
                 self.fresh += 1;
                 let effect = self.fs.run(&running.call, self.clock, self.fresh);
+                match &running.call {
+                    Call::Map { file } => *self.memory.maps.entry(*file).or_default() += 1,
+                    Call::Write { file, data, .. } if effect.ok => {
+                        let end = effect.offset + data.len() as u64;
+                        self.make_dirty(*file, effect.offset..end);
+                    }
+                    Call::Truncate { file, size } if effect.ok => {
+                        self.make_dirty(*file, *size..*size + 1);
+                    }
+                    _ => {}
+                }
                 self.done.push(Done {
                     start_ns: running.start_ns,
                     call: running.call.clone(),
@@ -204,6 +226,12 @@ impl World {
             Call::Truncate { size, .. } => {
                 pack(&FileEvent { file_offset: *size, ..file(libc::SYS_ftruncate, 0) }, b"", b"")
             }
+            Call::Map { .. } => {
+                let event = file(libc::SYS_mmap, 0);
+                let header = EventHeader { kind: kind::MAPPED, ..event.header };
+                pack(&FileEvent { header, ..event }, b"", b"")
+            }
+            Call::Store { .. } => return,
             Call::Fchmod { .. } => pack(&file(libc::SYS_fchmod, 0), b"", b""),
             Call::Unlink { at } => self.path(header, libc::SYS_unlinkat, at, None),
             Call::Mkdir { at } => self.path(header, libc::SYS_mkdirat, at, None),
@@ -350,8 +378,8 @@ impl Host for World {
         Ok(())
     }
 
-    fn mapped_by(&mut self, _tgid: u32) -> Vec<(u32, u64)> {
-        Vec::new()
+    fn mapped_by(&mut self, _tgid: u32) -> Result<Option<Vec<InodeId>>, HostError> {
+        Ok(Some(Vec::new()))
     }
 
     fn is_idle(&mut self, _call: &InFlight) -> bool {
@@ -367,6 +395,25 @@ impl Host for World {
 
     fn losses(&mut self) -> Result<Losses, HostError> {
         Ok(Losses::default())
+    }
+
+    fn follow_mapped(&mut self, inode: InodeId, pages: bool) -> Result<bool, HostError> {
+        self.step();
+        Ok(pages && self.follow(inode))
+    }
+
+    fn forget_mapped(&mut self, inode: InodeId) -> Result<(), HostError> {
+        self.forget(inode);
+        Ok(())
+    }
+
+    fn writable_mappings(&mut self, inode: InodeId) -> Result<Option<u32>, HostError> {
+        self.step();
+        Ok(Some(self.memory.maps.get(&inode.ino).copied().unwrap_or(0)))
+    }
+
+    fn clean(&mut self, inode: InodeId, ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, HostError> {
+        Ok(self.clean_pages(inode.ino, ranges))
     }
 
     fn pause(&mut self, _time: Duration) {
