@@ -32,7 +32,7 @@ use std::rc::Rc;
 use bfs_common::abi::InodeId;
 use bfs_common::record::{CheckpointId, Epoch, GapScope, Meta, Name, ObjectId, Record};
 use bytes::Bytes;
-use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
+use foldhash::{HashMap, HashMapExt, HashSet};
 
 pub use cut::{CheckpointError, RECENT_NS, Request, Stop, Taken};
 use dirty::DirtySet;
