@@ -7,7 +7,7 @@
 
 /// Changes with every change of layout or meaning in this module; the agent refuses to adopt
 /// pinned maps of another version.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 5;
 
 /// Longest path that the kernel takes, with the terminating zero (`include/uapi/linux/limits.h`).
 pub const PATH_MAX: usize = 4096;
@@ -20,6 +20,12 @@ pub const TASKS_MAX: u32 = 32_768;
 
 /// Entries of the map that names objects whose record found no room in the ring.
 pub const SUSPECTS_MAX: u32 = 65_536;
+
+/// Entries of the map of asynchronous operations in flight.
+pub const REQUESTS_MAX: u32 = 32_768;
+
+/// Entries of the map of followed io_uring contexts.
+pub const RINGS_MAX: u32 = 8_192;
 
 /// How many devices (`s_dev`) with subtrees in scope the probes tell apart.
 pub const DEVICES_MAX: usize = 16;
@@ -104,6 +110,25 @@ pub mod kind {
     /// A write whose place is known ended: [`super::WriteEvent`], then data bytes. The commonest record,
     /// so the smallest that will do.
     pub const WRITE: u16 = 30;
+    /// An operation that goes on beyond this record is going to write a range of a file:
+    /// [`super::FileEvent`] without data. It counts when the [`ENDED`] of the same `tid` and
+    /// `start_ns` comes.
+    pub const FILE_BEGUN: u16 = 11;
+    /// The same for an operation with paths: [`super::PathEvent`], then path 1, then path 2.
+    pub const PATH_BEGUN: u16 = 12;
+    /// What was begun has ended: [`super::TaskEvent`], whose `value` is one of
+    /// [`super::ending`].
+    pub const ENDED: u16 = 13;
+}
+
+/// How an operation ended whose records were sent when it began.
+pub mod ending {
+    /// It did what its records say, or may have.
+    pub const DONE: u64 = 0;
+    /// It changed nothing.
+    pub const NOTHING: u64 = 1;
+    /// Its records may not tell what it changed.
+    pub const UNKNOWN: u64 = 2;
 }
 
 /// Bits of [`EventHeader::flags`].
@@ -348,6 +373,51 @@ pub mod slot {
     pub const NAMELESS: u32 = 1 << 5;
     /// The inode was not read at the start: it seemed to be that of the call before.
     pub const KNOWN: u32 = 1 << 16;
+    /// What the call takes could not be read at its start.
+    pub const UNREADABLE: u32 = 1 << 6;
+}
+
+/// Value of the map `REQUESTS`, keyed by the address of the kernel's `struct io_kiocb`: an
+/// io_uring operation that may change a file and is not known to have ended.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Request {
+    /// When it was submitted; 0 until that is known.
+    pub start_ns: u64,
+    /// The file's inode in the kernel (of an operation with paths: the first base), 0 if unknown.
+    pub inode_addr: u64,
+    /// The file.
+    pub inode: InodeId,
+    /// First byte that it may change (of an operation with paths: the second base's inode).
+    pub offset: u64,
+    /// Behind the last one; `u64::MAX` where that is not known.
+    pub end: u64,
+    /// `i_size` when it was submitted.
+    pub size: u64,
+    /// Thread that submitted it.
+    pub tid: u32,
+    /// Its thread group.
+    pub tgid: u32,
+    /// What stands in the `tid` of its records: operations of one thread have no order.
+    pub id: u32,
+    /// `IORING_OP_*`.
+    pub opcode: u32,
+    /// Bits of [`request`].
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Bits of [`Request::flags`].
+pub mod request {
+    /// Its success is not told (`IOSQE_CQE_SKIP_SUCCESS`).
+    pub const SILENT: u32 = 1 << 0;
+    /// It takes paths, which a [`kind::PATH_BEGUN`](super::kind::PATH_BEGUN) record holds.
+    pub const PATH: u32 = 1 << 1;
+    /// It appends.
+    pub const APPEND: u32 = 1 << 2;
+    /// It writes at the file position.
+    pub const AT_POSITION: u32 = 1 << 3;
 }
 
 /// `nr` of a [`TaskState`] between two calls.
@@ -385,6 +455,11 @@ pub mod counter {
     pub const TASKS_FULL: u32 = 8;
     /// Large writes whose bytes found no room in the ring and go by reference.
     pub const DATA_LOST: u32 = 9;
+    /// io_uring and AIO operations that may change a file. Rises before the operation is in
+    /// `REQUESTS`.
+    pub const ASYNC: u32 = 10;
+    /// Operations that found no room in `REQUESTS`, or rings in `RINGS`.
+    pub const REQUESTS_FULL: u32 = 11;
     /// How many counters there are.
     pub const COUNT: u32 = 16;
 }
@@ -458,6 +533,50 @@ pub struct Offsets {
     pub cgroup_ancestors: u32,
     pub cgroup_node: u32,
     pub node_id: u32,
+    /// `inode.i_dio_count`: direct I/O in flight.
+    pub inode_dio_count: u32,
+    /// 1 where the third argument of `io_uring_complete` is the completion, 0 where the fourth is
+    /// the result. What follows is zero without io_uring.
+    pub uring_cqe: u32,
+    pub req_file: u32,
+    pub req_opcode: u32,
+    pub req_flags: u32,
+    pub req_fd: u32,
+    pub req_ctx: u32,
+    pub req_async_data: u32,
+    pub ring_link_head: u32,
+    /// Table of fixed files: 1 where it holds nodes, 0 where it holds the files.
+    pub ring_has_nodes: u32,
+    pub ring_files: u32,
+    pub ring_files_count: u32,
+    pub node_file: u32,
+    pub rw_pos: u32,
+    pub rw_len: u32,
+    pub rw_flags: u32,
+    pub splice_off_out: u32,
+    pub splice_len: u32,
+    pub madvise_advice: u32,
+    pub open_dfd: u32,
+    pub open_name: u32,
+    pub open_flags: u32,
+    pub rename_old_dfd: u32,
+    pub rename_new_dfd: u32,
+    pub rename_old: u32,
+    pub rename_new: u32,
+    pub rename_flags: u32,
+    pub unlink_dfd: u32,
+    pub unlink_name: u32,
+    pub mkdir_dfd: u32,
+    pub mkdir_name: u32,
+    pub link_old_dfd: u32,
+    pub link_new_dfd: u32,
+    pub link_old: u32,
+    pub link_new: u32,
+    pub link_flags: u32,
+    pub xattr_name: u32,
+    pub filename_name: u32,
+    pub msg_addr: u32,
+    pub bind_addr_len: u32,
 }
 
 /// What the agent decides when it loads the probes.
@@ -490,7 +609,8 @@ const _: () = {
     assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 8);
     assert!(size_of::<Suspect>() == 16);
     assert!(size_of::<Settings>() == 64 + 12);
-    assert!(size_of::<Offsets>() == 58 * 4);
+    assert!(size_of::<Request>() == 80);
+    assert!(size_of::<Offsets>() == (58 + 40) * 4);
 };
 
 /// A struct of this ABI that may be copied out of bytes: any bit pattern is a value.
@@ -525,6 +645,7 @@ plain!(
     PathEvent,
     TaskEvent,
     TaskState,
+    Request,
     Suspect
 );
 
@@ -572,7 +693,7 @@ impl<'a> Event<'a> {
         let header = EventHeader::read_from(bytes)?;
         let bytes = bytes.get(..header.len as usize)?;
         match header.kind {
-            kind::FILE | kind::TOUCH | kind::MAPPED => {
+            kind::FILE | kind::TOUCH | kind::MAPPED | kind::FILE_BEGUN => {
                 let event = FileEvent::read_from(bytes)?;
                 let (name, data) = two(bytes.get(size_of::<FileEvent>()..)?, event.name_len, event.data_len)?;
                 Some(Self::File { event, name, data })
@@ -590,13 +711,13 @@ impl<'a> Event<'a> {
                 let (data, _) = two(bytes.get(size_of::<DataEvent>()..)?, event.data_len, 0)?;
                 Some(Self::Data { event, data })
             }
-            kind::PATH | kind::PATH_ENTER => {
+            kind::PATH | kind::PATH_ENTER | kind::PATH_BEGUN => {
                 let event = PathEvent::read_from(bytes)?;
                 let (path1, path2) =
                     two(bytes.get(size_of::<PathEvent>()..)?, event.path1_len, event.path2_len)?;
                 Some(Self::Path { event, path1, path2 })
             }
-            kind::FORK | kind::EXEC | kind::EXIT | kind::COMPAT | kind::JOINED => {
+            kind::FORK | kind::EXEC | kind::EXIT | kind::COMPAT | kind::JOINED | kind::ENDED => {
                 Some(Self::Task { event: TaskEvent::read_from(bytes)? })
             }
             _ => None,

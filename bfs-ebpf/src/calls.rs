@@ -29,6 +29,8 @@ pub mod class {
     pub const FOREIGN_STORE: u8 = 101;
     /// Changes nothing, but may be a 32-bit call of that number, which does.
     pub const MAYBE_COMPAT: u8 = 100;
+    /// `io_submit`.
+    pub const AIO: u8 = 11;
 }
 
 /// Numbers that are looked at one by one.
@@ -45,6 +47,7 @@ pub mod nr {
     pub const FUTIMESAT: u32 = 261;
     pub const SYMLINKAT: u32 = 266;
     pub const SPLICE: u32 = 275;
+    pub const IO_SUBMIT: u32 = 209;
     pub const UTIMENSAT: u32 = 280;
     pub const FALLOCATE: u32 = 285;
     pub const PWRITEV: u32 = 296;
@@ -87,6 +90,7 @@ const fn classes() -> [u8; CALLS] {
     set(&mut table, &[8], class::SEEK);
     // process_vm_writev, 64-bit and 32-bit number
     set(&mut table, &[311, 348], class::FOREIGN_STORE);
+    set(&mut table, &[nr::IO_SUBMIT as usize], class::AIO);
     // mprotect munmap brk mremap madvise shmat shmdt remap_file_pages pkey_mprotect, and those after
     // which another task may change the memory map, or it is another one: clone fork vfork execve
     // execveat clone3

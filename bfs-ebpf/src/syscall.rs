@@ -10,6 +10,7 @@ use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user};
 use bfs_common::abi::{FileEvent, InodeAttr, NO_CALL, TaskState, counter, flag, kind, slot};
 
 use crate::{
+    aio,
     calls::{CALLS, CLASS, class, nr},
     file, kernel,
     maps::{self, SCRATCH, SCRATCH_ENTER, SCRATCH_EXIT, Scratch, count},
@@ -21,13 +22,13 @@ const TS_COMPAT: u32 = 2;
 /// `__X32_SYSCALL_BIT` (`arch/x86/include/uapi/asm/unistd.h`)
 const X32: u64 = 0x4000_0000;
 
-const O_CREAT: u32 = 0o100;
-const O_TRUNC: u32 = 0o1_000;
+pub const O_CREAT: u32 = 0o100;
+pub const O_TRUNC: u32 = 0o1_000;
 const O_DSYNC: u32 = 0o10_000;
 const O_DIRECT: u32 = 0o40_000;
 const O_SYNC: u32 = 0o4_010_000;
 /// `__O_TMPFILE`, without the directory bit.
-const O_TMPFILE: u32 = 0o20_000_000;
+pub const O_TMPFILE: u32 = 0o20_000_000;
 
 /// `include/linux/fs.h`
 const FMODE_WRITE: u32 = 2;
@@ -162,6 +163,7 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     state.args[5] = register(regs, reg::R9);
     let follow = match class {
         class::OPEN => opens(state, number),
+        class::AIO => true,
         class::PATH => takes_path(state, number),
         class::IOCTL => !is_harmless(state.args[1] as u32) && enter_file(state, number, class),
         class::MMAP => {
@@ -189,7 +191,15 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
         compiler_fence(Ordering::SeqCst);
         core::ptr::write_volatile(&raw mut state.start_ns, bpf_ktime_get_ns());
     }
-    if state.file == 0 && (class == class::PATH || class == class::OPEN) && kernel::paths_are_shared() {
+    if class == class::AIO {
+        if let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_ENTER) {
+            // SAFETY: this CPU's entry of this hook.
+            aio::enter(unsafe { &mut *scratch }, state, pid_tgid);
+        }
+    } else if state.file == 0
+        && (class == class::PATH || class == class::OPEN)
+        && kernel::paths_are_shared()
+    {
         enter_path(state, number, pid_tgid);
     }
 }
@@ -376,6 +386,10 @@ pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) ->
 fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64, scratch: &mut Scratch) {
     // SAFETY: a helper without arguments.
     let end_ns = unsafe { bpf_ktime_get_ns() };
+    if class == class::AIO {
+        aio::exit(scratch, state, ret, pid_tgid);
+        return;
+    }
     let by_descriptor = state.file != 0;
     let failed = ret < 0;
     if class == class::PATH && !by_descriptor {
@@ -656,7 +670,7 @@ fn exit_path(
 /// Whether an open that failed may have created or truncated before. The errors left out come
 /// before anything is done: ENOENT, EBADF, EFAULT, EEXIST, ENOTDIR, EISDIR, ENFILE, EMFILE, EROFS.
 #[inline(always)]
-fn open_may_have_changed(ret: i64) -> bool {
+pub fn open_may_have_changed(ret: i64) -> bool {
     !matches!(ret, -2 | -9 | -14 | -17 | -20 | -21 | -23 | -24 | -30)
 }
 

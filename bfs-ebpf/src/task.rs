@@ -61,6 +61,35 @@ pub fn emit(kind: u16, nr: u32, tid: u32, tgid: u32, value: u64, last_thread: u3
     count(counter::RECORDS);
 }
 
+/// Puts the end of what was begun into the ring.
+#[inline(always)]
+pub fn emit_ended(start_ns: u64, nr: u32, tid: u32, tgid: u32, ret: i64, how: u64) {
+    let Some(mut entry) = RING.reserve::<TaskEvent>(0) else {
+        rescan();
+        return;
+    };
+    let event = entry.as_mut_ptr();
+    // SAFETY: the record was reserved; every field is written.
+    unsafe {
+        let header = &raw mut (*event).header;
+        (*header).len = size_of::<TaskEvent>() as u32;
+        (*header).kind = kind::ENDED;
+        (*header).flags = 0;
+        (*header).start_ns = start_ns;
+        (*header).end_ns = bpf_ktime_get_ns();
+        (*header).tid = tid;
+        (*header).tgid = tgid;
+        (*header).nr = nr;
+        (*header).read_ns = 0;
+        (*header).ret = ret;
+        (*event).value = how;
+        (*event).last_thread = 0;
+        (*event).reserved = 0;
+    }
+    entry.submit(NO_WAKEUP);
+    count(counter::RECORDS);
+}
+
 /// `sched_process_fork(parent, child)`: runs in the parent, before the child's first instruction.
 #[inline(always)]
 pub fn fork(child: u64) -> Option<u32> {

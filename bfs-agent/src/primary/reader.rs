@@ -247,6 +247,15 @@ impl Reader {
         inner().map_err(|source| HostError::Read { what: format!("attributes of {inode:?}"), source })
     }
 
+    /// A descriptor of an inode, not for reading; `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    pub fn descriptor(&self, inode: InodeId) -> Result<Option<OwnedFd>, HostError> {
+        self.open(inode, OFlags::PATH)
+            .map_err(|source| HostError::Read { what: format!("the file {inode:?}"), source })
+    }
+
     /// Extended attributes of an inode; `None` when it is gone.
     ///
     /// # Errors

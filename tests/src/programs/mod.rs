@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 
 pub mod append;
 pub mod racing;
+pub mod requests;
 pub mod scripts;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
@@ -192,6 +193,7 @@ pub fn main(args: &[String]) -> Result<()> {
         "append-writers" => append::run(&place, append::Pace::Steady, writer),
         "append-bursts" => append::run(&place, append::Pace::Bursts, writer),
         "racing-buffer" => racing::run(&place),
+        name if name.starts_with("requests-") => requests::run(&place, name),
         #[cfg(feature = "sqlite")]
         "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
         #[cfg(feature = "sqlite")]

@@ -32,6 +32,9 @@ enum Type {
     },
     /// typedef, const, volatile, restrict, type tag: stands for another type.
     Alias(u32),
+    Pointer(u32),
+    /// A function with so many parameters.
+    Function(usize),
     Other,
 }
 
@@ -41,7 +44,12 @@ pub struct KernelTypes {
     types: Vec<Type>,
     members: Vec<Member>,
     structs: HashMap<Vec<u8>, u32>,
+    /// The types of tracepoints, `btf_trace_NAME`.
+    traces: HashMap<Vec<u8>, u32>,
 }
+
+/// What the kernel calls the types of tracepoints.
+const TRACE: &[u8] = b"btf_trace_";
 
 impl KernelTypes {
     /// Reads the types from `path`, usually [`KERNEL_BTF`].
@@ -69,8 +77,13 @@ impl KernelTypes {
         let strings = section(word(16)?, word(20)?)?.to_vec();
         let mut rest = section(word(8)?, word(12)?)?;
         // Type 0 is void.
-        let mut this =
-            Self { strings, types: vec![Type::Other], members: Vec::new(), structs: HashMap::new() };
+        let mut this = Self {
+            strings,
+            types: vec![Type::Other],
+            members: Vec::new(),
+            structs: HashMap::new(),
+            traces: HashMap::new(),
+        };
         while !rest.is_empty() {
             let head: [u32; 3] = take(&mut rest)?;
             let [name, info, size_or_type] = head;
@@ -96,17 +109,28 @@ impl KernelTypes {
                     Type::Composite { first, count }
                 }
                 // typedef, volatile, const, restrict, type tag
-                8..=11 | 18 => Type::Alias(size_or_type),
+                8..=11 | 18 => {
+                    let trace = this.string(name).and_then(|name| name.strip_prefix(TRACE)).map(<[u8]>::to_vec);
+                    if let Some(trace) = trace {
+                        this.traces.insert(trace, size_or_type);
+                    }
+                    Type::Alias(size_or_type)
+                }
                 // int, var, declaration tag: one word more
                 1 | 14 | 17 => skip(&mut rest, 4)?,
                 // array: three words
                 3 => skip(&mut rest, 12)?,
                 // enum, function prototype: two words each
-                6 | 13 => skip(&mut rest, 8 * count)?,
+                6 => skip(&mut rest, 8 * count)?,
+                13 => {
+                    skip(&mut rest, 8 * count)?;
+                    Type::Function(count)
+                }
                 // data section, 64-bit enum: three words each
                 15 | 19 => skip(&mut rest, 12 * count)?,
-                // pointer, forward, function, float
-                2 | 7 | 12 | 16 => Type::Other,
+                2 => Type::Pointer(size_or_type),
+                // forward, function, float
+                7 | 12 | 16 => Type::Other,
                 _ => return None,
             };
             this.types.push(parsed);
@@ -130,6 +154,18 @@ impl KernelTypes {
             id = self.resolve(member_type)?;
         }
         (bits % 8 == 0).then_some(bits / 8)
+    }
+
+    /// How many arguments a tracepoint has; `None` if the kernel has no such tracepoint.
+    #[must_use]
+    pub fn trace_arguments(&self, name: &str) -> Option<usize> {
+        let id = self.resolve(*self.traces.get(name.as_bytes())?)?;
+        let Type::Pointer(function) = *self.types.get(id as usize)? else { return None };
+        match self.types.get(self.resolve(function)? as usize)? {
+            // The first one is the probe's own data.
+            Type::Function(parameters) => parameters.checked_sub(1),
+            _ => None,
+        }
     }
 
     fn resolve(&self, mut id: u32) -> Option<u32> {
@@ -163,7 +199,7 @@ impl KernelTypes {
     }
 
     /// The offset of the first of several members that exists.
-    fn any(&self, composite: &'static str, paths: &[&'static str]) -> Result<u32, CaptureError> {
+    pub(super) fn any(&self, composite: &'static str, paths: &[&'static str]) -> Result<u32, CaptureError> {
         paths.iter().find_map(|path| self.offset(composite, path)).ok_or(CaptureError::MissingField {
             composite,
             field: paths.first().copied().unwrap_or_default(),
@@ -206,7 +242,7 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         (Some(root), Some(inode)) => root.cast_signed() - inode.cast_signed(),
         _ => 0,
     };
-    Ok(Offsets {
+    let found = Offsets {
         task_files: one("task_struct", "files")?,
         task_fs: one("task_struct", "fs")?,
         task_mm: one("task_struct", "mm")?,
@@ -265,7 +301,10 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         cgroup_ancestors: one("cgroup", "ancestors")?,
         cgroup_node: one("cgroup", "kn")?,
         node_id: one("kernfs_node", "id")?,
-    })
+        inode_dio_count: one("inode", "i_dio_count")?,
+        ..Offsets::default()
+    };
+    if found.task_io_uring == 0 { Ok(found) } else { super::uring::offsets(types, found) }
 }
 
 #[cfg(test)]
@@ -290,6 +329,10 @@ mod tests {
             assert_eq!((found.dentry_parent, found.dentry_name, found.dentry_inode), (24, 32, 48));
             assert_eq!((found.vma_file, found.vma_flags), (88, 32));
             assert_eq!(found.file_count_one, 0);
+            assert_eq!((found.req_file, found.req_opcode, found.uring_cqe), (0, 64, 1));
+            assert_eq!(types.trace_arguments("io_uring_complete"), Some(3));
+            assert_eq!(types.trace_arguments("io_uring_submit_req"), Some(1));
+            assert_eq!(types.trace_arguments("io_uring_submit_sqe"), None);
         }
     }
 

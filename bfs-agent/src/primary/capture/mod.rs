@@ -5,6 +5,7 @@ pub mod log;
 pub mod probes;
 pub mod ring;
 mod sys;
+mod uring;
 
 use std::{io, path::PathBuf};
 

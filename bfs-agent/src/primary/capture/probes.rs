@@ -5,21 +5,21 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::atomic::{Ordering, fence},
 };
 
 use aya::{
     Btf, Ebpf, EbpfError, EbpfLoader,
-    programs::{BtfTracePoint, ProgramError, links::FdLink},
+    programs::{BtfTracePoint, ProgramError, RawTracePoint, links::FdLink},
 };
 use bfs_common::abi::{
-    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX,
-    TaskState, counter, role,
+    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, REQUESTS_MAX, Request, SUSPECTS_MAX, Settings,
+    Suspect, TASKS_MAX, TaskState, counter, role,
 };
 
-use super::{CaptureError, btf, log, log::ProbeLog, ring::Ring, sys};
+use super::{CaptureError, btf, log, log::ProbeLog, ring::Ring, sys, uring};
 
 /// The compiled probes.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bfs-ebpf"));
@@ -34,7 +34,9 @@ const PROGRAMS: [&str; 6] = [
     "sys_exit",
     "sys_enter",
 ];
-const MAPS: [&str; 5] = ["RING", "TASKS", "SUSPECTS", "COUNTERS", "META"];
+/// Attached to nothing, run by the agent.
+const DIRECT_IO: &str = "direct_io";
+const MAPS: [&str; 7] = ["RING", "TASKS", "REQUESTS", "RINGS", "SUSPECTS", "COUNTERS", "META"];
 
 /// Largest [`LoadOptions::inline_max`]: what the loop over chunks in the probe can take.
 pub const INLINE_MAX: u32 = 1 << 21;
@@ -135,6 +137,8 @@ impl Counters {
 pub struct Probes {
     pin_dir: PathBuf,
     tasks: OwnedFd,
+    requests: OwnedFd,
+    direct_io: OwnedFd,
     suspects: OwnedFd,
     counters: OwnedFd,
     programs: Vec<(&'static str, OwnedFd)>,
@@ -153,7 +157,8 @@ impl Probes {
     /// Loads, pins and attaches the probes.
     pub fn load(options: &LoadOptions) -> Result<Self, CaptureError> {
         let settings = options.settings()?;
-        let offsets = btf::offsets(&btf::KernelTypes::read(&options.btf)?)?;
+        let types = btf::KernelTypes::read(&options.btf)?;
+        let offsets = btf::offsets(&types)?;
         if !rustix::process::geteuid().is_root() {
             return Err(CaptureError::NotRoot);
         }
@@ -167,7 +172,7 @@ impl Probes {
             }
             Err(source) => return Err(no_bpf_fs(&options.pin_dir, source)),
         }
-        let loaded = load_pinned(options, &offsets, &settings).and_then(|mut ebpf| {
+        let loaded = load_pinned(options, &types, &offsets, &settings).and_then(|mut ebpf| {
             let mut probes = Self::adopt(&options.pin_dir)?;
             if options.log > 0 {
                 probes.log = Some(ProbeLog::open(&mut ebpf)?);
@@ -204,10 +209,19 @@ impl Probes {
             // A link that is missing would mean probes that do not run.
             open(&link_name(name))?;
         }
+        // Not there on a kernel without io_uring.
+        for (name, _) in uring::PROGRAMS {
+            if pin_dir.join(name).exists() {
+                programs.push((name, open(name)?));
+                open(&link_name(name))?;
+            }
+        }
         let ring = Ring::open(open("RING")?).map_err(kernel("cannot map the ring"))?;
         Ok(Self {
             pin_dir: pin_dir.to_owned(),
             tasks: open("TASKS")?,
+            requests: open("REQUESTS")?,
+            direct_io: open(DIRECT_IO)?,
             suspects: open("SUSPECTS")?,
             counters: open("COUNTERS")?,
             programs,
@@ -289,6 +303,39 @@ impl Probes {
         Ok(state.active != 0 && (start_ns <= 1 || state.start_ns == start_ns))
     }
 
+    /// The io_uring operations that may change a file and are not known to have ended, each with the
+    /// key that [`Self::request`] takes.
+    ///
+    /// Complete as [`Self::in_flight`] is: an entry stands in the map before its start is taken.
+    pub fn requests(&self) -> Result<Vec<(u64, Request)>, CaptureError> {
+        fence(Ordering::SeqCst);
+        sys::entries(self.requests.as_fd(), REQUESTS_MAX, false)
+            .map_err(kernel("cannot read the asynchronous operations"))
+    }
+
+    /// One of them, if it is still there.
+    pub fn request(&self, key: u64) -> Result<Option<Request>, CaptureError> {
+        let mut bytes = [0; size_of::<Request>()];
+        let found = sys::lookup(self.requests.as_fd(), &key, &mut bytes)
+            .map_err(kernel("cannot read an asynchronous operation"))?;
+        Ok(Request::read_from(&bytes).filter(|_| found))
+    }
+
+    /// Takes out one of them that nobody can carry out any more.
+    pub fn forget_request(&self, key: u64) -> Result<(), CaptureError> {
+        sys::delete(self.requests.as_fd(), &key)
+            .map(drop)
+            .map_err(kernel("cannot forget an asynchronous operation"))
+    }
+
+    /// Whether no direct I/O is in flight on the open file.
+    pub fn is_at_rest(&self, file: BorrowedFd<'_>) -> Result<bool, CaptureError> {
+        let number = u64::from(file.as_raw_fd().cast_unsigned());
+        sys::run(self.direct_io.as_fd(), number)
+            .map(|in_flight| in_flight == 0)
+            .map_err(kernel("cannot ask for direct I/O in flight"))
+    }
+
     /// Takes out the objects whose records found no room in the ring.
     pub fn drain_suspects(&self) -> Result<Vec<(InodeId, Suspect)>, CaptureError> {
         sys::entries(self.suspects.as_fd(), SUSPECTS_MAX, true).map_err(kernel("cannot read the suspects"))
@@ -340,7 +387,12 @@ fn link_name(program: &str) -> String {
     format!("link_{program}")
 }
 
-fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) -> Result<Ebpf, CaptureError> {
+fn load_pinned(
+    options: &LoadOptions,
+    types: &btf::KernelTypes,
+    offsets: &Offsets,
+    settings: &Settings,
+) -> Result<Ebpf, CaptureError> {
     let kernel_btf = Btf::parse_file(&options.btf, aya::Endianness::default())
         .map_err(|error| CaptureError::NoBtf { path: options.btf.clone(), reason: error.to_string() })?;
     let mut ebpf = EbpfLoader::new()
@@ -351,32 +403,48 @@ fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) ->
         .map_max_entries("RING", options.ring_bytes)
         .load(OBJECT)
         .map_err(|error| load_error("(maps)", &error))?;
-    for name in PROGRAMS {
+    let mut names: Vec<(&str, &str)> = PROGRAMS.map(|name| (name, name)).to_vec();
+    if offsets.task_io_uring != 0 {
+        for (name, tracepoints) in uring::PROGRAMS {
+            names.push((name, uring::tracepoint(types, tracepoints)?));
+        }
+    }
+    for (name, tracepoint) in &names {
         let program: &mut BtfTracePoint =
             program(&mut ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))?;
-        program.load(name, &kernel_btf).map_err(|error| refused(name, &error))?;
+        program.load(tracepoint, &kernel_btf).map_err(|error| refused(name, &error))?;
     }
+    let look: &mut RawTracePoint = program(&mut ebpf, DIRECT_IO)?
+        .try_into()
+        .map_err(|error: ProgramError| refused(DIRECT_IO, &error))?;
+    look.load().map_err(|error| refused(DIRECT_IO, &error))?;
+    look.pin(options.pin_dir.join(DIRECT_IO)).map_err(|error| pin_failed("probe", DIRECT_IO, error))?;
     for name in MAPS {
         let map = ebpf.map(name).ok_or_else(|| missing(name))?;
-        map.pin(options.pin_dir.join(name))
-            .map_err(|error| kernel(format!("cannot pin the map {name}"))(io::Error::other(error)))?;
+        map.pin(options.pin_dir.join(name)).map_err(|error| pin_failed("map", name, error))?;
     }
     let meta = sys::open_pin(&options.pin_dir.join("META")).map_err(kernel("cannot open META"))?;
     let value = [u64::from(ABI_VERSION), u64::from(options.ring_bytes), 0, 0];
     sys::update(meta.as_fd(), &0u32, &value, 0).map_err(kernel("cannot write META"))?;
-    for name in PROGRAMS {
+    for (name, _) in &names {
         let program: &mut BtfTracePoint =
             program(&mut ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))?;
-        program
-            .pin(options.pin_dir.join(name))
-            .map_err(|error| kernel(format!("cannot pin the probe {name}"))(io::Error::other(error)))?;
+        program.pin(options.pin_dir.join(name)).map_err(|error| pin_failed("probe", name, error))?;
         let link =
             program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
         FdLink::from(link)
             .pin(options.pin_dir.join(link_name(name)))
-            .map_err(|error| kernel(format!("cannot pin the link of {name}"))(io::Error::other(error)))?;
+            .map_err(|error| pin_failed("link", name, error))?;
     }
     Ok(ebpf)
+}
+
+fn pin_failed(
+    what: &str,
+    name: &str,
+    error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> CaptureError {
+    kernel(format!("cannot pin the {what} {name}"))(io::Error::other(error))
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::Program, CaptureError> {
@@ -466,8 +534,9 @@ fn mount_bpf_fs() -> Result<(), CaptureError> {
 
 /// Links first: then nothing runs any more.
 fn remove_pins(pin_dir: &Path) -> io::Result<()> {
-    let names = PROGRAMS.iter().map(|name| link_name(name));
-    let names = names.chain(PROGRAMS.iter().chain(&MAPS).map(|&name| name.to_owned()));
+    let attached = || PROGRAMS.into_iter().chain(uring::PROGRAMS.map(|program| program.0));
+    let names = attached().map(link_name);
+    let names = names.chain(attached().chain([DIRECT_IO]).chain(MAPS).map(str::to_owned));
     for name in names {
         match fs::remove_file(pin_dir.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -94,12 +94,21 @@ impl Engine {
         }
         self.check_entered(event, host, span);
         self.chunks.remove(&tid);
+        // Its paths were resolved at some moment between its ends, in a task that went on.
+        if matches!(event, Event::Path { event: e, .. } if e.header.kind == kind::PATH_BEGUN) {
+            for thing in &touches {
+                self.stain(thing, span.end_ns, false);
+            }
+        }
     }
 
     /// Another thread could change a path while the kernel used it: where the path at the start
     /// differs from the one at the end, both places are suspect.
     fn check_entered(&mut self, event: &Event<'_>, host: &mut dyn Host, span: Span) {
         let Event::Path { event: e, path1, path2 } = event else { return };
+        if e.header.kind == kind::PATH_BEGUN {
+            return;
+        }
         let Some((start_ns, old1, old2)) = self.entered.remove(&span.tid) else {
             // The paths at the start were read by an agent that died.
             if e.header.flags & flag::PATH_SHARED != 0 && self.reads.adopted(span.start_ns) {
@@ -130,7 +139,7 @@ impl Engine {
         }
     }
 
-    fn stain_range(&mut self, object: ObjectId, range: Range<u64>) {
+    pub(super) fn stain_range(&mut self, object: ObjectId, range: Range<u64>) {
         if range == (0..u64::MAX) {
             self.dirty.whole(object);
         } else {
@@ -140,7 +149,7 @@ impl Engine {
 
     /// Notes the call among the recent ones; says whether its order against another is unknown.
     /// What the other one did with names is then suspect as well.
-    fn note(&mut self, touches: &[Thing], act: &Act, span: Span) -> bool {
+    pub(super) fn note(&mut self, touches: &[Thing], act: &Act, span: Span) -> bool {
         let mut ambiguous = false;
         let names = touches.iter().any(|t| matches!(t, Thing::Entry(..)));
         // An empty one would be made anew for each write.
@@ -233,7 +242,7 @@ impl Engine {
     /// A call changed an object by a name of which the model does not know for sure what it
     /// names. What the name names is read when the entry is settled; but should the name be gone
     /// by then, the object may live on under another one.
-    fn suspect_multiple(&mut self, end_ns: u64) {
+    pub(super) fn suspect_multiple(&mut self, end_ns: u64) {
         let multiple: Vec<_> = self.multiple.iter().copied().collect();
         for object in multiple {
             self.suspect_object(object, end_ns);
@@ -315,6 +324,7 @@ impl Engine {
                 };
                 if missed {
                     self.suspect_object(object, span.end_ns);
+                    self.suspect_new_file(object);
                 }
                 self.model.link(parent, &name, object, &mut self.out);
                 self.snapshot(object, &attr, span);
@@ -350,6 +360,14 @@ impl Engine {
                     }
                 } else {
                     self.stain_range(object, range);
+                }
+            }
+            Act::Linger { object, range } => {
+                self.dirty.restless(object);
+                self.stain_range(object, range);
+                self.dirty.meta(object, span.end_ns);
+                if self.model.get(object).is_some_and(|o| o.xattrs.contains_key(CAPABILITY)) {
+                    self.dirty.xattrs(object);
                 }
             }
             Act::Truncate { object, size, attr, place } => {

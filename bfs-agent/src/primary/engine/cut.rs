@@ -22,7 +22,7 @@ use bfs_common::record::{
 use smallvec::smallvec;
 
 use super::Engine;
-use super::host::{Host, HostError, InFlight, OwnedEvent};
+use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
 use super::interpret::{Thing, Things, interpret, span_of};
 use super::recent::Span;
 
@@ -32,6 +32,11 @@ const TRIES: u32 = 12;
 const ROUNDS_AHEAD: u32 = 6;
 /// How long covered calls may take to end before the checkpoint is given up for now.
 const COVERED_NS_MAX: u64 = 5_000_000_000;
+/// How long asynchronous operations may take to end before the processes are stopped: unlike calls
+/// many of them are in flight at any time, and some never tell their end.
+const REQUESTS_NS_MAX: u64 = 30_000_000;
+/// How long direct I/O may take to come to rest while the processes run, and in a stop.
+const REST_NS_MAX: [u64; 2] = [10_000_000, 2_000_000_000];
 /// How long calls that began during the reading may take to end before the cut is tried again.
 const READING_NS_MAX: u64 = 20_000_000;
 /// More than this is read before the instant is chosen.
@@ -138,6 +143,18 @@ enum Tried {
     /// Everything that started at or before this is in the stream, exactly.
     Settled(u64),
     Again,
+    /// It comes about only with the processes stopped.
+    InStop,
+}
+
+/// What became of the calls in flight at an instant.
+enum Waited {
+    /// They have ended: what they touched.
+    Ended(Vec<Crossing>),
+    /// Too much had to be held back meanwhile.
+    TooMuch,
+    /// Asynchronous operations go on.
+    Requests,
 }
 
 /// How a cut came about.
@@ -165,6 +182,13 @@ fn wait(host: &mut dyn Host, flying: &mut Vec<InFlight>, waited_ns: u64) -> Resu
     Ok(())
 }
 
+/// Takes the asynchronous operations out of the list.
+fn take_requests(flying: &mut Vec<InFlight>) -> Vec<HostRequest> {
+    let requests = flying.iter().filter_map(|f| f.request).collect();
+    flying.retain(|f| f.request.is_none());
+    requests
+}
+
 impl Engine {
     /// Takes a checkpoint. With [`Stop::Hold`] the processes stand when this returns `Ok`, and
     /// the caller must let them go.
@@ -189,12 +213,12 @@ impl Engine {
         let begun = host.now();
         self.read_ahead(host)?;
         // Stores into a shared mapping leave no record: they hold still only in a stop.
-        let must_stop = request.stop != Stop::Never && !self.mapped.is_empty();
+        let must_stop = request.stop != Stop::Never && (!self.mapped.is_empty() || self.restless);
         let mut tries = 0;
         if request.stop != Stop::Hold && !must_stop {
             while tries < TRIES {
                 tries += 1;
-                match self.try_cut(host)? {
+                match self.try_cut(host, false)? {
                     Tried::Settled(at_ns) => {
                         let how = How { begun, tries, at_ns, stopped_us: 0 };
                         return self.mark(host, request, &how);
@@ -202,6 +226,10 @@ impl Engine {
                     Tried::Again => {
                         self.stats.retries += 1;
                         self.replay(host)?;
+                    }
+                    Tried::InStop => {
+                        self.replay(host)?;
+                        break;
                     }
                 }
             }
@@ -233,16 +261,18 @@ impl Engine {
         }
         // Calls of processes that are not stopped can still cross the reads.
         for _ in 0..TRIES {
-            match self.try_cut(host)? {
+            match self.try_cut(host, true)? {
                 Tried::Settled(at_ns) => {
                     if !host.standing() {
                         let why = "they were let go before everything was read".into();
                         return Err(HostError::Stop(why).into());
                     }
+                    self.restless = false;
                     let stopped_us = (host.now().saturating_sub(stopping) / 1000).max(1);
                     return self.mark(host, request, &How { begun, tries, at_ns, stopped_us });
                 }
                 Tried::Again => self.replay(host)?,
+                Tried::InStop => break,
             }
         }
         Err(CheckpointError::Unsettled { suspects: self.dirty.len() })
@@ -265,7 +295,7 @@ impl Engine {
         assert!(self.deferred.is_empty(), "events are taken in in their order");
         let mut event = std::mem::take(&mut self.spare);
         let mut taken = 0;
-        while taken < max && host.next_event(&mut event)? {
+        while taken < max && self.next_event(host, &mut event)? {
             self.consume(&event, host)?;
             taken += 1;
         }
@@ -283,7 +313,10 @@ impl Engine {
         let any = everything || !losses.inodes.is_empty();
         for inode in losses.inodes {
             match self.model.find(inode) {
-                Some(object) => self.suspect_object(object, host.now()),
+                Some(object) => {
+                    self.suspect_object(object, host.now());
+                    self.dirty.restless(object);
+                }
                 // An object that the model does not know: its creation may be what was lost.
                 None => everything = true,
             }
@@ -309,15 +342,22 @@ impl Engine {
         Ok(())
     }
 
-    fn try_cut(&mut self, host: &mut dyn Host) -> Result<Tried, CheckpointError> {
+    fn try_cut(&mut self, host: &mut dyn Host, stopped: bool) -> Result<Tried, CheckpointError> {
         self.drain(host)?;
         let t = host.now();
-        let Some(crossing) = self.wait_covered(host, t)? else { return Ok(again("much is held back")) };
+        let crossing = match self.wait_covered(host, t, stopped)? {
+            Waited::Ended(crossing) => crossing,
+            Waited::TooMuch => return Ok(again("much is held back")),
+            Waited::Requests => {
+                tracing::debug!("asynchronous operations go on: the processes are stopped");
+                return Ok(Tried::InStop);
+            }
+        };
         // A call that started before a covered one ended may still run: its part in the covered
         // one's record is known only when it has ended.
         let last = crossing.iter().map(|c| c.until_ns).max();
         if let Some(last) = last
-            && !self.wait_reading(host, last)?
+            && !self.wait_reading(host, last, stopped)?
         {
             return Ok(again("a call that a covered one may share with does not end"));
         }
@@ -329,11 +369,15 @@ impl Engine {
         if self.crosses(host, &crossing) {
             return Ok(again("a covered call shares something with a later one"));
         }
+        if !self.wait_rest(host, stopped)? {
+            tracing::debug!(stopped, "direct I/O does not come to rest");
+            return Ok(Tried::InStop);
+        }
         // Also taking in a covered call can read (the inode of a new directory).
         if !self.dirty.is_empty() || self.reads.any_since(t) {
             self.settle(host, false)?;
             let read_until = host.now();
-            if !self.wait_reading(host, read_until)? {
+            if !self.wait_reading(host, read_until, stopped)? {
                 return Ok(again("a call that began during the reading does not end"));
             }
             self.take_losses(host)?;
@@ -348,26 +392,37 @@ impl Engine {
 
     /// Waits until the calls that started at or before `t` have ended, takes them in and holds
     /// the others back. Gives what the calls that were running at `t` touched, each with its
-    /// end; `None` when too much had to be held back.
+    /// end. Asynchronous operations are waited for only while the processes run.
     fn wait_covered(
         &mut self,
         host: &mut dyn Host,
         t: u64,
-    ) -> Result<Option<Vec<Crossing>>, CheckpointError> {
+        stopped: bool,
+    ) -> Result<Waited, CheckpointError> {
         let mut crossing = Vec::new();
         let mut event = OwnedEvent::default();
         let mut flying = host.in_flight(t)?;
+        let resting = if stopped { take_requests(&mut flying) } else { Vec::new() };
         loop {
             // The ring is drained after the look: a call that is not in flight any more has its
             // record there.
-            while host.next_event(&mut event)? {
+            while self.next_event(host, &mut event)? {
                 self.cover(host, &mut event, t, &mut crossing)?;
             }
-            let Some(oldest) = flying.iter().min_by_key(|f| f.start_ns) else { return Ok(Some(crossing)) };
+            let Some(oldest) = flying.iter().min_by_key(|f| f.start_ns) else {
+                self.resting |= !resting.is_empty();
+                for request in &resting {
+                    self.suspect_request(request, host);
+                }
+                return Ok(Waited::Ended(crossing));
+            };
             if self.too_much_deferred() {
-                return Ok(None);
+                return Ok(Waited::TooMuch);
             }
             let waited = host.now().saturating_sub(t);
+            if flying.iter().any(|f| f.request.is_some_and(|r| r.silent || waited > REQUESTS_NS_MAX)) {
+                return Ok(Waited::Requests);
+            }
             if waited > COVERED_NS_MAX {
                 let for_ms = host.now().saturating_sub(oldest.start_ns) / 1_000_000;
                 let (tgid, tid, nr) = (oldest.tgid, oldest.tid, oldest.nr);
@@ -443,12 +498,35 @@ impl Engine {
         })
     }
 
+    /// Waits until direct I/O that goes on in files that are to be read comes to rest.
+    fn wait_rest(&mut self, host: &mut dyn Host, stopped: bool) -> Result<bool, HostError> {
+        let since = host.now();
+        for object in self.dirty.all_restless() {
+            let Some(inode) = self.model.get(object).map(|o| o.inode) else { continue };
+            while !host.is_at_rest(inode)? {
+                if host.now().saturating_sub(since) > REST_NS_MAX[usize::from(stopped)] {
+                    return Ok(false);
+                }
+                host.pause(PAUSE);
+            }
+        }
+        Ok(true)
+    }
+
     /// Waits until the calls that started while we read have ended, and holds them back.
-    fn wait_reading(&mut self, host: &mut dyn Host, read_until: u64) -> Result<bool, HostError> {
+    fn wait_reading(
+        &mut self,
+        host: &mut dyn Host,
+        read_until: u64,
+        stopped: bool,
+    ) -> Result<bool, HostError> {
         let mut flying = host.in_flight(read_until)?;
+        if stopped {
+            take_requests(&mut flying);
+        }
         loop {
             let mut event = OwnedEvent::default();
-            while host.next_event(&mut event)? {
+            while self.next_event(host, &mut event)? {
                 self.defer(std::mem::take(&mut event));
             }
             if flying.is_empty() {
@@ -526,6 +604,10 @@ impl Engine {
         };
         let sequence = self.out.push(&Record::Checkpoint { checkpoint, label }, b"");
         self.last_checkpoint = checkpoint;
+        if std::mem::take(&mut self.resting) {
+            // They were read half way: when they end, what they touch is read again.
+            self.suspect_events_before(host.now());
+        }
         self.out.close(self.position);
         host.ship(self.out.take())?;
         // Stores into a mapping can come at any moment: a successor has to know.

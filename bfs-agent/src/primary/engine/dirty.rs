@@ -23,6 +23,9 @@ pub struct Dirty {
     pub entries: BTreeMap<Name, bool>,
     /// All entries of a directory, listed; `true` as above.
     pub rescan: Option<bool>,
+    /// Asynchronous writes may go on: it is read when no direct I/O is in flight, whatever was
+    /// captured since.
+    pub restless: bool,
 }
 
 impl Dirty {
@@ -42,6 +45,7 @@ impl Dirty {
             *self.entries.entry(name).or_default() |= deep;
         }
         self.rescan = self.rescan.max(other.rescan);
+        self.restless |= other.restless;
     }
 }
 
@@ -93,6 +97,19 @@ impl DirtySet {
         dirty.rescan = dirty.rescan.max(Some(deep));
     }
 
+    /// What is dirty of a file is read when no direct I/O is in flight on it.
+    pub fn restless(&mut self, object: ObjectId) {
+        self.at(object).restless = true;
+    }
+
+    /// The dirty objects with asynchronous writes.
+    #[must_use]
+    pub fn all_restless(&self) -> Vec<ObjectId> {
+        let mut ids: Vec<_> = self.objects.iter().filter(|(_, d)| d.restless).map(|(o, _)| *o).collect();
+        ids.sort_unstable();
+        ids
+    }
+
     /// Puts back what could not be settled.
     pub fn put(&mut self, object: ObjectId, dirty: Dirty) {
         if !dirty.is_empty() {
@@ -108,7 +125,7 @@ impl DirtySet {
 
     /// A range was captured exactly after all.
     pub fn range_exact(&mut self, object: ObjectId, range: Range<u64>) {
-        if let Some(dirty) = self.objects.get_mut(&object) {
+        if let Some(dirty) = self.objects.get_mut(&object).filter(|d| !d.restless) {
             dirty.ranges.remove(range);
             self.drop_if_empty(object);
         }
@@ -118,6 +135,7 @@ impl DirtySet {
     pub fn meta_exact(&mut self, object: ObjectId, end_ns: u64) {
         if let Some(dirty) = self.objects.get_mut(&object)
             && dirty.meta_since.is_some_and(|since| since < end_ns)
+            && !dirty.restless
         {
             dirty.meta_since = None;
             self.drop_if_empty(object);

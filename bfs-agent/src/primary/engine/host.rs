@@ -51,6 +51,39 @@ pub struct InFlight {
     pub nr: u32,
     /// When it started.
     pub start_ns: u64,
+    /// Not a call that a task is in, but an operation that goes on by itself.
+    pub request: Option<Request>,
+}
+
+/// An asynchronous operation that is not known to have ended. In a stop it may rest unfinished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// By which the probes know it.
+    pub key: u64,
+    /// The `tid` of its records.
+    pub id: u32,
+    /// What it changes.
+    pub target: Target,
+    /// Nobody tells its end: there is no use in waiting.
+    pub silent: bool,
+}
+
+/// What an asynchronous operation changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Bytes and attributes of a file.
+    File {
+        /// Which.
+        inode: InodeId,
+        /// First byte.
+        start: u64,
+        /// Behind the last.
+        end: u64,
+    },
+    /// What its record at the beginning says.
+    Paths,
+    /// Not known.
+    Unknown,
 }
 
 /// A record of the ring, copied out, and the ring position after it.
@@ -159,6 +192,13 @@ pub trait Host {
 
     /// The files (device, number) that a process has mapped, shared and writable.
     fn mapped_by(&mut self, tgid: u32) -> Vec<(u32, u64)>;
+
+    /// Whether no direct I/O is in flight on a file: what was written into it stands in it, and
+    /// nothing comes by itself. Also when the inode is gone.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    fn is_at_rest(&mut self, inode: InodeId) -> Result<bool, HostError>;
 
     /// Whether a call that does not end waits at a point before which it changes nothing, such as
     /// the open of a FIFO that waits for the other side.

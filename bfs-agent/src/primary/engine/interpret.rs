@@ -52,6 +52,13 @@ pub enum Act {
         /// The open file.
         file: u64,
     },
+    /// Bytes of a file are being written, and go on being written after the call.
+    Linger {
+        /// The file.
+        object: ObjectId,
+        /// Where.
+        range: Range<u64>,
+    },
     /// A file got a length.
     Truncate {
         /// The file.
@@ -170,10 +177,11 @@ pub fn span_of(event: &Event<'_>) -> Span {
 pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> Act {
     match event {
         Event::File { event, name, .. } => file(model, event, name),
-        Event::Path { event, path1, path2 } if event.header.kind == kind::PATH => {
+        Event::Path { event, path1, path2 } if event.header.kind != kind::PATH_ENTER => {
             path(model, host, event, path1, path2)
         }
-        Event::Task { event } if event.header.kind == kind::COMPAT => Act::Everything,
+        // An end that comes this far is one of something unknown.
+        Event::Task { event } if matches!(event.header.kind, kind::COMPAT | kind::ENDED) => Act::Everything,
         Event::Path { .. } | Event::Data { .. } | Event::Task { .. } => Act::Nothing,
     }
 }
@@ -193,6 +201,9 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
         };
     }
     let Some(object) = known else { return Act::Nothing };
+    if e.header.kind == kind::FILE_BEGUN {
+        return Act::Linger { object, range: e.range_start..e.range_end };
+    }
     if e.header.kind == kind::TOUCH || flags & flag::FAILED != 0 {
         return Act::Touch { object, mapped: false };
     }
@@ -406,6 +417,10 @@ impl Act {
             }
             // Whatever is written there at that time may have gone elsewhere.
             Self::Seek { object, .. } => things.push(Thing::Data(*object, 0..u64::MAX)),
+            Self::Linger { object, range } => {
+                things.extend([Thing::Data(*object, range.clone()), Thing::Meta(*object)]);
+                things.push(Thing::Xattrs(*object));
+            }
             Self::Truncate { object, size, place: at, .. } => {
                 if let Some(Place::Entry(directory, name)) = at {
                     things.push(Thing::Entry(*directory, name.clone()));

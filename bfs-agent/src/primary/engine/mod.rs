@@ -10,6 +10,7 @@
 //! started before makes it dirty again, whenever that event is consumed.
 
 mod apply;
+mod begun;
 mod cut;
 pub mod dirty;
 pub mod host;
@@ -229,6 +230,14 @@ pub struct Engine {
     multiple: HashSet<ObjectId>,
     /// More files were mapped than can be remembered: all that enter the model count as mapped.
     mapped_unknown: bool,
+    begun: begun::Begun,
+    /// Asynchronous writes that nobody told us of may be in flight, until a stop was made.
+    restless: bool,
+    /// Asynchronous operations rest in this stop.
+    resting: bool,
+    /// Asynchronous writes whose end nobody tells were seen: files that are new to the model may
+    /// have some in flight.
+    lingering: bool,
     /// Behind the last event that was taken in, while none is half taken in.
     position: Option<u64>,
     /// What was handed over of it.
@@ -264,6 +273,10 @@ impl Engine {
             mapped_inodes: HashSet::new(),
             multiple,
             mapped_unknown: false,
+            begun: begun::Begun::default(),
+            restless: false,
+            lingering: false,
+            resting: false,
             flushed_position: None,
             position: None,
             last_checkpoint,
@@ -332,10 +345,20 @@ impl Engine {
         self.mapped.extend(model.ids().filter(here));
     }
 
+    /// Asynchronous operations may be in flight that began before anybody followed the processes:
+    /// the first checkpoint is taken in a stop, and files are read when direct I/O on them is at rest.
+    pub fn expect_asynchronous(&mut self) {
+        self.restless = true;
+    }
+
     /// A gap is open in the stream that was taken over.
     pub fn adopt_gaps(&mut self, gaps: &[GapScope], now: u64) {
         for gap in gaps {
             self.dirty.adopt_gap();
+            // The one before may have known that it is being written.
+            if let GapScope::Object(object) | GapScope::Range(object, ..) = gap {
+                self.dirty.restless(*object);
+            }
             match gap {
                 GapScope::Everything => self.suspect_everything(now),
                 GapScope::Subtree(object) => {

@@ -14,41 +14,65 @@ use super::host::{Host, HostError, Segment, Stat};
 /// Bytes that are read before what was read is shipped.
 const PIECE: u64 = 4 << 20;
 
+/// What could not be settled.
+#[derive(Default)]
+struct Left {
+    /// Nobody can find them any more.
+    gone: Vec<(ObjectId, Dirty)>,
+    /// Direct I/O is in flight.
+    restless: Vec<(ObjectId, Dirty)>,
+}
+
 impl Engine {
     /// Reads everything that is dirty now, and what turns up while reading. What cannot be found
     /// any more stays dirty, and so do its names.
     ///
     /// `ahead`: before the instant of a cut is chosen, so events are taken in all the time.
     pub(super) fn settle(&mut self, host: &mut dyn Host, ahead: bool) -> Result<(), HostError> {
-        let mut again: Vec<(ObjectId, Dirty)> = Vec::new();
+        let mut left = Left::default();
+        let settled = self.settle_all(host, ahead, &mut left);
+        for (object, dirty) in left.gone {
+            // An inode that is gone while it has a name: the name is what changed.
+            if settled.is_ok() {
+                self.suspect_names(object);
+            }
+            self.dirty.put(object, dirty);
+        }
+        for (object, dirty) in left.restless {
+            self.dirty.put(object, dirty);
+        }
+        settled
+    }
+
+    fn settle_all(&mut self, host: &mut dyn Host, ahead: bool, left: &mut Left) -> Result<(), HostError> {
         while !self.dirty.is_empty() {
             for object in self.dirty.ids() {
                 let Some(dirty) = self.dirty.take(object) else { continue };
-                if self.model.get(object).is_none() {
-                    continue;
-                }
-                match self.settle_object(object, &dirty, host, ahead) {
+                let Some((inode, kind)) = self.model.get(object).map(|o| (o.inode, o.kind)) else { continue };
+                let look = kind == FileKind::Regular && (dirty.restless || self.restless);
+                // The look comes before the reading: what begins in between brings its own record.
+                let settled = match if look { host.is_at_rest(inode) } else { Ok(true) } {
+                    Ok(true) => self.settle_object(object, &dirty, host, ahead),
+                    Ok(false) => {
+                        left.restless.push((object, dirty));
+                        continue;
+                    }
+                    Err(e) => Err(e),
+                };
+                match settled {
                     Ok(true) => {}
                     Ok(false) => {
                         if self.model.is_linked(object) {
-                            again.push((object, dirty));
+                            left.gone.push((object, dirty));
                         }
                     }
                     Err(e) => {
                         self.dirty.put(object, dirty);
-                        for (object, dirty) in again {
-                            self.dirty.put(object, dirty);
-                        }
                         return Err(e);
                     }
                 }
                 self.breathe(host, ahead)?;
             }
-        }
-        for (object, dirty) in again {
-            // An inode that is gone while it has a name: the name is what changed.
-            self.suspect_names(object);
-            self.dirty.put(object, dirty);
         }
         Ok(())
     }
@@ -177,7 +201,7 @@ impl Engine {
         // outside: its content, attributes and all below are taken.
         if deep {
             match stat.kind {
-                FileKind::Regular => self.dirty.whole(object),
+                FileKind::Regular => self.suspect_new_file(object),
                 FileKind::Directory => self.dirty.rescan(object, true),
                 _ => {}
             }

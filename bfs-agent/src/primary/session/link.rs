@@ -1,6 +1,7 @@
 //! The engine's outside world, for real: probes, file systems, shipper, stopper.
 
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -95,7 +96,7 @@ impl Link {
     }
 }
 
-fn probes_failed(error: impl std::fmt::Display) -> HostError {
+pub(super) fn probes_failed(error: impl std::fmt::Display) -> HostError {
     HostError::Probes(error.to_string())
 }
 
@@ -143,15 +144,21 @@ impl Host for Link {
 
     fn in_flight(&mut self, t: u64) -> Result<Vec<InFlight>, HostError> {
         let tasks = self.probes.in_flight(t).map_err(probes_failed)?;
-        Ok(tasks
+        let mut flying: Vec<_> = tasks
             .into_iter()
-            .map(|(tid, s)| InFlight { tid, tgid: s.tgid, nr: s.nr, start_ns: s.start_ns })
-            .collect())
+            .map(|(tid, s)| InFlight { tid, tgid: s.tgid, nr: s.nr, start_ns: s.start_ns, request: None })
+            .collect();
+        flying.extend(self.requests_in_flight(t)?);
+        Ok(flying)
     }
 
     fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError> {
         for call in std::mem::take(flying) {
-            if self.probes.is_in_call(call.tid, call.start_ns).map_err(probes_failed)? {
+            let flies = match &call.request {
+                Some(request) => self.is_in_flight(request, call.start_ns)?,
+                None => self.probes.is_in_call(call.tid, call.start_ns).map_err(probes_failed)?,
+            };
+            if flies {
                 flying.push(call);
             }
         }
@@ -162,7 +169,15 @@ impl Host for Link {
         super::mapped::mapped_by(tgid)
     }
 
+    fn is_at_rest(&mut self, inode: InodeId) -> Result<bool, HostError> {
+        let Some(file) = self.reader.descriptor(inode)? else { return Ok(true) };
+        self.probes.is_at_rest(file.as_fd()).map_err(probes_failed)
+    }
+
     fn is_idle(&mut self, call: &InFlight) -> bool {
+        if call.request.is_some() {
+            return false;
+        }
         // fifo_open() in fs/pipe.c: the FIFO was there, or it would not be one.
         let wchan = format!("/proc/{}/task/{}/wchan", call.tgid, call.tid);
         std::fs::read(wchan).is_ok_and(|function| function == b"wait_for_partner")
@@ -195,6 +210,9 @@ impl Host for Link {
             losses.inodes = suspects.into_iter().map(|(inode, _)| inode).collect();
         }
         self.seen = now;
+        let (abandoned, unnamed) = self.abandoned_requests()?;
+        losses.inodes.extend(abandoned);
+        losses.everything |= unnamed;
         let misses = self.probes.recursion_misses().map_err(probes_failed)?.iter().map(|m| m.1).sum();
         losses.everything |= misses > self.seen_misses;
         self.seen_misses = misses;

@@ -9,6 +9,7 @@ use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, InodeId, PathEvent, fla
 use bfs_common::record::{FileKind, Meta, Name};
 
 use super::fs::{At, Call, Done, Effect, Fs, ROOT};
+use super::requests::Flying;
 use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
 use crate::tree::Xattrs;
@@ -41,10 +42,14 @@ pub(super) struct World {
     pub(super) ring_position: u64,
     pub(super) done: Vec<Done>,
     pub(super) fresh: u64,
-    pub(super) shipped: Vec<Batch>,
+    /// Each with how many calls had had their effect when it was shipped.
+    pub(super) shipped: Vec<(Batch, usize)>,
     pub(super) stopped: bool,
     pub(super) calls_left: u64,
     pub(super) stops: u32,
+    /// Asynchronous operations are begun as well.
+    pub(super) asynchronous: bool,
+    pub(super) flying: Vec<Flying>,
 }
 
 pub(super) fn inode_id(ino: u64) -> InodeId {
@@ -66,6 +71,8 @@ impl World {
             stopped: false,
             calls_left: calls,
             stops: 0,
+            asynchronous: false,
+            flying: Vec::new(),
         }
     }
 
@@ -141,6 +148,9 @@ impl World {
     /// Time passes, and one task gets a step further.
     pub(super) fn step(&mut self) {
         self.clock += 1 + self.random.next(40_000);
+        if self.asynchronous && self.random.next(4) == 0 {
+            return self.step_request();
+        }
         let who = self.random.next(self.tasks.len() as u64) as usize;
         match self.tasks[who].take() {
             None => {
@@ -151,30 +161,36 @@ impl World {
                 }
             }
             Some(mut running) if running.effect.is_none() => {
-                self.fresh += 1;
-                let effect = self.fs.run(&running.call, self.clock, self.fresh);
-                self.done.push(Done {
-                    start_ns: running.start_ns,
-                    call: running.call.clone(),
-                    stamp: self.clock,
-                    fresh: self.fresh,
-                    ok: effect.ok,
-                });
-                running.effect = Some(effect);
+                self.effect(&mut running);
                 self.tasks[who] = Some(running);
             }
-            Some(running) => self.end(who, &running),
+            Some(running) => self.end(who as u32 + 1, &running, kind::FILE, kind::PATH),
         }
     }
 
-    pub(super) fn end(&mut self, who: usize, running: &Running) {
+    /// A call has its effect.
+    pub(super) fn effect(&mut self, running: &mut Running) {
+        self.fresh += 1;
+        let effect = self.fs.run(&running.call, self.clock, self.fresh);
+        self.done.push(Done {
+            start_ns: running.start_ns,
+            call: running.call.clone(),
+            stamp: self.clock,
+            fresh: self.fresh,
+            ok: effect.ok,
+        });
+        running.effect = Some(effect);
+    }
+
+    /// The record of a call at its end (or, of an operation that goes on, at its beginning).
+    pub(super) fn end(&mut self, tid: u32, running: &Running, on_file: u16, on_path: u16) {
         let Some(effect) = running.effect.clone().filter(|e| e.ok) else { return };
         let header = EventHeader {
-            kind: kind::FILE,
+            kind: on_file,
             start_ns: running.start_ns,
             end_ns: self.clock,
-            tid: who as u32 + 1,
-            tgid: who as u32 + 1,
+            tid,
+            tgid: tid,
             ..EventHeader::default()
         };
         let file = |nr: i64, flags: u16| FileEvent {
@@ -205,16 +221,16 @@ impl World {
                 pack(&FileEvent { file_offset: *size, ..file(libc::SYS_ftruncate, 0) }, b"", b"")
             }
             Call::Fchmod { .. } => pack(&file(libc::SYS_fchmod, 0), b"", b""),
-            Call::Unlink { at } => self.path(header, libc::SYS_unlinkat, at, None),
-            Call::Mkdir { at } => self.path(header, libc::SYS_mkdirat, at, None),
-            Call::Rmdir { at } => self.path(header, libc::SYS_rmdir, at, None),
-            Call::Chmod { at, .. } => self.path(header, libc::SYS_fchmodat, at, None),
+            Call::Unlink { at } => self.path(header, on_path, libc::SYS_unlinkat, at, None),
+            Call::Mkdir { at } => self.path(header, on_path, libc::SYS_mkdirat, at, None),
+            Call::Rmdir { at } => self.path(header, on_path, libc::SYS_rmdir, at, None),
+            Call::Chmod { at, .. } => self.path(header, on_path, libc::SYS_fchmodat, at, None),
             Call::Symlink { at, target } => {
                 let target = At { base: ROOT, path: target.clone() };
-                self.path(header, libc::SYS_symlinkat, &target, Some(at))
+                self.path(header, on_path, libc::SYS_symlinkat, &target, Some(at))
             }
-            Call::Rename { from, to } => self.path(header, libc::SYS_renameat, from, Some(to)),
-            Call::Link { from, to } => self.path(header, libc::SYS_linkat, from, Some(to)),
+            Call::Rename { from, to } => self.path(header, on_path, libc::SYS_renameat, from, Some(to)),
+            Call::Link { from, to } => self.path(header, on_path, libc::SYS_linkat, from, Some(to)),
         };
         self.ring_position += bytes.len() as u64;
         let event = OwnedEvent { bytes, ring_position: self.ring_position };
@@ -222,7 +238,7 @@ impl World {
         if self.random.next(8) == 0
             && self.ring.back().is_some_and(|b| {
                 let h = bfs_common::abi::Event::parse(&b.bytes).map(|e| *e.header()).unwrap_or_default();
-                h.end_ns + 19_000 > self.clock && h.tid != who as u32 + 1
+                h.end_ns + 19_000 > self.clock && h.tid != tid
             })
             && let Some(other) = self.ring.pop_back()
         {
@@ -233,16 +249,18 @@ impl World {
         self.ring.push_back(event);
     }
 
-    pub(super) fn path(&self, header: EventHeader, nr: i64, one: &At, two: Option<&At>) -> Vec<u8> {
+    pub(super) fn path(&self, header: EventHeader, as_kind: u16, nr: i64, one: &At, two: Option<&At>) -> Vec<u8> {
         let single = |at: &At| !at.path.contains(&b'/');
-        let mut flags = if single(one) { flag::PARENT1_ATTR } else { 0 };
-        if two.is_some_and(single) {
+        // At the beginning of an operation nobody knows what its directories are going to be like.
+        let ended = as_kind == kind::PATH;
+        let mut flags = if ended && single(one) { flag::PARENT1_ATTR } else { 0 };
+        if ended && two.is_some_and(single) {
             flags |= flag::PARENT2_ATTR;
         }
         let empty = Vec::new();
         let path2 = two.map_or(&empty, |t| &t.path);
         let event = PathEvent {
-            header: EventHeader { kind: kind::PATH, nr: nr as u32, flags, ..header },
+            header: EventHeader { kind: as_kind, nr: nr as u32, flags, ..header },
             base1: self.attr(one.base),
             base2: two.map(|t| self.attr(t.base)).unwrap_or_default(),
             root: inode_id(999),
@@ -337,21 +355,31 @@ impl Host for World {
 
     fn in_flight(&mut self, t: u64) -> Result<Vec<InFlight>, HostError> {
         self.step();
+        let requests: Vec<InFlight> = self.requests().filter(|r| r.start_ns <= t).collect();
         let flying = self.tasks.iter().enumerate().filter_map(|(i, t)| Some((i, t.as_ref()?)));
         Ok(flying
             .filter(|(_, r)| r.start_ns <= t)
-            .map(|(i, r)| InFlight { tid: i as u32 + 1, tgid: i as u32 + 1, nr: 0, start_ns: r.start_ns })
+            .map(|(i, r)| InFlight { tid: i as u32 + 1, tgid: i as u32 + 1, nr: 0, start_ns: r.start_ns, request: None })
+            .chain(requests)
             .collect())
     }
 
     fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError> {
         self.step();
-        flying.retain(|f| self.tasks[f.tid as usize - 1].as_ref().is_some_and(|t| t.start_ns == f.start_ns));
+        flying.retain(|f| match f.request {
+            Some(request) => self.flying.iter().any(|other| other.id == request.id),
+            None => self.tasks[f.tid as usize - 1].as_ref().is_some_and(|t| t.start_ns == f.start_ns),
+        });
         Ok(())
     }
 
     fn mapped_by(&mut self, _tgid: u32) -> Vec<(u32, u64)> {
         Vec::new()
+    }
+
+    fn is_at_rest(&mut self, inode: InodeId) -> Result<bool, HostError> {
+        self.step();
+        Ok(self.rests(inode.ino))
     }
 
     fn is_idle(&mut self, _call: &InFlight) -> bool {
@@ -374,7 +402,8 @@ impl Host for World {
     }
 
     fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError> {
-        self.shipped.extend(batches);
+        let done = self.done.len();
+        self.shipped.extend(batches.into_iter().map(|batch| (batch, done)));
         Ok(())
     }
 
