@@ -173,8 +173,7 @@ fn length(vector: u64, buffers: u64) -> u64 {
         }
         let mut iovec = [0u64; 2];
         // SAFETY: the target has the size of a struct iovec.
-        let read =
-            unsafe { bpf_probe_read_user((&raw mut iovec).cast(), 16, (vector + i * 16) as *const _) };
+        let read = unsafe { bpf_probe_read_user((&raw mut iovec).cast(), 16, (vector + i * 16) as *const _) };
         if read < 0 {
             return u64::MAX;
         }

@@ -22,6 +22,7 @@ mod path;
 mod syscall;
 mod task;
 mod uring;
+mod uring_path;
 mod write;
 
 use aya_ebpf::{

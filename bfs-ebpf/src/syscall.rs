@@ -196,9 +196,7 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
             // SAFETY: this CPU's entry of this hook.
             aio::enter(unsafe { &mut *scratch }, state, pid_tgid);
         }
-    } else if state.file == 0
-        && (class == class::PATH || class == class::OPEN)
-        && kernel::paths_are_shared()
+    } else if state.file == 0 && (class == class::PATH || class == class::OPEN) && kernel::paths_are_shared()
     {
         enter_path(state, number, pid_tgid);
     }

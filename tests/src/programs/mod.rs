@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 pub mod append;
+pub mod fio;
 pub mod racing;
 pub mod requests;
 pub mod scripts;

@@ -110,7 +110,8 @@ impl KernelTypes {
                 }
                 // typedef, volatile, const, restrict, type tag
                 8..=11 | 18 => {
-                    let trace = this.string(name).and_then(|name| name.strip_prefix(TRACE)).map(<[u8]>::to_vec);
+                    let trace =
+                        this.string(name).and_then(|name| name.strip_prefix(TRACE)).map(<[u8]>::to_vec);
                     if let Some(trace) = trace {
                         this.traces.insert(trace, size_or_type);
                     }

@@ -15,8 +15,8 @@ use aya::{
     programs::{BtfTracePoint, ProgramError, RawTracePoint, links::FdLink},
 };
 use bfs_common::abi::{
-    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, REQUESTS_MAX, Request, SUSPECTS_MAX, Settings,
-    Suspect, TASKS_MAX, TaskState, counter, role,
+    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, REQUESTS_MAX, Request, SUSPECTS_MAX,
+    Settings, Suspect, TASKS_MAX, TaskState, counter, role,
 };
 
 use super::{CaptureError, btf, log, log::ProbeLog, ring::Ring, sys, uring};

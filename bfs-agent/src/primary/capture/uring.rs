@@ -29,9 +29,7 @@ pub fn offsets(types: &KernelTypes, found: Offsets) -> Result<Offsets, CaptureEr
     // Fixed files stood in the table themselves before 6.13, then in nodes.
     let nodes = types.offset("io_ring_ctx", "file_table.data.nodes");
     let (ring_files, ring_files_count, node_file) = match nodes {
-        Some(nodes) => {
-            (nodes, one("io_ring_ctx", "file_table.data.nr")?, one("io_rsrc_node", "file_ptr")?)
-        }
+        Some(nodes) => (nodes, one("io_ring_ctx", "file_table.data.nr")?, one("io_rsrc_node", "file_ptr")?),
         None => (one("io_ring_ctx", "file_table.files")?, one("io_ring_ctx", "nr_user_files")?, 0),
     };
     Ok(Offsets {

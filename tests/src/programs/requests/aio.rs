@@ -92,7 +92,10 @@ pub(super) fn round(files: &mut Files, round: u64) -> Result<()> {
     let fd = files.blocks.as_raw_fd() as u32;
     let memory = files.memory.bytes().as_ptr();
     let vectors: Vec<libc::iovec> = (0..PIECES)
-        .map(|piece| libc::iovec { iov_base: memory.wrapping_add(piece * PIECE).cast_mut().cast(), iov_len: PIECE })
+        .map(|piece| libc::iovec {
+            iov_base: memory.wrapping_add(piece * PIECE).cast_mut().cast(),
+            iov_len: PIECE,
+        })
         .collect();
     let mut iocbs: Vec<Iocb> = (0..PIECES)
         .map(|piece| {

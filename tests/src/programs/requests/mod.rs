@@ -171,7 +171,7 @@ pub fn run(place: &Place, name: &str) -> Result<()> {
     let mode = Mode::ALL.into_iter().find(|m| Requests(*m).name() == name).context("no such mode")?;
     let files = open(place, matches!(mode, Mode::Direct | Mode::Aio))?;
     match mode {
-        Mode::Aio | Mode::AioBuffered => rounds(place, files, |files, round| aio::round(files, round)),
+        Mode::Aio | Mode::AioBuffered => rounds(place, files, aio::round),
         _ => {
             let mut rings = ring::Rings::new(place, mode, &files)?;
             rounds(place, files, move |files, round| rings.round(files, round))
@@ -179,7 +179,11 @@ pub fn run(place: &Place, name: &str) -> Result<()> {
     }
 }
 
-fn rounds(place: &Place, mut files: Files, mut work: impl FnMut(&mut Files, u64) -> Result<()>) -> Result<()> {
+fn rounds(
+    place: &Place,
+    mut files: Files,
+    mut work: impl FnMut(&mut Files, u64) -> Result<()>,
+) -> Result<()> {
     place.ready()?;
     let mut round = 0u64;
     while !place.stopping() {

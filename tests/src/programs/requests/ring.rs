@@ -75,6 +75,15 @@ fn has(ring: &IoUring, opcode: u8) -> bool {
     ring.submitter().register_probe(&mut probe).is_ok() && probe.is_supported(opcode)
 }
 
+/// Hands in what was pushed and waits for completions. A stop of the program interrupts the wait: there
+/// may be fewer then.
+fn wait(ring: &IoUring, completions: usize) -> Result<()> {
+    match ring.submit_and_wait(completions) {
+        Err(e) if e.raw_os_error() == Some(libc::EINTR) => Ok(()),
+        other => Ok(other.map(drop)?),
+    }
+}
+
 impl Rings {
     pub(super) fn new(place: &Place, mode: Mode, files: &Files) -> Result<Self> {
         let mut builder = IoUring::builder();
@@ -109,7 +118,10 @@ impl Rings {
             entries = entries
                 .into_iter()
                 .flat_map(|e| {
-                    [e.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS), opcode::Nop::new().build().user_data(1000)]
+                    [
+                        e.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS),
+                        opcode::Nop::new().build().user_data(1000),
+                    ]
                 })
                 .collect();
         } else {
@@ -120,11 +132,11 @@ impl Rings {
             // after their completions.
             unsafe { self.ring.submission().push(entry)? };
         }
-        self.ring.submit_and_wait(count)?;
+        wait(&self.ring, count)?;
         let mut results = vec![0; count];
         let mut seen = 0;
         while seen < count {
-            self.ring.submit_and_wait(1)?;
+            wait(&self.ring, 1)?;
             for completion in self.ring.completion() {
                 if completion.user_data() >= 1000 {
                     ensure!(completion.result() >= 0, "a chain broke: {}", completion.result());
@@ -179,7 +191,9 @@ impl Rings {
                 let plain = opcode::Write::new(fd, buffer, PIECE as u32).offset(offset).build();
                 match piece {
                     1 => opcode::Writev::new(fd, &raw const self.iovecs[piece], 1).offset(offset).build(),
-                    2 => opcode::WriteFixed::new(fd, buffer, PIECE as u32, piece as u16).offset(offset).build(),
+                    2 => {
+                        opcode::WriteFixed::new(fd, buffer, PIECE as u32, piece as u16).offset(offset).build()
+                    }
                     3 => opcode::Write::new(types::Fixed(0), buffer, PIECE as u32).offset(offset).build(),
                     4 => plain.flags(Flags::ASYNC),
                     5 if vectored => {
@@ -217,7 +231,7 @@ impl Rings {
         }
         let mut seen = 0;
         while seen < PIECES {
-            ring.submit_and_wait(PIECES - seen)?;
+            wait(ring, PIECES - seen)?;
             for completion in ring.completion() {
                 seen += 1;
                 if completion.result() == -libc::EOPNOTSUPP {
@@ -229,9 +243,15 @@ impl Rings {
                             .build();
                     // SAFETY: as above.
                     unsafe { self.ring.submission().push(&entry)? };
-                    self.ring.submit_and_wait(1)?;
-                    let result = self.ring.completion().next().map(|c| c.result());
-                    ensure!(result == Some(PIECE as i32), "piece {piece}: {result:?}");
+                    // A stop interrupts the wait.
+                    let result = loop {
+                        wait(&self.ring, 1)?;
+                        let completion = self.ring.completion().next();
+                        if let Some(completion) = completion {
+                            break completion.result();
+                        }
+                    };
+                    ensure!(result == PIECE as i32, "piece {piece}: {result}");
                 } else {
                     ensure!(completion.result() == PIECE as i32, "{}", completion.result());
                 }
@@ -280,7 +300,8 @@ impl Rings {
         // Paths of setxattr start from the working directory: here, from the root.
         let whole = Path::new("/proc/self/fd").join(top.0.to_string()).canonicalize()?;
         let whole = CString::new([whole.as_os_str().as_bytes(), b"/", g.as_bytes()].concat())?;
-        let set = opcode::SetXattr::new(c"user.path".as_ptr(), value.as_ptr().cast(), whole.as_ptr(), 8).build();
+        let set =
+            opcode::SetXattr::new(c"user.path".as_ptr(), value.as_ptr().cast(), whole.as_ptr(), 8).build();
         self.one("setxattr", set)?;
         self.splice(top, &p, &text)?;
         self.bind(&whole)
@@ -328,7 +349,8 @@ impl Rings {
         for (to, from) in address.sun_path.iter_mut().zip(path) {
             *to = *from as libc::c_char;
         }
-        let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None)?;
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None)?;
         let len = (2 + path.len()) as u64;
         self.one("bind", raw(OP_BIND, socket.as_raw_fd(), len, &raw const address as u64, 0))?;
         Ok(())

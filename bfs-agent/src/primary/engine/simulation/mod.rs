@@ -32,7 +32,7 @@ fn run(seed: u64) -> (u32, u32) {
     world.stops = 0;
     let base = world.fs.clone();
     world.done.clear();
-    world.asynchronous = seed % 3 == 0;
+    world.asynchronous = seed.is_multiple_of(3);
     let model = Model::new(ObjectId(0), FileSystems::default());
     let mut engine = Engine::new(model, Outbox::new(Sequence(0), ChainHash::START), CheckpointId(0));
     let root = world.stat_of(ROOT).unwrap();

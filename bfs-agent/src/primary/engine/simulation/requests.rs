@@ -172,7 +172,9 @@ fn on_file(call: &Call) -> bool {
 fn extent(call: &Call) -> (u64, u64, u64) {
     match call {
         Call::Write { file, offset: Some(offset), data, .. } => (*file, *offset, offset + data.len() as u64),
-        Call::Write { file, .. } | Call::Truncate { file, .. } | Call::Fchmod { file, .. } => (*file, 0, u64::MAX),
+        Call::Write { file, .. } | Call::Truncate { file, .. } | Call::Fchmod { file, .. } => {
+            (*file, 0, u64::MAX)
+        }
         _ => (0, 0, 0),
     }
 }

@@ -249,7 +249,14 @@ impl World {
         self.ring.push_back(event);
     }
 
-    pub(super) fn path(&self, header: EventHeader, as_kind: u16, nr: i64, one: &At, two: Option<&At>) -> Vec<u8> {
+    pub(super) fn path(
+        &self,
+        header: EventHeader,
+        as_kind: u16,
+        nr: i64,
+        one: &At,
+        two: Option<&At>,
+    ) -> Vec<u8> {
         let single = |at: &At| !at.path.contains(&b'/');
         // At the beginning of an operation nobody knows what its directories are going to be like.
         let ended = as_kind == kind::PATH;
@@ -359,7 +366,13 @@ impl Host for World {
         let flying = self.tasks.iter().enumerate().filter_map(|(i, t)| Some((i, t.as_ref()?)));
         Ok(flying
             .filter(|(_, r)| r.start_ns <= t)
-            .map(|(i, r)| InFlight { tid: i as u32 + 1, tgid: i as u32 + 1, nr: 0, start_ns: r.start_ns, request: None })
+            .map(|(i, r)| InFlight {
+                tid: i as u32 + 1,
+                tgid: i as u32 + 1,
+                nr: 0,
+                start_ns: r.start_ns,
+                request: None,
+            })
             .chain(requests)
             .collect())
     }
