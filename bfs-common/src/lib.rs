@@ -11,5 +11,6 @@ pub mod abi;
 pub mod codec;
 #[cfg(feature = "formats")]
 pub mod record;
+mod requests;
 #[cfg(feature = "formats")]
 pub mod wire;
