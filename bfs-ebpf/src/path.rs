@@ -117,6 +117,39 @@ extern "C" fn path_is_single(scratch: *const Scratch, start: u32, len: u32) -> i
     1
 }
 
+/// The inode of the descriptor that the path names as `/proc/self/fd/N`, 0 if it does not.
+#[inline(always)]
+fn own_descriptor(scratch: &Scratch, len: u32) -> u64 {
+    const BEGIN: &[u8; 14] = b"/proc/self/fd/";
+    const DIGITS_MAX: usize = 6;
+    let digits = len.wrapping_sub(BEGIN.len() as u32);
+    if digits == 0 || digits > DIGITS_MAX as u32 {
+        return 0;
+    }
+    let mut i = 0;
+    while i < BEGIN.len() {
+        if scratch.path_record.bytes[i] != BEGIN[i] {
+            return 0;
+        }
+        i += 1;
+    }
+    let mut fd = 0;
+    let mut i = 0;
+    while i < DIGITS_MAX {
+        if i as u32 >= digits {
+            break;
+        }
+        let digit = scratch.path_record.bytes[BEGIN.len() + i].wrapping_sub(b'0');
+        if digit > 9 {
+            return 0;
+        }
+        fd = fd * 10 + u32::from(digit);
+        i += 1;
+    }
+    let (file, _) = kernel::file_of(fd);
+    if file == 0 { 0 } else { kernel::read(file + crate::maps::off!(file_inode) as u64) }
+}
+
 /// The inode that a path starts from.
 #[inline(always)]
 fn base(first: u8, len: u32, directory: u16, state: &TaskState) -> u64 {
@@ -143,7 +176,16 @@ fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
         address += 2;
         limit = (state.args[2] as u32).wrapping_sub(2) & (PATH_MAX as u32 - 1);
     }
-    let len1 = string(scratch, 0, address);
+    let mut len1 = string(scratch, 0, address);
+    // The magic link of an own descriptor, as glibc uses it, is taken for the descriptor: it may be closed
+    // when the agent looks.
+    let mut own = 0;
+    if number != nr::SYMLINK && number != nr::SYMLINKAT {
+        own = own_descriptor(scratch, len1);
+        if own != 0 {
+            len1 = 0;
+        }
+    }
     scratch.path_record.event.path1_len = if len1 > limit { limit } else { len1 };
     let len1 = opaque(&scratch.path_record.event.path1_len) & (PATH_MAX as u32 - 1);
     scratch.path_record.event.path2_len = 0;
@@ -157,7 +199,7 @@ fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
     // symlink: the first path is text, not a path from here.
     if number != nr::SYMLINK && number != nr::SYMLINKAT {
         let first = scratch.path_record.bytes[0];
-        let inode = base(first, len1, directory1, state);
+        let inode = if own != 0 { own } else { base(first, len1, directory1, state) };
         if inode != 0 {
             kernel::read_inode(scratch, inode);
             let (dev, _) = kernel::object_device(scratch, inode);
@@ -184,6 +226,8 @@ fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
     let (dev, _) = kernel::parent_device(scratch, root);
     scratch.path_record.event.root = kernel::parent_id(scratch, dev);
     scratch.path_record.event.args = state.args;
+    scratch.path_record.event.mounts = kernel::mount_namespace();
+    scratch.path_record.event.reserved = 0;
     let len = size_of::<PathEvent>() as u32 + len1 + len2;
     scratch.path_record.event.header.len = len;
     stamp(&mut scratch.path_record.event.header);

@@ -10,7 +10,7 @@ use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user};
 use bfs_common::abi::{FileEvent, InodeAttr, NO_CALL, TaskState, counter, flag, kind, slot};
 
 use crate::{
-    calls::{CALLS, CLASS, class, nr},
+    calls::{CALLS, CLASS, COMPAT, SPECIAL, class, nr, nr32},
     file, kernel,
     maps::{self, SCRATCH, SCRATCH_ENTER, SCRATCH_EXIT, Scratch, count},
     path, task, write,
@@ -61,6 +61,12 @@ const HARMLESS: [u32; 14] = [
 /// Type of the ioctls of terminals: no file answers them (isatty(3) asks).
 const TERMINAL: u32 = 0x54;
 
+/// Type of the ioctls of loop devices (`include/uapi/linux/loop.h`).
+const LOOP: u32 = 0x4c;
+const LOOP_SET_FD: u32 = 0x4c00;
+const LOOP_CHANGE_FD: u32 = 0x4c06;
+const LOOP_CONFIGURE: u32 = 0x4c0a;
+
 /// Type and number of ioctls that change another file than that of the descriptor as well:
 /// EXT4_IOC_MOVE_EXT, XFS_IOC_SWAPEXT, ATTRMULTI_BY_HANDLE, EXCHANGE_RANGE, COMMIT_RANGE.
 const OF_OTHERS: [u32; 5] = [0x660f, 0x586d, 0x587b, 0x5881, 0x5883];
@@ -70,9 +76,12 @@ const RESTART: core::ops::RangeInclusive<i64> = -516..=-512;
 
 /// Registers in a `struct pt_regs`, in words.
 mod reg {
+    pub const BP: usize = 4;
+    pub const BX: usize = 5;
     pub const R10: usize = 7;
     pub const R9: usize = 8;
     pub const R8: usize = 9;
+    pub const CX: usize = 11;
     pub const DX: usize = 12;
     pub const SI: usize = 13;
     pub const DI: usize = 14;
@@ -102,6 +111,34 @@ fn class_of(number: u64) -> u8 {
     if number < CALLS as u64 { CLASS[number as usize & (CALLS - 1)] } else { class::NONE }
 }
 
+/// A number as the 64-bit table has it; [`CALLS`] or more where it has none that is followed.
+#[inline(always)]
+fn number_of(number: u64) -> u64 {
+    if kernel::task_status() & TS_COMPAT == 0 {
+        return number;
+    }
+    let like = if number < CALLS as u64 { COMPAT[number as usize & (CALLS - 1)] } else { 0 };
+    if like == 0 { CALLS as u64 } else { u64::from(like) }
+}
+
+/// Fills in the arguments of a call of the 32-bit table as the 64-bit table has them.
+#[inline(always)]
+fn compat_arguments(state: &mut TaskState, regs: *const u64, number: u64) {
+    const LOW: u64 = 0xffff_ffff;
+    state.flags = slot::COMPAT;
+    state.args[0] = register(regs, reg::BX) & LOW;
+    state.args[1] = register(regs, reg::CX) & LOW;
+    state.args[2] = register(regs, reg::DX) & LOW;
+    state.args[3] = register(regs, reg::SI) & LOW;
+    state.args[4] = register(regs, reg::DI) & LOW;
+    state.args[5] = register(regs, reg::BP) & LOW;
+    match number {
+        nr32::PWRITE64 | nr32::PWRITEV | nr32::PWRITEV2 => state.args[3] |= state.args[4] << 32,
+        nr32::TRUNCATE64 | nr32::FTRUNCATE64 => state.args[1] |= state.args[2] << 32,
+        _ => {}
+    }
+}
+
 /// Whether a call may matter at its start, if its task is followed.
 #[inline(always)]
 pub fn starts(number: u64) -> bool {
@@ -124,19 +161,29 @@ pub fn note_foreign_store(number: u64) {
 /// Whether a call may matter at its end, if its task is followed.
 #[inline(always)]
 pub fn ends(regs: *const u64) -> bool {
-    let class = class_of(register(regs, reg::ORIG_AX));
-    !matches!(class, class::NONE | class::MEMORY | class::MAYBE_COMPAT | class::FOREIGN_STORE)
+    let number = register(regs, reg::ORIG_AX);
+    // What is harmless in the one table is so in the other.
+    class_of(number) != class::NONE
+        && !matches!(
+            class_of(number_of(number)),
+            class::NONE | class::MEMORY | class::MAYBE_COMPAT | class::FOREIGN_STORE
+        )
 }
 
 /// The start of a call of a followed task.
 #[inline(always)]
 pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64) {
-    if kernel::task_status() & TS_COMPAT != 0 || number & X32 != 0 {
+    let compat = kernel::task_status() & TS_COMPAT != 0;
+    let given = number;
+    let number = number_of(number);
+    if compat || number & X32 != 0 {
         count(counter::COMPAT);
         state.private_start = 0;
         state.private_end = 0;
-        task::emit(kind::COMPAT, number as u32, pid_tgid as u32, (pid_tgid >> 32) as u32, number, 0);
-        return;
+        if number == u64::from(SPECIAL) || !compat {
+            task::emit(kind::COMPAT, given as u32, pid_tgid as u32, (pid_tgid >> 32) as u32, given, 0);
+            return;
+        }
     }
     if number >= CALLS as u64 {
         return;
@@ -154,16 +201,26 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     state.nr = number;
     state.flags = 0;
     state.file = 0;
-    state.args[0] = register(regs, reg::DI);
-    state.args[1] = register(regs, reg::SI);
-    state.args[2] = register(regs, reg::DX);
-    state.args[3] = register(regs, reg::R10);
-    state.args[4] = register(regs, reg::R8);
-    state.args[5] = register(regs, reg::R9);
+    if compat {
+        compat_arguments(state, regs, given);
+    } else {
+        state.args[0] = register(regs, reg::DI);
+        state.args[1] = register(regs, reg::SI);
+        state.args[2] = register(regs, reg::DX);
+        state.args[3] = register(regs, reg::R10);
+        state.args[4] = register(regs, reg::R8);
+        state.args[5] = register(regs, reg::R9);
+    }
     let follow = match class {
         class::OPEN => opens(state, number),
         class::PATH => takes_path(state, number),
-        class::IOCTL => !is_harmless(state.args[1] as u32) && enter_file(state, number, class),
+        class::IOCTL => {
+            let command = state.args[1] as u32;
+            if command >> 8 == LOOP {
+                backing_file(state, command);
+            }
+            !is_harmless(command) && enter_file(state, number, class)
+        }
         class::MMAP => {
             state.private_start = 0;
             state.private_end = 0;
@@ -192,6 +249,21 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     if state.file == 0 && (class == class::PATH || class == class::OPEN) && kernel::paths_are_shared() {
         enter_path(state, number, pid_tgid);
     }
+}
+
+/// The kernel writes to a loop device's file when it likes, as a mapping would: the call counts as one on
+/// that file.
+#[inline(always)]
+fn backing_file(state: &mut TaskState, command: u32) {
+    let mut fd = state.args[2] as u32;
+    if command == LOOP_CONFIGURE {
+        // The first member of struct loop_config.
+        // SAFETY: the target has that size.
+        unsafe { bpf_probe_read_user((&raw mut fd).cast(), 4, state.args[2] as *const _) };
+    } else if command != LOOP_SET_FD && command != LOOP_CHANGE_FD {
+        return;
+    }
+    state.args[0] = u64::from(fd);
 }
 
 #[inline(always)]
@@ -238,7 +310,7 @@ fn opens(state: &TaskState, number: u32) -> bool {
 #[inline(always)]
 fn takes_path(state: &mut TaskState, number: u32) -> bool {
     if (number == nr::UTIMENSAT || number == nr::FUTIMESAT) && state.args[1] == 0 {
-        state.flags = slot::BY_DESCRIPTOR;
+        state.flags |= slot::BY_DESCRIPTOR;
         return enter_file(state, number, class::DESCRIPTOR);
     }
     // acct(NULL) ends the accounting.
@@ -279,7 +351,7 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     {
         state.file = address;
         state.pos = file.pos;
-        state.flags = slot::KNOWN;
+        state.flags |= slot::KNOWN;
         return true;
     }
     kernel::read_inode(scratch, file.inode);
@@ -339,7 +411,7 @@ fn enter_path(state: &mut TaskState, number: u32, pid_tgid: u64) {
 /// The end of a call of a followed task; gives its number.
 #[inline(always)]
 pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) -> u64 {
-    let number = register(regs, reg::ORIG_AX);
+    let number = number_of(register(regs, reg::ORIG_AX));
     if number >= CALLS as u64 {
         return number;
     }
@@ -348,9 +420,7 @@ pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) ->
         return number;
     }
     if state.nr != number as u32 {
-        if kernel::task_status() & TS_COMPAT == 0 {
-            count(counter::NO_ENTER);
-        }
+        count(counter::NO_ENTER);
         return number;
     }
     if state.active != 0 {
@@ -508,6 +578,9 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
         }
         class::IOCTL => {
             kind = kind::TOUCH;
+            if state.args[1] as u32 >> 8 == LOOP {
+                kind = kind::MAPPED;
+            }
             // It may have changed the generation, by which the object is known.
             event.attr.id = state.inode;
             if is_among(state.args[1] as u32 & 0xffff, &OF_OTHERS) {

@@ -58,6 +58,10 @@ impl Engine {
             Event::Task { event: e } if e.header.kind == kind::EXIT => {
                 self.chunks.remove(&tid);
                 self.entered.remove(&tid);
+                // The kernel wrote a core by a name of its own.
+                if e.value != 0 && e.last_thread != 0 && host.cores_are_files() {
+                    self.suspect_everything(e.header.end_ns);
+                }
                 return;
             }
             Event::Task { event: e } if e.header.kind == kind::JOINED => {

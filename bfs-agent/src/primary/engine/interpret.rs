@@ -255,7 +255,13 @@ impl Paths<'_> {
         if path.is_empty() {
             return model.find(base).map_or(Place::Outside, Place::Object);
         }
-        let start = Start { base, root: self.event.root, tgid: self.event.header.tgid };
+        let start = Start {
+            base,
+            root: self.event.root,
+            tgid: self.event.header.tgid,
+            tid: self.event.header.tid,
+            mounts: self.event.mounts,
+        };
         resolve(model, host, start, path, follow)
     }
 
@@ -319,6 +325,10 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
                 whiteout: bits & libc::RENAME_WHITEOUT != 0,
             }
         }
+        // Where the paths of earlier calls led cannot be seen any more. (Changes of propagation and of
+        // options move nothing.)
+        libc::SYS_mount if e.args[3] & MOUNT_IN_PLACE != 0 => Act::Nothing,
+        libc::SYS_mount | libc::SYS_umount2 | libc::SYS_pivot_root | libc::SYS_move_mount => Act::Everything,
         // The kernel writes to the file from now on, whenever it likes.
         libc::SYS_acct | libc::SYS_swapon => match object_at(model, &p.place(model, host, false, true)) {
             Some(object) => Act::Touch { object, mapped: true },
@@ -351,6 +361,9 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
         }
     }
 }
+
+const MOUNT_IN_PLACE: u64 =
+    libc::MS_REMOUNT | libc::MS_PRIVATE | libc::MS_SLAVE | libc::MS_SHARED | libc::MS_UNBINDABLE;
 
 // Numbers of arch/x86/entry/syscalls/syscall_64.tbl that the libc crate names otherwise or not yet.
 const SYS_LSETXATTR: i64 = 189;

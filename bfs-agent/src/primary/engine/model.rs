@@ -200,6 +200,12 @@ impl Model {
         self.roots.iter().any(|r| r.1 == object)
     }
 
+    /// Whether a root lies on this device.
+    #[must_use]
+    pub fn is_device_of_roots(&self, dev: u32) -> bool {
+        self.roots.iter().any(|r| self.objects.get(&r.1).is_some_and(|o| o.inode.dev == dev))
+    }
+
     /// How many objects there are.
     #[must_use]
     pub fn len(&self) -> usize {

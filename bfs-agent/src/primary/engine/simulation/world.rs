@@ -9,8 +9,9 @@ use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, InodeId, PathEvent, fla
 use bfs_common::record::{FileKind, Meta, Name};
 
 use super::fs::{At, Call, Done, Effect, Fs, ROOT};
-use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
+use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
+use crate::primary::engine::resolve::Start;
 use crate::tree::Xattrs;
 
 /// A small random generator (xorshift64*), so that a seed reproduces.
@@ -249,6 +250,8 @@ impl World {
             args: [0; 6],
             path1_len: one.path.len() as u32,
             path2_len: path2.len() as u32,
+            mounts: 0,
+            reserved: 0,
         };
         pack(&event, &one.path, path2)
     }
@@ -313,7 +316,7 @@ impl Host for World {
         }
     }
 
-    fn outside_path(&mut self, directory: InodeId, _tgid: u32) -> Option<PathBuf> {
+    fn outside_path(&mut self, directory: InodeId, _start: &Start) -> Option<PathBuf> {
         // A directory that the model does not know: by the tree, as /proc would tell.
         let mut todo = vec![(PathBuf::from("/r"), ROOT)];
         while let Some((path, inode)) = todo.pop() {
@@ -327,8 +330,25 @@ impl Host for World {
         None
     }
 
-    fn canonical(&mut self, path: &Path) -> PathBuf {
-        path.to_path_buf()
+    fn real_path(&mut self, _directory: InodeId) -> Option<PathBuf> {
+        None
+    }
+
+    fn look(&mut self, _start: &Start, path: &Path) -> Seen {
+        // Nothing outside is a directory of the set.
+        if path.starts_with("/r") { Seen::Unknown } else { Seen::Nothing }
+    }
+
+    fn same_mounts(&mut self, _start: &Start) -> bool {
+        true
+    }
+
+    fn is_bound(&mut self, _directory: InodeId) -> bool {
+        false
+    }
+
+    fn cores_are_files(&mut self) -> bool {
+        false
     }
 
     fn is_host_root(&mut self, directory: InodeId) -> bool {
