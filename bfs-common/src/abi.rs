@@ -7,7 +7,7 @@
 
 /// Changes with every change of layout or meaning in this module; the agent refuses to adopt
 /// pinned maps of another version.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Longest path that the kernel takes, with the terminating zero (`include/uapi/linux/limits.h`).
 pub const PATH_MAX: usize = 4096;

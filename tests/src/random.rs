@@ -11,7 +11,7 @@ impl Random {
         Self(seed)
     }
 
-    /// From `BFS_SEED`, else from the clock; printed, so that a failure can be done again.
+    /// From [`printed_seed`].
     #[must_use]
     pub fn printed() -> Self {
         Self::new(printed_seed())
@@ -45,10 +45,14 @@ impl Random {
     }
 }
 
-/// `BFS_SEED`, else a number from the clock; printed.
+/// `BFS_SEED`, else in long runs a number from the clock and in short ones always the same; printed, so
+/// that a failure can be done again.
 #[must_use]
 pub fn printed_seed() -> u64 {
     let clock = || {
+        if std::env::var_os("BFS_LONG").is_none() {
+            return 20_261_121;
+        }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(1, |d| d.as_micros() as u64 % 1_000_000_007)
     };

@@ -457,8 +457,10 @@ impl Engine {
             Act::Rename { from, to, exchange, whiteout, from_attr, to_attr } => {
                 self.parent_after(&from, from_attr.as_ref(), span);
                 self.parent_after(&to, to_attr.as_ref(), span);
-                // Should the second name be one of the same inode, nothing was renamed (rename(2)).
-                if ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
+                // Should the second name be one of the same inode, nothing was renamed (rename(2)): of a
+                // name outside nobody knows.
+                let outside = to == Place::Outside;
+                if outside || ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
                     self.suspect_entry(&from, true);
                     self.suspect_entry(&to, true);
                 }

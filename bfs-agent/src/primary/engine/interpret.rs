@@ -323,7 +323,9 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
         }
         libc::SYS_link | libc::SYS_linkat => {
             let follow = nr == libc::SYS_linkat && at_flags(4) & libc::AT_SYMLINK_FOLLOW != 0;
-            let source = p.place(model, host, false, follow);
+            // What the new name names is read, whatever way led to it.
+            let mut aside = Way::default();
+            let source = Paths { event: e, path1, path2, way: &mut aside }.place(model, host, false, follow);
             let place = p.place(model, host, true, false);
             Act::Link {
                 object: object_at(model, &source),
