@@ -180,6 +180,26 @@ fn base(first: u8, len: u32, directory: u16, state: &TaskState, descriptor: i32)
     if file == 0 { 0 } else { kernel::read(file + crate::maps::off!(file_inode) as u64) }
 }
 
+/// Puts into the record where the path at `start` in its bytes starts from.
+#[inline(always)]
+fn from(scratch: &mut Scratch, state: &TaskState, second: bool, start: u32, len: u32, directory: u16) {
+    let first = scratch.path_record.bytes[start as usize];
+    let descriptor = path_descriptor(scratch, start, len);
+    if descriptor >= 0 {
+        scratch.path_record.event.header.flags |= if second { flag::DESCRIPTOR2 } else { flag::DESCRIPTOR1 };
+    }
+    let inode = base(first, len, directory, state, descriptor);
+    if inode != 0 {
+        kernel::read_inode(scratch, inode);
+        let (dev, _) = kernel::object_device(scratch, inode);
+        kernel::base_attr(scratch, second, dev);
+        if path_is_single(scratch, start, len) != 0 {
+            let attr = if second { flag::PARENT2_ATTR } else { flag::PARENT1_ATTR };
+            scratch.path_record.event.header.flags |= attr;
+        }
+    }
+}
+
 #[inline(always)]
 fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
     let number = scratch.path_record.event.header.nr;
@@ -205,36 +225,10 @@ fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
     scratch.path_record.event.base2 = NO_ATTR;
     // symlink: the first path is text, not a path from here.
     if number != nr::SYMLINK && number != nr::SYMLINKAT {
-        let first = scratch.path_record.bytes[0];
-        let descriptor = path_descriptor(scratch, 0, len1);
-        if descriptor >= 0 {
-            scratch.path_record.event.header.flags |= flag::DESCRIPTOR1;
-        }
-        let inode = base(first, len1, directory1, state, descriptor);
-        if inode != 0 {
-            kernel::read_inode(scratch, inode);
-            let (dev, _) = kernel::object_device(scratch, inode);
-            kernel::base_attr(scratch, false, dev);
-            if path_is_single(scratch, 0, len1) != 0 {
-                scratch.path_record.event.header.flags |= flag::PARENT1_ATTR;
-            }
-        }
+        from(scratch, state, false, 0, len1, directory1);
     }
     if path2 != NO_ARG {
-        let first = scratch.path_record.bytes[len1 as usize];
-        let descriptor = path_descriptor(scratch, len1, len2);
-        if descriptor >= 0 {
-            scratch.path_record.event.header.flags |= flag::DESCRIPTOR2;
-        }
-        let inode = base(first, len2, directory2, state, descriptor);
-        if inode != 0 {
-            kernel::read_inode(scratch, inode);
-            let (dev, _) = kernel::object_device(scratch, inode);
-            kernel::base_attr(scratch, true, dev);
-            if path_is_single(scratch, len1, len2) != 0 {
-                scratch.path_record.event.header.flags |= flag::PARENT2_ATTR;
-            }
-        }
+        from(scratch, state, true, len1, len2, directory2);
     }
     let root = kernel::directory(true);
     kernel::read_parent(scratch, root);

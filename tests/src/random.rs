@@ -45,18 +45,24 @@ impl Random {
     }
 }
 
-/// `BFS_SEED`, else in long runs a number from the clock and in short ones always the same; printed, so
+/// What `BFS_SEED` says.
+#[must_use]
+pub fn given_seed() -> Option<u64> {
+    std::env::var("BFS_SEED").ok()?.parse().ok()
+}
+
+/// [`given_seed`], else in long runs a number from the clock and in short ones always the same; printed, so
 /// that a failure can be done again.
 #[must_use]
 pub fn printed_seed() -> u64 {
-    let clock = || {
+    let usual = || {
         if std::env::var_os("BFS_LONG").is_none() {
             return 20_261_121;
         }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(1, |d| d.as_micros() as u64 % 1_000_000_007)
     };
-    let seed = std::env::var("BFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(clock);
+    let seed = given_seed().unwrap_or_else(usual);
     eprintln!("BFS_SEED={seed}");
     seed
 }

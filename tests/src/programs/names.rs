@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::{Place, Program, fork_writers, workload};
-use crate::random::Random;
+use crate::random::{Random, given_seed};
 use crate::world::rounds;
 
 /// How many processes.
@@ -130,7 +130,7 @@ pub fn run(place: &Place, writer: Option<usize>) -> Result<()> {
     };
     // Relative paths must not touch what belongs to whoever started us.
     std::env::set_current_dir(place.data.join("d0"))?;
-    let seed = std::env::var("BFS_SEED").ok().and_then(|s| s.parse::<u64>().ok()).unwrap_or(1);
+    let seed = given_seed().unwrap_or(1);
     let mut worker = Worker::new(place, me, Random::new(seed.wrapping_mul(1000) + me as u64))?;
     let least = rounds(0, CALLS_LONG);
     let mut calls = 0;

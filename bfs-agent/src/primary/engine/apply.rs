@@ -217,9 +217,8 @@ impl Engine {
     fn moved_directory(&self, act: &Act) -> Option<ObjectId> {
         let Act::Rename { from, to, exchange, .. } = act else { return None };
         let directory = |place: &Place| {
-            object_at(&self.model, place).filter(|o| {
-                self.model.get(*o).is_some_and(|o| matches!(o.kind, FileKind::Directory | FileKind::Symlink))
-            })
+            object_at(&self.model, place)
+                .filter(|o| matches!(self.model.kind(*o), Some(FileKind::Directory | FileKind::Symlink)))
         };
         directory(from).or_else(|| directory(to).filter(|_| *exchange))
     }

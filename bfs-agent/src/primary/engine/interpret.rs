@@ -215,7 +215,7 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
         }
         libc::SYS_ftruncate => Act::Truncate { object, size: e.file_offset, attr: Some(attr), place: None },
         libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_writev | libc::SYS_pwritev | libc::SYS_pwritev2 => {
-            if model.get(object).is_some_and(|o| o.kind != FileKind::Regular) {
+            if model.kind(object) != Some(FileKind::Regular) {
                 // Of a FIFO a write leaves its time only.
                 return Act::Attr { object, attr: Some(attr), xattrs: false, place: None };
             }
@@ -354,7 +354,7 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
         },
         libc::SYS_truncate => {
             let place = p.place(model, host, false, true);
-            let file = |o: &ObjectId| model.get(*o).is_some_and(|o| o.kind == FileKind::Regular);
+            let file = |o: &ObjectId| model.kind(*o) == Some(FileKind::Regular);
             match object_at(model, &place).filter(file) {
                 Some(object) => Act::Truncate { object, size: e.args[1], attr: None, place: Some(place) },
                 None => Act::Suspect { place, also: None },
@@ -514,7 +514,7 @@ impl Act {
     /// model knows it.
     #[must_use]
     pub fn changes(&self, model: &Model) -> Vec<(Place, Option<FileKind>)> {
-        let kind = |place: &Place| object_at(model, place).and_then(|o| model.get(o)).map(|o| o.kind);
+        let kind = |place: &Place| object_at(model, place).and_then(|o| model.kind(o));
         match self {
             Self::Create { parent, name, .. } => {
                 vec![(Place::Entry(*parent, name.clone()), Some(FileKind::Regular))]

@@ -370,7 +370,7 @@ impl Engine {
 
     fn suspect_object(&mut self, object: ObjectId, now: u64) {
         use bfs_common::record::FileKind;
-        match self.model.get(object).map(|o| o.kind) {
+        match self.model.kind(object) {
             Some(FileKind::Regular) => self.dirty.whole(object),
             Some(FileKind::Directory) => self.dirty.rescan(object, false),
             Some(_) => {}

@@ -244,10 +244,16 @@ impl Model {
         object
     }
 
+    /// The type of an object.
+    #[must_use]
+    pub fn kind(&self, object: ObjectId) -> Option<FileKind> {
+        self.objects.get(&object).map(|o| o.kind)
+    }
+
     /// The entry names this object now. Both must be in the group, the first a directory.
     pub fn link(&mut self, directory: ObjectId, name: &Name, object: ObjectId, out: &mut Outbox) {
         let before = self.entry(directory, name);
-        let is_directory = self.objects.get(&directory).is_some_and(|o| o.kind == FileKind::Directory);
+        let is_directory = self.kind(directory) == Some(FileKind::Directory);
         if before == Some(object) || !is_directory || !self.objects.contains_key(&object) {
             return;
         }

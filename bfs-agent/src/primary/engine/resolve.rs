@@ -241,7 +241,7 @@ fn enter(model: &Model, path: &Path, rest: &VecDeque<Vec<u8>>) -> Result<At, Pla
         let bytes = std::os::unix::ffi::OsStrExt::as_bytes(component.as_os_str());
         let Some(name) = Name::new(bytes) else { return Err(Place::Unknown) };
         let next = model.entry(at, &name);
-        let directory = |o: &ObjectId| model.get(*o).is_some_and(|o| o.kind == FileKind::Directory);
+        let directory = |o: &ObjectId| model.kind(*o) == Some(FileKind::Directory);
         match next.filter(directory) {
             Some(next) => at = next,
             None => return Err(missing(at, name, rest)),
