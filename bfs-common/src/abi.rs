@@ -140,6 +140,11 @@ pub mod flag {
     pub const PARENT1_ATTR: u16 = 1 << 12;
     /// The same for path 2.
     pub const PARENT2_ATTR: u16 = 1 << 13;
+    /// [`super::PathEvent`]: path 1 begins with a link to a descriptor of the task (`/proc/self/fd/N`,
+    /// `/dev/fd/N`); the base is what that descriptor names, and the rest goes on from there.
+    pub const DESCRIPTOR1: u16 = 1 << 14;
+    /// The same for path 2.
+    pub const DESCRIPTOR2: u16 = 1 << 15;
 }
 
 /// The start of every record in the ring.

@@ -49,6 +49,7 @@ pub mod nr {
     pub const FALLOCATE: u32 = 285;
     pub const PWRITEV: u32 = 296;
     pub const OPEN_BY_HANDLE_AT: u32 = 304;
+    pub const RENAMEAT2: u32 = 316;
     pub const COPY_FILE_RANGE: u32 = 326;
     pub const PWRITEV2: u32 = 328;
     pub const OPENAT2: u32 = 437;

@@ -117,51 +117,87 @@ extern "C" fn path_is_single(scratch: *const Scratch, start: u32, len: u32) -> i
     1
 }
 
-/// The inode of the descriptor that the path names as `/proc/self/fd/N`, 0 if it does not.
-#[inline(always)]
-fn own_descriptor(scratch: &Scratch, len: u32) -> u64 {
-    const BEGIN: &[u8; 14] = b"/proc/self/fd/";
-    const DIGITS_MAX: usize = 6;
-    let digits = len.wrapping_sub(BEGIN.len() as u32);
-    if digits == 0 || digits > DIGITS_MAX as u32 {
-        return 0;
+/// Longest descriptor number that is read from a path, in digits.
+const DIGITS_MAX: u32 = 7;
+
+/// The descriptor of the task that the path at `start` in the bytes of the record begins with:
+/// `/proc/self/fd/N`, `/proc/thread-self/fd/N` or `/dev/fd/N`; -1 without one.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn path_descriptor(scratch: *const Scratch, start: u32, len: u32) -> i32 {
+    if scratch.is_null() || len > PATH_MAX as u32 {
+        return -1;
     }
-    let mut i = 0;
-    while i < BEGIN.len() {
-        if scratch.path_record.bytes[i] != BEGIN[i] {
-            return 0;
+    let start = opaque(&start) & (PATH_MAX as u32 - 1);
+    // SAFETY: behind `start` there is room for another path, and much more than is read here.
+    unsafe {
+        let bytes = (&raw const (*scratch).path_record.bytes).cast::<u8>().add(start as usize);
+        let word = |at: usize| bytes.add(at).cast::<u64>().read_unaligned();
+        let text = |text: &[u8; 8]| u64::from_le_bytes(*text);
+        let own = text(b"self/fd/");
+        let digits = if word(0) == text(b"/dev/fd/") {
+            8
+        } else if word(0) == text(b"/proc/se") && word(6) == own {
+            14
+        } else if word(0) == text(b"/proc/th") && word(8) == text(b"read-sel") && word(13) == own {
+            21
+        } else {
+            return -1;
+        };
+        if len <= digits {
+            return -1;
         }
-        i += 1;
+        let mut number = 0u32;
+        let mut i = 0;
+        while i < DIGITS_MAX {
+            let byte = if digits + i < len { bytes.add((digits + i) as usize).read_volatile() } else { b'/' };
+            if byte == b'/' {
+                return if i == 0 { -1 } else { number as i32 };
+            }
+            if !byte.is_ascii_digit() {
+                return -1;
+            }
+            number = number * 10 + u32::from(byte - b'0');
+            i += 1;
+        }
     }
-    let mut fd = 0;
-    let mut i = 0;
-    while i < DIGITS_MAX {
-        if i as u32 >= digits {
-            break;
-        }
-        let digit = scratch.path_record.bytes[BEGIN.len() + i].wrapping_sub(b'0');
-        if digit > 9 {
-            return 0;
-        }
-        fd = fd * 10 + u32::from(digit);
-        i += 1;
-    }
-    let (file, _) = kernel::file_of(fd);
-    if file == 0 { 0 } else { kernel::read(file + crate::maps::off!(file_inode) as u64) }
+    -1
 }
 
 /// The inode that a path starts from.
 #[inline(always)]
-fn base(first: u8, len: u32, directory: u16, state: &TaskState) -> u64 {
-    if len > 0 && first == b'/' {
+fn base(first: u8, len: u32, directory: u16, state: &TaskState, descriptor: i32) -> u64 {
+    let mut fd = if directory == NO_ARG { AT_FDCWD } else { argument(state, directory) as i32 };
+    if descriptor >= 0 {
+        fd = descriptor;
+    } else if len > 0 && first == b'/' {
         return kernel::directory(true);
     }
-    let fd = if directory == NO_ARG { AT_FDCWD } else { argument(state, directory) as i32 };
     if fd == AT_FDCWD {
         return kernel::directory(false);
     }
     let (file, _) = kernel::file_of(fd as u32);
     if file == 0 { 0 } else { kernel::read(file + crate::maps::off!(file_inode) as u64) }
+}
+
+/// Puts into the record where the path at `start` in its bytes starts from.
+#[inline(always)]
+fn from(scratch: &mut Scratch, state: &TaskState, second: bool, start: u32, len: u32, directory: u16) {
+    let first = scratch.path_record.bytes[start as usize];
+    let descriptor = path_descriptor(scratch, start, len);
+    if descriptor >= 0 {
+        scratch.path_record.event.header.flags |= if second { flag::DESCRIPTOR2 } else { flag::DESCRIPTOR1 };
+    }
+    let inode = base(first, len, directory, state, descriptor);
+    if inode != 0 {
+        kernel::read_inode(scratch, inode);
+        let (dev, _) = kernel::object_device(scratch, inode);
+        kernel::base_attr(scratch, second, dev);
+        if path_is_single(scratch, start, len) != 0 {
+            let attr = if second { flag::PARENT2_ATTR } else { flag::PARENT1_ATTR };
+            scratch.path_record.event.header.flags |= attr;
+        }
+    }
 }
 
 #[inline(always)]
@@ -176,16 +212,7 @@ fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
         address += 2;
         limit = (state.args[2] as u32).wrapping_sub(2) & (PATH_MAX as u32 - 1);
     }
-    let mut len1 = string(scratch, 0, address);
-    // The magic link of an own descriptor, as glibc uses it, is taken for the descriptor: it may be closed
-    // when the agent looks.
-    let mut own = 0;
-    if number != nr::SYMLINK && number != nr::SYMLINKAT {
-        own = own_descriptor(scratch, len1);
-        if own != 0 {
-            len1 = 0;
-        }
-    }
+    let len1 = string(scratch, 0, address);
     scratch.path_record.event.path1_len = if len1 > limit { limit } else { len1 };
     let len1 = opaque(&scratch.path_record.event.path1_len) & (PATH_MAX as u32 - 1);
     scratch.path_record.event.path2_len = 0;
@@ -198,28 +225,10 @@ fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
     scratch.path_record.event.base2 = NO_ATTR;
     // symlink: the first path is text, not a path from here.
     if number != nr::SYMLINK && number != nr::SYMLINKAT {
-        let first = scratch.path_record.bytes[0];
-        let inode = if own != 0 { own } else { base(first, len1, directory1, state) };
-        if inode != 0 {
-            kernel::read_inode(scratch, inode);
-            let (dev, _) = kernel::object_device(scratch, inode);
-            kernel::base_attr(scratch, false, dev);
-            if path_is_single(scratch, 0, len1) != 0 {
-                scratch.path_record.event.header.flags |= flag::PARENT1_ATTR;
-            }
-        }
+        from(scratch, state, false, 0, len1, directory1);
     }
     if path2 != NO_ARG {
-        let first = scratch.path_record.bytes[len1 as usize];
-        let inode = base(first, len2, directory2, state);
-        if inode != 0 {
-            kernel::read_inode(scratch, inode);
-            let (dev, _) = kernel::object_device(scratch, inode);
-            kernel::base_attr(scratch, true, dev);
-            if path_is_single(scratch, len1, len2) != 0 {
-                scratch.path_record.event.header.flags |= flag::PARENT2_ATTR;
-            }
-        }
+        from(scratch, state, true, len1, len2, directory2);
     }
     let root = kernel::directory(true);
     kernel::read_parent(scratch, root);

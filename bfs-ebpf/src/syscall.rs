@@ -29,6 +29,9 @@ const O_SYNC: u32 = 0o4_010_000;
 /// `__O_TMPFILE`, without the directory bit.
 const O_TMPFILE: u32 = 0o20_000_000;
 
+/// `include/uapi/linux/fs.h`
+const RENAME_WHITEOUT: u64 = 4;
+
 /// `include/linux/fs.h`
 const FMODE_WRITE: u32 = 2;
 const FMODE_CREATED: u32 = 0x10_0000;
@@ -449,8 +452,9 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
     let by_descriptor = state.file != 0;
     let failed = ret < 0;
     if class == class::PATH && !by_descriptor {
-        if !failed {
-            exit_path(state, number, 0, end_ns, ret, pid_tgid, scratch);
+        if !failed || path_may_have_changed(state, number, ret) {
+            let flags = if failed { flag::FAILED } else { 0 };
+            exit_path(state, number, flags, end_ns, ret, pid_tgid, scratch);
         }
         return;
     }
@@ -520,7 +524,11 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
         return;
     }
     let file = kernel::read_file(scratch, address, table_shared);
-    if failed && class == class::WRITE && file.flags & (O_SYNC | O_DSYNC | O_DIRECT) == 0 {
+    if failed
+        && class == class::WRITE
+        && file.flags & (O_SYNC | O_DSYNC | O_DIRECT) == 0
+        && !write_may_have_begun(ret)
+    {
         return;
     }
     kernel::read_inode(scratch, file.inode);
@@ -733,11 +741,27 @@ fn open_may_have_changed(ret: i64) -> bool {
     !matches!(ret, -2 | -9 | -14 | -17 | -20 | -21 | -23 | -24 | -30)
 }
 
+/// Whether a call with paths that failed may have left an effect: the disk failed or was full in the
+/// middle (EIO, ENOSPC, EDQUOT), or a whiteout was made and taken back, which moves the directory's time.
+#[inline(always)]
+fn path_may_have_changed(state: &TaskState, number: u32, ret: i64) -> bool {
+    matches!(ret, -5 | -28 | -122) || number == nr::RENAMEAT2 && state.args[4] & RENAME_WHITEOUT != 0
+}
+
+/// Whether a write that failed may have come beyond the checks: the times are set, setuid and the file
+/// capability dropped before the first byte is copied (`file_modified()` in `generic_file_write_iter()`
+/// and its like). EIO, ENOMEM, EFAULT, ENOSPC, EDQUOT.
+#[inline(always)]
+fn write_may_have_begun(ret: i64) -> bool {
+    matches!(ret, -5 | -12 | -14 | -28 | -122)
+}
+
 /// Whether a call on a descriptor that failed may have left an effect; for writes it depends on
 /// the flags too. EBADF, EXDEV, EINVAL-like refusals come first: EBADF, EXDEV, ENOTTY, EOPNOTSUPP.
 #[inline(always)]
 fn failure_may_have_changed(number: u32, class: u8, ret: i64) -> bool {
-    if matches!(ret, -9 | -18 | -25 | -95) {
+    // ext4 sets the times of a file without extents before it says that it cannot (ext4_fallocate()).
+    if matches!(ret, -9 | -18 | -25) || ret == -95 && number != nr::FALLOCATE {
         return false;
     }
     match class {

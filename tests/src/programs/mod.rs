@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 pub mod append;
+pub mod names;
 pub mod racing;
 pub mod scripts;
+pub mod sequences;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
 pub mod unpack;
@@ -192,6 +194,8 @@ pub fn main(args: &[String]) -> Result<()> {
         "append-writers" => append::run(&place, append::Pace::Steady, writer),
         "append-bursts" => append::run(&place, append::Pace::Bursts, writer),
         "racing-buffer" => racing::run(&place),
+        "random-names" => names::run(&place, writer),
+        "sequences" => sequences::run(&place),
         #[cfg(feature = "sqlite")]
         "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
         #[cfg(feature = "sqlite")]

@@ -17,7 +17,9 @@ pub(super) static ROWS: &[&Row] = &[
     &Row::new("paths/bind-mount", bind_mount),
     &Row::new("paths/mounted-for-a-moment", mounted_for_a_moment).everything(),
     &Row::new("paths/above-a-bind-mount", above_a_bind_mount).everything(),
-    &Row::new("paths/through-proc", through_proc),
+    &Row::new("paths/through-an-own-descriptor", through_own_descriptor),
+    &Row::new("paths/through-proc", through_proc).everything(),
+    &Row::new("paths/named-outside", named_outside),
     &Row::new("paths/mount-namespace", mount_namespace),
     &Row::new("paths/pivoted-root", pivoted_root),
     &Row::new("paths/mounted-over", mounted_over),
@@ -153,11 +155,10 @@ fn above_a_bind_mount(at: &At) -> io::Result<()> {
 }
 
 /// Descriptors and working directories by their links in /proc.
-fn through_proc(at: &At) -> io::Result<()> {
+/// By the links of descriptors in /proc, as the C library does it.
+fn through_own_descriptor(at: &At) -> io::Result<()> {
     let file = at.file("f", 1_000)?;
-    let other = at.file("g", 1_000)?;
     fs::create_dir(at.path("d"))?;
-    fs::hard_link(at.path("g"), at.beside.join("g"))?;
     at.pause()?;
     let link = |of: &File| c(format!("/proc/self/fd/{}", fd(of)));
     call(libc::SYS_chmod, [adr(&link(&file)?), 0o4700])?;
@@ -167,15 +168,27 @@ fn through_proc(at: &At) -> io::Result<()> {
     // By a descriptor that reads and writes nothing and is closed again: how lchmod(3) is done.
     let shown = sys::open(at.path("d"), libc::O_PATH, 0)?;
     call(libc::SYS_fchmodat, [CWD, adr(&c(format!("/proc/self/fd/{}", fd(&shown)))?), 0o711])?;
-    drop(shown);
+    fs::create_dir(format!("/proc/thread-self/fd/{}/below", fd(&shown)))
+}
+
+/// By the other links of processes in /proc: what they led to cannot be told later.
+fn through_proc(at: &At) -> io::Result<()> {
+    let file = at.file("f", 1_000)?;
+    fs::create_dir(at.path("d"))?;
+    at.pause()?;
     let pid = std::process::id();
-    call(libc::SYS_chmod, [adr(&c(format!("/proc/{pid}/fd/{}", fd(&other)))?), 0o640])?;
+    call(libc::SYS_chmod, [adr(&c(format!("/proc/{pid}/fd/{}", fd(&file)))?), 0o640])?;
     std::env::set_current_dir(&at.dir)?;
     fs::create_dir("/proc/self/cwd/by-cwd")?;
     fs::create_dir(format!("/proc/{pid}/task/{pid}/cwd/by-task"))?;
-    fs::create_dir(format!("/proc/self/root/{}/by-root", at.dir.display()))?;
+    fs::create_dir(format!("/proc/self/root/{}/by-root", at.dir.display()))
+}
+
+/// A file of the set with another name outside, and changed by that.
+fn named_outside(at: &At) -> io::Result<()> {
+    at.file("g", 1_000)?;
+    fs::hard_link(at.path("g"), at.beside.join("g"))?;
     at.pause()?;
-    // By the name outside.
     call(libc::SYS_chmod, [adr(&c(at.beside.join("g"))?), 0o600]).map(drop)
 }
 

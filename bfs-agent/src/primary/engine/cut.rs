@@ -23,7 +23,7 @@ use smallvec::smallvec;
 
 use super::Engine;
 use super::host::{Host, HostError, InFlight, OwnedEvent};
-use super::interpret::{Thing, Things, interpret, span_of};
+use super::interpret::{Thing, Things, interpret, span_of, touches};
 use super::recent::Span;
 
 /// Cuts that are tried before the processes are stopped.
@@ -393,7 +393,8 @@ impl Engine {
         }
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
         if until_ns > t {
-            let touches = interpret(&self.model, host, &parsed).touches(&self.model);
+            let (act, way) = interpret(&self.model, host, &parsed);
+            let touches = touches(&act, &way, &self.model);
             crossing.push(Crossing { tid: span.tid, touches, until_ns });
         }
         self.consume(event, host)
@@ -410,11 +411,12 @@ impl Engine {
                 all.push((Span::default(), smallvec![Thing::Everything]));
                 continue;
             };
-            let act = interpret(&self.model, host, &parsed);
+            let (act, way) = interpret(&self.model, host, &parsed);
             let mut touches = act.touches(&self.model);
-            if let Some(place) = act.reaches_by()
-                && (directories_changed || place.entry().is_some_and(|e| changed.contains(&e)))
-            {
+            let reaches = act.reaches_by().is_some_and(|place| {
+                directories_changed || place.entry().is_some_and(|e| changed.contains(&e))
+            });
+            if reaches || way.entries.iter().any(|e| changed.contains(e)) {
                 touches.push(Thing::Everything);
             }
             for (place, object) in act.changes(&self.model) {
@@ -514,6 +516,7 @@ impl Engine {
         self.snapshots.clear();
         self.reads.clear();
         self.prune(how.begun.saturating_sub(RECENT_NS));
+        self.dirty.settled();
         if self.dirty.close_gap() {
             self.out.push(&Record::Repaired { scope: GapScope::Everything }, b"");
         }

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use bfs_common::abi::InodeId;
@@ -110,12 +110,10 @@ impl Reader {
     /// cannot be of the set come without an identity.
     #[must_use]
     pub fn look(&mut self, start: &Start, path: &Path) -> Seen {
-        match path.to_str() {
-            Some("/proc/self") => return Seen::Symlink(start.tgid.to_string().into_bytes()),
-            Some("/proc/thread-self") => {
-                return Seen::Symlink(format!("{}/task/{}", start.tgid, start.tid).into_bytes());
-            }
-            _ => {}
+        // Which process these are of makes no difference to what can be reached through them without a
+        // link to what it has open.
+        if matches!(path.to_str(), Some("/proc/self" | "/proc/thread-self")) {
+            return Seen::Directory(InodeId::NONE);
         }
         let same = self.same_mounts(start);
         let there = if same {
@@ -124,16 +122,13 @@ impl Reader {
             let Some(root) = self.root_of(start) else { return Seen::Unknown };
             root.join(path.strip_prefix("/").unwrap_or(path))
         };
-        let of_process = path.starts_with("/proc");
         let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
         let statx = match rustix::fs::statx(CWD, &there, AtFlags::SYMLINK_NOFOLLOW, wanted) {
             Ok(statx) => statx,
-            // Processes end, descriptors are closed.
-            Err(Errno::NOENT | Errno::NOTDIR) if !of_process => return Seen::Nothing,
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::SRCH) => return Seen::Nothing,
             Err(_) => return Seen::Unknown,
         };
         match FileKind::from_mode(u32::from(statx.stx_mode)) {
-            Some(FileKind::Symlink) if of_process => self.magic(&there),
             Some(FileKind::Symlink) => match std::fs::read_link(&there) {
                 Ok(target) => Seen::Symlink(target.into_os_string().into_vec()),
                 Err(_) => Seen::Unknown,
@@ -144,28 +139,16 @@ impl Reader {
                 if known.is_none_or(|mount| same && mount.mount_id == statx.stx_mnt_id) {
                     return Seen::Directory(InodeId::NONE);
                 }
-                self.identify(&there, OFlags::NOFOLLOW)
+                self.identify(&there)
             }
             // A file of the set can have a name outside too.
-            _ if self.mount(dev_of(&statx)).is_some() => self.identify(&there, OFlags::NOFOLLOW),
+            _ if self.mount(dev_of(&statx)).is_some() => self.identify(&there),
             _ => Seen::Leaf(InodeId::NONE),
         }
     }
 
-    /// A link of /proc: it leads to what a process has, whatever its text says.
-    fn magic(&self, link: &Path) -> Seen {
-        match self.identify(link, OFlags::empty()) {
-            // Of what is above it only the text tells.
-            Seen::Directory(_) => match std::fs::read_link(link) {
-                Ok(target) => Seen::Symlink(target.as_os_str().as_bytes().to_vec()),
-                Err(_) => Seen::Unknown,
-            },
-            other => other,
-        }
-    }
-
-    fn identify(&self, path: &Path, flags: OFlags) -> Seen {
-        let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
+    fn identify(&self, path: &Path) -> Seen {
+        let flags = OFlags::NOFOLLOW | OFlags::PATH | OFlags::CLOEXEC;
         let Ok(fd) = rustix::fs::openat(CWD, path, flags, Mode::empty()) else { return Seen::Unknown };
         match (self.stat_of(fd.as_fd()), tree::stat_fd(fd.as_fd())) {
             (Ok(Some(stat)), _) if stat.kind == FileKind::Directory => Seen::Directory(stat.inode),

@@ -108,9 +108,16 @@ impl World {
     pub(super) fn at(&mut self) -> At {
         let base = self.pick(FileKind::Directory).unwrap_or(ROOT);
         let mut path = self.name();
-        if self.random.next(3) == 0 {
-            path.push(b'/');
-            path.extend(self.name());
+        match self.random.next(12) {
+            0..=3 => {
+                path.push(b'/');
+                path.extend(self.name());
+            }
+            4 => {
+                path.extend(b"/../");
+                path.extend(self.name());
+            }
+            _ => {}
         }
         At { base, path }
     }
@@ -118,7 +125,7 @@ impl World {
     pub(super) fn invent(&mut self) -> Call {
         let directory = self.pick(FileKind::Directory).unwrap_or(ROOT);
         let file = self.pick(FileKind::Regular);
-        match (self.random.next(16), file) {
+        match (self.random.next(18), file) {
             (0..=5, Some(file)) => {
                 let length = 1 + self.random.next(6) as usize;
                 let byte = self.random.next(200) as u8 + 1;
@@ -135,6 +142,8 @@ impl World {
             (12, _) => Call::Rename { from: self.at(), to: self.at() },
             (13, _) => Call::Link { from: self.at(), to: self.at() },
             (14, _) => Call::Chmod { at: self.at(), mode: self.random.next(0o777) as u32 },
+            (15, _) => Call::Exchange { from: self.at(), to: self.at() },
+            (16, _) => Call::TruncateAt { at: self.at(), size: self.random.next(10) },
             _ => Call::Create { directory, name: self.name() },
         }
     }
@@ -215,6 +224,16 @@ impl World {
                 self.path(header, libc::SYS_symlinkat, &target, Some(at))
             }
             Call::Rename { from, to } => self.path(header, libc::SYS_renameat, from, Some(to)),
+            Call::Exchange { from, to } => {
+                let mut bytes = self.path(header, libc::SYS_renameat2, from, Some(to));
+                set_argument(&mut bytes, 4, u64::from(libc::RENAME_EXCHANGE));
+                bytes
+            }
+            Call::TruncateAt { at, size } => {
+                let mut bytes = self.path(header, libc::SYS_truncate, at, None);
+                set_argument(&mut bytes, 1, *size);
+                bytes
+            }
             Call::Link { from, to } => self.path(header, libc::SYS_linkat, from, Some(to)),
         };
         self.ring_position += bytes.len() as u64;
@@ -255,6 +274,12 @@ impl World {
         };
         pack(&event, &one.path, path2)
     }
+}
+
+/// Puts an argument of the call into the bytes of a path record.
+fn set_argument(bytes: &mut [u8], index: usize, value: u64) {
+    let at = std::mem::offset_of!(PathEvent, args) + 8 * index;
+    bytes[at..at + 8].copy_from_slice(&value.to_ne_bytes());
 }
 
 /// The bytes of a record, its length put into the header.
