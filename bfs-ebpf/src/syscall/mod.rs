@@ -4,8 +4,6 @@
 //! task's slot; `sys_exit` turns the slot into a record. The slot is `active` from before the start
 //! is stamped until after the record stands in the ring: this is what the agent's cut relies on.
 
-use core::sync::atomic::{Ordering, compiler_fence};
-
 mod enter;
 mod exit;
 mod failed;
