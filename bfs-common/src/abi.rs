@@ -157,6 +157,11 @@ pub mod flag {
     pub const PARENT1_ATTR: u16 = 1 << 12;
     /// The same for path 2.
     pub const PARENT2_ATTR: u16 = 1 << 13;
+    /// [`super::PathEvent`]: path 1 begins with a link to a descriptor of the task (`/proc/self/fd/N`,
+    /// `/dev/fd/N`); the base is what that descriptor names, and the rest goes on from there.
+    pub const DESCRIPTOR1: u16 = 1 << 14;
+    /// The same for path 2.
+    pub const DESCRIPTOR2: u16 = 1 << 15;
 }
 
 /// The start of every record in the ring.
@@ -282,6 +287,10 @@ pub struct PathEvent {
     pub path1_len: u32,
     /// Bytes of path 2.
     pub path2_len: u32,
+    /// Number of the mount namespace of the process.
+    pub mounts: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// A followed task was made, executed a program, or ended.
@@ -291,7 +300,8 @@ pub struct TaskEvent {
     /// Header; `tid` and `tgid` are those of the task that the event is about (FORK: of the
     /// child).
     pub header: EventHeader,
-    /// FORK: the parent's tid. EXEC: the tid before. COMPAT: the number of the call.
+    /// FORK: the parent's tid. EXEC: the tid before. COMPAT: the number of the call. EXIT: 1 if the
+    /// kernel wrote a core.
     pub value: u64,
     /// EXIT: 1 if this was the last thread of its process, else 0.
     pub last_thread: u32,
@@ -365,8 +375,10 @@ pub mod slot {
     pub const NAMELESS: u32 = 1 << 5;
     /// The inode was not read at the start: it seemed to be that of the call before.
     pub const KNOWN: u32 = 1 << 16;
+    /// A call of the 32-bit table; number and arguments are those of its like in the 64-bit table.
+    pub const COMPAT: u32 = 1 << 6;
     /// What the call takes could not be read at its start.
-    pub const UNREADABLE: u32 = 1 << 6;
+    pub const UNREADABLE: u32 = 1 << 7;
 }
 
 /// `nr` of a [`TaskState`] between two calls.
@@ -427,6 +439,10 @@ pub struct Offsets {
     pub task_status: u32,
     pub task_signal: u32,
     pub signal_live: u32,
+    pub signal_exit_code: u32,
+    pub task_nsproxy: u32,
+    pub nsproxy_mounts: u32,
+    pub mounts_number: u32,
     pub mm_users: u32,
     /// `task_struct.io_uring` (0 without io_uring): set once the task used a ring.
     pub task_io_uring: u32,
@@ -553,13 +569,13 @@ const _: () = {
     assert!(core::mem::offset_of!(WriteEvent, attr) == core::mem::offset_of!(FileEvent, attr));
     assert!(core::mem::offset_of!(WriteEvent, file_offset) == core::mem::offset_of!(FileEvent, parent));
     assert!(size_of::<DataEvent>() == 64);
-    assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 8);
+    assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 16);
     assert!(size_of::<TaskEvent>() == 64);
     assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 8);
     assert!(size_of::<Suspect>() == 16);
     assert!(size_of::<Settings>() == 64 + 12);
     assert!(size_of::<Request>() == 80);
-    assert!(size_of::<Offsets>() == (58 + 40) * 4);
+    assert!(size_of::<Offsets>() == (62 + 40) * 4);
 };
 
 /// A struct of this ABI that may be copied out of bytes: any bit pattern is a value.

@@ -349,6 +349,14 @@ pub fn directory(root: bool) -> u64 {
     read(dentry + off!(dentry_inode) as u64)
 }
 
+/// Number of the current task's mount namespace.
+#[inline(always)]
+pub fn mount_namespace() -> u32 {
+    let proxy: u64 = read(task() as u64 + off!(task_nsproxy) as u64);
+    let mounts: u64 = read(proxy + off!(nsproxy_mounts) as u64);
+    read(mounts + off!(mounts_number) as u64)
+}
+
 /// Whether a device has subtrees in scope.
 #[inline(always)]
 pub fn in_scope(dev: u32) -> bool {

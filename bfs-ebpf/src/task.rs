@@ -10,6 +10,9 @@ use crate::{
     maps::{NO_WAKEUP, RING, TASKS, count, off, rescan},
 };
 
+/// Set in the exit code when a core was written (coredump_finish() in fs/coredump.c).
+const CORE_DUMPED: u32 = 0x80;
+
 /// A state without a call in flight.
 pub const IDLE: TaskState = TaskState {
     start_ns: 0,
@@ -166,8 +169,10 @@ pub fn exit(task: u64) -> Option<u32> {
     TASKS.get_ptr_mut(tid)?;
     let signal: u64 = read(task + off!(task_signal) as u64);
     let live: u32 = read(signal + off!(signal_live) as u64);
+    let code: u32 = read(signal + off!(signal_exit_code) as u64);
+    let dumped = u64::from(code & CORE_DUMPED != 0);
     // The record first: while the entry is there the agent waits for it.
-    emit(kind::EXIT, u32::MAX, tid, tgid, 0, u32::from(live == 0));
+    emit(kind::EXIT, u32::MAX, tid, tgid, dumped, u32::from(live == 0));
     let _ = TASKS.remove(tid);
     Some(tid)
 }

@@ -27,7 +27,7 @@ use crate::{
         REQUEST_BLOCK, REQUESTS, RINGS, SCRATCH, SCRATCH_COMPLETE, SCRATCH_SUBMIT, Scratch, TASKS, count,
         off, rescan,
     },
-    syscall::{O_CREAT, O_TMPFILE, O_TRUNC, open_may_have_changed},
+    syscall::{O_CREAT, O_TMPFILE, O_TRUNC, failed},
     task,
     uring_path::{bases, begun, makes_socket},
     write,
@@ -385,7 +385,7 @@ pub fn complete(ring: u64, req: u64, result: i32) {
         let file: u64 = at(block, off!(req_file));
         let opcode = u32::from(at::<u8>(block, off!(req_opcode)));
         let nothing = match class_of(opcode) {
-            class::OPEN => result < 0 && !open_may_have_changed(i64::from(result)),
+            class::OPEN => result < 0 && !failed::open(i64::from(result)),
             class::PATH => result < 0,
             class::WRITE | class::SPLICE | class::FILE => file == 0,
             _ => false,

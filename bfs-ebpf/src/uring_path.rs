@@ -158,6 +158,8 @@ extern "C" fn begun_path(scratch: *mut Scratch) -> i32 {
     kernel::read_parent(scratch, root);
     let (dev, _) = kernel::parent_device(scratch, root);
     scratch.path_record.event.root = kernel::parent_id(scratch, dev);
+    scratch.path_record.event.mounts = kernel::mount_namespace();
+    scratch.path_record.event.reserved = 0;
     let block = scratch.request.as_ptr();
     let bits = match opcode {
         op::RENAMEAT => at::<u32>(block, off!(rename_flags)),

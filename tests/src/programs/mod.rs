@@ -10,9 +10,11 @@ use anyhow::{Context, Result};
 
 pub mod append;
 pub mod fio;
+pub mod names;
 pub mod racing;
 pub mod requests;
 pub mod scripts;
+pub mod sequences;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
 pub mod unpack;
@@ -195,6 +197,8 @@ pub fn main(args: &[String]) -> Result<()> {
         "append-bursts" => append::run(&place, append::Pace::Bursts, writer),
         "racing-buffer" => racing::run(&place),
         name if name.starts_with("requests-") => requests::run(&place, name),
+        "random-names" => names::run(&place, writer),
+        "sequences" => sequences::run(&place),
         #[cfg(feature = "sqlite")]
         "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
         #[cfg(feature = "sqlite")]

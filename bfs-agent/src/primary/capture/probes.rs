@@ -281,6 +281,15 @@ impl Probes {
         Ok(tasks)
     }
 
+    /// The processes of the selected tasks, each once.
+    pub fn selected_processes(&self) -> Result<Vec<u32>, CaptureError> {
+        let mut processes: Vec<u32> =
+            self.selected_tasks()?.into_iter().map(|(_, state)| state.tgid).collect();
+        processes.sort_unstable();
+        processes.dedup();
+        Ok(processes)
+    }
+
     /// The calls in flight that started at or before `t` (`CLOCK_MONOTONIC`, in the past), or may
     /// have.
     ///

@@ -1,5 +1,6 @@
 //! Acts become records, and what is not exact becomes dirty.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -8,7 +9,9 @@ use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 use bytes::Bytes;
 
 use super::host::{Host, HostError, OwnedEvent, Stat};
-use super::interpret::{Act, CAPABILITY, Thing, has_capability, interpret, meta_of, object_at, span_of};
+use super::interpret::{
+    Act, CAPABILITY, Thing, has_capability, interpret, meta_of, object_at, span_of, touches,
+};
 use super::model::NewObject;
 use super::recent::Span;
 use super::resolve::Place;
@@ -58,6 +61,10 @@ impl Engine {
             Event::Task { event: e } if e.header.kind == kind::EXIT => {
                 self.chunks.remove(&tid);
                 self.entered.remove(&tid);
+                // The kernel wrote a core by a name of its own.
+                if e.value != 0 && e.last_thread != 0 && host.cores_are_files() {
+                    self.suspect_everything(e.header.end_ns);
+                }
                 return;
             }
             Event::Task { event: e } if e.header.kind == kind::JOINED => {
@@ -68,8 +75,12 @@ impl Engine {
             }
             _ => {}
         }
-        let act = interpret(&self.model, host, event);
+        let (mut act, way) = interpret(&self.model, host, event);
         let span = span_of(event);
+        if way.winding && way.entries.iter().any(|(d, n)| self.doubtful_entry(*d, n, span)) {
+            self.stats.ambiguous += 1;
+            act = Act::Everything;
+        }
         if let Event::File { event: e, .. } = event {
             if e.header.kind == kind::MAPPED && self.model.find(e.attr.id).is_none() {
                 self.note_mapped(e.attr.id.dev, e.attr.id.ino);
@@ -80,10 +91,11 @@ impl Engine {
                 }
             }
         }
-        let touches = act.touches(&self.model);
+        let touches = touches(&act, &way, &self.model);
         if act != Act::Nothing {
             self.stats.ops += 1;
         }
+        tracing::trace!(?span, ?act, "taken in");
         let ambiguous = self.note(&touches, &act, span);
         self.apply(act, event, span, ambiguous, host);
         // What was read from the file system after this call started holds an unknown part of it.
@@ -122,7 +134,7 @@ impl Engine {
         self.stats.ambiguous += 1;
         let then = Event::Path { event: *e, path1: &old1, path2: &old2 };
         for other in [&then, event] {
-            for thing in interpret(&self.model, host, other).touches(&self.model) {
+            for thing in interpret(&self.model, host, other).0.touches(&self.model) {
                 self.stain(&thing, span.end_ns, true);
             }
         }
@@ -135,6 +147,7 @@ impl Engine {
             Thing::Meta(object) => self.dirty.meta(*object, end_ns),
             Thing::Xattrs(object) => self.dirty.xattrs(*object),
             Thing::Entry(directory, name) => self.dirty.entry(*directory, name, deep),
+            Thing::Way(..) => {}
             Thing::Everything => self.suspect_everything(end_ns),
         }
     }
@@ -151,6 +164,7 @@ impl Engine {
     /// What the other one did with names is then suspect as well.
     pub(super) fn note(&mut self, touches: &[Thing], act: &Act, span: Span) -> bool {
         let mut ambiguous = false;
+        let mut astray = false;
         let names = touches.iter().any(|t| matches!(t, Thing::Entry(..)));
         // An empty one would be made anew for each write.
         let entries: Option<Rc<[Thing]>> =
@@ -160,8 +174,14 @@ impl Engine {
                 Thing::Data(object, range) => {
                     ambiguous |= self.recent_data.note(*object, span, range.clone(), ()).any();
                 }
+                Thing::Way(directory, name) => {
+                    let key = (*directory, name.clone());
+                    astray |= self.recent_entries.overlaps(&key, span);
+                    let _ = self.recent_ways.note(key, span, 0..1, ());
+                }
                 Thing::Entry(directory, name) => {
                     let key = (*directory, name.clone());
+                    astray |= self.recent_ways.overlaps(&key, span);
                     let overlap = self.recent_entries.note(key, span, 0..1, entries.clone());
                     ambiguous |= overlap.any();
                     for other in overlap.with.iter().flatten().flat_map(|o| o.iter()) {
@@ -171,24 +191,26 @@ impl Engine {
                 Thing::Meta(_) | Thing::Xattrs(_) | Thing::Everything => {}
             }
         }
+        if astray {
+            // Somebody went through the entry while it changed, and may have come out anywhere.
+            ambiguous = true;
+            self.suspect_everything(span.end_ns);
+        }
         // A path that was followed while a directory moved may have led elsewhere. (Creates name
         // their directory's inode, not a path.)
         if names && !matches!(act, Act::Create { .. }) {
             let crossed = self.recent_paths.note((), span, 0..1, ()).any();
-            let moving = self.moved_directory(act);
-            let mut doubtful = Vec::new();
-            if let Some(object) = moving.filter(|_| crossed) {
-                doubtful.push(object);
-            }
+            let moving = self.moved_directories(act);
+            let mut doubtful = if crossed { moving.clone() } else { Vec::new() };
             let start = span.start_ns.saturating_sub(super::SLACK_NS);
             doubtful.extend(
                 self.moved.iter().filter(|m| m.1.tid != span.tid && m.1.end_ns >= start).map(|m| m.0),
             );
             ambiguous |= !doubtful.is_empty();
             for directory in doubtful {
-                self.rescan_below(directory);
+                self.rescan_below(directory, span.end_ns);
             }
-            if let Some(object) = moving {
+            for object in moving {
                 self.moved.push_back((object, span));
                 if self.moved.len() > MOVES_MAX {
                     self.moved.pop_front();
@@ -201,24 +223,30 @@ impl Engine {
         ambiguous
     }
 
-    /// The directory (or symlink) that a rename moves.
-    fn moved_directory(&self, act: &Act) -> Option<ObjectId> {
-        let Act::Rename { from, to, exchange, .. } = act else { return None };
-        let directory = |place: &Place| {
-            object_at(&self.model, place).filter(|o| {
-                self.model.get(*o).is_some_and(|o| matches!(o.kind, FileKind::Directory | FileKind::Symlink))
-            })
-        };
-        directory(from).or_else(|| directory(to).filter(|_| *exchange))
+    /// The directories (or symlinks) that a rename moves.
+    fn moved_directories(&self, act: &Act) -> Vec<ObjectId> {
+        let Act::Rename { from, to, exchange, .. } = act else { return Vec::new() };
+        [Some(from), Some(to).filter(|_| *exchange)]
+            .into_iter()
+            .flatten()
+            .filter_map(|place| object_at(&self.model, place))
+            .filter(|o| matches!(self.model.kind(*o), Some(FileKind::Directory | FileKind::Symlink)))
+            .collect()
     }
 
-    /// All directories below, listed again.
-    fn rescan_below(&mut self, directory: ObjectId) {
+    /// All directories below, listed again, and their attributes: a call may have changed an entry of one.
+    fn rescan_below(&mut self, directory: ObjectId, end_ns: u64) {
         let mut todo = vec![directory];
+        // Moves whose order is not known can leave a directory below itself, until they are settled.
+        let mut seen = HashSet::new();
         while let Some(at) = todo.pop() {
+            if !seen.insert(at) {
+                continue;
+            }
             let Some(o) = self.model.get(at).filter(|o| o.kind == FileKind::Directory) else { continue };
             todo.extend(o.entries.values().copied());
             self.dirty.rescan(at, false);
+            self.dirty.meta(at, end_ns);
         }
     }
 
@@ -283,8 +311,12 @@ impl Engine {
     /// derived from it is suspect too.
     fn doubtful(&self, place: &Place, span: Span) -> bool {
         let Place::Entry(directory, name) = place else { return false };
-        self.dirty.get(*directory).is_some_and(|d| d.rescan.is_some() || d.entries.contains_key(name))
-            || self.reads.after(&Thing::Entry(*directory, name.clone()), span.start_ns)
+        self.doubtful_entry(*directory, name, span)
+    }
+
+    fn doubtful_entry(&self, directory: ObjectId, name: &Name, span: Span) -> bool {
+        self.dirty.get(directory).is_some_and(|d| d.rescan.is_some() || d.entries.contains_key(name))
+            || self.reads.after(&Thing::Entry(directory, name.clone()), span.start_ns)
     }
 
     fn suspect_entry(&mut self, place: &Place, deep: bool) {
@@ -314,6 +346,7 @@ impl Engine {
                             target: Bytes::new(),
                         };
                         let object = self.model.create(new, &mut self.out);
+                        self.dirty.object_came(object);
                         if self.inherits_xattrs(parent) {
                             self.dirty.xattrs(object);
                         }
@@ -400,12 +433,14 @@ impl Engine {
                 }
                 self.suspect_object(object, span.end_ns);
             }
-            Act::Suspect { place } => {
-                self.parent_after(&place, None, span);
-                self.suspect_entry(&place, true);
+            Act::Suspect { place, also } => {
                 self.suspect_multiple(span.end_ns);
-                if let Some(object) = object_at(&self.model, &place) {
-                    self.suspect_object(object, span.end_ns);
+                for place in [Some(place), also].into_iter().flatten() {
+                    self.parent_after(&place, None, span);
+                    self.suspect_entry(&place, true);
+                    if let Some(object) = object_at(&self.model, &place) {
+                        self.suspect_object(object, span.end_ns);
+                    }
                 }
             }
             Act::Unlink { place, parent_attr } => {
@@ -442,8 +477,10 @@ impl Engine {
             Act::Rename { from, to, exchange, whiteout, from_attr, to_attr } => {
                 self.parent_after(&from, from_attr.as_ref(), span);
                 self.parent_after(&to, to_attr.as_ref(), span);
-                // Should the second name be one of the same inode, nothing was renamed (rename(2)).
-                if ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
+                // Should the second name be one of the same inode, nothing was renamed (rename(2)): of a
+                // name outside nobody knows.
+                let outside = to == Place::Outside;
+                if outside || ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
                     self.suspect_entry(&from, true);
                     self.suspect_entry(&to, true);
                 }

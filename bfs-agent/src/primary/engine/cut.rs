@@ -11,7 +11,7 @@
 //! Calls outside the cut are held back until the marker stands. If a condition fails, they are
 //! taken in and another t is tried; after [`TRIES`] the processes are stopped.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::time::Duration;
 
 use bfs_common::abi::Event;
@@ -19,12 +19,13 @@ use bfs_common::record::{
     CheckpointId, CheckpointLabel, FileKind, GapScope, Name, ObjectId, Record, Sequence,
 };
 
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 
 use super::Engine;
 use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
-use super::interpret::{Thing, Things, interpret, span_of};
+use super::interpret::{Act, Thing, Things, interpret, span_of, touches};
 use super::recent::Span;
+use super::resolve::Way;
 
 /// Cuts that are tried before the processes are stopped.
 const TRIES: u32 = 12;
@@ -137,6 +138,23 @@ struct Crossing {
     tid: u32,
     touches: Things,
     until_ns: u64,
+}
+
+/// The two calls that changed something first, by their place among those held back and their start.
+#[derive(Default)]
+struct Earliest(SmallVec<[(usize, u64); 3]>);
+
+impl Earliest {
+    fn note(&mut self, index: usize, start_ns: u64) {
+        self.0.push((index, start_ns));
+        self.0.sort_unstable_by_key(|change| change.1);
+        self.0.truncate(2);
+    }
+
+    /// Whether another call than this one started its change before that time.
+    fn other_before(&self, index: usize, end_ns: u64) -> bool {
+        self.0.iter().any(|change| change.0 != index && change.1 <= end_ns)
+    }
 }
 
 enum Tried {
@@ -448,39 +466,53 @@ impl Engine {
         }
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
         if until_ns > t {
-            let touches = interpret(&self.model, host, &parsed).touches(&self.model);
+            let (act, way) = interpret(&self.model, host, &parsed);
+            let touches = touches(&act, &way, &self.model);
             crossing.push(Crossing { tid: span.tid, touches, until_ns });
         }
         self.consume(event, host)
     }
 
     /// What the calls that are held back touch, as far as that can be told before they are taken
-    /// in: what a path leads to after an earlier one of them changed a name on it cannot.
+    /// in: what a path leads to after another one of them changed a name on it cannot.
     fn deferred_touches(&self, host: &mut dyn Host) -> Vec<(Span, Things)> {
-        let mut changed: HashSet<(ObjectId, Name)> = HashSet::new();
-        let mut directories_changed = false;
+        let mut changed: HashMap<(ObjectId, Name), Earliest> = HashMap::new();
+        let mut directories_changed = Earliest::default();
         let mut all = Vec::with_capacity(self.deferred.len());
-        for event in &self.deferred {
+        for (index, event) in self.deferred.iter().enumerate() {
             let Some(parsed) = Event::parse(&event.bytes) else {
-                all.push((Span::default(), smallvec![Thing::Everything]));
+                all.push((Span::default(), smallvec![Thing::Everything], None));
                 continue;
             };
-            let act = interpret(&self.model, host, &parsed);
-            let mut touches = act.touches(&self.model);
-            if let Some(place) = act.reaches_by()
-                && (directories_changed || place.entry().is_some_and(|e| changed.contains(&e)))
-            {
+            let (act, way) = interpret(&self.model, host, &parsed);
+            let span = span_of(&parsed);
+            for (place, object) in act.changes(&self.model) {
+                if !object.is_some_and(|kind| !matches!(kind, FileKind::Directory | FileKind::Symlink)) {
+                    directories_changed.note(index, span.start_ns);
+                }
+                if let Some(entry) = place.entry() {
+                    changed.entry(entry).or_default().note(index, span.start_ns);
+                }
+            }
+            all.push((span, touches(&act, &way, &self.model), Some((act, way))));
+        }
+        let resolve_again = |index: usize, span: Span, act: &Act, way: &Way| {
+            // Records stand in the order of their ends: a call that overlaps may stand behind.
+            let by_another = |changes: &Earliest| changes.other_before(index, span.end_ns);
+            let entry = |entry: &(ObjectId, Name)| changed.get(entry).is_some_and(by_another);
+            way.entries.iter().any(entry)
+                || act.reaches_by().is_some_and(|place| {
+                    by_another(&directories_changed) || place.entry().is_some_and(|e| entry(&e))
+                })
+        };
+        let mut found = Vec::with_capacity(all.len());
+        for (index, (span, mut touches, how)) in all.into_iter().enumerate() {
+            if how.is_some_and(|(act, way)| resolve_again(index, span, &act, &way)) {
                 touches.push(Thing::Everything);
             }
-            for (place, object) in act.changes(&self.model) {
-                let leaf =
-                    object.is_some_and(|kind| !matches!(kind, FileKind::Directory | FileKind::Symlink));
-                directories_changed |= !leaf;
-                changed.extend(place.entry());
-            }
-            all.push((span_of(&parsed), touches));
+            found.push((span, touches));
         }
-        all
+        found
     }
 
     /// Whether a call that is held back shares something with a covered one that it may have
@@ -592,6 +624,7 @@ impl Engine {
         self.snapshots.clear();
         self.reads.clear();
         self.prune(how.begun.saturating_sub(RECENT_NS));
+        self.dirty.settled();
         if self.dirty.close_gap() {
             self.out.push(&Record::Repaired { scope: GapScope::Everything }, b"");
         }

@@ -55,12 +55,41 @@ pub struct DirtySet {
     objects: HashMap<ObjectId, Dirty>,
     unannounced: HashSet<ObjectId>,
     gap_open: bool,
+    /// Every object was put in, with all that it has.
+    all: bool,
+    /// Objects that came or were taken out since.
+    not_all: Vec<ObjectId>,
 }
 
 impl DirtySet {
     fn at(&mut self, object: ObjectId) -> &mut Dirty {
         self.unannounced.insert(object);
         self.objects.entry(object).or_default()
+    }
+
+    /// Everything was put in.
+    pub fn set_all(&mut self) {
+        self.all = true;
+        self.not_all.clear();
+    }
+
+    /// When everything was put in: what is not here any more, or not yet. To be put in now, so that
+    /// it costs little to suspect everything again and again.
+    pub fn all_but(&mut self) -> Option<Vec<ObjectId>> {
+        self.all.then(|| std::mem::take(&mut self.not_all))
+    }
+
+    /// Nothing is suspect any more, and the set is empty.
+    pub fn settled(&mut self) {
+        self.all = false;
+        self.not_all.clear();
+    }
+
+    /// A new object is not here yet.
+    pub fn object_came(&mut self, object: ObjectId) {
+        if self.all {
+            self.not_all.push(object);
+        }
     }
 
     /// The whole content of a file.
@@ -157,6 +186,7 @@ impl DirtySet {
 
     /// Takes what is dirty of one object out, to settle it.
     pub fn take(&mut self, object: ObjectId) -> Option<Dirty> {
+        self.object_came(object);
         self.unannounced.remove(&object);
         self.objects.remove(&object)
     }

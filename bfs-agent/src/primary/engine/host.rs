@@ -10,6 +10,7 @@ use bfs_common::abi::InodeId;
 use bfs_common::record::{FileKind, Meta, Name};
 
 use super::outbox::Batch;
+use super::resolve::Start;
 use crate::tree::Xattrs;
 
 /// An inode as read from the file system.
@@ -29,6 +30,21 @@ pub struct Stat {
     pub target: Vec<u8>,
     /// Hard links.
     pub links: u32,
+}
+
+/// What stands at a path outside of the set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// A directory.
+    Directory(InodeId),
+    /// Something else that ends a path.
+    Leaf(InodeId),
+    /// A symlink, and its target.
+    Symlink(Vec<u8>),
+    /// Nothing (any more).
+    Nothing,
+    /// It cannot be told any more.
+    Unknown,
 }
 
 /// A piece of a file's content.
@@ -168,12 +184,25 @@ pub trait Host {
         each: &mut dyn FnMut(Segment<'_>),
     ) -> Result<Option<()>, HostError>;
 
-    /// The absolute path of a directory that is not in the replicated set, if it can be found:
-    /// through the inode, or as working directory of the process.
-    fn outside_path(&mut self, directory: InodeId, tgid: u32) -> Option<PathBuf>;
+    /// The absolute path of a directory that the model does not know, as the process sees it, if it can
+    /// be found: through the inode, or as working directory of the process.
+    fn outside_path(&mut self, directory: InodeId, start: &Start) -> Option<PathBuf>;
 
-    /// The same path without symlinks, as far as it exists.
-    fn canonical(&mut self, path: &Path) -> PathBuf;
+    /// The absolute path of a directory that the model does not know, as the host sees it.
+    fn real_path(&mut self, directory: InodeId) -> Option<PathBuf>;
+
+    /// What stands at an absolute path, as the process sees it; no symlink is followed.
+    fn look(&mut self, start: &Start, path: &Path) -> Seen;
+
+    /// Whether the process sees the same mounts as the host.
+    fn same_mounts(&mut self, start: &Start) -> bool;
+
+    /// Whether something is mounted of which this directory is the root: then what is above it depends
+    /// on the way that led to it.
+    fn is_bound(&mut self, directory: InodeId) -> bool;
+
+    /// Whether the kernel writes the core of a process that dies to a file.
+    fn cores_are_files(&mut self) -> bool;
 
     /// Whether this is the root directory of the host.
     fn is_host_root(&mut self, directory: InodeId) -> bool;

@@ -113,6 +113,7 @@ impl Reads {
             Thing::Entry(directory, name) => {
                 late(self.lists.get(directory)) || late(self.entries.get(&(*directory, name.clone())))
             }
+            Thing::Way(..) => false,
             Thing::Everything => late(Some(&self.latest)),
         }
     }
@@ -214,6 +215,8 @@ pub struct Engine {
     recent_paths: Recent<()>,
     /// Open files whose position several use: writes at it (`true`) and seeks.
     recent_positions: Recent<u64, bool>,
+    /// Entries that winding paths went through.
+    recent_ways: Recent<(ObjectId, Name)>,
     moved: VecDeque<(ObjectId, Span)>,
     strangers: Strangers,
     reads: Reads,
@@ -261,6 +264,7 @@ impl Engine {
             recent_entries: Recent::default(),
             recent_paths: Recent::default(),
             recent_positions: Recent::default(),
+            recent_ways: Recent::default(),
             moved: VecDeque::new(),
             strangers: Strangers::default(),
             reads: Reads::default(),
@@ -316,14 +320,22 @@ impl Engine {
     /// Everything in the group is suspect: it is all read before the next checkpoint.
     pub fn suspect_everything(&mut self, now: u64) {
         self.stats.everything += 1;
-        let ids: Vec<_> = self.model.ids().collect();
+        let ids = match self.dirty.all_but() {
+            Some(ids) => ids,
+            None => {
+                tracing::debug!(now, "everything is suspect");
+                self.model.ids().collect()
+            }
+        };
         for object in ids {
-            self.suspect_object(object, now);
+            // No snapshot makes that exact: there may be another cause, later, by the time it comes.
+            self.suspect_object(object, u64::MAX);
         }
         let roots: Vec<_> = self.model.roots().iter().map(|r| r.1).collect();
         for root in roots {
             self.dirty.rescan(root, true);
         }
+        self.dirty.set_all();
     }
 
     /// Events that started before `t` are already in what the model was made from, or not: what
@@ -381,7 +393,7 @@ impl Engine {
 
     fn suspect_object(&mut self, object: ObjectId, now: u64) {
         use bfs_common::record::FileKind;
-        match self.model.get(object).map(|o| o.kind) {
+        match self.model.kind(object) {
             Some(FileKind::Regular) => self.dirty.whole(object),
             Some(FileKind::Directory) => self.dirty.rescan(object, false),
             Some(_) => {}
@@ -400,6 +412,7 @@ impl Engine {
             target: Bytes::copy_from_slice(&stat.target),
         };
         let object = self.model.create(new, &mut self.out);
+        self.dirty.object_came(object);
         self.mark_mapped(object, stat.inode);
         if read_ns > 0 {
             self.reads.meta(object, read_ns);
@@ -484,6 +497,7 @@ impl Engine {
         self.recent_entries.prune(horizon);
         self.recent_paths.prune(horizon);
         self.recent_positions.prune(horizon);
+        self.recent_ways.prune(horizon);
         self.moved.retain(|m| m.1.end_ns >= horizon);
     }
 

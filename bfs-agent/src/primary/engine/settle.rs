@@ -22,6 +22,12 @@ struct Left {
     /// Direct I/O is in flight.
     restless: Vec<(ObjectId, Dirty)>,
 }
+/// Events that are taken in between two reads.
+const EVENTS_AHEAD: usize = 1024;
+
+/// How often what turned up while reading ahead is read as well. Events are taken in meanwhile, so a
+/// program that makes things dirty as fast as they are read would never let it end.
+const PASSES_AHEAD: u32 = 16;
 
 impl Engine {
     /// Reads everything that is dirty now, and what turns up while reading. What cannot be found
@@ -45,7 +51,9 @@ impl Engine {
     }
 
     fn settle_all(&mut self, host: &mut dyn Host, ahead: bool, left: &mut Left) -> Result<(), HostError> {
-        while !self.dirty.is_empty() {
+        let mut passes = 0;
+        while !(self.dirty.is_empty() || ahead && passes == PASSES_AHEAD) {
+            passes += 1;
             for object in self.dirty.ids() {
                 let Some(dirty) = self.dirty.take(object) else { continue };
                 let Some((inode, kind)) = self.model.get(object).map(|o| (o.inode, o.kind)) else { continue };
@@ -78,7 +86,8 @@ impl Engine {
     }
 
     fn breathe(&mut self, host: &mut dyn Host, ahead: bool) -> Result<(), HostError> {
-        if ahead { self.drain(host) } else { self.ship_full(host) }
+        // Not all that is there: what comes faster than it is taken in must not stop the reading.
+        if ahead { self.take_some(host, EVENTS_AHEAD).map(drop) } else { self.ship_full(host) }
     }
 
     /// `false` when the inode is gone.
@@ -90,10 +99,15 @@ impl Engine {
         ahead: bool,
     ) -> Result<bool, HostError> {
         let Some(known) = self.model.get(object) else { return Ok(true) };
+        tracing::trace!(?object, ino = known.inode.ino, ?dirty, now = host.now(), "is settled");
         let (inode, kind) = (known.inode, known.kind);
-        let mut names: Vec<(Name, bool)> = dirty.entries.iter().map(|(n, d)| (n.clone(), *d)).collect();
+        let directory = kind == FileKind::Directory;
+        let mut names: Vec<(Name, bool)> = Vec::new();
+        if directory {
+            names.extend(dirty.entries.iter().map(|(n, d)| (n.clone(), *d)));
+        }
         if let Some(deep) = dirty.rescan
-            && kind == FileKind::Directory
+            && directory
         {
             let Some(mut list) = host.list(inode)? else { return Ok(false) };
             self.reads.list(object, host.now());

@@ -11,9 +11,10 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::primary::capture::Probes;
 use crate::primary::capture::probes::Counters;
-use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
+use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
-use crate::primary::reader::{self, Reader};
+use crate::primary::engine::resolve::Start;
+use crate::primary::reader::Reader;
 use crate::primary::ship::{Full, Shipper};
 use crate::primary::stop::{Limits, Stopper};
 use crate::tree::Xattrs;
@@ -130,12 +131,30 @@ impl Host for Link {
         self.reader.read(inode, range, each)
     }
 
-    fn outside_path(&mut self, directory: InodeId, tgid: u32) -> Option<PathBuf> {
-        self.reader.outside_path(directory, tgid)
+    fn outside_path(&mut self, directory: InodeId, start: &Start) -> Option<PathBuf> {
+        self.reader.outside_path(directory, start)
     }
 
-    fn canonical(&mut self, path: &Path) -> PathBuf {
-        reader::canonical(path)
+    fn real_path(&mut self, directory: InodeId) -> Option<PathBuf> {
+        self.reader.real_path(directory)
+    }
+
+    fn look(&mut self, start: &Start, path: &Path) -> Seen {
+        self.reader.look(start, path)
+    }
+
+    fn same_mounts(&mut self, start: &Start) -> bool {
+        self.reader.same_mounts(start)
+    }
+
+    fn is_bound(&mut self, directory: InodeId) -> bool {
+        self.reader.is_bound(directory)
+    }
+
+    fn cores_are_files(&mut self) -> bool {
+        // A pattern that begins with | or @ names a program or a socket that gets them (core(5)).
+        let pattern = std::fs::read("/proc/sys/kernel/core_pattern").unwrap_or_default();
+        !matches!(pattern.first(), Some(b'|' | b'@'))
     }
 
     fn is_host_root(&mut self, directory: InodeId) -> bool {

@@ -7,11 +7,7 @@ impl Work {
     /// Files of the group that a selected process has mapped for writing are read at each
     /// checkpoint: stores into them leave no record.
     pub(super) fn suspect_mapped(&mut self) {
-        let tasks = self.link.probes.selected_tasks().unwrap_or_default();
-        let mut processes: Vec<u32> = tasks.into_iter().map(|(_, state)| state.tgid).collect();
-        processes.sort_unstable();
-        processes.dedup();
-        for process in processes {
+        for process in self.link.probes.selected_processes().unwrap_or_default() {
             for (dev, ino) in mapped_by(process) {
                 self.engine.note_mapped(dev, ino);
             }

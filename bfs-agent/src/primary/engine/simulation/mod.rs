@@ -93,6 +93,10 @@ fn every_checkpoint_is_the_state_that_its_calls_made() {
     // A failing seed reproduces with BFS_SEED; BFS_LONG is set by `cargo xtask test --long`.
     let one = std::env::var("BFS_SEED").ok().and_then(|s| s.parse().ok());
     let many = if std::env::var_os("BFS_LONG").is_some() { 20_000 } else { 200 };
+    if one.is_some() {
+        // Every event and every read, to see what went wrong.
+        let _ = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).without_time().try_init();
+    }
     let seeds = one.map_or(1..many, |seed: u64| seed..seed + 1);
     let (mut checkpoints, mut stops) = (0, 0);
     for seed in seeds {

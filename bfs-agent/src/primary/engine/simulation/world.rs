@@ -10,8 +10,9 @@ use bfs_common::record::{FileKind, Meta, Name};
 
 use super::fs::{At, Call, Done, Effect, Fs, ROOT};
 use super::requests::Flying;
-use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
+use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
+use crate::primary::engine::resolve::Start;
 use crate::tree::Xattrs;
 
 /// A small random generator (xorshift64*), so that a seed reproduces.
@@ -114,9 +115,16 @@ impl World {
     pub(super) fn at(&mut self) -> At {
         let base = self.pick(FileKind::Directory).unwrap_or(ROOT);
         let mut path = self.name();
-        if self.random.next(3) == 0 {
-            path.push(b'/');
-            path.extend(self.name());
+        match self.random.next(12) {
+            0..=3 => {
+                path.push(b'/');
+                path.extend(self.name());
+            }
+            4 => {
+                path.extend(b"/../");
+                path.extend(self.name());
+            }
+            _ => {}
         }
         At { base, path }
     }
@@ -124,7 +132,7 @@ impl World {
     pub(super) fn invent(&mut self) -> Call {
         let directory = self.pick(FileKind::Directory).unwrap_or(ROOT);
         let file = self.pick(FileKind::Regular);
-        match (self.random.next(16), file) {
+        match (self.random.next(18), file) {
             (0..=5, Some(file)) => {
                 let length = 1 + self.random.next(6) as usize;
                 let byte = self.random.next(200) as u8 + 1;
@@ -141,6 +149,8 @@ impl World {
             (12, _) => Call::Rename { from: self.at(), to: self.at() },
             (13, _) => Call::Link { from: self.at(), to: self.at() },
             (14, _) => Call::Chmod { at: self.at(), mode: self.random.next(0o777) as u32 },
+            (15, _) => Call::Exchange { from: self.at(), to: self.at() },
+            (16, _) => Call::TruncateAt { at: self.at(), size: self.random.next(10) },
             _ => Call::Create { directory, name: self.name() },
         }
     }
@@ -230,6 +240,16 @@ impl World {
                 self.path(header, on_path, libc::SYS_symlinkat, &target, Some(at))
             }
             Call::Rename { from, to } => self.path(header, on_path, libc::SYS_renameat, from, Some(to)),
+            Call::Exchange { from, to } => {
+                let mut bytes = self.path(header, on_path, libc::SYS_renameat2, from, Some(to));
+                set_argument(&mut bytes, 4, u64::from(libc::RENAME_EXCHANGE));
+                bytes
+            }
+            Call::TruncateAt { at, size } => {
+                let mut bytes = self.path(header, on_path, libc::SYS_truncate, at, None);
+                set_argument(&mut bytes, 1, *size);
+                bytes
+            }
             Call::Link { from, to } => self.path(header, on_path, libc::SYS_linkat, from, Some(to)),
         };
         self.ring_position += bytes.len() as u64;
@@ -274,9 +294,17 @@ impl World {
             args: [0; 6],
             path1_len: one.path.len() as u32,
             path2_len: path2.len() as u32,
+            mounts: 0,
+            reserved: 0,
         };
         pack(&event, &one.path, path2)
     }
+}
+
+/// Puts an argument of the call into the bytes of a path record.
+fn set_argument(bytes: &mut [u8], index: usize, value: u64) {
+    let at = std::mem::offset_of!(PathEvent, args) + 8 * index;
+    bytes[at..at + 8].copy_from_slice(&value.to_ne_bytes());
 }
 
 /// The bytes of a record, its length put into the header.
@@ -338,7 +366,7 @@ impl Host for World {
         }
     }
 
-    fn outside_path(&mut self, directory: InodeId, _tgid: u32) -> Option<PathBuf> {
+    fn outside_path(&mut self, directory: InodeId, _start: &Start) -> Option<PathBuf> {
         // A directory that the model does not know: by the tree, as /proc would tell.
         let mut todo = vec![(PathBuf::from("/r"), ROOT)];
         while let Some((path, inode)) = todo.pop() {
@@ -352,8 +380,25 @@ impl Host for World {
         None
     }
 
-    fn canonical(&mut self, path: &Path) -> PathBuf {
-        path.to_path_buf()
+    fn real_path(&mut self, _directory: InodeId) -> Option<PathBuf> {
+        None
+    }
+
+    fn look(&mut self, _start: &Start, path: &Path) -> Seen {
+        // Nothing outside is a directory of the set.
+        if path.starts_with("/r") { Seen::Unknown } else { Seen::Nothing }
+    }
+
+    fn same_mounts(&mut self, _start: &Start) -> bool {
+        true
+    }
+
+    fn is_bound(&mut self, _directory: InodeId) -> bool {
+        false
+    }
+
+    fn cores_are_files(&mut self) -> bool {
+        false
     }
 
     fn is_host_root(&mut self, directory: InodeId) -> bool {
