@@ -11,6 +11,5 @@ pub mod abi;
 pub mod codec;
 #[cfg(feature = "formats")]
 pub mod record;
-mod requests;
 #[cfg(feature = "formats")]
 pub mod wire;

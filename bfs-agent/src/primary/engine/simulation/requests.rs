@@ -124,7 +124,7 @@ impl World {
 
     fn put(&mut self, bytes: Vec<u8>) {
         self.ring_position += bytes.len() as u64;
-        self.ring.push_back(OwnedEvent { bytes: bytes.into(), ring_position: self.ring_position });
+        self.ring.push_back(OwnedEvent { bytes, ring_position: self.ring_position });
     }
 
     /// Whether no device writes into a file.

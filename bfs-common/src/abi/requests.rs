@@ -1,6 +1,6 @@
-//! A part of the kernel/user ABI ([`crate::abi`]): asynchronous operations in flight.
+//! A part of the kernel/user ABI ([`super`]): asynchronous operations in flight.
 
-use crate::abi::InodeId;
+use super::InodeId;
 
 /// Value of the map `REQUESTS`, keyed by the address of the kernel's `struct io_kiocb`: an
 /// io_uring operation that may change a file and is not known to have ended.
@@ -37,7 +37,7 @@ pub struct Request {
 pub mod request {
     /// Its success is not told (`IOSQE_CQE_SKIP_SUCCESS`).
     pub const SILENT: u32 = 1 << 0;
-    /// It takes paths, which a [`kind::PATH_BEGUN`](crate::abi::kind::PATH_BEGUN) record holds.
+    /// It takes paths, which a [`kind::PATH_BEGUN`](super::kind::PATH_BEGUN) record holds.
     pub const PATH: u32 = 1 << 1;
     /// It appends.
     pub const APPEND: u32 = 1 << 2;
