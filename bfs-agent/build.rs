@@ -10,7 +10,7 @@ fn main() {
     println!("cargo::rerun-if-changed=../bfs-ebpf/toolchain.rs");
     println!("cargo::rerun-if-changed=../bfs-ebpf/Cargo.toml");
     println!("cargo::rerun-if-changed=../bfs-ebpf/Cargo.lock");
-    println!("cargo::rerun-if-changed=../bfs-common/src/abi.rs");
+    println!("cargo::rerun-if-changed=../bfs-common/src/abi");
     if let Err(message) = build() {
         for line in message.lines() {
             println!("cargo::error={line}");

@@ -182,6 +182,9 @@ fn print_event(event: Event<'_>) -> anyhow::Result<()> {
         kind::TOUCH => "TOUCH",
         kind::MAPPED => "MAPPED",
         kind::COMPAT => "COMPAT",
+        kind::FILE_BEGUN => "FILE_BEGUN",
+        kind::PATH_BEGUN => "PATH_BEGUN",
+        kind::ENDED => "ENDED",
         _ => "?",
     };
     let mut line = format!(

@@ -26,11 +26,13 @@ pub mod class {
     /// Sets the position of descriptor 0; matters where others use it too.
     pub const SEEK: u8 = 10;
     /// Gives advice about memory, which may punch holes into the file that is mapped there.
-    pub const ADVICE: u8 = 11;
+    pub const ADVICE: u8 = 12;
     /// Stores into the memory of another process.
     pub const FOREIGN_STORE: u8 = 101;
     /// Changes nothing, but may be a 32-bit call of that number, which does.
     pub const MAYBE_COMPAT: u8 = 100;
+    /// `io_submit`.
+    pub const AIO: u8 = 11;
 }
 
 /// Numbers that are looked at one by one.
@@ -48,10 +50,12 @@ pub mod nr {
     pub const FUTIMESAT: u32 = 261;
     pub const SYMLINKAT: u32 = 266;
     pub const SPLICE: u32 = 275;
+    pub const IO_SUBMIT: u32 = 209;
     pub const UTIMENSAT: u32 = 280;
     pub const FALLOCATE: u32 = 285;
     pub const PWRITEV: u32 = 296;
     pub const OPEN_BY_HANDLE_AT: u32 = 304;
+    pub const RENAMEAT2: u32 = 316;
     pub const COPY_FILE_RANGE: u32 = 326;
     pub const PWRITEV2: u32 = 328;
     pub const OPENAT2: u32 = 437;
@@ -67,6 +71,23 @@ pub static CLASS: [u8; CALLS] = classes();
 /// 1, directory 2, path 2; [`NO_ARG`] without one.
 pub static PATHS: [u16; CALLS] = paths();
 
+/// By number of the table of 32-bit programs (`arch/x86/entry/syscalls/syscall_32.tbl`): the same call in
+/// the 64-bit table, 0 where it is not followed, or [`SPECIAL`].
+pub static COMPAT: [u16; CALLS] = compat();
+
+/// A 32-bit call that has no like in the 64-bit table: `socketcall` (which may bind), the old `mmap`.
+pub const SPECIAL: u16 = 0xffff;
+
+/// Numbers of the 32-bit table whose arguments differ: mostly, 64-bit ones come in two halves.
+pub mod nr32 {
+    pub const PWRITE64: u64 = 181;
+    pub const MMAP2: u64 = 192;
+    pub const TRUNCATE64: u64 = 193;
+    pub const FTRUNCATE64: u64 = 194;
+    pub const PWRITEV: u64 = 334;
+    pub const PWRITEV2: u64 = 379;
+}
+
 /// "No such argument" in [`PATHS`].
 pub const NO_ARG: u16 = 7;
 
@@ -80,7 +101,7 @@ const fn classes() -> [u8; CALLS] {
         &mut table,
         &[
             49, 76, 82, 83, 84, 86, 87, 88, 90, 92, 94, 132, 133, 188, 189, 197, 198, 235, 258, 259, 260,
-            261, 263, 264, 265, 266, 268, 280, 316, 452, 463, 466, 469, 163, 167,
+            261, 263, 264, 265, 266, 268, 280, 316, 452, 463, 466, 469, 163, 167, 155, 165, 166, 429,
         ],
         class::PATH,
     );
@@ -90,6 +111,7 @@ const fn classes() -> [u8; CALLS] {
     set(&mut table, &[8], class::SEEK);
     // process_vm_writev, 64-bit and 32-bit number
     set(&mut table, &[311, 348], class::FOREIGN_STORE);
+    set(&mut table, &[nr::IO_SUBMIT as usize], class::AIO);
     // madvise process_madvise
     set(&mut table, &[28, 440], class::ADVICE);
     // mprotect munmap brk mremap shmat shmdt remap_file_pages pkey_mprotect, and those after
@@ -97,9 +119,9 @@ const fn classes() -> [u8; CALLS] {
     // execveat clone3
     set(&mut table, &[10, 11, 12, 25, 30, 67, 216, 329, 56, 57, 58, 59, 322, 435], class::MEMORY);
     // Whether a call is a 32-bit one has to be asked for; that is saved where the number is harmless in both
-    // tables. (Those from 403 on are the same in both.)
+    // tables. (Those from 424 on are the same in both.)
     let mut i = 0;
-    while i < 403 {
+    while i < 424 {
         if table[i] == class::NONE && !is_one_of(&HARMLESS_COMPAT, i) {
             table[i] = class::MAYBE_COMPAT;
         }
@@ -147,6 +169,10 @@ const fn paths() -> [u16; CALLS] {
     // setxattrat removexattrat file_setattr
     let second = pack(0, 1, NO_ARG, NO_ARG);
     fill(&mut table, &[257, 437, 258, 259, 260, 261, 263, 268, 280, 452, 463, 466, 469], second);
+    // umount2 pivot_root mount move_mount
+    fill(&mut table, &[155, 166], first);
+    fill(&mut table, &[165], pack(NO_ARG, 1, NO_ARG, NO_ARG));
+    fill(&mut table, &[429], pack(0, 1, 2, 3));
     // rename link symlink
     fill(&mut table, &[82, 86, 88], pack(NO_ARG, 0, NO_ARG, 1));
     // renameat linkat renameat2
@@ -155,6 +181,92 @@ const fn paths() -> [u16; CALLS] {
     fill(&mut table, &[266], pack(NO_ARG, 0, 1, 2));
     // bind: the path stands in the address
     fill(&mut table, &[49], pack(NO_ARG, 1, NO_ARG, NO_ARG));
+    table
+}
+
+const fn compat() -> [u16; CALLS] {
+    const SAME: [(usize, u16); 67] = [
+        (4, 1),
+        (5, 2),
+        (6, 3),
+        (8, 85),
+        (9, 86),
+        (10, 87),
+        (14, 133),
+        (15, 90),
+        (16, 94),
+        (19, 8),
+        (21, 165),
+        (30, 132),
+        (38, 82),
+        (39, 83),
+        (40, 84),
+        (51, 163),
+        (52, 166),
+        (54, 16),
+        (83, 88),
+        (87, 167),
+        (90, SPECIAL),
+        (92, 76),
+        (93, 77),
+        (94, 91),
+        (95, 93),
+        (102, SPECIAL),
+        (140, 8),
+        (146, 20),
+        (181, 18),
+        (182, 92),
+        (187, 40),
+        (192, 9),
+        (193, 76),
+        (194, 77),
+        (198, 94),
+        (207, 93),
+        (212, 92),
+        (217, 155),
+        (219, 28),
+        (226, 188),
+        (227, 189),
+        (228, 190),
+        (235, 197),
+        (236, 198),
+        (237, 199),
+        (239, 40),
+        (271, 235),
+        (295, 257),
+        (296, 258),
+        (297, 259),
+        (298, 260),
+        (299, 261),
+        (301, 263),
+        (302, 264),
+        (303, 265),
+        (304, 266),
+        (306, 268),
+        (313, 275),
+        (320, 280),
+        (324, 285),
+        (334, 296),
+        (342, 304),
+        (353, 316),
+        (361, 49),
+        (377, 326),
+        (379, 328),
+        (412, 280),
+    ];
+    let mut table = [0; CALLS];
+    let mut i = 0;
+    while i < SAME.len() {
+        assert!(!is_one_of(&HARMLESS_COMPAT, SAME[i].0), "what is followed is not harmless");
+        table[SAME[i].0] = SAME[i].1;
+        i += 1;
+    }
+    // From here on both tables are one.
+    i = 424;
+    while i < CALLS {
+        table[i] = i as u16;
+        i += 1;
+    }
     table
 }
 

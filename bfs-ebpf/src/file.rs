@@ -75,7 +75,8 @@ pub fn stamp(header: &mut EventHeader) {
 /// Puts the name at `address` behind the event in the scratch.
 #[inline(always)]
 pub fn name(scratch: &mut Scratch, address: u64, len: u32) {
-    let len = if len > NAME_MAX as u32 { 0 } else { len };
+    // Also bounded by a mask: before 6.2 the verifier forgets a comparison when the value is fetched again.
+    let len = opaque(&if len > NAME_MAX as u32 { 0 } else { len }) & NAME_MAX as u32;
     // SAFETY: the scratch has room for a name.
     let read = unsafe {
         bpf_probe_read_kernel((&raw mut scratch.file_record.bytes).cast(), len, address as *const _)

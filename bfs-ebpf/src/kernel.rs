@@ -32,7 +32,7 @@ pub fn read<T: Copy>(address: u64) -> T {
 
 /// Takes a field out of a block that was read.
 #[inline(always)]
-fn at<T: Copy>(block: *const u64, offset: usize) -> T {
+pub fn at<T: Copy>(block: *const u64, offset: usize) -> T {
     // SAFETY: the verifier checks the bounds; the kernel aligns its fields.
     unsafe { block.byte_add(offset).cast::<T>().read() }
 }
@@ -79,6 +79,27 @@ pub fn memory_is_shared() -> bool {
         }
         off!(mm_aio) != 0 && !field::<*const u8>(mm, off!(mm_aio)).is_null()
     }
+}
+
+/// Whether more than one task uses the memory.
+#[inline(always)]
+pub fn has_threads() -> bool {
+    // SAFETY: members of the task and of its mm.
+    unsafe {
+        let mm: *const u8 = field(task(), off!(task_mm));
+        mm.is_null() || field::<u32>(mm, off!(mm_users)) != 1
+    }
+}
+
+/// Direct I/O in flight on the file of a descriptor of the current task; -1 without such a file.
+#[inline(always)]
+pub fn direct_io(fd: u32) -> i32 {
+    let (file, _) = file_of(fd);
+    if file == 0 {
+        return -1;
+    }
+    let inode: u64 = read(file + off!(file_inode) as u64);
+    read::<i32>(inode + off!(inode_dio_count) as u64)
 }
 
 /// Whether another thread may change the strings or the working directory of a path call.
@@ -326,6 +347,14 @@ pub fn directory(root: bool) -> u64 {
     let path = if root { off!(fs_root) } else { off!(fs_pwd) };
     let dentry: u64 = read(fs + (path + off!(path_dentry)) as u64);
     read(dentry + off!(dentry_inode) as u64)
+}
+
+/// Number of the current task's mount namespace.
+#[inline(always)]
+pub fn mount_namespace() -> u32 {
+    let proxy: u64 = read(task() as u64 + off!(task_nsproxy) as u64);
+    let mounts: u64 = read(proxy + off!(nsproxy_mounts) as u64);
+    read(mounts + off!(mounts_number) as u64)
 }
 
 /// Whether a device has subtrees in scope.

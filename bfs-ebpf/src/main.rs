@@ -13,6 +13,7 @@
 #![no_std]
 #![no_main]
 
+mod aio;
 mod calls;
 mod cgroup;
 mod file;
@@ -22,6 +23,8 @@ mod maps;
 mod path;
 mod syscall;
 mod task;
+mod uring;
+mod uring_path;
 mod write;
 
 use aya_ebpf::{
@@ -103,6 +106,38 @@ pub fn cgroup_attach_task(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
+/// `io_uring_create(fd, ctx, sq_entries, cq_entries, flags)`
+#[btf_tracepoint(function = "io_uring_create")]
+pub fn io_uring_create(ctx: BtfTracePointContext) -> i32 {
+    uring::create(ctx.arg(1));
+    0
+}
+
+/// `io_uring_submit_req(req)`; on 6.1 `io_uring_submit_sqe(req, force_nonblock)`
+#[btf_tracepoint(function = "io_uring_submit_req")]
+pub fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
+    uring::submit(ctx.arg(0));
+    0
+}
+
+/// `io_uring_complete(ctx, req, cqe)`; before 6.14 or so `(ctx, req, user_data, res, ...)`. A
+/// completion without a request is one of several of an operation that goes on.
+#[btf_tracepoint(function = "io_uring_complete")]
+pub fn io_uring_complete(ctx: BtfTracePointContext) -> i32 {
+    let req: u64 = ctx.arg(1);
+    if req == 0 {
+        return 0;
+    }
+    let result = if maps::off!(uring_cqe) != 0 {
+        // struct io_uring_cqe: the result stands behind the user's 8 bytes.
+        kernel::read::<i32>(ctx.arg::<u64>(2) + 8)
+    } else {
+        ctx.arg::<i64>(3) as i32
+    };
+    uring::complete(ctx.arg(0), req, result);
+    0
+}
+
 /// `writeback_dirty_folio(folio, mapping)`
 #[btf_tracepoint(function = "writeback_dirty_folio")]
 pub fn writeback_dirty_folio(ctx: BtfTracePointContext) -> i32 {
@@ -110,13 +145,25 @@ pub fn writeback_dirty_folio(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// Not attached: the agent runs it to ask about a descriptor of its own. (The macro for raw tracepoints gives
-/// nothing back.)
+/// Attached to nothing: the agent runs it (`BPF_PROG_TEST_RUN`) with one of its own descriptors, to
+/// learn how much direct I/O is in flight on that file. (Not by the macro: that returns nothing.)
+///
+/// # Safety
+/// The context is that of a raw tracepoint with an argument.
 #[unsafe(no_mangle)]
-#[unsafe(link_section = "raw_tp/sys_enter")]
-pub extern "C" fn writable_mappings(ctx: *mut core::ffi::c_void) -> i32 {
-    let ctx = RawTracePointContext::new(ctx);
-    mapped::writable(ctx.arg::<u64>(0) as u32)
+#[unsafe(link_section = "raw_tp/direct_io")]
+pub unsafe fn direct_io(ctx: *mut core::ffi::c_void) -> i32 {
+    kernel::direct_io(RawTracePointContext::new(ctx).arg::<u64>(0) as u32)
+}
+
+/// The same for how many mappings there are through which that file may be written.
+///
+/// # Safety
+/// As above.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp/writable_mappings")]
+pub unsafe fn writable_mappings(ctx: *mut core::ffi::c_void) -> i32 {
+    mapped::writable(RawTracePointContext::new(ctx).arg::<u64>(0) as u32)
 }
 
 #[panic_handler]

@@ -9,8 +9,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use bfs_common::abi::{
-    DEVICES_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent, SUSPECTS_MAX, Settings,
-    Suspect, TASKS_MAX, TaskState, counter,
+    DEVICES_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent, REQUESTS_MAX, RINGS_MAX,
+    Request, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX, TaskState, counter,
 };
 
 /// `BPF_RB_NO_WAKEUP`: the agent polls, because a wakeup costs more than a record.
@@ -23,6 +23,14 @@ pub static RING: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 /// The followed tasks, and the call that each of them is in.
 #[map]
 pub static TASKS: HashMap<u32, TaskState> = HashMap::with_max_entries(TASKS_MAX, 0);
+
+/// The io_uring operations in flight that may change a file, by the address of their request.
+#[map]
+pub static REQUESTS: HashMap<u64, Request> = HashMap::with_max_entries(REQUESTS_MAX, 0);
+
+/// The followed io_uring contexts by address, each with the process that made it or used it first.
+#[map]
+pub static RINGS: HashMap<u64, u32> = HashMap::with_max_entries(RINGS_MAX, 0);
 
 /// Objects whose records found no room in the ring.
 #[map]
@@ -44,7 +52,7 @@ pub static META: Array<[u64; 4]> = Array::with_max_entries(1, 0);
 /// Working memory; one entry per hook, because on kernels where probes can be preempted only
 /// runs of the same probe exclude each other.
 #[map]
-pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(3, 0);
+pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(5, 0);
 
 /// Bytes read at once from a `struct file`.
 pub const FILE_BLOCK: usize = 184;
@@ -52,6 +60,8 @@ pub const FILE_BLOCK: usize = 184;
 pub const INODE_BLOCK: usize = 128;
 /// Bytes read at once from a `struct dentry`.
 pub const DENTRY_BLOCK: usize = 56;
+/// Bytes read at once from a `struct io_kiocb`.
+pub const REQUEST_BLOCK: usize = 256;
 
 /// Bytes of data that are put together with their record before it goes into the ring, which then takes as
 /// much room as it needs; more are copied into the ring directly, into room of a fixed size. A mask.
@@ -85,6 +95,13 @@ pub struct Scratch {
     /// Generations of `inode` and `parent`, where they lie outside the block.
     pub generation: [u32; 2],
     pub chunks: crate::write::Chunks,
+    /// A `struct io_kiocb`.
+    pub request: [u64; REQUEST_BLOCK / 8],
+    /// What is known of it.
+    pub entry: Request,
+    /// Its address.
+    pub address: u64,
+    pub submission: crate::aio::Submission,
     /// Address in user memory of the data that go with `file_record`, and how many.
     pub data: u64,
     pub data_len: u32,
@@ -97,8 +114,12 @@ pub struct Scratch {
 pub const SCRATCH_ENTER: u32 = 0;
 /// Index into [`SCRATCH`] of `sys_exit`.
 pub const SCRATCH_EXIT: u32 = 1;
+/// Index into [`SCRATCH`] of `io_uring_submit_req`.
+pub const SCRATCH_SUBMIT: u32 = 2;
+/// Index into [`SCRATCH`] of `io_uring_complete`.
+pub const SCRATCH_COMPLETE: u32 = 3;
 /// Index into [`SCRATCH`] of `writeback_dirty_folio`.
-pub const SCRATCH_DIRTIED: u32 = 2;
+pub const SCRATCH_DIRTIED: u32 = 4;
 
 /// Filled by the agent before loading.
 #[unsafe(no_mangle)]

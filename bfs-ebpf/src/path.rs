@@ -117,18 +117,87 @@ extern "C" fn path_is_single(scratch: *const Scratch, start: u32, len: u32) -> i
     1
 }
 
+/// Longest descriptor number that is read from a path, in digits.
+const DIGITS_MAX: u32 = 7;
+
+/// The descriptor of the task that the path at `start` in the bytes of the record begins with:
+/// `/proc/self/fd/N`, `/proc/thread-self/fd/N` or `/dev/fd/N`; -1 without one.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn path_descriptor(scratch: *const Scratch, start: u32, len: u32) -> i32 {
+    if scratch.is_null() || len > PATH_MAX as u32 {
+        return -1;
+    }
+    let start = opaque(&start) & (PATH_MAX as u32 - 1);
+    // SAFETY: behind `start` there is room for another path, and much more than is read here.
+    unsafe {
+        let bytes = (&raw const (*scratch).path_record.bytes).cast::<u8>().add(start as usize);
+        let word = |at: usize| bytes.add(at).cast::<u64>().read_unaligned();
+        let text = |text: &[u8; 8]| u64::from_le_bytes(*text);
+        let own = text(b"self/fd/");
+        let digits = if word(0) == text(b"/dev/fd/") {
+            8
+        } else if word(0) == text(b"/proc/se") && word(6) == own {
+            14
+        } else if word(0) == text(b"/proc/th") && word(8) == text(b"read-sel") && word(13) == own {
+            21
+        } else {
+            return -1;
+        };
+        if len <= digits {
+            return -1;
+        }
+        let mut number = 0u32;
+        let mut i = 0;
+        while i < DIGITS_MAX {
+            let byte = if digits + i < len { bytes.add((digits + i) as usize).read_volatile() } else { b'/' };
+            if byte == b'/' {
+                return if i == 0 { -1 } else { number as i32 };
+            }
+            if !byte.is_ascii_digit() {
+                return -1;
+            }
+            number = number * 10 + u32::from(byte - b'0');
+            i += 1;
+        }
+    }
+    -1
+}
+
 /// The inode that a path starts from.
 #[inline(always)]
-fn base(first: u8, len: u32, directory: u16, state: &TaskState) -> u64 {
-    if len > 0 && first == b'/' {
+fn base(first: u8, len: u32, directory: u16, state: &TaskState, descriptor: i32) -> u64 {
+    let mut fd = if directory == NO_ARG { AT_FDCWD } else { argument(state, directory) as i32 };
+    if descriptor >= 0 {
+        fd = descriptor;
+    } else if len > 0 && first == b'/' {
         return kernel::directory(true);
     }
-    let fd = if directory == NO_ARG { AT_FDCWD } else { argument(state, directory) as i32 };
     if fd == AT_FDCWD {
         return kernel::directory(false);
     }
     let (file, _) = kernel::file_of(fd as u32);
     if file == 0 { 0 } else { kernel::read(file + crate::maps::off!(file_inode) as u64) }
+}
+
+/// Puts into the record where the path at `start` in its bytes starts from.
+#[inline(always)]
+fn from(scratch: &mut Scratch, state: &TaskState, second: bool, start: u32, len: u32, directory: u16) {
+    let first = scratch.path_record.bytes[start as usize];
+    let descriptor = path_descriptor(scratch, start, len);
+    if descriptor >= 0 {
+        scratch.path_record.event.header.flags |= if second { flag::DESCRIPTOR2 } else { flag::DESCRIPTOR1 };
+    }
+    let inode = base(first, len, directory, state, descriptor);
+    if inode != 0 {
+        kernel::read_inode(scratch, inode);
+        let (dev, _) = kernel::object_device(scratch, inode);
+        kernel::base_attr(scratch, second, dev);
+        if path_is_single(scratch, start, len) != 0 {
+            let attr = if second { flag::PARENT2_ATTR } else { flag::PARENT1_ATTR };
+            scratch.path_record.event.header.flags |= attr;
+        }
+    }
 }
 
 #[inline(always)]
@@ -156,34 +225,18 @@ fn send(scratch: &mut Scratch, state: &TaskState) -> bool {
     scratch.path_record.event.base2 = NO_ATTR;
     // symlink: the first path is text, not a path from here.
     if number != nr::SYMLINK && number != nr::SYMLINKAT {
-        let first = scratch.path_record.bytes[0];
-        let inode = base(first, len1, directory1, state);
-        if inode != 0 {
-            kernel::read_inode(scratch, inode);
-            let (dev, _) = kernel::object_device(scratch, inode);
-            kernel::base_attr(scratch, false, dev);
-            if path_is_single(scratch, 0, len1) != 0 {
-                scratch.path_record.event.header.flags |= flag::PARENT1_ATTR;
-            }
-        }
+        from(scratch, state, false, 0, len1, directory1);
     }
     if path2 != NO_ARG {
-        let first = scratch.path_record.bytes[len1 as usize];
-        let inode = base(first, len2, directory2, state);
-        if inode != 0 {
-            kernel::read_inode(scratch, inode);
-            let (dev, _) = kernel::object_device(scratch, inode);
-            kernel::base_attr(scratch, true, dev);
-            if path_is_single(scratch, len1, len2) != 0 {
-                scratch.path_record.event.header.flags |= flag::PARENT2_ATTR;
-            }
-        }
+        from(scratch, state, true, len1, len2, directory2);
     }
     let root = kernel::directory(true);
     kernel::read_parent(scratch, root);
     let (dev, _) = kernel::parent_device(scratch, root);
     scratch.path_record.event.root = kernel::parent_id(scratch, dev);
     scratch.path_record.event.args = state.args;
+    scratch.path_record.event.mounts = kernel::mount_namespace();
+    scratch.path_record.event.reserved = 0;
     let len = size_of::<PathEvent>() as u32 + len1 + len2;
     scratch.path_record.event.header.len = len;
     stamp(&mut scratch.path_record.event.header);

@@ -10,6 +10,9 @@ use crate::{
     maps::{NO_WAKEUP, RING, TASKS, count, off, rescan},
 };
 
+/// Set in the exit code when a core was written (coredump_finish() in fs/coredump.c).
+const CORE_DUMPED: u32 = 0x80;
+
 /// A state without a call in flight.
 pub const IDLE: TaskState = TaskState {
     start_ns: 0,
@@ -55,6 +58,35 @@ pub fn emit(kind: u16, nr: u32, tid: u32, tgid: u32, value: u64, last_thread: u3
         (*header).ret = 0;
         (*event).value = value;
         (*event).last_thread = last_thread;
+        (*event).reserved = 0;
+    }
+    entry.submit(NO_WAKEUP);
+    count(counter::RECORDS);
+}
+
+/// Puts the end of what was begun into the ring.
+#[inline(always)]
+pub fn emit_ended(start_ns: u64, nr: u32, tid: u32, tgid: u32, ret: i64, how: u64) {
+    let Some(mut entry) = RING.reserve::<TaskEvent>(0) else {
+        rescan();
+        return;
+    };
+    let event = entry.as_mut_ptr();
+    // SAFETY: the record was reserved; every field is written.
+    unsafe {
+        let header = &raw mut (*event).header;
+        (*header).len = size_of::<TaskEvent>() as u32;
+        (*header).kind = kind::ENDED;
+        (*header).flags = 0;
+        (*header).start_ns = start_ns;
+        (*header).end_ns = bpf_ktime_get_ns();
+        (*header).tid = tid;
+        (*header).tgid = tgid;
+        (*header).nr = nr;
+        (*header).read_ns = 0;
+        (*header).ret = ret;
+        (*event).value = how;
+        (*event).last_thread = 0;
         (*event).reserved = 0;
     }
     entry.submit(NO_WAKEUP);
@@ -137,8 +169,10 @@ pub fn exit(task: u64) -> Option<u32> {
     TASKS.get_ptr_mut(tid)?;
     let signal: u64 = read(task + off!(task_signal) as u64);
     let live: u32 = read(signal + off!(signal_live) as u64);
+    let code: u32 = read(signal + off!(signal_exit_code) as u64);
+    let dumped = u64::from(code & CORE_DUMPED != 0);
     // The record first: while the entry is there the agent waits for it.
-    emit(kind::EXIT, u32::MAX, tid, tgid, 0, u32::from(live == 0));
+    emit(kind::EXIT, u32::MAX, tid, tgid, dumped, u32::from(live == 0));
     let _ = TASKS.remove(tid);
     Some(tid)
 }

@@ -163,7 +163,12 @@ extern "C" fn write_data(scratch: *mut Scratch, state: *mut TaskState) -> i32 {
     let mut vectors = 1;
     if !matches!(header.nr, nr::WRITE | nr::PWRITE64) {
         vectors = state.args[2];
-        if vectors == 0 || vectors > VECTORS_MAX || !read_vector(&mut buffer, state.args[1]) {
+        // Those of 32-bit programs are of another size.
+        if state.flags & slot::COMPAT != 0
+            || vectors == 0
+            || vectors > VECTORS_MAX
+            || !read_vector(&mut buffer, state.args[1])
+        {
             return 0;
         }
         if vectors == 1 {

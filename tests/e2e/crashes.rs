@@ -10,25 +10,23 @@ use bfs_tests::programs::append::AppendWriters;
 use bfs_tests::programs::scripts::FsScript;
 use bfs_tests::programs::sqlite::{Mode, Sqlite};
 use bfs_tests::programs::{BesideMuch, Program};
+use bfs_tests::random::{Random, given_seed};
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{How, Transport, World, rounds};
 
 /// Random moments from a seed that the failure message can name (`BFS_SEED`).
-struct Moments(u64);
+struct Moments(Random);
 
 impl Moments {
     fn new() -> Self {
-        let seed = std::env::var("BFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_240_607);
+        let seed = given_seed().unwrap_or(20_240_607);
         eprintln!("BFS_SEED={seed}");
-        Self(seed)
+        Self(Random::new(seed))
     }
 
     /// Lets a random time below `most` pass: the moment of the kill is what is tested.
     fn pass(&mut self, most: Duration) {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        std::thread::sleep(most.mul_f64((self.0 % 1000) as f64 / 1000.0));
+        std::thread::sleep(most.mul_f64(self.0.below(1000) as f64 / 1000.0));
     }
 }
 

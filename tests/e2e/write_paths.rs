@@ -4,8 +4,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use bfs_tests::exercise;
 use bfs_tests::rows::{self, session, table};
-use bfs_tests::world::FileSystem;
+use bfs_tests::watch::{SOON, until};
+use bfs_tests::world::{FileSystem, Transport, World};
 
 fn replicated(file_system: FileSystem) {
     let outcome = session::run(file_system).unwrap();
@@ -34,6 +36,38 @@ fn rows_on_btrfs() {
 #[test]
 fn rows_on_tmpfs() {
     replicated(FileSystem::Tmpfs);
+}
+
+#[test]
+fn a_subvolume_inside_is_refused() {
+    let mut world = World::new("subvolume", Transport::Unix).unwrap();
+    world.mount(FileSystem::Btrfs).unwrap();
+    world.start_replayer().unwrap();
+    let script = "touch \"$2/ready\"; btrfs -q subvolume create \"$1/inner\" > \"$2/made\" 2>&1; \
+                  touch \"$2/done\"; while [ ! -e \"$2/stop\" ]; do sleep 0.1; done; rmdir \"$1/inner\"";
+    let paths = [&world.place.data, &world.place.aux].map(|path| path.display().to_string());
+    let line = ["sh", "-c", script, "sh"].map(str::to_owned).into_iter().chain(paths).collect::<Vec<_>>();
+    world.run(&line).unwrap();
+    let done = world.place.aux.join("done");
+    until("the subvolume", SOON, || done.exists().then_some(())).unwrap();
+    let limit = SOON;
+    let refused =
+        world.agent_command(&["checkpoint", "--wait", "applied", "--timeout", "5s"], limit).unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("subvolume"), "{said}");
+    // When it is gone, all is well again.
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
+}
+
+#[test]
+fn a_root_on_overlayfs_is_refused() {
+    let mut world = World::new("overlay", Transport::Unix).unwrap();
+    world.mount(FileSystem::Overlay).unwrap();
+    world.start_replayer().unwrap();
+    let refused = world.run(&["true".to_owned()]).unwrap_err();
+    let said = std::fs::read_to_string(world.logs().join("agent.log")).unwrap();
+    assert!(said.contains("can be replicated"), "{refused:#}: {said}");
 }
 
 fn repository() -> &'static Path {

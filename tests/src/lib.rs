@@ -13,6 +13,7 @@ pub mod leash;
 pub mod ledger;
 pub mod oracle;
 pub mod programs;
+pub mod random;
 pub mod rows;
 pub mod watch;
 pub mod world;

@@ -16,7 +16,7 @@ const BPF_LINKER: &str = "0.13.0";
 pub type Tool = (&'static str, &'static str, &'static str);
 
 /// What every build and test needs.
-const PROGRAMS: [Tool; 11] = [
+const PROGRAMS: [Tool; 12] = [
     ("cc", "gcc libc6-dev", "compiles the SQLite of the tests"),
     ("git", "git", "a program that the tests replicate"),
     ("tar", "tar", "a program that the tests replicate"),
@@ -27,6 +27,7 @@ const PROGRAMS: [Tool; 11] = [
     ("taskset", "util-linux", "pins the programs of `bench`"),
     ("mkfs.ext4", "e2fsprogs", "small file systems for tests"),
     ("mkfs.xfs", "xfsprogs", "every way to change a file is tried on xfs too"),
+    ("fio", "fio", "writes by io_uring and AIO, and checks the backup of it"),
     ("mkfs.btrfs", "btrfs-progs", "every way to change a file is tried on btrfs too"),
 ];
 

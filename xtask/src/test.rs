@@ -34,6 +34,12 @@ impl Totals {
         self.failed += other.failed;
     }
 
+    /// Prints the last line of a run; its status.
+    pub fn verdict(self) -> ExitCode {
+        println!("{} passed, {} failed", self.passed, self.failed);
+        if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+
     /// Of something that either works or does not.
     fn check(ok: bool) -> Self {
         Self { passed: u64::from(ok), failed: u64::from(!ok) }
@@ -87,8 +93,7 @@ pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
         })?);
     }
     parts.print();
-    println!("{} passed, {} failed", totals.passed, totals.failed);
-    Ok(if totals.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(totals.verdict())
 }
 
 /// A program full of tests.

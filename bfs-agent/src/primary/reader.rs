@@ -18,11 +18,15 @@ use std::path::{Path, PathBuf};
 
 use bfs_common::abi::InodeId;
 use bfs_common::record::{FileKind, Name};
-use rustix::fs::{CWD, Dir, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::engine::host::{HostError, Segment, Stat};
 use crate::tree::{self, Xattrs};
+
+mod outside;
+
+use outside::Outside;
 
 /// Bytes read at a time.
 const BUFFER: usize = 1 << 20;
@@ -56,7 +60,12 @@ enum Form {
 #[derive(Debug)]
 struct Mount {
     dev: u32,
+    /// On a copy of the mount that nothing is mounted over: what is mounted inside is not in the way.
     fd: OwnedFd,
+    /// On the mount itself, which has paths.
+    attached: OwnedFd,
+    /// Number of the mount (statx(2)).
+    mount_id: u64,
     form: Form,
     kind: i32,
     subvolume: u64,
@@ -89,7 +98,7 @@ pub enum ReaderError {
 #[derive(Debug)]
 pub struct Reader {
     mounts: Vec<Mount>,
-    host_root: InodeId,
+    outside: Outside,
     buffer: Vec<u8>,
 }
 
@@ -116,11 +125,7 @@ impl Reader {
     /// Knows no file system yet.
     #[must_use]
     pub fn new() -> Self {
-        let mut reader = Self { mounts: Vec::new(), host_root: InodeId::NONE, buffer: vec![0; BUFFER] };
-        if let Ok(stat) = rustix::fs::stat("/") {
-            reader.host_root = InodeId { ino: stat.st_ino, dev: kernel_dev(stat.st_dev), generation: 0 };
-        }
-        reader
+        Self { mounts: Vec::new(), outside: Outside::new(), buffer: vec![0; BUFFER] }
     }
 
     /// Makes the file system of a subtree known.
@@ -157,10 +162,20 @@ impl Reader {
 
     fn open(&self, inode: InodeId, flags: OFlags) -> io::Result<Option<OwnedFd>> {
         let Some(mount) = self.mount(inode.dev) else { return Ok(None) };
+        self.open_on(mount, mount.fd.as_fd(), inode, flags)
+    }
+
+    fn open_on(
+        &self,
+        mount: &Mount,
+        at: BorrowedFd<'_>,
+        inode: InodeId,
+        flags: OFlags,
+    ) -> io::Result<Option<OwnedFd>> {
         let handle = mount.handle(inode);
         let mut creating = 0;
         loop {
-            match open_handle(mount.fd.as_fd(), &handle, flags) {
+            match open_handle(at, &handle, flags) {
                 Ok(fd) => return Ok(Some(fd)),
                 Err(e) if gone(&e) => return Ok(None),
                 // The number is just being given to a new inode (I_CREATING: iget_locked() in
@@ -206,7 +221,12 @@ impl Reader {
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             match rustix::fs::openat(&dir, name.as_os_str(), flags, Mode::empty()) {
                 Ok(fd) => match self.stat_of(fd.as_fd()) {
-                    Ok(found) => Ok(found.filter(|s| s.inode.dev == directory.dev)),
+                    Ok(Some(found)) if found.inode.dev == directory.dev => Ok(Some(found)),
+                    // Nothing that is mounted is seen here, so it is a part of the file system itself.
+                    Ok(_) => Err(io::Error::other(
+                        "it is a btrfs subvolume of its own, which cannot be replicated as a part of another \
+                         one: move it out of the subtree, or give it a --path of its own",
+                    )),
                     // Removed between the two calls.
                     Err(e) if gone(&e) => Ok(None),
                     Err(e) => Err(e),
@@ -247,6 +267,15 @@ impl Reader {
             self.stat_of(fd.as_fd())
         };
         inner().map_err(|source| HostError::Read { what: format!("attributes of {inode:?}"), source })
+    }
+
+    /// A descriptor of an inode, not for reading; `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    pub fn descriptor(&self, inode: InodeId) -> Result<Option<OwnedFd>, HostError> {
+        self.open(inode, OFlags::PATH)
+            .map_err(|source| HostError::Read { what: format!("the file {inode:?}"), source })
     }
 
     /// Extended attributes of an inode; `None` when it is gone.
@@ -313,45 +342,6 @@ impl Reader {
             }
         }
         Ok(Some(()))
-    }
-
-    /// The absolute path of a directory, by its inode, or as the working directory or root of a
-    /// process.
-    #[must_use]
-    pub fn outside_path(&mut self, directory: InodeId, tgid: u32) -> Option<PathBuf> {
-        if self.mount(directory.dev).is_none() {
-            self.learn(directory.dev);
-        }
-        if let Ok(Some(fd)) = self.open(directory, OFlags::PATH | OFlags::DIRECTORY) {
-            return std::fs::read_link(tree::fd_path(fd.as_fd())).ok().filter(|p| p.is_absolute());
-        }
-        ["cwd", "root"].into_iter().find_map(|what| {
-            let link = format!("/proc/{tgid}/{what}");
-            let stat = rustix::fs::stat(&link).ok()?;
-            let same = stat.st_ino == directory.ino && kernel_dev(stat.st_dev) == directory.dev;
-            if same { std::fs::read_link(&link).ok() } else { None }
-        })
-    }
-
-    /// Looks for a mounted file system that directories outside the set lie on.
-    fn learn(&mut self, dev: u32) {
-        let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
-        let numbers = format!("{}:{}", dev >> 20, dev & 0xf_ffff);
-        // mountinfo: id, parent, major:minor, root, mount point (proc_pid_mountinfo(5)).
-        let point = table.lines().find_map(|line| {
-            let mut fields = line.split(' ').skip(2);
-            (fields.next()? == numbers).then(|| fields.nth(1)).flatten()
-        });
-        let found = point
-            .and_then(|p| open_directory(Path::new(p)).ok())
-            .and_then(|fd| mount_of(&fd, dev).ok().flatten());
-        self.mounts.extend(found);
-    }
-
-    /// Whether this is the root directory of the host.
-    #[must_use]
-    pub fn is_host_root(&self, directory: InodeId) -> bool {
-        directory.ino == self.host_root.ino && directory.dev == self.host_root.dev
     }
 }
 
@@ -458,6 +448,17 @@ fn handle_of(fd: BorrowedFd<'_>) -> io::Result<FileHandle> {
     if result == 0 { Ok(handle) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The same directory on a private copy of its mount, without what is mounted below (open_tree(2)).
+fn uncovered(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    use rustix::mount::{OpenTreeFlags, open_tree};
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let copy = open_tree(fd, c"", flags)?;
+    // What open_tree gives is as if opened with O_PATH, which open_by_handle_at does not take.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOATIME;
+    Ok(rustix::fs::openat(&copy, c".", flags, Mode::empty())?)
+}
+
 /// The form of a file system's handles, from the handle of a directory on it; `None` if it is
 /// not understood.
 fn mount_of(fd: &OwnedFd, dev: u32) -> io::Result<Option<Mount>> {
@@ -478,7 +479,12 @@ fn mount_of(fd: &OwnedFd, dev: u32) -> io::Result<Option<Mount>> {
         Form::Btrfs => u64::from_ne_bytes(handle.data[8..16].try_into().unwrap_or([0; 8])),
         _ => 0,
     };
-    let mount = Mount { dev, fd: fd.try_clone()?, form, kind: handle.kind, subvolume };
+    let attached = fd.try_clone()?;
+    let statx = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
+    let uncovered = uncovered(fd.as_fd())?;
+    let kind = handle.kind;
+    let mount_id = statx.stx_mnt_id;
+    let mount = Mount { dev, fd: uncovered, attached, mount_id, form, kind, subvolume };
     Ok(mount.inode(&handle).is_some_and(|i| i.ino == ino).then_some(mount))
 }
 
@@ -504,21 +510,40 @@ fn file_system_id(fd: BorrowedFd<'_>) -> io::Result<u128> {
     Ok(u128::from(id[0]) << 32 | u128::from(id[1]))
 }
 
-/// The path without symlinks, as far as it exists; the rest as it is.
-#[must_use]
-pub fn canonical(path: &Path) -> PathBuf {
-    match std::fs::canonicalize(path) {
-        Ok(path) => path,
-        Err(_) => match (path.parent(), path.file_name()) {
-            (Some(parent), Some(name)) => canonical(parent).join(name),
-            _ => path.to_path_buf(),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::primary::engine::resolve::Start;
+
+    #[test]
+    fn what_is_mounted_over_a_directory_does_not_hide_it() {
+        // Mounts of a thread of its own.
+        std::thread::spawn(|| {
+            let dir = tempfile::tempdir().unwrap();
+            let point = dir.path().join("point");
+            std::fs::create_dir(&point).unwrap();
+            std::fs::write(point.join("hidden"), b"hidden").unwrap();
+            // SAFETY: calls without memory of ours but constant strings and a path that outlives them.
+            unsafe {
+                assert_eq!(libc::unshare(libc::CLONE_NEWNS), 0, "this test needs root");
+                let private = libc::MS_REC | libc::MS_PRIVATE;
+                let none = std::ptr::null();
+                assert_eq!(libc::mount(none, c"/".as_ptr(), none, private, none.cast()), 0);
+                let path = std::ffi::CString::new(point.as_os_str().as_encoded_bytes()).unwrap();
+                let tmpfs = c"tmpfs".as_ptr();
+                assert_eq!(libc::mount(tmpfs, path.as_ptr(), tmpfs, 0, none.cast()), 0);
+            }
+            std::fs::write(point.join("not-ours"), b"x").unwrap();
+            let mut reader = Reader::new();
+            let root = reader.add_root(dir.path()).unwrap();
+            let found = reader.child(root.stat.inode, &Name::new(b"point").unwrap()).unwrap().unwrap();
+            assert_eq!(found.inode.dev, root.stat.inode.dev);
+            let names = reader.list(found.inode).unwrap().unwrap();
+            assert_eq!(names, vec![Name::new(b"hidden").unwrap()]);
+        })
+        .join()
+        .unwrap();
+    }
 
     #[test]
     fn an_inode_is_found_again_by_what_its_handle_says() {
@@ -545,7 +570,8 @@ mod tests {
         // Another test may just be starting a process, which holds a copy of the descriptor that the write
         // used until its exec: the inode may live on for that long, but without a name.
         assert!(reader.stat(stat.inode).unwrap().is_none_or(|s| s.links == 0));
-        let back = reader.outside_path(root.stat.inode, std::process::id()).unwrap();
+        let start = Start { base: InodeId::NONE, root: InodeId::NONE, tgid: std::process::id(), mounts: 0 };
+        let back = reader.outside_path(root.stat.inode, &start).unwrap();
         assert_eq!(back, dir.path());
     }
 

@@ -9,8 +9,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 pub mod append;
+pub mod fio;
+pub mod names;
 pub mod racing;
+pub mod requests;
 pub mod scripts;
+pub mod sequences;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
 pub mod stores;
@@ -194,6 +198,9 @@ pub fn main(args: &[String]) -> Result<()> {
         "append-bursts" => append::run(&place, append::Pace::Bursts, writer),
         "racing-buffer" => racing::run(&place),
         "stores" => stores::run(&place),
+        name if name.starts_with("requests-") => requests::run(&place, name),
+        "random-names" => names::run(&place, writer),
+        "sequences" => sequences::run(&place),
         #[cfg(feature = "sqlite")]
         "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
         #[cfg(feature = "sqlite")]

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{chroot, symlink};
 use std::path::Path;
 
 use super::sys::{self, CWD, at as adr, c, call, fd};
@@ -13,6 +13,15 @@ use super::{At, Row, pattern};
 pub(super) static ROWS: &[&Row] = &[
     &Row::new("paths/relative", relative),
     &Row::new("paths/from-outside", from_outside),
+    &Row::new("paths/chroot", in_chroot),
+    &Row::new("paths/bind-mount", bind_mount),
+    &Row::new("paths/mounted-for-a-moment", mounted_for_a_moment).everything(),
+    &Row::new("paths/above-a-bind-mount", above_a_bind_mount).everything(),
+    &Row::new("paths/through-an-own-descriptor", through_own_descriptor),
+    &Row::new("paths/through-proc", through_proc).everything(),
+    &Row::new("paths/named-outside", named_outside),
+    &Row::new("paths/mount-namespace", mount_namespace),
+    &Row::new("paths/pivoted-root", pivoted_root),
     &Row::new("paths/mounted-over", mounted_over),
     &Row::new("paths/odd-names", odd_names),
     &Row::new("paths/long-paths", long_paths),
@@ -62,20 +71,178 @@ fn from_outside(at: &At) -> io::Result<()> {
         .map_or(Ok(()), |_| Err(io::Error::other("it was there")))
 }
 
+fn in_chroot(at: &At) -> io::Result<()> {
+    fs::create_dir_all(at.path("jail/sub"))?;
+    symlink("/sub", at.path("jail/absolute"))?;
+    let beside = at.beside.join("jail");
+    fs::create_dir(&beside)?;
+    at.pause()?;
+    sys::in_child(|| {
+        chroot(at.path("jail"))?;
+        fs::create_dir("/first")?;
+        std::env::set_current_dir("/")?;
+        fs::create_dir("absolute/second")?;
+        fs::create_dir("/../../third")?;
+        fs::write("/absolute/f", "f")?;
+        fs::rename("/absolute/f", "/g")
+    })?;
+    // The root is outside, the files are inside.
+    sys::in_child(|| {
+        let inside = sys::open(&at.dir, libc::O_DIRECTORY, 0)?;
+        chroot(&beside)?;
+        call(libc::SYS_mkdirat, [fd(&inside), adr(&c("by-descriptor")?), 0o755])?;
+        call(libc::SYS_fchdir, [fd(&inside)])?;
+        fs::create_dir("by-cwd")?;
+        fs::create_dir("/nothing-of-ours")?;
+        // Still there when the agent asks: on tmpfs a directory is found by its inode only once it was
+        // asked for.
+        at.pause()
+    })
+}
+
+fn mount(from: impl AsRef<Path>, to: impl AsRef<Path>, flags: libc::c_ulong) -> io::Result<()> {
+    call(libc::SYS_mount, [adr(&c(from)?), adr(&c(to)?), adr(c""), flags as usize, 0]).map(drop)
+}
+
+fn umount(at: impl AsRef<Path>) -> io::Result<()> {
+    call(libc::SYS_umount2, [adr(&c(at)?), libc::MNT_DETACH as usize]).map(drop)
+}
+
+/// What is done below a second path of the row's directory.
+fn work_in(directory: &Path, name: &str) -> io::Result<()> {
+    let at = |what: &str| directory.join(format!("{name}-{what}"));
+    fs::create_dir(at("directory"))?;
+    fs::write(at("file"), pattern(2_000, 40))?;
+    fs::rename(at("file"), at("directory").join("moved"))?;
+    symlink("x", at("link"))?;
+    fs::write(at("goes"), "")?;
+    fs::remove_file(at("goes"))
+}
+
+fn bind_mount(at: &At) -> io::Result<()> {
+    fs::create_dir(at.path("sub"))?;
+    let there = at.outside.join("bound");
+    fs::create_dir(&there)?;
+    mount(at.path("sub"), &there, libc::MS_BIND)?;
+    at.pause()?;
+    work_in(&there, "bound")?;
+    std::env::set_current_dir(&there)?;
+    work_in(Path::new("."), "cwd")
+}
+
+/// The mount is gone again before anybody can look.
+fn mounted_for_a_moment(at: &At) -> io::Result<()> {
+    fs::create_dir(at.path("sub"))?;
+    let there = at.outside.join("bound");
+    fs::create_dir(&there)?;
+    at.pause()?;
+    mount(at.path("sub"), &there, libc::MS_BIND)?;
+    let done = work_in(&there, "bound");
+    umount(&there)?;
+    done
+}
+
+/// What is above the root of a bind mount depends on the way.
+fn above_a_bind_mount(at: &At) -> io::Result<()> {
+    fs::create_dir_all(at.path("sub/deep"))?;
+    let there = at.outside.join("bound");
+    fs::create_dir(&there)?;
+    mount(at.path("sub"), &there, libc::MS_BIND)?;
+    at.pause()?;
+    std::env::set_current_dir(there.join("deep"))?;
+    fs::create_dir("../inside")?;
+    fs::create_dir("../../outside")
+}
+
+/// Descriptors and working directories by their links in /proc.
+/// By the links of descriptors in /proc, as the C library does it.
+fn through_own_descriptor(at: &At) -> io::Result<()> {
+    let file = at.file("f", 1_000)?;
+    fs::create_dir(at.path("d"))?;
+    at.pause()?;
+    let link = |of: &File| c(format!("/proc/self/fd/{}", fd(of)));
+    call(libc::SYS_chmod, [adr(&link(&file)?), 0o4700])?;
+    call(libc::SYS_chown, [adr(&link(&file)?), 77, 78])?;
+    call(libc::SYS_truncate, [adr(&link(&file)?), 100])?;
+    sys::setxattr(format!("/proc/self/fd/{}", fd(&file)), c"trusted.x", b"by its link")?;
+    // By a descriptor that reads and writes nothing and is closed again: how lchmod(3) is done.
+    let shown = sys::open(at.path("d"), libc::O_PATH, 0)?;
+    call(libc::SYS_fchmodat, [CWD, adr(&c(format!("/proc/self/fd/{}", fd(&shown)))?), 0o711])?;
+    fs::create_dir(format!("/proc/thread-self/fd/{}/below", fd(&shown)))
+}
+
+/// By the other links of processes in /proc: what they led to cannot be told later.
+fn through_proc(at: &At) -> io::Result<()> {
+    let file = at.file("f", 1_000)?;
+    fs::create_dir(at.path("d"))?;
+    at.pause()?;
+    let pid = std::process::id();
+    call(libc::SYS_chmod, [adr(&c(format!("/proc/{pid}/fd/{}", fd(&file)))?), 0o640])?;
+    std::env::set_current_dir(&at.dir)?;
+    fs::create_dir("/proc/self/cwd/by-cwd")?;
+    fs::create_dir(format!("/proc/{pid}/task/{pid}/cwd/by-task"))?;
+    fs::create_dir(format!("/proc/self/root/{}/by-root", at.dir.display()))
+}
+
+/// A file of the set with another name outside, and changed by that.
+fn named_outside(at: &At) -> io::Result<()> {
+    at.file("g", 1_000)?;
+    fs::hard_link(at.path("g"), at.beside.join("g"))?;
+    at.pause()?;
+    call(libc::SYS_chmod, [adr(&c(at.beside.join("g"))?), 0o600]).map(drop)
+}
+
 fn private_mounts() -> io::Result<()> {
     call(libc::SYS_unshare, [libc::CLONE_NEWNS as usize])?;
     call(libc::SYS_mount, [0, adr(c"/"), 0, (libc::MS_REC | libc::MS_PRIVATE) as usize, 0]).map(drop)
+}
+
+fn mount_namespace(at: &At) -> io::Result<()> {
+    fs::create_dir(at.path("sub"))?;
+    let there = at.outside.join("bound");
+    fs::create_dir(&there)?;
+    sys::in_child(|| {
+        private_mounts()?;
+        mount(at.path("sub"), &there, libc::MS_BIND)?;
+        at.pause()?;
+        work_in(&there, "bound")?;
+        work_in(&at.dir, "plain")?;
+        std::env::set_current_dir(&there)?;
+        work_in(Path::new("."), "cwd")?;
+        // Still there when the agent asks.
+        at.pause()
+    })
+}
+
+fn pivoted_root(at: &At) -> io::Result<()> {
+    fs::create_dir(at.path("sub"))?;
+    sys::in_child(|| {
+        private_mounts()?;
+        let root = &at.outside;
+        call(libc::SYS_mount, [adr(c"tmpfs"), adr(&c(root)?), adr(c"tmpfs"), 0, 0])?;
+        fs::create_dir(root.join("inside"))?;
+        fs::create_dir(root.join("old"))?;
+        mount(&at.dir, root.join("inside"), libc::MS_BIND)?;
+        call(libc::SYS_pivot_root, [adr(&c(root)?), adr(&c(root.join("old"))?)])?;
+        std::env::set_current_dir("/")?;
+        umount("/old")?;
+        at.pause()?;
+        work_in(Path::new("/inside"), "absolute")?;
+        work_in(Path::new("inside/sub"), "relative")?;
+        fs::create_dir("/not-ours")?;
+        at.pause()
+    })
 }
 
 /// What is mounted over a directory of the subtree is not part of it; what it hides still is.
 fn mounted_over(at: &At) -> io::Result<()> {
     fs::create_dir(at.path("point"))?;
     fs::write(at.path("point/hidden"), "hidden")?;
-    at.pause()?;
     sys::in_child(|| {
         let before = sys::open(at.path("point"), libc::O_DIRECTORY, 0)?;
         private_mounts()?;
         call(libc::SYS_mount, [adr(c"tmpfs"), adr(&c(at.path("point"))?), adr(c"tmpfs"), 0, 0])?;
+        at.pause()?;
         fs::write(at.path("point/not-ours"), "x")?;
         fs::create_dir(at.path("point/neither"))?;
         fs::create_dir(at.path("beside"))?;

@@ -15,7 +15,7 @@ impl Drop for World {
         for child in [&mut self.agent, &mut self.program, &mut self.replayer].into_iter().flatten() {
             let _ = child.wait();
         }
-        for mount in &self.mounts {
+        for mount in self.mounted() {
             let _ = Command::new("umount").arg("-l").arg(mount).status();
         }
         if std::thread::panicking() {
@@ -30,6 +30,15 @@ impl Drop for World {
 }
 
 impl World {
+    /// What is mounted below the directory, by us or by a program; the last first.
+    fn mounted(&self) -> Vec<String> {
+        let Some(directory) = &self.directory else { return Vec::new() };
+        let below = format!("{}/", directory.path().display());
+        let table = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let points = table.lines().rev().filter_map(|line| line.split(' ').nth(1));
+        points.filter(|point| point.starts_with(&below)).map(str::to_owned).collect()
+    }
+
     /// Prints the end of each log.
     pub fn print_logs(&self) {
         let Ok(entries) = fs::read_dir(&self.logs) else { return };

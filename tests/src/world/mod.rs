@@ -52,6 +52,8 @@ pub enum FileSystem {
     Btrfs,
     /// Memory.
     Tmpfs,
+    /// Layers on the temporary directory.
+    Overlay,
 }
 
 impl FileSystem {
@@ -63,6 +65,7 @@ impl FileSystem {
             Self::Xfs => "xfs",
             Self::Btrfs => "btrfs",
             Self::Tmpfs => "tmpfs",
+            Self::Overlay => "overlay",
         }
     }
 }
@@ -97,7 +100,6 @@ pub struct World {
     agent: Option<Child>,
     /// The program, when the test itself started it.
     program: Option<Child>,
-    mounts: Vec<PathBuf>,
     /// Everything that was started. Before the directory: what it kills works there.
     leash: Leash,
     directory: Option<TempDir>,
@@ -172,7 +174,6 @@ impl World {
             replayer: None,
             agent: None,
             program: None,
-            mounts: Vec::new(),
             leash,
             directory: Some(directory),
         })
@@ -260,6 +261,12 @@ impl World {
         Ok(())
     }
 
+    /// What the daemons said.
+    #[must_use]
+    pub fn logs(&self) -> &Path {
+        &self.logs
+    }
+
     /// A directory on the file system of [`World::mount`] that is not replicated.
     ///
     /// # Errors
@@ -274,6 +281,13 @@ impl World {
         let mut mount = Command::new("mount");
         if file_system == FileSystem::Tmpfs {
             mount.args(["-t", "tmpfs", "-o", &format!("size={mebibytes}m"), "tmpfs"]);
+        } else if file_system == FileSystem::Overlay {
+            let layers = ["lowerdir", "upperdir", "workdir"].map(|layer| {
+                let path = self.root().join(layer);
+                fs::create_dir(&path).map(|()| format!("{layer}={}", path.display()))
+            });
+            let layers = layers.into_iter().collect::<std::io::Result<Vec<_>>>()?;
+            mount.args(["-t", "overlay", "-o", &layers.join(","), "overlay"]);
         } else {
             let image = self.root().join("image");
             File::create(&image)?.set_len(mebibytes << 20)?;
@@ -285,9 +299,7 @@ impl World {
             command_ok(make.arg("-q").arg(&image))?;
             mount.args(["-o", "loop"]).arg(&image);
         }
-        command_ok(mount.arg(&at))?;
-        self.mounts.push(at);
-        Ok(())
+        command_ok(mount.arg(&at)).map(drop)
     }
 
     fn secret(&self) -> Vec<String> {

@@ -94,7 +94,6 @@ pub fn status(status: &Status) -> String {
         (counters.rescan, "times everything had to be compared"),
         (counters.tasks_full, "threads found no room in the table"),
         (counters.probe_misses, "times a probe did not run"),
-        (counters.compat, "calls of 32-bit programs"),
     ];
     for (count, what) in losses.into_iter().filter(|(count, _)| *count > 0) {
         line("", format!("{count} {what}"));

@@ -33,6 +33,9 @@ enum Type {
     },
     /// typedef, const, volatile, restrict, type tag: stands for another type.
     Alias(u32),
+    Pointer(u32),
+    /// A function with so many parameters.
+    Function(usize),
     Other,
 }
 
@@ -44,7 +47,12 @@ pub struct KernelTypes {
     structs: HashMap<Vec<u8>, u32>,
     /// Name, names and values.
     enums: HashMap<Vec<u8>, Vec<(u32, u32)>>,
+    /// The types of tracepoints, `btf_trace_NAME`.
+    traces: HashMap<Vec<u8>, u32>,
 }
+
+/// What the kernel calls the types of tracepoints.
+const TRACE: &[u8] = b"btf_trace_";
 
 impl KernelTypes {
     /// Reads the types from `path`, usually [`KERNEL_BTF`].
@@ -78,6 +86,7 @@ impl KernelTypes {
             members: Vec::new(),
             structs: HashMap::new(),
             enums: HashMap::new(),
+            traces: HashMap::new(),
         };
         while !rest.is_empty() {
             let head: [u32; 3] = take(&mut rest)?;
@@ -104,7 +113,14 @@ impl KernelTypes {
                     Type::Composite { first, count }
                 }
                 // typedef, volatile, const, restrict, type tag
-                8..=11 | 18 => Type::Alias(size_or_type),
+                8..=11 | 18 => {
+                    let trace =
+                        this.string(name).and_then(|name| name.strip_prefix(TRACE)).map(<[u8]>::to_vec);
+                    if let Some(trace) = trace {
+                        this.traces.insert(trace, size_or_type);
+                    }
+                    Type::Alias(size_or_type)
+                }
                 // int, var, declaration tag: one word more
                 1 | 14 | 17 => skip(&mut rest, 4)?,
                 // array: three words
@@ -122,11 +138,15 @@ impl KernelTypes {
                     Type::Other
                 }
                 // function prototype: two words each
-                13 => skip(&mut rest, 8 * count)?,
+                13 => {
+                    skip(&mut rest, 8 * count)?;
+                    Type::Function(count)
+                }
                 // data section, 64-bit enum: three words each
                 15 | 19 => skip(&mut rest, 12 * count)?,
-                // pointer, forward, function, float
-                2 | 7 | 12 | 16 => Type::Other,
+                2 => Type::Pointer(size_or_type),
+                // forward, function, float
+                7 | 12 | 16 => Type::Other,
                 _ => return None,
             };
             this.types.push(parsed);
@@ -157,6 +177,18 @@ impl KernelTypes {
     pub fn enumerator(&self, of: &str, name: &str) -> Option<u32> {
         let values = self.enums.get(of.as_bytes())?;
         values.iter().find(|(n, _)| self.string(*n) == Some(name.as_bytes())).map(|(_, value)| *value)
+    }
+
+    /// How many arguments a tracepoint has; `None` if the kernel has no such tracepoint.
+    #[must_use]
+    pub fn trace_arguments(&self, name: &str) -> Option<usize> {
+        let id = self.resolve(*self.traces.get(name.as_bytes())?)?;
+        let Type::Pointer(function) = *self.types.get(id as usize)? else { return None };
+        match self.types.get(self.resolve(function)? as usize)? {
+            // The first one is the probe's own data.
+            Type::Function(parameters) => parameters.checked_sub(1),
+            _ => None,
+        }
     }
 
     fn resolve(&self, mut id: u32) -> Option<u32> {
@@ -190,7 +222,7 @@ impl KernelTypes {
     }
 
     /// The offset of the first of several members that exists.
-    fn any(&self, composite: &'static str, paths: &[&'static str]) -> Result<u32, CaptureError> {
+    pub(super) fn any(&self, composite: &'static str, paths: &[&'static str]) -> Result<u32, CaptureError> {
         paths.iter().find_map(|path| self.offset(composite, path)).ok_or(CaptureError::MissingField {
             composite,
             field: paths.first().copied().unwrap_or_default(),
@@ -236,7 +268,7 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
     // Without either a folio counts as one of the largest size.
     let pages = types.any("folio", &["_nr_pages", "_folio_nr_pages"]).ok();
     let (folio_pages, folio_head) = pages.zip(types.enumerator("pageflags", "PG_head")).unwrap_or((0, 0));
-    Ok(Offsets {
+    let found = Offsets {
         task_files: one("task_struct", "files")?,
         task_fs: one("task_struct", "fs")?,
         task_mm: one("task_struct", "mm")?,
@@ -245,6 +277,10 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         task_status: one("task_struct", "thread_info.status")?,
         task_signal: one("task_struct", "signal")?,
         signal_live: one("signal_struct", "live")?,
+        signal_exit_code: one("signal_struct", "group_exit_code")?,
+        task_nsproxy: one("task_struct", "nsproxy")?,
+        nsproxy_mounts: one("nsproxy", "mnt_ns")?,
+        mounts_number: one("mnt_namespace", "ns.inum")?,
         mm_users: one("mm_struct", "mm_users")?,
         task_io_uring: types.offset("task_struct", "io_uring").unwrap_or(0),
         mm_aio: types.offset("mm_struct", "ioctx_table").unwrap_or(0),
@@ -295,13 +331,16 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         cgroup_ancestors: one("cgroup", "ancestors")?,
         cgroup_node: one("cgroup", "kn")?,
         node_id: one("kernfs_node", "id")?,
+        inode_dio_count: one("inode", "i_dio_count")?,
         inode_mapping: one("inode", "i_mapping")?,
         mapping_host: one("address_space", "host")?,
         mapping_writable: one("address_space", "i_mmap_writable")?,
         folio_index: one("folio", "index")?,
         folio_pages,
         folio_head,
-    })
+        ..Offsets::default()
+    };
+    if found.task_io_uring == 0 { Ok(found) } else { super::uring::offsets(types, found) }
 }
 
 #[cfg(test)]
@@ -328,6 +367,10 @@ mod tests {
             assert_eq!(found.file_count_one, 0);
             assert_eq!((found.folio_index, found.folio_head, found.mapping_writable), (32, 6, 68));
             assert!(found.folio_pages > 64);
+            assert_eq!((found.req_file, found.req_opcode, found.uring_cqe), (0, 64, 1));
+            assert_eq!(types.trace_arguments("io_uring_complete"), Some(3));
+            assert_eq!(types.trace_arguments("io_uring_submit_req"), Some(1));
+            assert_eq!(types.trace_arguments("io_uring_submit_sqe"), None);
         }
     }
 

@@ -2,9 +2,11 @@
 
 pub mod btf;
 pub mod log;
+pub mod mapped;
 pub mod probes;
 pub mod ring;
 mod sys;
+mod uring;
 
 use std::{io, path::PathBuf};
 

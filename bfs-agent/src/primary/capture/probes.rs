@@ -15,11 +15,11 @@ use aya::{
     programs::{BtfTracePoint, ProgramError, RawTracePoint, links::FdLink},
 };
 use bfs_common::abi::{
-    ABI_VERSION, DEVICES_MAX, InodeId, MAPPED_MAX, NO_CALL, Offsets, Plain, SUSPECTS_MAX, Settings, Suspect,
-    TASKS_MAX, TaskState, counter, role,
+    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, REQUESTS_MAX, Request, SUSPECTS_MAX,
+    Settings, Suspect, TASKS_MAX, TaskState, counter, role,
 };
 
-use super::{CaptureError, btf, log, log::ProbeLog, ring::Ring, sys};
+use super::{CaptureError, btf, log, log::ProbeLog, mapped::MappedFiles, ring::Ring, sys, uring};
 
 /// The compiled probes.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bfs-ebpf"));
@@ -34,11 +34,15 @@ const PROGRAMS: [&str; 6] = [
     "sys_exit",
     "sys_enter",
 ];
-/// Probes that a kernel may refuse: then files that are mapped are read as a whole at each checkpoint.
+/// The probe of dirty pages. A kernel may refuse it: then files that are mapped are read as a whole at each
+/// checkpoint.
 const DIRTIED: &str = "writeback_dirty_folio";
-/// Not attached but run; without it a mapping is never known to be gone.
-const QUERY: &str = "writable_mappings";
-const MAPS: [&str; 6] = ["RING", "TASKS", "SUSPECTS", "MAPPED", "COUNTERS", "META"];
+/// Attached to nothing, run by the agent with a descriptor of its own.
+const DIRECT_IO: &str = "direct_io";
+/// The same.
+const WRITABLE: &str = "writable_mappings";
+const QUERIES: [&str; 2] = [DIRECT_IO, WRITABLE];
+const MAPS: [&str; 8] = ["RING", "TASKS", "REQUESTS", "RINGS", "SUSPECTS", "MAPPED", "COUNTERS", "META"];
 
 /// Largest [`LoadOptions::inline_max`]: what the loop over chunks in the probe can take.
 pub const INLINE_MAX: u32 = 1 << 21;
@@ -139,12 +143,12 @@ impl Counters {
 pub struct Probes {
     pin_dir: PathBuf,
     tasks: OwnedFd,
+    requests: OwnedFd,
+    direct_io: OwnedFd,
     suspects: OwnedFd,
     counters: OwnedFd,
-    mapped: OwnedFd,
-    files_mapped: usize,
-    meta: OwnedFd,
-    query: Option<OwnedFd>,
+    writable_mappings: OwnedFd,
+    mapped: MappedFiles,
     programs: Vec<(&'static str, OwnedFd)>,
     ring: Ring,
     cpus: usize,
@@ -161,7 +165,8 @@ impl Probes {
     /// Loads, pins and attaches the probes.
     pub fn load(options: &LoadOptions) -> Result<Self, CaptureError> {
         let settings = options.settings()?;
-        let offsets = btf::offsets(&btf::KernelTypes::read(&options.btf)?)?;
+        let types = btf::KernelTypes::read(&options.btf)?;
+        let offsets = btf::offsets(&types)?;
         if !rustix::process::geteuid().is_root() {
             return Err(CaptureError::NotRoot);
         }
@@ -175,7 +180,7 @@ impl Probes {
             }
             Err(source) => return Err(no_bpf_fs(&options.pin_dir, source)),
         }
-        let loaded = load_pinned(options, &offsets, &settings).and_then(|mut ebpf| {
+        let loaded = load_pinned(options, &types, &offsets, &settings).and_then(|mut ebpf| {
             let mut probes = Self::adopt(&options.pin_dir)?;
             if options.log > 0 {
                 probes.log = Some(ProbeLog::open(&mut ebpf)?);
@@ -210,20 +215,23 @@ impl Probes {
             // A link that is missing would mean probes that do not run.
             open(&link_name(name))?;
         }
-        if pin_dir.join(link_name(DIRTIED)).exists() {
-            programs.push((DIRTIED, open(DIRTIED)?));
+        // Not there on a kernel without io_uring, or without the tracepoint.
+        for name in uring::PROGRAMS.map(|program| program.0).into_iter().chain([DIRTIED]) {
+            if pin_dir.join(name).exists() {
+                programs.push((name, open(name)?));
+                open(&link_name(name))?;
+            }
         }
-        let mapped = open("MAPPED")?;
         let ring = Ring::open(open("RING")?).map_err(kernel("cannot map the ring"))?;
         Ok(Self {
             pin_dir: pin_dir.to_owned(),
             tasks: open("TASKS")?,
+            requests: open("REQUESTS")?,
+            direct_io: open(DIRECT_IO)?,
             suspects: open("SUSPECTS")?,
             counters: open("COUNTERS")?,
-            files_mapped: files_mapped(mapped.as_fd())?.len(),
-            mapped,
-            meta,
-            query: open(QUERY).ok(),
+            writable_mappings: open(WRITABLE)?,
+            mapped: MappedFiles::new(open("MAPPED")?, meta)?,
             programs,
             ring,
             cpus: aya::util::nr_cpus().map_err(|(what, source)| CaptureError::Kernel {
@@ -281,6 +289,15 @@ impl Probes {
         Ok(tasks)
     }
 
+    /// The processes of the selected tasks, each once.
+    pub fn selected_processes(&self) -> Result<Vec<u32>, CaptureError> {
+        let mut processes: Vec<u32> =
+            self.selected_tasks()?.into_iter().map(|(_, state)| state.tgid).collect();
+        processes.sort_unstable();
+        processes.dedup();
+        Ok(processes)
+    }
+
     /// The calls in flight that started at or before `t` (`CLOCK_MONOTONIC`, in the past), or may
     /// have.
     ///
@@ -303,6 +320,38 @@ impl Probes {
         Ok(state.active != 0 && (start_ns <= 1 || state.start_ns == start_ns))
     }
 
+    /// The io_uring operations that may change a file and are not known to have ended, each with the
+    /// key that [`Self::request`] takes.
+    ///
+    /// Complete as [`Self::in_flight`] is: an entry stands in the map before its start is taken.
+    pub fn requests(&self) -> Result<Vec<(u64, Request)>, CaptureError> {
+        fence(Ordering::SeqCst);
+        sys::entries(self.requests.as_fd(), REQUESTS_MAX, false)
+            .map_err(kernel("cannot read the asynchronous operations"))
+    }
+
+    /// One of them, if it is still there.
+    pub fn request(&self, key: u64) -> Result<Option<Request>, CaptureError> {
+        let mut bytes = [0; size_of::<Request>()];
+        let found = sys::lookup(self.requests.as_fd(), &key, &mut bytes)
+            .map_err(kernel("cannot read an asynchronous operation"))?;
+        Ok(Request::read_from(&bytes).filter(|_| found))
+    }
+
+    /// Takes out one of them that nobody can carry out any more.
+    pub fn forget_request(&self, key: u64) -> Result<(), CaptureError> {
+        sys::delete(self.requests.as_fd(), &key)
+            .map(drop)
+            .map_err(kernel("cannot forget an asynchronous operation"))
+    }
+
+    /// Whether no direct I/O is in flight on the open file.
+    pub fn is_at_rest(&self, file: BorrowedFd<'_>) -> Result<bool, CaptureError> {
+        ask(&self.direct_io, file)
+            .map(|in_flight| in_flight == 0)
+            .map_err(kernel("cannot ask for direct I/O in flight"))
+    }
+
     /// Takes out the objects whose records found no room in the ring.
     pub fn drain_suspects(&self) -> Result<Vec<(InodeId, Suspect)>, CaptureError> {
         sys::entries(self.suspects.as_fd(), SUSPECTS_MAX, true).map_err(kernel("cannot read the suspects"))
@@ -314,56 +363,16 @@ impl Probes {
         self.programs.iter().any(|(name, _)| *name == DIRTIED)
     }
 
-    /// Keeps in mind that a file is mapped, and records from now on which of its pages become dirty, if
-    /// `pages` says so. `false` where there is no room for it.
-    pub fn follow_mapped(&mut self, file: InodeId, pages: bool) -> Result<bool, CaptureError> {
-        let failed = |error| kernel("cannot note that a file is mapped")(error);
-        let value = u32::from(pages);
-        match sys::update(self.mapped.as_fd(), &file, &value, sys::NO_EXIST) {
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                sys::update(self.mapped.as_fd(), &file, &value, 0).map_err(failed)?;
-                Ok(true)
-            }
-            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => Ok(false),
-            Err(error) => Err(failed(error)),
-            Ok(()) => self.count_mapped(self.files_mapped + 1).map(|()| true),
-        }
-    }
-
-    /// The file is not mapped any more.
-    pub fn forget_mapped(&mut self, file: InodeId) -> Result<(), CaptureError> {
-        let there =
-            sys::delete(self.mapped.as_fd(), &file).map_err(kernel("cannot let go of a mapped file"))?;
-        if there { self.count_mapped(self.files_mapped.saturating_sub(1)) } else { Ok(()) }
-    }
-
-    /// The files that were noted as mapped.
-    pub fn files_mapped(&self) -> Result<Vec<InodeId>, CaptureError> {
-        files_mapped(self.mapped.as_fd())
-    }
-
-    /// The probe looks at nothing while there are none.
-    fn count_mapped(&mut self, count: usize) -> Result<(), CaptureError> {
-        let gate = (self.files_mapped == 0) != (count == 0);
-        self.files_mapped = count;
-        if gate {
-            let write = || {
-                let mut meta = sys::read_meta(self.meta.as_fd())?;
-                meta[2] = u64::from(count > 0);
-                sys::update(self.meta.as_fd(), &0u32, &meta, 0)
-            };
-            write().map_err(kernel("cannot write META"))?;
-        }
-        Ok(())
+    /// The files that are mapped.
+    pub fn mapped(&mut self) -> &mut MappedFiles {
+        &mut self.mapped
     }
 
     /// How many mappings there are, in whatever process, through which the file may be written; `None` where
     /// the kernel does not tell.
-    #[must_use]
-    pub fn writable_mappings(&self, file: BorrowedFd<'_>) -> Option<u32> {
-        let answer =
-            sys::run_raw(self.query.as_ref()?.as_fd(), file.as_raw_fd().cast_unsigned().into()).ok()?;
-        answer.checked_sub(1)
+    pub fn writable_mappings(&self, file: BorrowedFd<'_>) -> Result<Option<u32>, CaptureError> {
+        let answer = ask(&self.writable_mappings, file).map_err(kernel("cannot ask for the mappings"))?;
+        Ok(u32::try_from(answer).ok().and_then(|answer| answer.checked_sub(1)))
     }
 
     /// The counters.
@@ -408,17 +417,21 @@ impl Probes {
     }
 }
 
-fn files_mapped(map: BorrowedFd<'_>) -> Result<Vec<InodeId>, CaptureError> {
-    let files: Vec<(InodeId, u32)> =
-        sys::entries(map, MAPPED_MAX, false).map_err(kernel("cannot read which files are mapped"))?;
-    Ok(files.into_iter().map(|f| f.0).collect())
+/// What a probe that is attached to nothing says of an open file.
+fn ask(query: &OwnedFd, file: BorrowedFd<'_>) -> io::Result<i32> {
+    sys::run(query.as_fd(), u64::from(file.as_raw_fd().cast_unsigned()))
 }
 
 fn link_name(program: &str) -> String {
     format!("link_{program}")
 }
 
-fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) -> Result<Ebpf, CaptureError> {
+fn load_pinned(
+    options: &LoadOptions,
+    types: &btf::KernelTypes,
+    offsets: &Offsets,
+    settings: &Settings,
+) -> Result<Ebpf, CaptureError> {
     let kernel_btf = Btf::parse_file(&options.btf, aya::Endianness::default())
         .map_err(|error| CaptureError::NoBtf { path: options.btf.clone(), reason: error.to_string() })?;
     let mut ebpf = EbpfLoader::new()
@@ -429,56 +442,54 @@ fn load_pinned(options: &LoadOptions, offsets: &Offsets, settings: &Settings) ->
         .map_max_entries("RING", options.ring_bytes)
         .load(OBJECT)
         .map_err(|error| load_error("(maps)", &error))?;
-    for name in PROGRAMS {
-        tracepoint(&mut ebpf, name)?.load(name, &kernel_btf).map_err(|error| refused(name, &error))?;
+    let mut names: Vec<(&str, &str)> = PROGRAMS.map(|name| (name, name)).to_vec();
+    if offsets.task_io_uring != 0 {
+        for (name, tracepoints) in uring::PROGRAMS {
+            names.push((name, uring::tracepoint(types, tracepoints)?));
+        }
+    }
+    for (name, trace) in &names {
+        tracepoint(&mut ebpf, name)?.load(trace, &kernel_btf).map_err(|error| refused(name, &error))?;
+    }
+    match tracepoint(&mut ebpf, DIRTIED)?.load(DIRTIED, &kernel_btf) {
+        Ok(()) => names.push((DIRTIED, DIRTIED)),
+        Err(error) => tracing::info!("mapped files are read whole: {}", refused(DIRTIED, &error)),
+    }
+    for name in QUERIES {
+        let query: &mut RawTracePoint =
+            program(&mut ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))?;
+        query.load().map_err(|error| refused(name, &error))?;
+        query.pin(options.pin_dir.join(name)).map_err(|error| pin_failed("probe", name, error))?;
     }
     for name in MAPS {
         let map = ebpf.map(name).ok_or_else(|| missing(name))?;
-        map.pin(options.pin_dir.join(name))
-            .map_err(|error| kernel(format!("cannot pin the map {name}"))(io::Error::other(error)))?;
+        map.pin(options.pin_dir.join(name)).map_err(|error| pin_failed("map", name, error))?;
     }
     let meta = sys::open_pin(&options.pin_dir.join("META")).map_err(kernel("cannot open META"))?;
     let value = [u64::from(ABI_VERSION), u64::from(options.ring_bytes), 0, 0];
     sys::update(meta.as_fd(), &0u32, &value, 0).map_err(kernel("cannot write META"))?;
-    for name in PROGRAMS {
-        attach(&mut ebpf, name, options)?;
+    for (name, _) in &names {
+        let program = tracepoint(&mut ebpf, name)?;
+        program.pin(options.pin_dir.join(name)).map_err(|error| pin_failed("probe", name, error))?;
+        let link =
+            program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
+        FdLink::from(link)
+            .pin(options.pin_dir.join(link_name(name)))
+            .map_err(|error| pin_failed("link", name, error))?;
     }
-    attach_optional(&mut ebpf, &kernel_btf, options)?;
     Ok(ebpf)
-}
-
-/// What a kernel may lack.
-fn attach_optional(ebpf: &mut Ebpf, kernel_btf: &Btf, options: &LoadOptions) -> Result<(), CaptureError> {
-    match tracepoint(ebpf, DIRTIED)?.load(DIRTIED, kernel_btf) {
-        Ok(()) => attach(ebpf, DIRTIED, options)?,
-        Err(error) => tracing::info!("mapped files are read whole: {}", refused(DIRTIED, &error)),
-    }
-    let query: &mut RawTracePoint =
-        program(ebpf, QUERY)?.try_into().map_err(|error: ProgramError| refused(QUERY, &error))?;
-    match query.load() {
-        Ok(()) => query
-            .pin(options.pin_dir.join(QUERY))
-            .map_err(|error| kernel(format!("cannot pin the probe {QUERY}"))(io::Error::other(error)))?,
-        Err(error) => tracing::info!("mappings count as there for ever: {}", refused(QUERY, &error)),
-    }
-    Ok(())
-}
-
-fn attach(ebpf: &mut Ebpf, name: &str, options: &LoadOptions) -> Result<(), CaptureError> {
-    let program = tracepoint(ebpf, name)?;
-    program
-        .pin(options.pin_dir.join(name))
-        .map_err(|error| kernel(format!("cannot pin the probe {name}"))(io::Error::other(error)))?;
-    let link =
-        program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
-    FdLink::from(link)
-        .pin(options.pin_dir.join(link_name(name)))
-        .map_err(|error| kernel(format!("cannot pin the link of {name}"))(io::Error::other(error)))?;
-    Ok(())
 }
 
 fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, CaptureError> {
     program(ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))
+}
+
+fn pin_failed(
+    what: &str,
+    name: &str,
+    error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> CaptureError {
+    kernel(format!("cannot pin the {what} {name}"))(io::Error::other(error))
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::Program, CaptureError> {
@@ -568,9 +579,9 @@ fn mount_bpf_fs() -> Result<(), CaptureError> {
 
 /// Links first: then nothing runs any more.
 fn remove_pins(pin_dir: &Path) -> io::Result<()> {
-    let probes = PROGRAMS.iter().chain([&DIRTIED, &QUERY]);
-    let names = probes.clone().map(|name| link_name(name));
-    let names = names.chain(probes.chain(&MAPS).map(|&name| name.to_owned()));
+    let attached = || PROGRAMS.into_iter().chain(uring::PROGRAMS.map(|program| program.0)).chain([DIRTIED]);
+    let names = attached().map(link_name);
+    let names = names.chain(attached().chain(QUERIES).chain(MAPS).map(str::to_owned));
     for name in names {
         match fs::remove_file(pin_dir.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -156,38 +156,6 @@ pub fn read_meta(map: BorrowedFd<'_>) -> io::Result<[u64; 4]> {
 }
 
 #[repr(C)]
-#[derive(Default)]
-struct RunAttr {
-    program: u32,
-    result: u32,
-    data_size: [u32; 2],
-    data: [u64; 2],
-    repeat: u32,
-    duration: u32,
-    context_size_in: u32,
-    context_size_out: u32,
-    context_in: u64,
-    context_out: u64,
-    flags: u32,
-    cpu: u32,
-    batch: u32,
-    reserved: u32,
-}
-
-/// Runs a raw tracepoint program once, in this task, with one argument.
-pub fn run_raw(program: BorrowedFd<'_>, argument: u64) -> io::Result<u32> {
-    let arguments = [argument];
-    let mut attr = RunAttr {
-        program: program.as_raw_fd().cast_unsigned(),
-        context_size_in: 8,
-        context_in: arguments.as_ptr().addr() as u64,
-        ..RunAttr::default()
-    };
-    bpf(command::PROG_TEST_RUN, &mut attr)?;
-    Ok(attr.result)
-}
-
-#[repr(C)]
 struct PathAttr {
     path: u64,
     fd: u32,
@@ -218,6 +186,39 @@ fn info<T>(fd: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
         info: std::ptr::from_mut(info).addr() as u64,
     };
     bpf(command::OBJ_GET_INFO_BY_FD, &mut attr).map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RunAttr {
+    program: u32,
+    result: u32,
+    sizes: [u32; 2],
+    data: [u64; 2],
+    repeat: u32,
+    duration: u32,
+    context_size: u32,
+    context_size_out: u32,
+    context: u64,
+    context_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch: u32,
+    reserved: u32,
+}
+
+/// Runs a raw tracepoint program that is attached to nothing, in this task, with an argument;
+/// gives what it returns.
+pub fn run(program: BorrowedFd<'_>, argument: u64) -> io::Result<i32> {
+    let context = [argument];
+    let mut attr = RunAttr {
+        program: program.as_raw_fd().cast_unsigned(),
+        context_size: 8,
+        context: context.as_ptr().addr() as u64,
+        ..RunAttr::default()
+    };
+    bpf(command::PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.result.cast_signed())
 }
 
 /// `max_entries` of a map.

@@ -1,5 +1,6 @@
 //! Acts become records, and what is not exact becomes dirty.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -8,7 +9,9 @@ use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 use bytes::Bytes;
 
 use super::host::{Host, HostError, OwnedEvent, Stat};
-use super::interpret::{Act, CAPABILITY, Thing, has_capability, interpret, meta_of, object_at, span_of};
+use super::interpret::{
+    Act, CAPABILITY, Thing, has_capability, interpret, meta_of, object_at, span_of, touches,
+};
 use super::model::NewObject;
 use super::recent::Span;
 use super::resolve::Place;
@@ -61,12 +64,20 @@ impl Engine {
             Event::Task { event: e } if e.header.kind == kind::EXIT => {
                 self.chunks.remove(&tid);
                 self.entered.remove(&tid);
+                // The kernel wrote a core by a name of its own.
+                if e.value != 0 && e.last_thread != 0 && host.cores_are_files() {
+                    self.suspect_everything(e.header.end_ns);
+                }
                 return;
             }
             _ => {}
         }
-        let act = interpret(&self.model, host, event);
+        let (mut act, way) = interpret(&self.model, host, event);
         let span = span_of(event);
+        if way.winding && way.entries.iter().any(|(d, n)| self.doubtful_entry(*d, n, span)) {
+            self.stats.ambiguous += 1;
+            act = Act::Everything;
+        }
         if let Event::File { event: e, .. } = event {
             for inode in [e.attr.id, e.parent.id] {
                 if inode.is_some() && self.model.find(inode).is_none() {
@@ -74,12 +85,13 @@ impl Engine {
                 }
             }
         }
-        let touches = act.touches(&self.model);
+        let touches = touches(&act, &way, &self.model);
         if act != Act::Nothing {
             self.stats.ops += 1;
         }
         // What these overlap with says nothing: the stores come later.
         let stores = matches!(act, Act::Dirtied { .. } | Act::Mapped { .. });
+        tracing::trace!(?span, ?act, "taken in");
         let ambiguous = !stores && self.note(&touches, &act, span);
         self.apply(act, event, span, ambiguous, host);
         // What was read from the file system after this call started holds an unknown part of it.
@@ -90,12 +102,21 @@ impl Engine {
         }
         self.check_entered(event, host, span);
         self.chunks.remove(&tid);
+        // Its paths were resolved at some moment between its ends, in a task that went on.
+        if matches!(event, Event::Path { event: e, .. } if e.header.kind == kind::PATH_BEGUN) {
+            for thing in &touches {
+                self.stain(thing, span.end_ns, false);
+            }
+        }
     }
 
     /// Another thread could change a path while the kernel used it: where the path at the start
     /// differs from the one at the end, both places are suspect.
     fn check_entered(&mut self, event: &Event<'_>, host: &mut dyn Host, span: Span) {
         let Event::Path { event: e, path1, path2 } = event else { return };
+        if e.header.kind == kind::PATH_BEGUN {
+            return;
+        }
         let Some((start_ns, old1, old2)) = self.entered.remove(&span.tid) else {
             // The paths at the start were read by an agent that died.
             if e.header.flags & flag::PATH_SHARED != 0 && self.reads.adopted(span.start_ns) {
@@ -109,7 +130,7 @@ impl Engine {
         self.stats.ambiguous += 1;
         let then = Event::Path { event: *e, path1: &old1, path2: &old2 };
         for other in [&then, event] {
-            for thing in interpret(&self.model, host, other).touches(&self.model) {
+            for thing in interpret(&self.model, host, other).0.touches(&self.model) {
                 self.stain(&thing, span.end_ns, true);
             }
         }
@@ -122,6 +143,7 @@ impl Engine {
             Thing::Meta(object) => self.dirty.meta(*object, end_ns),
             Thing::Xattrs(object) => self.dirty.xattrs(*object),
             Thing::Entry(directory, name) => self.dirty.entry(*directory, name, deep),
+            Thing::Way(..) => {}
             Thing::Everything => self.suspect_everything(end_ns),
         }
     }
@@ -136,8 +158,9 @@ impl Engine {
 
     /// Notes the call among the recent ones; says whether its order against another is unknown.
     /// What the other one did with names is then suspect as well.
-    fn note(&mut self, touches: &[Thing], act: &Act, span: Span) -> bool {
+    pub(super) fn note(&mut self, touches: &[Thing], act: &Act, span: Span) -> bool {
         let mut ambiguous = false;
+        let mut astray = false;
         let names = touches.iter().any(|t| matches!(t, Thing::Entry(..)));
         // An empty one would be made anew for each write.
         let entries: Option<Rc<[Thing]>> =
@@ -147,8 +170,14 @@ impl Engine {
                 Thing::Data(object, range) => {
                     ambiguous |= self.recent_data.note(*object, span, range.clone(), ()).any();
                 }
+                Thing::Way(directory, name) => {
+                    let key = (*directory, name.clone());
+                    astray |= self.recent_entries.overlaps(&key, span);
+                    let _ = self.recent_ways.note(key, span, 0..1, ());
+                }
                 Thing::Entry(directory, name) => {
                     let key = (*directory, name.clone());
+                    astray |= self.recent_ways.overlaps(&key, span);
                     let overlap = self.recent_entries.note(key, span, 0..1, entries.clone());
                     ambiguous |= overlap.any();
                     for other in overlap.with.iter().flatten().flat_map(|o| o.iter()) {
@@ -158,24 +187,26 @@ impl Engine {
                 Thing::Meta(_) | Thing::Xattrs(_) | Thing::Everything => {}
             }
         }
+        if astray {
+            // Somebody went through the entry while it changed, and may have come out anywhere.
+            ambiguous = true;
+            self.suspect_everything(span.end_ns);
+        }
         // A path that was followed while a directory moved may have led elsewhere. (Creates name
         // their directory's inode, not a path.)
         if names && !matches!(act, Act::Create { .. }) {
             let crossed = self.recent_paths.note((), span, 0..1, ()).any();
-            let moving = self.moved_directory(act);
-            let mut doubtful = Vec::new();
-            if let Some(object) = moving.filter(|_| crossed) {
-                doubtful.push(object);
-            }
+            let moving = self.moved_directories(act);
+            let mut doubtful = if crossed { moving.clone() } else { Vec::new() };
             let start = span.start_ns.saturating_sub(super::SLACK_NS);
             doubtful.extend(
                 self.moved.iter().filter(|m| m.1.tid != span.tid && m.1.end_ns >= start).map(|m| m.0),
             );
             ambiguous |= !doubtful.is_empty();
             for directory in doubtful {
-                self.rescan_below(directory);
+                self.rescan_below(directory, span.end_ns);
             }
-            if let Some(object) = moving {
+            for object in moving {
                 self.moved.push_back((object, span));
                 if self.moved.len() > MOVES_MAX {
                     self.moved.pop_front();
@@ -188,24 +219,30 @@ impl Engine {
         ambiguous
     }
 
-    /// The directory (or symlink) that a rename moves.
-    fn moved_directory(&self, act: &Act) -> Option<ObjectId> {
-        let Act::Rename { from, to, exchange, .. } = act else { return None };
-        let directory = |place: &Place| {
-            object_at(&self.model, place).filter(|o| {
-                self.model.get(*o).is_some_and(|o| matches!(o.kind, FileKind::Directory | FileKind::Symlink))
-            })
-        };
-        directory(from).or_else(|| directory(to).filter(|_| *exchange))
+    /// The directories (or symlinks) that a rename moves.
+    fn moved_directories(&self, act: &Act) -> Vec<ObjectId> {
+        let Act::Rename { from, to, exchange, .. } = act else { return Vec::new() };
+        [Some(from), Some(to).filter(|_| *exchange)]
+            .into_iter()
+            .flatten()
+            .filter_map(|place| object_at(&self.model, place))
+            .filter(|o| matches!(self.model.kind(*o), Some(FileKind::Directory | FileKind::Symlink)))
+            .collect()
     }
 
-    /// All directories below, listed again.
-    fn rescan_below(&mut self, directory: ObjectId) {
+    /// All directories below, listed again, and their attributes: a call may have changed an entry of one.
+    fn rescan_below(&mut self, directory: ObjectId, end_ns: u64) {
         let mut todo = vec![directory];
+        // Moves whose order is not known can leave a directory below itself, until they are settled.
+        let mut seen = HashSet::new();
         while let Some(at) = todo.pop() {
+            if !seen.insert(at) {
+                continue;
+            }
             let Some(o) = self.model.get(at).filter(|o| o.kind == FileKind::Directory) else { continue };
             todo.extend(o.entries.values().copied());
             self.dirty.rescan(at, false);
+            self.dirty.meta(at, end_ns);
         }
     }
 
@@ -229,7 +266,7 @@ impl Engine {
     /// A call changed an object by a name of which the model does not know for sure what it
     /// names. What the name names is read when the entry is settled; but should the name be gone
     /// by then, the object may live on under another one.
-    fn suspect_multiple(&mut self, end_ns: u64) {
+    pub(super) fn suspect_multiple(&mut self, end_ns: u64) {
         let multiple: Vec<_> = self.multiple.iter().copied().collect();
         for object in multiple {
             self.suspect_object(object, end_ns);
@@ -270,8 +307,12 @@ impl Engine {
     /// derived from it is suspect too.
     fn doubtful(&self, place: &Place, span: Span) -> bool {
         let Place::Entry(directory, name) = place else { return false };
-        self.dirty.get(*directory).is_some_and(|d| d.rescan.is_some() || d.entries.contains_key(name))
-            || self.reads.after(&Thing::Entry(*directory, name.clone()), span.start_ns)
+        self.doubtful_entry(*directory, name, span)
+    }
+
+    fn doubtful_entry(&self, directory: ObjectId, name: &Name, span: Span) -> bool {
+        self.dirty.get(directory).is_some_and(|d| d.rescan.is_some() || d.entries.contains_key(name))
+            || self.reads.after(&Thing::Entry(directory, name.clone()), span.start_ns)
     }
 
     fn suspect_entry(&mut self, place: &Place, deep: bool) {
@@ -302,6 +343,7 @@ impl Engine {
                             target: Bytes::new(),
                         };
                         let object = self.model.create(new, &mut self.out);
+                        self.dirty.object_came(object);
                         if self.inherits_xattrs(parent) {
                             self.dirty.xattrs(object);
                         }
@@ -312,6 +354,7 @@ impl Engine {
                 };
                 if missed {
                     self.suspect_object(object, span.end_ns);
+                    self.suspect_new_file(object);
                 }
                 self.model.link(parent, &name, object, &mut self.out);
                 self.snapshot(object, &attr, span);
@@ -350,6 +393,14 @@ impl Engine {
                     self.stain_range(object, range);
                 }
             }
+            Act::Linger { object, range } => {
+                self.dirty.restless(object);
+                self.stain_range(object, range);
+                self.dirty.meta(object, span.end_ns);
+                if self.model.get(object).is_some_and(|o| o.xattrs.contains_key(CAPABILITY)) {
+                    self.dirty.xattrs(object);
+                }
+            }
             Act::Truncate { object, size, attr, place } => {
                 if place.is_some_and(|place| self.doubtful(&place, span)) {
                     self.suspect_multiple(span.end_ns);
@@ -380,12 +431,14 @@ impl Engine {
                 self.suspect_object(object, span.end_ns);
             }
             Act::Touch { object } => self.suspect_object(object, span.end_ns),
-            Act::Suspect { place } => {
-                self.parent_after(&place, None, span);
-                self.suspect_entry(&place, true);
+            Act::Suspect { place, also } => {
                 self.suspect_multiple(span.end_ns);
-                if let Some(object) = object_at(&self.model, &place) {
-                    self.suspect_object(object, span.end_ns);
+                for place in [Some(place), also].into_iter().flatten() {
+                    self.parent_after(&place, None, span);
+                    self.suspect_entry(&place, true);
+                    if let Some(object) = object_at(&self.model, &place) {
+                        self.suspect_object(object, span.end_ns);
+                    }
                 }
             }
             Act::Unlink { place, parent_attr } => {
@@ -422,8 +475,10 @@ impl Engine {
             Act::Rename { from, to, exchange, whiteout, from_attr, to_attr } => {
                 self.parent_after(&from, from_attr.as_ref(), span);
                 self.parent_after(&to, to_attr.as_ref(), span);
-                // Should the second name be one of the same inode, nothing was renamed (rename(2)).
-                if ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
+                // Should the second name be one of the same inode, nothing was renamed (rename(2)): of a
+                // name outside nobody knows.
+                let outside = to == Place::Outside;
+                if outside || ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
                     self.suspect_entry(&from, true);
                     self.suspect_entry(&to, true);
                 }

@@ -11,7 +11,7 @@
 //! Calls outside the cut are held back until the marker stands. If a condition fails, they are
 //! taken in and another t is tried; after [`TRIES`] the processes are stopped.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::time::Duration;
 
 use bfs_common::abi::Event;
@@ -19,12 +19,13 @@ use bfs_common::record::{
     CheckpointId, CheckpointLabel, FileKind, GapScope, Name, ObjectId, Record, Sequence,
 };
 
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 
 use super::Engine;
-use super::host::{Host, HostError, InFlight, OwnedEvent};
-use super::interpret::{Thing, Things, interpret, span_of};
+use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
+use super::interpret::{Act, Thing, Things, interpret, span_of, touches};
 use super::recent::Span;
+use super::resolve::Way;
 
 /// Cuts that are tried before the processes are stopped.
 const TRIES: u32 = 12;
@@ -34,6 +35,11 @@ const TRIES_MAPPED: u32 = 3;
 const ROUNDS_AHEAD: u32 = 6;
 /// How long covered calls may take to end before the checkpoint is given up for now.
 const COVERED_NS_MAX: u64 = 5_000_000_000;
+/// How long asynchronous operations may take to end before the processes are stopped: unlike calls
+/// many of them are in flight at any time, and some never tell their end.
+const REQUESTS_NS_MAX: u64 = 30_000_000;
+/// How long direct I/O may take to come to rest while the processes run, and in a stop.
+const REST_NS_MAX: [u64; 2] = [10_000_000, 2_000_000_000];
 /// How long calls that began during the reading may take to end before the cut is tried again.
 const READING_NS_MAX: u64 = 20_000_000;
 /// More than this is read before the instant is chosen.
@@ -136,10 +142,39 @@ struct Crossing {
     until_ns: u64,
 }
 
+/// The two calls that changed something first, by their place among those held back and their start.
+#[derive(Default)]
+struct Earliest(SmallVec<[(usize, u64); 3]>);
+
+impl Earliest {
+    fn note(&mut self, index: usize, start_ns: u64) {
+        self.0.push((index, start_ns));
+        self.0.sort_unstable_by_key(|change| change.1);
+        self.0.truncate(2);
+    }
+
+    /// Whether another call than this one started its change before that time.
+    fn other_before(&self, index: usize, end_ns: u64) -> bool {
+        self.0.iter().any(|change| change.0 != index && change.1 <= end_ns)
+    }
+}
+
 enum Tried {
     /// Everything that started at or before this is in the stream, exactly.
     Settled(u64),
     Again,
+    /// It comes about only with the processes stopped.
+    InStop,
+}
+
+/// What became of the calls in flight at an instant.
+enum Waited {
+    /// They have ended: what they touched.
+    Ended(Vec<Crossing>),
+    /// Too much had to be held back meanwhile.
+    TooMuch,
+    /// Asynchronous operations go on.
+    Requests,
 }
 
 /// How a cut came about.
@@ -167,6 +202,13 @@ fn wait(host: &mut dyn Host, flying: &mut Vec<InFlight>, waited_ns: u64) -> Resu
     Ok(())
 }
 
+/// Takes the asynchronous operations out of the list.
+fn take_requests(flying: &mut Vec<InFlight>) -> Vec<HostRequest> {
+    let requests = flying.iter().filter_map(|f| f.request).collect();
+    flying.retain(|f| f.request.is_none());
+    requests
+}
+
 impl Engine {
     /// Takes a checkpoint. With [`Stop::Hold`] the processes stand when this returns `Ok`, and
     /// the caller must let them go.
@@ -190,9 +232,10 @@ impl Engine {
     fn place(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
         let begun = host.now();
         self.read_ahead(host)?;
-        let mut tries = 0;
         self.tend_mapped(host)?;
-        if request.stop != Stop::Hold {
+        let must_stop = request.stop != Stop::Never && self.restless;
+        let mut tries = 0;
+        if request.stop != Stop::Hold && !must_stop {
             while tries < TRIES {
                 tries += 1;
                 // Stores into pages that are dirty leave no record: they hold still only in a stop.
@@ -215,6 +258,10 @@ impl Engine {
                     Tried::Again => {
                         self.stats.retries += 1;
                         self.replay(host)?;
+                    }
+                    Tried::InStop => {
+                        self.replay(host)?;
+                        break;
                     }
                 }
             }
@@ -250,10 +297,12 @@ impl Engine {
                         let why = "they were let go before everything was read".into();
                         return Err(HostError::Stop(why).into());
                     }
+                    self.restless = false;
                     let stopped_us = (host.now().saturating_sub(stopping) / 1000).max(1);
                     return self.mark(host, request, &How { begun, tries, at_ns, stopped_us });
                 }
                 Tried::Again => self.replay(host)?,
+                Tried::InStop => break,
             }
         }
         Err(CheckpointError::Unsettled { suspects: self.dirty.len() })
@@ -276,7 +325,7 @@ impl Engine {
         assert!(self.deferred.is_empty(), "events are taken in in their order");
         let mut event = std::mem::take(&mut self.spare);
         let mut taken = 0;
-        while taken < max && host.next_event(&mut event)? {
+        while taken < max && self.next_event(host, &mut event)? {
             self.consume(&event, host)?;
             taken += 1;
         }
@@ -297,6 +346,7 @@ impl Engine {
                 Some(object) => {
                     self.mapped.lost(object);
                     self.suspect_object(object, host.now());
+                    self.dirty.restless(object);
                 }
                 // An object that the model does not know: its creation may be what was lost.
                 None => everything = true,
@@ -327,7 +377,14 @@ impl Engine {
     fn try_cut(&mut self, host: &mut dyn Host) -> Result<Tried, CheckpointError> {
         self.drain(host)?;
         let t = host.now();
-        let Some(crossing) = self.wait_covered(host, t)? else { return Ok(again("much is held back")) };
+        let crossing = match self.wait_covered(host, t)? {
+            Waited::Ended(crossing) => crossing,
+            Waited::TooMuch => return Ok(again("much is held back")),
+            Waited::Requests => {
+                tracing::debug!("asynchronous operations go on: the processes are stopped");
+                return Ok(Tried::InStop);
+            }
+        };
         // A call that started before a covered one ended may still run: its part in the covered
         // one's record is known only when it has ended.
         let last = crossing.iter().map(|c| c.until_ns).max();
@@ -343,6 +400,10 @@ impl Engine {
         }
         if self.crosses(host, &crossing) {
             return Ok(again("a covered call shares something with a later one"));
+        }
+        if !self.wait_rest(host)? {
+            tracing::debug!(stopped = self.standing, "direct I/O does not come to rest");
+            return Ok(Tried::InStop);
         }
         // Also taking in a covered call can read (the inode of a new directory).
         if !self.dirty.is_empty() || self.reads.any_since(t) {
@@ -365,26 +426,32 @@ impl Engine {
 
     /// Waits until the calls that started at or before `t` have ended, takes them in and holds
     /// the others back. Gives what the calls that were running at `t` touched, each with its
-    /// end; `None` when too much had to be held back.
-    fn wait_covered(
-        &mut self,
-        host: &mut dyn Host,
-        t: u64,
-    ) -> Result<Option<Vec<Crossing>>, CheckpointError> {
+    /// end. Asynchronous operations are waited for only while the processes run.
+    fn wait_covered(&mut self, host: &mut dyn Host, t: u64) -> Result<Waited, CheckpointError> {
         let mut crossing = Vec::new();
         let mut event = OwnedEvent::default();
         let mut flying = host.in_flight(t)?;
+        let resting = if self.standing { take_requests(&mut flying) } else { Vec::new() };
         loop {
             // The ring is drained after the look: a call that is not in flight any more has its
             // record there.
-            while host.next_event(&mut event)? {
+            while self.next_event(host, &mut event)? {
                 self.cover(host, &mut event, t, &mut crossing)?;
             }
-            let Some(oldest) = flying.iter().min_by_key(|f| f.start_ns) else { return Ok(Some(crossing)) };
+            let Some(oldest) = flying.iter().min_by_key(|f| f.start_ns) else {
+                self.resting |= !resting.is_empty();
+                for request in &resting {
+                    self.suspect_request(request, host);
+                }
+                return Ok(Waited::Ended(crossing));
+            };
             if self.too_much_deferred() {
-                return Ok(None);
+                return Ok(Waited::TooMuch);
             }
             let waited = host.now().saturating_sub(t);
+            if flying.iter().any(|f| f.request.is_some_and(|r| r.silent || waited > REQUESTS_NS_MAX)) {
+                return Ok(Waited::Requests);
+            }
             if waited > COVERED_NS_MAX {
                 let for_ms = host.now().saturating_sub(oldest.start_ns) / 1_000_000;
                 let (tgid, tid, nr) = (oldest.tgid, oldest.tid, oldest.nr);
@@ -410,39 +477,53 @@ impl Engine {
         }
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
         if until_ns > t {
-            let touches = interpret(&self.model, host, &parsed).touches(&self.model);
+            let (act, way) = interpret(&self.model, host, &parsed);
+            let touches = touches(&act, &way, &self.model);
             crossing.push(Crossing { tid: span.tid, touches, until_ns });
         }
         self.consume(event, host)
     }
 
     /// What the calls that are held back touch, as far as that can be told before they are taken
-    /// in: what a path leads to after an earlier one of them changed a name on it cannot.
+    /// in: what a path leads to after another one of them changed a name on it cannot.
     fn deferred_touches(&self, host: &mut dyn Host) -> Vec<(Span, Things)> {
-        let mut changed: HashSet<(ObjectId, Name)> = HashSet::new();
-        let mut directories_changed = false;
+        let mut changed: HashMap<(ObjectId, Name), Earliest> = HashMap::new();
+        let mut directories_changed = Earliest::default();
         let mut all = Vec::with_capacity(self.deferred.len());
-        for event in &self.deferred {
+        for (index, event) in self.deferred.iter().enumerate() {
             let Some(parsed) = Event::parse(&event.bytes) else {
-                all.push((Span::default(), smallvec![Thing::Everything]));
+                all.push((Span::default(), smallvec![Thing::Everything], None));
                 continue;
             };
-            let act = interpret(&self.model, host, &parsed);
-            let mut touches = act.touches(&self.model);
-            if let Some(place) = act.reaches_by()
-                && (directories_changed || place.entry().is_some_and(|e| changed.contains(&e)))
-            {
+            let (act, way) = interpret(&self.model, host, &parsed);
+            let span = span_of(&parsed);
+            for (place, object) in act.changes(&self.model) {
+                if !object.is_some_and(|kind| !matches!(kind, FileKind::Directory | FileKind::Symlink)) {
+                    directories_changed.note(index, span.start_ns);
+                }
+                if let Some(entry) = place.entry() {
+                    changed.entry(entry).or_default().note(index, span.start_ns);
+                }
+            }
+            all.push((span, touches(&act, &way, &self.model), Some((act, way))));
+        }
+        let resolve_again = |index: usize, span: Span, act: &Act, way: &Way| {
+            // Records stand in the order of their ends: a call that overlaps may stand behind.
+            let by_another = |changes: &Earliest| changes.other_before(index, span.end_ns);
+            let entry = |entry: &(ObjectId, Name)| changed.get(entry).is_some_and(by_another);
+            way.entries.iter().any(entry)
+                || act.reaches_by().is_some_and(|place| {
+                    by_another(&directories_changed) || place.entry().is_some_and(|e| entry(&e))
+                })
+        };
+        let mut found = Vec::with_capacity(all.len());
+        for (index, (span, mut touches, how)) in all.into_iter().enumerate() {
+            if how.is_some_and(|(act, way)| resolve_again(index, span, &act, &way)) {
                 touches.push(Thing::Everything);
             }
-            for (place, object) in act.changes(&self.model) {
-                let leaf =
-                    object.is_some_and(|kind| !matches!(kind, FileKind::Directory | FileKind::Symlink));
-                directories_changed |= !leaf;
-                changed.extend(place.entry());
-            }
-            all.push((span_of(&parsed), touches));
+            found.push((span, touches));
         }
-        all
+        found
     }
 
     /// Whether a call that is held back shares something with a covered one that it may have
@@ -460,12 +541,30 @@ impl Engine {
         })
     }
 
+    /// Waits until direct I/O that goes on in files that are to be read comes to rest.
+    fn wait_rest(&mut self, host: &mut dyn Host) -> Result<bool, HostError> {
+        let since = host.now();
+        for object in self.dirty.all_restless() {
+            let Some(inode) = self.model.get(object).map(|o| o.inode) else { continue };
+            while !host.is_at_rest(inode)? {
+                if host.now().saturating_sub(since) > REST_NS_MAX[usize::from(self.standing)] {
+                    return Ok(false);
+                }
+                host.pause(PAUSE);
+            }
+        }
+        Ok(true)
+    }
+
     /// Waits until the calls that started while we read have ended, and holds them back.
     fn wait_reading(&mut self, host: &mut dyn Host, read_until: u64) -> Result<bool, HostError> {
         let mut flying = host.in_flight(read_until)?;
+        if self.standing {
+            take_requests(&mut flying);
+        }
         loop {
             let mut event = OwnedEvent::default();
-            while host.next_event(&mut event)? {
+            while self.next_event(host, &mut event)? {
                 self.defer(std::mem::take(&mut event));
             }
             if flying.is_empty() {
@@ -531,6 +630,7 @@ impl Engine {
         self.snapshots.clear();
         self.reads.clear();
         self.prune(how.begun.saturating_sub(RECENT_NS));
+        self.dirty.settled();
         if self.dirty.close_gap() {
             self.out.push(&Record::Repaired { scope: GapScope::Everything }, b"");
         }
@@ -543,6 +643,10 @@ impl Engine {
         };
         let sequence = self.out.push(&Record::Checkpoint { checkpoint, label }, b"");
         self.last_checkpoint = checkpoint;
+        if std::mem::take(&mut self.resting) {
+            // They were read half way: when they end, what they touch is read again.
+            self.suspect_events_before(host.now());
+        }
         self.out.close(self.position);
         host.ship(self.out.take())?;
         self.suspect_unfollowed(host.now());

@@ -23,6 +23,9 @@ pub struct Dirty {
     pub entries: BTreeMap<Name, bool>,
     /// All entries of a directory, listed; `true` as above.
     pub rescan: Option<bool>,
+    /// Asynchronous writes may go on: it is read when no direct I/O is in flight, whatever was
+    /// captured since.
+    pub restless: bool,
 }
 
 impl Dirty {
@@ -42,6 +45,7 @@ impl Dirty {
             *self.entries.entry(name).or_default() |= deep;
         }
         self.rescan = self.rescan.max(other.rescan);
+        self.restless |= other.restless;
     }
 }
 
@@ -51,12 +55,41 @@ pub struct DirtySet {
     objects: HashMap<ObjectId, Dirty>,
     unannounced: HashSet<ObjectId>,
     gap_open: bool,
+    /// Every object was put in, with all that it has.
+    all: bool,
+    /// Objects that came or were taken out since.
+    not_all: Vec<ObjectId>,
 }
 
 impl DirtySet {
     fn at(&mut self, object: ObjectId) -> &mut Dirty {
         self.unannounced.insert(object);
         self.objects.entry(object).or_default()
+    }
+
+    /// Everything was put in.
+    pub fn set_all(&mut self) {
+        self.all = true;
+        self.not_all.clear();
+    }
+
+    /// When everything was put in: what is not here any more, or not yet. To be put in now, so that
+    /// it costs little to suspect everything again and again.
+    pub fn all_but(&mut self) -> Option<Vec<ObjectId>> {
+        self.all.then(|| std::mem::take(&mut self.not_all))
+    }
+
+    /// Nothing is suspect any more, and the set is empty.
+    pub fn settled(&mut self) {
+        self.all = false;
+        self.not_all.clear();
+    }
+
+    /// A new object is not here yet.
+    pub fn object_came(&mut self, object: ObjectId) {
+        if self.all {
+            self.not_all.push(object);
+        }
     }
 
     /// The whole content of a file.
@@ -93,6 +126,19 @@ impl DirtySet {
         dirty.rescan = dirty.rescan.max(Some(deep));
     }
 
+    /// What is dirty of a file is read when no direct I/O is in flight on it.
+    pub fn restless(&mut self, object: ObjectId) {
+        self.at(object).restless = true;
+    }
+
+    /// The dirty objects with asynchronous writes.
+    #[must_use]
+    pub fn all_restless(&self) -> Vec<ObjectId> {
+        let mut ids: Vec<_> = self.objects.iter().filter(|(_, d)| d.restless).map(|(o, _)| *o).collect();
+        ids.sort_unstable();
+        ids
+    }
+
     /// Puts back what could not be settled.
     pub fn put(&mut self, object: ObjectId, dirty: Dirty) {
         if !dirty.is_empty() {
@@ -108,7 +154,7 @@ impl DirtySet {
 
     /// A range was captured exactly after all.
     pub fn range_exact(&mut self, object: ObjectId, range: Range<u64>) {
-        if let Some(dirty) = self.objects.get_mut(&object) {
+        if let Some(dirty) = self.objects.get_mut(&object).filter(|d| !d.restless) {
             dirty.ranges.remove(range);
             self.drop_if_empty(object);
         }
@@ -118,6 +164,7 @@ impl DirtySet {
     pub fn meta_exact(&mut self, object: ObjectId, end_ns: u64) {
         if let Some(dirty) = self.objects.get_mut(&object)
             && dirty.meta_since.is_some_and(|since| since < end_ns)
+            && !dirty.restless
         {
             dirty.meta_since = None;
             self.drop_if_empty(object);
@@ -139,6 +186,7 @@ impl DirtySet {
 
     /// Takes what is dirty of one object out, to settle it.
     pub fn take(&mut self, object: ObjectId) -> Option<Dirty> {
+        self.object_came(object);
         self.unannounced.remove(&object);
         self.objects.remove(&object)
     }

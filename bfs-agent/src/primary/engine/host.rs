@@ -10,6 +10,7 @@ use bfs_common::abi::InodeId;
 use bfs_common::record::{FileKind, Meta, Name};
 
 use super::outbox::Batch;
+use super::resolve::Start;
 use crate::tree::Xattrs;
 
 /// An inode as read from the file system.
@@ -29,6 +30,21 @@ pub struct Stat {
     pub target: Vec<u8>,
     /// Hard links.
     pub links: u32,
+}
+
+/// What stands at a path outside of the set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// A directory.
+    Directory(InodeId),
+    /// Something else that ends a path.
+    Leaf(InodeId),
+    /// A symlink, and its target.
+    Symlink(Vec<u8>),
+    /// Nothing (any more).
+    Nothing,
+    /// It cannot be told any more.
+    Unknown,
 }
 
 /// A piece of a file's content.
@@ -51,6 +67,39 @@ pub struct InFlight {
     pub nr: u32,
     /// When it started.
     pub start_ns: u64,
+    /// Not a call that a task is in, but an operation that goes on by itself.
+    pub request: Option<Request>,
+}
+
+/// An asynchronous operation that is not known to have ended. In a stop it may rest unfinished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// By which the probes know it.
+    pub key: u64,
+    /// The `tid` of its records.
+    pub id: u32,
+    /// What it changes.
+    pub target: Target,
+    /// Nobody tells its end: there is no use in waiting.
+    pub silent: bool,
+}
+
+/// What an asynchronous operation changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Bytes and attributes of a file.
+    File {
+        /// Which.
+        inode: InodeId,
+        /// First byte.
+        start: u64,
+        /// Behind the last.
+        end: u64,
+    },
+    /// What its record at the beginning says.
+    Paths,
+    /// Not known.
+    Unknown,
 }
 
 /// A record of the ring, copied out, and the ring position after it.
@@ -135,12 +184,25 @@ pub trait Host {
         each: &mut dyn FnMut(Segment<'_>),
     ) -> Result<Option<()>, HostError>;
 
-    /// The absolute path of a directory that is not in the replicated set, if it can be found:
-    /// through the inode, or as working directory of the process.
-    fn outside_path(&mut self, directory: InodeId, tgid: u32) -> Option<PathBuf>;
+    /// The absolute path of a directory that the model does not know, as the process sees it, if it can
+    /// be found: through the inode, or as working directory of the process.
+    fn outside_path(&mut self, directory: InodeId, start: &Start) -> Option<PathBuf>;
 
-    /// The same path without symlinks, as far as it exists.
-    fn canonical(&mut self, path: &Path) -> PathBuf;
+    /// The absolute path of a directory that the model does not know, as the host sees it.
+    fn real_path(&mut self, directory: InodeId) -> Option<PathBuf>;
+
+    /// What stands at an absolute path, as the process sees it; no symlink is followed.
+    fn look(&mut self, start: &Start, path: &Path) -> Seen;
+
+    /// Whether the process sees the same mounts as the host.
+    fn same_mounts(&mut self, start: &Start) -> bool;
+
+    /// Whether something is mounted of which this directory is the root: then what is above it depends
+    /// on the way that led to it.
+    fn is_bound(&mut self, directory: InodeId) -> bool;
+
+    /// Whether the kernel writes the core of a process that dies to a file.
+    fn cores_are_files(&mut self) -> bool;
 
     /// Whether this is the root directory of the host.
     fn is_host_root(&mut self, directory: InodeId) -> bool;
@@ -163,6 +225,13 @@ pub trait Host {
     /// # Errors
     /// [`HostError::Read`].
     fn mapped_by(&mut self, tgid: u32) -> Result<Option<Vec<InodeId>>, HostError>;
+
+    /// Whether no direct I/O is in flight on a file: what was written into it stands in it, and
+    /// nothing comes by itself. Also when the inode is gone.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    fn is_at_rest(&mut self, inode: InodeId) -> Result<bool, HostError>;
 
     /// Whether a call that does not end waits at a point before which it changes nothing, such as
     /// the open of a FIFO that waits for the other side.

@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 use super::host::Host;
 use super::model::Model;
 use super::recent::Span;
-use super::resolve::{Place, Start, resolve};
+use super::resolve::{Place, Start, Way, resolve};
 
 /// What a call did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +51,13 @@ pub enum Act {
         object: ObjectId,
         /// The open file.
         file: u64,
+    },
+    /// Bytes of a file are being written, and go on being written after the call.
+    Linger {
+        /// The file.
+        object: ObjectId,
+        /// Where.
+        range: Range<u64>,
     },
     /// A file got a length.
     Truncate {
@@ -100,6 +107,8 @@ pub enum Act {
     Suspect {
         /// The entry.
         place: Place,
+        /// Another one.
+        also: Option<Place>,
     },
     /// An entry was removed.
     Unlink {
@@ -157,6 +166,8 @@ pub enum Thing {
     Xattrs(ObjectId),
     /// An entry.
     Entry(ObjectId, Name),
+    /// An entry that a winding path went through: shared with whoever changes the entry.
+    Way(ObjectId, Name),
     /// Anything.
     Everything,
 }
@@ -181,9 +192,10 @@ pub fn span_of(event: &Event<'_>) -> Span {
     Span { tid: h.tid, start_ns: h.start_ns, end_ns: h.end_ns, seen_ns }
 }
 
-/// What an event means, given the model as it stands.
-pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> Act {
-    match event {
+/// What an event means, given the model as it stands; and the way that its paths took.
+pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> (Act, Way) {
+    let mut way = Way::default();
+    let act = match event {
         Event::File { event, name, .. } => file(model, event, name),
         Event::Dirty { event } => match model.find(event.id) {
             Some(object) => {
@@ -191,16 +203,24 @@ pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> Act {
             }
             None => Act::Nothing,
         },
-        Event::Path { event, path1, path2 } if event.header.kind == kind::PATH => {
-            path(model, host, event, path1, path2)
+        Event::Path { event, path1, path2 } if event.header.kind != kind::PATH_ENTER => {
+            path(model, host, event, path1, path2, &mut way)
         }
-        Event::Task { event } if matches!(event.header.kind, kind::COMPAT | kind::UNKNOWN) => Act::Everything,
+        // An end that comes this far is one of something unknown.
+        Event::Task { event } if matches!(event.header.kind, kind::COMPAT | kind::ENDED) => Act::Everything,
         Event::Path { .. } | Event::Data { .. } | Event::Task { .. } => Act::Nothing,
-    }
+    };
+    (act, way)
 }
 
 fn is_open(nr: i64) -> bool {
     matches!(nr, libc::SYS_open | libc::SYS_creat | libc::SYS_openat | libc::SYS_openat2)
+}
+
+/// Whether the call that "mapped" a file made it the backing file of a loop device: no mapping, but the
+/// kernel writes to it of its own accord.
+pub(super) fn is_held(e: &FileEvent) -> bool {
+    i64::from(e.header.nr) == libc::SYS_ioctl
 }
 
 fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
@@ -214,11 +234,14 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
         };
     }
     let Some(object) = known else { return Act::Nothing };
+    if e.header.kind == kind::FILE_BEGUN {
+        return Act::Linger { object, range: e.range_start..e.range_end };
+    }
     if e.header.kind == kind::TOUCH || flags & flag::FAILED != 0 {
         return Act::Touch { object };
     }
     if e.header.kind == kind::MAPPED {
-        return Act::Mapped { object };
+        return if is_held(e) { Act::Held { object } } else { Act::Mapped { object } };
     }
     let attr = e.attr;
     match nr {
@@ -230,7 +253,7 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
         }
         libc::SYS_ftruncate => Act::Truncate { object, size: e.file_offset, attr: Some(attr), place: None },
         libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_writev | libc::SYS_pwritev | libc::SYS_pwritev2 => {
-            if model.get(object).is_some_and(|o| o.kind != FileKind::Regular) {
+            if model.kind(object) != Some(FileKind::Regular) {
                 // Of a FIFO a write leaves its time only.
                 return Act::Attr { object, attr: Some(attr), xattrs: false, place: None };
             }
@@ -267,17 +290,25 @@ struct Paths<'a> {
     event: &'a PathEvent,
     path1: &'a [u8],
     path2: &'a [u8],
+    way: &'a mut Way,
 }
 
 impl Paths<'_> {
-    fn place(&self, model: &Model, host: &mut dyn Host, second: bool, follow: bool) -> Place {
-        let (base, path) =
-            if second { (self.event.base2.id, self.path2) } else { (self.event.base1.id, self.path1) };
+    fn place(&mut self, model: &Model, host: &mut dyn Host, second: bool, follow: bool) -> Place {
+        let (base, mut path, by_descriptor) = if second {
+            (self.event.base2.id, self.path2, flag::DESCRIPTOR2)
+        } else {
+            (self.event.base1.id, self.path1, flag::DESCRIPTOR1)
+        };
+        if self.event.header.flags & by_descriptor != 0 {
+            path = behind_descriptor(path);
+        }
         if path.is_empty() {
             return model.find(base).map_or(Place::Outside, Place::Object);
         }
-        let start = Start { base, root: self.event.root, tgid: self.event.header.tgid };
-        resolve(model, host, start, path, follow)
+        let start =
+            Start { base, root: self.event.root, tgid: self.event.header.tgid, mounts: self.event.mounts };
+        resolve(model, host, start, path, follow, self.way)
     }
 
     fn parent_attr(&self, model: &Model, place: &Place, second: bool) -> Option<InodeAttr> {
@@ -292,18 +323,31 @@ impl Paths<'_> {
     }
 }
 
-fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: &[u8]) -> Act {
-    let p = Paths { event: e, path1, path2 };
+/// What follows the link to a descriptor that a path begins with.
+fn behind_descriptor(path: &[u8]) -> &[u8] {
+    const BEFORE: &[u8] = b"/fd/";
+    let number =
+        path.windows(BEFORE.len()).position(|w| w == BEFORE).map_or(path.len(), |at| at + BEFORE.len());
+    let rest = &path[number..];
+    let digits = rest.iter().take_while(|b| b.is_ascii_digit()).count();
+    let rest = &rest[digits..];
+    let slashes = rest.iter().take_while(|b| **b == b'/').count();
+    &rest[slashes..]
+}
+
+fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: &[u8], way: &mut Way) -> Act {
+    let mut p = Paths { event: e, path1, path2, way };
     if e.header.flags & flag::PATH_UNREADABLE != 0 {
         return Act::Everything;
     }
     let nr = i64::from(e.header.nr);
     let at_flags = |i: usize| e.args[i] as i32;
     if e.header.flags & flag::FAILED != 0 {
-        return Act::Suspect { place: p.place(model, host, false, true) };
+        let also = (!path2.is_empty()).then(|| p.place(model, host, true, false));
+        return Act::Suspect { place: p.place(model, host, false, also.is_none()), also };
     }
     match nr {
-        _ if is_open(nr) => Act::Suspect { place: p.place(model, host, false, true) },
+        _ if is_open(nr) => Act::Suspect { place: p.place(model, host, false, true), also: None },
         libc::SYS_unlink | libc::SYS_rmdir | libc::SYS_unlinkat => {
             let place = p.place(model, host, false, false);
             Act::Unlink { parent_attr: p.parent_attr(model, &place, false), place }
@@ -318,7 +362,9 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
         }
         libc::SYS_link | libc::SYS_linkat => {
             let follow = nr == libc::SYS_linkat && at_flags(4) & libc::AT_SYMLINK_FOLLOW != 0;
-            let source = p.place(model, host, false, follow);
+            // What the new name names is read, whatever way led to it.
+            let mut aside = Way::default();
+            let source = Paths { event: e, path1, path2, way: &mut aside }.place(model, host, false, follow);
             let place = p.place(model, host, true, false);
             Act::Link {
                 object: object_at(model, &source),
@@ -340,6 +386,10 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
                 whiteout: bits & libc::RENAME_WHITEOUT != 0,
             }
         }
+        // Where the paths of earlier calls led cannot be seen any more. (Changes of propagation and of
+        // options move nothing.)
+        libc::SYS_mount if e.args[3] & MOUNT_IN_PLACE != 0 => Act::Nothing,
+        libc::SYS_mount | libc::SYS_umount2 | libc::SYS_pivot_root | libc::SYS_move_mount => Act::Everything,
         // The kernel writes to the file from now on, whenever it likes.
         libc::SYS_acct | libc::SYS_swapon => match object_at(model, &p.place(model, host, false, true)) {
             Some(object) => Act::Held { object },
@@ -347,9 +397,10 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
         },
         libc::SYS_truncate => {
             let place = p.place(model, host, false, true);
-            match object_at(model, &place) {
+            let file = |o: &ObjectId| model.kind(*o) == Some(FileKind::Regular);
+            match object_at(model, &place).filter(file) {
                 Some(object) => Act::Truncate { object, size: e.args[1], attr: None, place: Some(place) },
-                None => Act::Suspect { place },
+                None => Act::Suspect { place, also: None },
             }
         }
         _ => {
@@ -367,11 +418,14 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
             let place = p.place(model, host, false, follow);
             match object_at(model, &place) {
                 Some(object) => Act::Attr { object, attr: None, xattrs, place: Some(place) },
-                None => Act::Suspect { place },
+                None => Act::Suspect { place, also: None },
             }
         }
     }
 }
+
+const MOUNT_IN_PLACE: u64 =
+    libc::MS_REMOUNT | libc::MS_PRIVATE | libc::MS_SLAVE | libc::MS_SHARED | libc::MS_UNBINDABLE;
 
 // Numbers of arch/x86/entry/syscalls/syscall_64.tbl that the libc crate names otherwise or not yet.
 const SYS_LSETXATTR: i64 = 189;
@@ -388,6 +442,16 @@ pub fn object_at(model: &Model, place: &Place) -> Option<ObjectId> {
         Place::Object(object) => Some(*object),
         Place::Outside | Place::Missing(..) | Place::Unknown => None,
     }
+}
+
+/// Everything that an act shares with others, and what its paths went through.
+#[must_use]
+pub fn touches(act: &Act, way: &Way, model: &Model) -> Things {
+    let mut things = act.touches(model);
+    if way.winding && *act != Act::Nothing {
+        things.extend(way.entries.iter().map(|(d, n)| Thing::Way(*d, n.clone())));
+    }
+    things
 }
 
 impl Act {
@@ -427,6 +491,10 @@ impl Act {
             }
             // Whatever is written there at that time may have gone elsewhere.
             Self::Seek { object, .. } => things.push(Thing::Data(*object, 0..u64::MAX)),
+            Self::Linger { object, range } => {
+                things.extend([Thing::Data(*object, range.clone()), Thing::Meta(*object)]);
+                things.push(Thing::Xattrs(*object));
+            }
             Self::Truncate { object, size, place: at, .. } => {
                 if let Some(Place::Entry(directory, name)) = at {
                     things.push(Thing::Entry(*directory, name.clone()));
@@ -458,9 +526,12 @@ impl Act {
                     Thing::Xattrs(*object),
                 ]);
             }
-            Self::Suspect { place: at } => {
+            Self::Suspect { place: at, also } => {
                 place(at);
-                if let Some(object) = object_at(model, at) {
+                also.iter().for_each(&mut place);
+                for object in
+                    [Some(at), also.as_ref()].into_iter().flatten().filter_map(|p| object_at(model, p))
+                {
                     things.extend([
                         Thing::Data(object, 0..u64::MAX),
                         Thing::Meta(object),
@@ -490,7 +561,7 @@ impl Act {
     pub fn reaches_by(&self) -> Option<&Place> {
         match self {
             Self::Truncate { place, .. } | Self::Attr { place, .. } => place.as_ref(),
-            Self::Suspect { place } => Some(place),
+            Self::Suspect { place, .. } => Some(place),
             _ => None,
         }
     }
@@ -499,7 +570,7 @@ impl Act {
     /// model knows it.
     #[must_use]
     pub fn changes(&self, model: &Model) -> Vec<(Place, Option<FileKind>)> {
-        let kind = |place: &Place| object_at(model, place).and_then(|o| model.get(o)).map(|o| o.kind);
+        let kind = |place: &Place| object_at(model, place).and_then(|o| model.kind(o));
         match self {
             Self::Create { parent, name, .. } => {
                 vec![(Place::Entry(*parent, name.clone()), Some(FileKind::Regular))]
@@ -531,8 +602,21 @@ impl Thing {
             (Self::Everything, _) | (_, Self::Everything) => true,
             (Self::Data(a, r), Self::Data(b, s)) => a == b && r.start < s.end && s.start < r.end,
             (Self::Meta(a), Self::Meta(b)) | (Self::Xattrs(a), Self::Xattrs(b)) => a == b,
-            (Self::Entry(a, n), Self::Entry(b, m)) => a == b && n == m,
+            (Self::Entry(a, n), Self::Entry(b, m) | Self::Way(b, m))
+            | (Self::Way(b, m), Self::Entry(a, n)) => a == b && n == m,
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_goes_on_behind_a_descriptor() {
+        assert_eq!(behind_descriptor(b"/proc/self/fd/12/a/b"), b"a/b");
+        assert_eq!(behind_descriptor(b"/dev/fd/3"), b"");
+        assert_eq!(behind_descriptor(b"/proc/thread-self/fd/3//fd/4"), b"fd/4");
     }
 }

@@ -21,6 +21,7 @@ use bfs_common::record::{FileKind, ObjectId};
 
 use super::Engine;
 use super::host::{Host, HostError};
+use super::interpret::is_held;
 use super::ranges::RangeSet;
 use super::recent::SLACK_NS;
 
@@ -41,9 +42,9 @@ const RANGES_MAX: usize = 65_536;
 /// Cleaning that was in vain is left out for up to 2 to this power checkpoints.
 const IN_VAIN_MAX: u32 = 5;
 
-/// Numbers of `mmap` and `mmap2` in the 32-bit table (arch/x86/entry/syscalls/syscall_32.tbl), and of `mmap` for
-/// x32.
-const COMPAT_MMAP: [u64; 3] = [90, 192, 0x4000_0009];
+/// Numbers of the old `mmap` of the 32-bit table (arch/x86/entry/syscalls/syscall_32.tbl), whose arguments
+/// stand in memory, and of `mmap` for x32: no record tells which file. (`mmap2` has a record like the others.)
+const COMPAT_MMAP: [u64; 2] = [90, 0x4000_0009];
 
 /// A file that is mapped, or was until lately.
 #[derive(Debug)]
@@ -115,12 +116,13 @@ impl File {
 #[derive(Debug, Default)]
 pub(super) struct Mapped {
     files: HashMap<ObjectId, File>,
-    /// Files that were mapped before they were in the model, or after they left it.
-    strange: HashSet<InodeId>,
+    /// Files that were mapped before they were in the model, or after they left it; and whether the kernel
+    /// writes to them without a mapping.
+    strange: HashMap<InodeId, bool>,
     /// There were too many of these: all that enter the model count as mapped.
     unknown: bool,
-    /// Processes that mapped something with a call of the 32-bit table, and what they forked: their mappings are
-    /// looked at in each stop.
+    /// Processes that mapped something with such a call of which no record tells what, and what they forked:
+    /// their mappings are looked at in each stop.
     odd: HashSet<u32>,
 }
 
@@ -146,11 +148,11 @@ impl Mapped {
         ids
     }
 
-    fn remember(&mut self, inode: InodeId) {
+    fn remember(&mut self, inode: InodeId, held: bool) {
         if self.strange.len() >= STRANGE_MAX {
             self.unknown = true;
         } else {
-            self.strange.insert(inode);
+            *self.strange.entry(inode).or_default() |= held;
         }
     }
 
@@ -176,6 +178,12 @@ impl Engine {
     /// [`HostError`].
     pub(super) fn note_mappings(&mut self, event: &Event<'_>, host: &mut dyn Host) -> Result<(), HostError> {
         match event {
+            Event::File { event: e, .. } if e.header.kind == kind::MAPPED && is_held(e) => {
+                if self.model.find(e.attr.id).is_none() {
+                    self.mapped.remember(e.attr.id, true);
+                }
+                Ok(())
+            }
             Event::File { event: e, .. } if e.header.kind == kind::MAPPED => {
                 self.note_mapped(e.attr.id, host)
             }
@@ -220,7 +228,7 @@ impl Engine {
         let followed = host.follow_mapped(inode, known.is_some())?;
         match known {
             Some(object) => self.mapped_now(object, inode, followed, host.now()),
-            None => self.mapped.remember(inode),
+            None => self.mapped.remember(inode, false),
         }
         Ok(())
     }
@@ -270,16 +278,18 @@ impl Engine {
 
     /// An object entered the model; it may have been mapped before.
     pub(super) fn mark_mapped(&mut self, object: ObjectId, inode: InodeId) {
-        if self.mapped.strange.remove(&inode) || self.mapped.unknown {
+        let known = self.mapped.strange.remove(&inode);
+        if known.is_some() || self.mapped.unknown {
             // Whether it is followed is found out when it is tended.
-            self.mapped.files.insert(object, File::new(inode, false));
+            let held = known.unwrap_or_default();
+            self.mapped.files.insert(object, File { held, ..File::new(inode, false) });
         }
     }
 
     /// An object left the model.
     pub(super) fn forget_mapped(&mut self, object: ObjectId) {
         if let Some(file) = self.mapped.files.remove(&object) {
-            self.mapped.remember(file.inode);
+            self.mapped.remember(file.inode, file.held);
         }
     }
 
@@ -352,7 +362,7 @@ impl Engine {
             }
         }
         // These are few: files that were unlinked, and such as lie outside of the subtrees.
-        let strange: Vec<_> = self.mapped.strange.iter().copied().collect();
+        let strange: Vec<_> = self.mapped.strange.iter().filter(|s| !s.1).map(|s| *s.0).collect();
         for inode in strange {
             match host.writable_mappings(inode)? {
                 // Only kept in mind, should it have been in the model before.

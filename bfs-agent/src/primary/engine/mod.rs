@@ -10,6 +10,7 @@
 //! started before makes it dirty again, whenever that event is consumed.
 
 mod apply;
+mod begun;
 mod cut;
 pub mod dirty;
 pub mod host;
@@ -114,6 +115,7 @@ impl Reads {
             Thing::Entry(directory, name) => {
                 late(self.lists.get(directory)) || late(self.entries.get(&(*directory, name.clone())))
             }
+            Thing::Way(..) => false,
             Thing::Everything => late(Some(&self.latest)),
         }
     }
@@ -212,6 +214,8 @@ pub struct Engine {
     recent_paths: Recent<()>,
     /// Open files whose position several use: writes at it (`true`) and seeks.
     recent_positions: Recent<u64, bool>,
+    /// Entries that winding paths went through.
+    recent_ways: Recent<(ObjectId, Name)>,
     moved: VecDeque<(ObjectId, Span)>,
     strangers: Strangers,
     reads: Reads,
@@ -226,6 +230,14 @@ pub struct Engine {
     standing: bool,
     /// Objects that were seen with more than one name.
     multiple: HashSet<ObjectId>,
+    begun: begun::Begun,
+    /// Asynchronous writes that nobody told us of may be in flight, until a stop was made.
+    restless: bool,
+    /// Asynchronous operations rest in this stop.
+    resting: bool,
+    /// Asynchronous writes whose end nobody tells were seen: files that are new to the model may
+    /// have some in flight.
+    lingering: bool,
     /// Behind the last event that was taken in, while none is half taken in.
     position: Option<u64>,
     /// What was handed over of it.
@@ -249,6 +261,7 @@ impl Engine {
             recent_entries: Recent::default(),
             recent_paths: Recent::default(),
             recent_positions: Recent::default(),
+            recent_ways: Recent::default(),
             moved: VecDeque::new(),
             strangers: Strangers::default(),
             reads: Reads::default(),
@@ -260,6 +273,10 @@ impl Engine {
             mapped: Mapped::default(),
             standing: false,
             multiple,
+            begun: begun::Begun::default(),
+            restless: false,
+            lingering: false,
+            resting: false,
             flushed_position: None,
             position: None,
             last_checkpoint,
@@ -299,14 +316,22 @@ impl Engine {
     /// Everything in the group is suspect: it is all read before the next checkpoint.
     pub fn suspect_everything(&mut self, now: u64) {
         self.stats.everything += 1;
-        let ids: Vec<_> = self.model.ids().collect();
+        let ids = match self.dirty.all_but() {
+            Some(ids) => ids,
+            None => {
+                tracing::debug!(now, "everything is suspect");
+                self.model.ids().collect()
+            }
+        };
         for object in ids {
-            self.suspect_object(object, now);
+            // No snapshot makes that exact: there may be another cause, later, by the time it comes.
+            self.suspect_object(object, u64::MAX);
         }
         let roots: Vec<_> = self.model.roots().iter().map(|r| r.1).collect();
         for root in roots {
             self.dirty.rescan(root, true);
         }
+        self.dirty.set_all();
     }
 
     /// Events that started before `t` are already in what the model was made from, or not: what
@@ -315,10 +340,20 @@ impl Engine {
         self.reads.everything = t;
     }
 
+    /// Asynchronous operations may be in flight that began before anybody followed the processes:
+    /// the first checkpoint is taken in a stop, and files are read when direct I/O on them is at rest.
+    pub fn expect_asynchronous(&mut self) {
+        self.restless = true;
+    }
+
     /// A gap is open in the stream that was taken over.
     pub fn adopt_gaps(&mut self, gaps: &[GapScope], now: u64) {
         for gap in gaps {
             self.dirty.adopt_gap();
+            // The one before may have known that it is being written.
+            if let GapScope::Object(object) | GapScope::Range(object, ..) = gap {
+                self.dirty.restless(*object);
+            }
             match gap {
                 GapScope::Everything => self.suspect_everything(now),
                 GapScope::Subtree(object) => {
@@ -335,7 +370,7 @@ impl Engine {
 
     fn suspect_object(&mut self, object: ObjectId, now: u64) {
         use bfs_common::record::FileKind;
-        match self.model.get(object).map(|o| o.kind) {
+        match self.model.kind(object) {
             Some(FileKind::Regular) => self.dirty.whole(object),
             Some(FileKind::Directory) => self.dirty.rescan(object, false),
             Some(_) => {}
@@ -354,6 +389,7 @@ impl Engine {
             target: Bytes::copy_from_slice(&stat.target),
         };
         let object = self.model.create(new, &mut self.out);
+        self.dirty.object_came(object);
         self.mark_mapped(object, stat.inode);
         if read_ns > 0 {
             self.reads.meta(object, read_ns);
@@ -444,6 +480,7 @@ impl Engine {
         self.recent_entries.prune(horizon);
         self.recent_paths.prune(horizon);
         self.recent_positions.prune(horizon);
+        self.recent_ways.prune(horizon);
         self.moved.retain(|m| m.1.end_ns >= horizon);
     }
 

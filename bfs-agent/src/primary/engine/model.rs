@@ -200,6 +200,12 @@ impl Model {
         self.roots.iter().any(|r| r.1 == object)
     }
 
+    /// Whether a root lies on this device.
+    #[must_use]
+    pub fn is_device_of_roots(&self, dev: u32) -> bool {
+        self.roots.iter().any(|r| self.objects.get(&r.1).is_some_and(|o| o.inode.dev == dev))
+    }
+
     /// How many objects there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -244,10 +250,17 @@ impl Model {
         object
     }
 
+    /// The type of an object.
+    #[must_use]
+    pub fn kind(&self, object: ObjectId) -> Option<FileKind> {
+        self.objects.get(&object).map(|o| o.kind)
+    }
+
     /// The entry names this object now. Both must be in the group, the first a directory.
     pub fn link(&mut self, directory: ObjectId, name: &Name, object: ObjectId, out: &mut Outbox) {
         let before = self.entry(directory, name);
-        if before == Some(object) || !self.objects.contains_key(&object) {
+        let is_directory = self.kind(directory) == Some(FileKind::Directory);
+        if before == Some(object) || !is_directory || !self.objects.contains_key(&object) {
             return;
         }
         if let Some(before) = before {
@@ -315,7 +328,7 @@ impl Model {
 
     /// Bytes of a file are now these.
     pub fn write(&mut self, object: ObjectId, offset: u64, data: &[u8], out: &mut Outbox) {
-        let Some(o) = self.objects.get_mut(&object) else { return };
+        let Some(o) = self.objects.get_mut(&object).filter(|o| o.kind == FileKind::Regular) else { return };
         o.size = o.size.max(offset + data.len() as u64);
         for (i, piece) in data.chunks(PAYLOAD_MAX).enumerate() {
             let offset = offset + (i * PAYLOAD_MAX) as u64;
@@ -325,7 +338,7 @@ impl Model {
 
     /// A range of a file reads as zeros now; the file grows if it was shorter.
     pub fn zero(&mut self, object: ObjectId, offset: u64, length: u64, out: &mut Outbox) {
-        let Some(o) = self.objects.get(&object) else { return };
+        let Some(o) = self.objects.get(&object).filter(|o| o.kind == FileKind::Regular) else { return };
         let inside = o.size.saturating_sub(offset).min(length);
         if inside > 0 {
             out.push(&Record::Zero { object, offset, length: inside }, b"");
@@ -337,7 +350,7 @@ impl Model {
 
     /// A file has this length now.
     pub fn truncate(&mut self, object: ObjectId, size: u64, out: &mut Outbox) {
-        let Some(o) = self.objects.get_mut(&object) else { return };
+        let Some(o) = self.objects.get_mut(&object).filter(|o| o.kind == FileKind::Regular) else { return };
         if o.size != size {
             o.size = size;
             out.push(&Record::Truncate { object, size }, b"");

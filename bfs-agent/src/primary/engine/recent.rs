@@ -75,6 +75,17 @@ impl<K, W> Default for Recent<K, W> {
 }
 
 impl<K: Hash + Eq, W: Clone> Recent<K, W> {
+    /// Whether a call of another task, noted before, may have overlapped with this one.
+    #[must_use]
+    pub fn overlaps(&self, key: &K, span: Span) -> bool {
+        let start = span.start_ns.saturating_sub(SLACK_NS);
+        span.start_ns < self.floor
+            || self.things.get(key).is_some_and(|thing| {
+                span.start_ns < thing.floor
+                    || thing.ops.iter().any(|op| op.span.tid != span.tid && op.span.end_ns >= start)
+            })
+    }
+
     /// Notes a call on a range of a thing; gives the calls of other tasks, noted before, that it
     /// may have overlapped with in time and in bytes.
     pub fn note(&mut self, key: K, span: Span, range: Range<u64>, with: W) -> Overlap<W> {

@@ -1,15 +1,19 @@
 //! From (base directory, path) to a place in the model.
 //!
-//! Inside the replicated set every step is taken in the model. Outside of it a path is followed
-//! as text, made canonical through the host, until it reaches the absolute path of a root.
+//! Inside the replicated set every step is taken in the model. Outside of it a path is followed through
+//! the host, as the process sees it (its root, its mounts), until it reaches a directory of the set: by
+//! the path of a root, or, through bind mounts, by the inode. Where that cannot be told any more, the
+//! place is unknown, and everything is suspect.
 
 use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use bfs_common::abi::InodeId;
 use bfs_common::record::{FileKind, Name, ObjectId};
 
-use super::host::Host;
+use super::host::{Host, Seen};
 use super::model::Model;
 
 /// Where a path leads.
@@ -41,6 +45,10 @@ impl Place {
 /// As the kernel: more symlinks than this are `ELOOP` (`MAXSYMLINKS`, include/linux/namei.h).
 const SYMLINKS_MAX: usize = 40;
 
+/// Links in `/proc/PID` that lead to where a process has something open: the probe follows those to
+/// a descriptor of the task itself, and nobody can follow the others later.
+const MAGIC: [&str; 5] = ["fd", "cwd", "root", "task", "map_files"];
+
 /// The starting point of a path.
 #[derive(Clone, Copy, Debug)]
 pub struct Start {
@@ -50,138 +58,272 @@ pub struct Start {
     pub root: InodeId,
     /// The process, to ask for its working directory when nothing else helps.
     pub tgid: u32,
+    /// Its mount namespace.
+    pub mounts: u32,
 }
 
 enum At {
     Inside(ObjectId),
+    /// Not in the set: a path as the process sees it, without symlinks.
     Outside(PathBuf),
 }
 
+/// What paths went through in the model on their way to their places.
+#[derive(Clone, Debug, Default)]
+pub struct Way {
+    /// Entries that were followed, but for the last ones.
+    pub entries: Vec<(ObjectId, Name)>,
+    /// There was a symlink or a `..` on it, or it led out of the set: should the model be behind at one
+    /// of the entries, it led somewhere else altogether.
+    pub winding: bool,
+}
+
 /// Follows a path. `follow`: whether a symlink as the last component is followed.
-pub fn resolve(model: &Model, host: &mut dyn Host, start: Start, path: &[u8], follow: bool) -> Place {
-    let mut at = match begin(model, host, start, path) {
-        Ok(at) => at,
-        Err(place) => return place,
-    };
-    let mut todo: VecDeque<Vec<u8>> = components(path).collect();
-    if todo.is_empty() {
-        return match at {
-            At::Inside(object) => Place::Object(object),
-            At::Outside(_) => Place::Outside,
+pub fn resolve(
+    model: &Model,
+    host: &mut dyn Host,
+    start: Start,
+    path: &[u8],
+    follow: bool,
+    way: &mut Way,
+) -> Place {
+    let mut walk = Walk { model, host, start, way, todo: components(path).collect() };
+    let place = walk.run(path, follow).unwrap_or_else(|place| place);
+    match place {
+        Place::Outside => way.winding = true,
+        Place::Unknown => {
+            tracing::debug!(?start, path = %path.escape_ascii(), "where a path led cannot be told any more");
+        }
+        _ => {}
+    }
+    place
+}
+
+/// One path that is being followed.
+struct Walk<'a> {
+    model: &'a Model,
+    host: &'a mut dyn Host,
+    start: Start,
+    way: &'a mut Way,
+    /// Components still to be followed.
+    todo: VecDeque<Vec<u8>>,
+}
+
+enum Step {
+    To(At),
+    /// A symlink that stands in `from` is followed.
+    Symlink {
+        target: Vec<u8>,
+        from: At,
+    },
+}
+
+/// The methods give `Err` where the path ends before its components do.
+impl Walk<'_> {
+    fn run(&mut self, path: &[u8], follow: bool) -> Result<Place, Place> {
+        let mut at = self.begin(path.first() == Some(&b'/'))?;
+        let mut symlinks = 0;
+        while let Some(component) = self.todo.pop_front() {
+            let last = self.todo.is_empty();
+            let next = match at {
+                At::Outside(path) => self.step_outside(path, &component, !last || follow)?,
+                At::Inside(directory) if component == b".." => Step::To(self.above(directory)?),
+                At::Inside(directory) => self.step_inside(directory, &component, last, follow)?,
+            };
+            at = match next {
+                Step::To(next) => next,
+                Step::Symlink { target, from } => {
+                    symlinks += 1;
+                    if symlinks > SYMLINKS_MAX {
+                        return Err(Place::Outside);
+                    }
+                    for piece in components(&target).collect::<Vec<_>>().into_iter().rev() {
+                        self.todo.push_front(piece);
+                    }
+                    if target.first() == Some(&b'/') { self.begin(true)? } else { from }
+                }
+            };
+        }
+        match at {
+            At::Inside(object) => Ok(Place::Object(object)),
+            At::Outside(_) => Ok(Place::Outside),
+        }
+    }
+
+    /// Where a path starts: an absolute one, or a relative one.
+    fn begin(&mut self, absolute: bool) -> Result<At, Place> {
+        let from = if absolute { self.start.root } else { self.start.base };
+        if let Some(object) = self.model.find(from) {
+            return Ok(At::Inside(object));
+        }
+        let same_mounts = self.host.same_mounts(&self.start);
+        if absolute && (self.host.is_host_root(from) || !same_mounts) {
+            return Ok(At::Outside(PathBuf::from("/")));
+        }
+        let path = self.host.outside_path(from, &self.start).ok_or(Place::Unknown)?;
+        if same_mounts {
+            self.not_in_model(&path)?;
+        }
+        Ok(At::Outside(path))
+    }
+
+    /// One component further, in the model.
+    fn step_inside(
+        &mut self,
+        directory: ObjectId,
+        component: &[u8],
+        last: bool,
+        follow: bool,
+    ) -> Result<Step, Place> {
+        let Some(name) = Name::new(component) else { return Err(Place::Outside) };
+        let Some(object) = self.model.entry(directory, &name) else {
+            return Err(if last { Place::Entry(directory, name) } else { self.missing(directory, name) });
         };
+        let known = self.model.get(object);
+        let symlink = known.filter(|o| o.kind == FileKind::Symlink && (!last || follow));
+        if !last || symlink.is_some() {
+            self.way.entries.push((directory, name.clone()));
+        }
+        match symlink {
+            Some(symlink) => {
+                self.way.winding = true;
+                Ok(Step::Symlink { target: symlink.target.to_vec(), from: At::Inside(directory) })
+            }
+            None if last => Err(Place::Entry(directory, name)),
+            None if known.is_some_and(|o| o.kind == FileKind::Directory) => Ok(Step::To(At::Inside(object))),
+            // The kernel went through it: the model is behind.
+            None => Err(self.missing(directory, name)),
+        }
     }
-    let mut symlinks = 0;
-    while let Some(component) = todo.pop_front() {
-        let last = todo.is_empty();
-        at = match at {
-            At::Outside(mut path) => {
-                match component.as_slice() {
-                    b".." => {
-                        path.pop();
-                    }
-                    name => path.push(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(name)),
-                }
-                if let Some(root) = root_at(model, &path) {
-                    At::Inside(root)
-                } else if last {
-                    At::Outside(path)
-                } else {
-                    match enter(model, host.canonical(&path)) {
-                        Ok(next) => next,
-                        Err(missing) => return missing,
-                    }
-                }
+
+    /// One component further, in the files. What is a directory of the set leads inside, by whatever
+    /// name and mount it is reached.
+    fn step_outside(&mut self, from: PathBuf, component: &[u8], follow: bool) -> Result<Step, Place> {
+        let same_mounts = self.host.same_mounts(&self.start);
+        let mut path = from.clone();
+        if component == b".." {
+            if same_mounts && self.is_root(&path) {
+                return Ok(Step::To(At::Outside(path)));
             }
-            At::Inside(directory) => {
-                if component == b".." {
-                    match parent(model, directory) {
-                        Some(next) => next,
-                        None => return Place::Unknown,
-                    }
-                } else {
-                    let Some(name) = Name::new(&component) else { return Place::Outside };
-                    match model.entry(directory, &name) {
-                        None if last => return Place::Entry(directory, name),
-                        None => return Place::Missing(directory, name),
-                        Some(object) => {
-                            let known = model.get(object);
-                            let symlink = known.is_some_and(|o| o.kind == FileKind::Symlink);
-                            if symlink && (!last || follow) {
-                                symlinks += 1;
-                                if symlinks > SYMLINKS_MAX {
-                                    return Place::Outside;
-                                }
-                                let target = known.map(|o| o.target.clone()).unwrap_or_default();
-                                for piece in components(&target).collect::<Vec<_>>().into_iter().rev() {
-                                    todo.push_front(piece);
-                                }
-                                if target.first() == Some(&b'/') {
-                                    match begin(model, host, start, b"/") {
-                                        Ok(next) => next,
-                                        Err(place) => return place,
-                                    }
-                                } else {
-                                    At::Inside(directory)
-                                }
-                            } else if last {
-                                return Place::Entry(directory, name);
-                            } else {
-                                At::Inside(object)
-                            }
-                        }
-                    }
+            path.pop();
+        } else {
+            path.push(OsStr::from_bytes(component));
+        }
+        if is_magic(&path) {
+            return Err(Place::Unknown);
+        }
+        if same_mounts && let Some(root) = root_at(self.model, &path) {
+            return Ok(Step::To(At::Inside(root)));
+        }
+        match self.host.look(&self.start, &path) {
+            Seen::Directory(inode) => match self.model.find(inode) {
+                Some(object) => Ok(Step::To(At::Inside(object))),
+                // It may be one of the set that is not known yet.
+                None if self.model.is_device_of_roots(inode.dev) => {
+                    let real = self.host.real_path(inode).ok_or(Place::Unknown)?;
+                    self.not_in_model(&real)?;
+                    Ok(Step::To(At::Outside(path)))
                 }
-            }
+                None => Ok(Step::To(At::Outside(path))),
+            },
+            Seen::Leaf(inode) => match self.model.find(inode) {
+                Some(object) => Err(Place::Object(object)),
+                None => Ok(Step::To(At::Outside(path))),
+            },
+            Seen::Symlink(target) if follow => Ok(Step::Symlink { target, from: At::Outside(from) }),
+            Seen::Symlink(_) | Seen::Nothing => Ok(Step::To(At::Outside(path))),
+            Seen::Unknown => Err(Place::Unknown),
+        }
+    }
+
+    /// What `..` of a directory of the set is.
+    fn above(&mut self, directory: ObjectId) -> Result<At, Place> {
+        self.way.winding = true;
+        let object = self.model.get(directory).ok_or(Place::Unknown)?;
+        if object.inode == self.start.root {
+            return Ok(At::Inside(directory));
+        }
+        if !self.host.same_mounts(&self.start) {
+            return Err(Place::Unknown);
+        }
+        if let Some((path, _)) = self.model.roots().iter().find(|r| r.1 == directory) {
+            let above = path.parent().unwrap_or(Path::new("/"));
+            return Ok(At::Outside(above.to_path_buf()));
+        }
+        if self.host.is_bound(object.inode) {
+            return Err(Place::Unknown);
+        }
+        object.links.first().map(|l| At::Inside(l.0)).ok_or(Place::Unknown)
+    }
+
+    /// Whether this path outside is the root directory of the process: nothing is above it.
+    fn is_root(&mut self, path: &Path) -> bool {
+        path == Path::new("/")
+            || !self.host.is_host_root(self.start.root)
+                && matches!(self.host.look(&self.start, path), Seen::Directory(inode) if inode == self.start.root)
+    }
+
+    /// `Ok` when a directory that the model does not have, at this path of the host, is outside the set.
+    /// Below a root it is one that the model has not got yet.
+    fn not_in_model(&self, path: &Path) -> Result<(), Place> {
+        let Some((root, object)) = self.model.roots().iter().find(|r| path.starts_with(&r.0)) else {
+            return Ok(());
         };
+        let mut at = *object;
+        let mut below = path.strip_prefix(root).unwrap_or(Path::new("")).components().peekable();
+        while let Some(component) = below.next() {
+            let name = Name::new(component.as_os_str().as_bytes()).ok_or(Place::Unknown)?;
+            let is_directory = |o: &ObjectId| self.model.kind(*o) == Some(FileKind::Directory);
+            // What the model has at the end of the path is another one.
+            match self.model.entry(at, &name).filter(is_directory) {
+                Some(next) if below.peek().is_some() => at = next,
+                _ => return Err(self.missing(at, name)),
+            }
+        }
+        // The root itself, which is another one now.
+        Err(Place::Unknown)
     }
-    match at {
-        At::Inside(object) => Place::Object(object),
-        At::Outside(_) => Place::Outside,
+
+    /// Where a path leads that goes through an entry of which the model does not know what it named: what
+    /// it changed lies below, and is taken with the entry. But nobody knows whither `..` leads from there.
+    fn missing(&self, directory: ObjectId, name: Name) -> Place {
+        if self.todo.iter().any(|component| component == b"..") {
+            return Place::Unknown;
+        }
+        Place::Missing(directory, name)
     }
+}
+
+/// Whether a path outside goes through one of the [`MAGIC`] links of a process, wherever /proc is.
+fn is_magic(path: &Path) -> bool {
+    let components: Vec<&[u8]> = path.components().map(|c| c.as_os_str().as_bytes()).collect();
+    components.windows(3).any(|w| {
+        let of_one = matches!(w[1], b"self" | b"thread-self") || w[1].iter().all(u8::is_ascii_digit);
+        w[0] == b"proc" && of_one && MAGIC.iter().any(|m| m.as_bytes() == w[2])
+    })
 }
 
 fn components(path: &[u8]) -> impl Iterator<Item = Vec<u8>> + '_ {
     path.split(|b| *b == b'/').filter(|c| !c.is_empty() && *c != b".").map(<[u8]>::to_vec)
 }
 
-fn begin(model: &Model, host: &mut dyn Host, start: Start, path: &[u8]) -> Result<At, Place> {
-    let from = if path.first() == Some(&b'/') { start.root } else { start.base };
-    if let Some(object) = model.find(from) {
-        return Ok(At::Inside(object));
-    }
-    if path.first() == Some(&b'/') && host.is_host_root(from) {
-        return Ok(At::Outside(PathBuf::from("/")));
-    }
-    let path = host.outside_path(from, start.tgid).ok_or(Place::Unknown)?;
-    enter(model, path)
-}
-
-/// Where a canonical path stands: inside when it is a root or below one, as far as the model
-/// knows it.
-fn enter(model: &Model, path: PathBuf) -> Result<At, Place> {
-    let Some((root_path, root)) = model.roots().iter().find(|r| path.starts_with(&r.0)) else {
-        return Ok(At::Outside(path));
-    };
-    let mut at = *root;
-    for component in path.strip_prefix(root_path).unwrap_or(Path::new("")).components() {
-        let bytes = std::os::unix::ffi::OsStrExt::as_bytes(component.as_os_str());
-        let Some(name) = Name::new(bytes) else { return Err(Place::Unknown) };
-        match model.entry(at, &name) {
-            Some(next) => at = next,
-            None => return Err(Place::Missing(at, name)),
-        }
-    }
-    Ok(At::Inside(at))
-}
-
 fn root_at(model: &Model, path: &Path) -> Option<ObjectId> {
     model.roots().iter().find(|r| r.0 == path).map(|r| r.1)
 }
 
-fn parent(model: &Model, directory: ObjectId) -> Option<At> {
-    if let Some((path, _)) = model.roots().iter().find(|r| r.1 == directory) {
-        let above = path.parent().unwrap_or(Path::new("/"));
-        return Some(At::Outside(above.to_path_buf()));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_of_processes_are_known() {
+        for path in
+            ["/proc/self/cwd/a", "/proc/12/fd/3", "/srv/jail/proc/thread-self/root", "/proc/7/task/7/cwd"]
+        {
+            assert!(is_magic(Path::new(path)), "{path}");
+        }
+        for path in ["/proc/self/status", "/proc/sys/fs", "/proc/self", "/srv/proc/of/fd/1"] {
+            assert!(!is_magic(Path::new(path)), "{path}");
+        }
     }
-    model.get(directory)?.links.first().map(|l| At::Inside(l.0))
 }

@@ -14,47 +14,80 @@ use super::host::{Host, HostError, Segment, Stat};
 /// Bytes that are read before what was read is shipped.
 const PIECE: u64 = 4 << 20;
 
+/// What could not be settled.
+#[derive(Default)]
+struct Left {
+    /// Nobody can find them any more.
+    gone: Vec<(ObjectId, Dirty)>,
+    /// Direct I/O is in flight.
+    restless: Vec<(ObjectId, Dirty)>,
+}
+/// Events that are taken in between two reads.
+const EVENTS_AHEAD: usize = 1024;
+
+/// How often what turned up while reading ahead is read as well. Events are taken in meanwhile, so a
+/// program that makes things dirty as fast as they are read would never let it end.
+const PASSES_AHEAD: u32 = 16;
+
 impl Engine {
     /// Reads everything that is dirty now, and what turns up while reading. What cannot be found
     /// any more stays dirty, and so do its names.
     ///
     /// `ahead`: before the instant of a cut is chosen, so events are taken in all the time.
     pub(super) fn settle(&mut self, host: &mut dyn Host, ahead: bool) -> Result<(), HostError> {
-        let mut again: Vec<(ObjectId, Dirty)> = Vec::new();
-        while !self.dirty.is_empty() {
+        let mut left = Left::default();
+        let settled = self.settle_all(host, ahead, &mut left);
+        for (object, dirty) in left.gone {
+            // An inode that is gone while it has a name: the name is what changed.
+            if settled.is_ok() {
+                self.suspect_names(object);
+            }
+            self.dirty.put(object, dirty);
+        }
+        for (object, dirty) in left.restless {
+            self.dirty.put(object, dirty);
+        }
+        settled
+    }
+
+    fn settle_all(&mut self, host: &mut dyn Host, ahead: bool, left: &mut Left) -> Result<(), HostError> {
+        let mut passes = 0;
+        while !(self.dirty.is_empty() || ahead && passes == PASSES_AHEAD) {
+            passes += 1;
             for object in self.dirty.ids() {
                 let Some(dirty) = self.dirty.take(object) else { continue };
-                if self.model.get(object).is_none() {
-                    continue;
-                }
-                match self.settle_object(object, &dirty, host, ahead) {
+                let Some((inode, kind)) = self.model.get(object).map(|o| (o.inode, o.kind)) else { continue };
+                let look = kind == FileKind::Regular && (dirty.restless || self.restless);
+                // The look comes before the reading: what begins in between brings its own record.
+                let settled = match if look { host.is_at_rest(inode) } else { Ok(true) } {
+                    Ok(true) => self.settle_object(object, &dirty, host, ahead),
+                    Ok(false) => {
+                        left.restless.push((object, dirty));
+                        continue;
+                    }
+                    Err(e) => Err(e),
+                };
+                match settled {
                     Ok(true) => {}
                     Ok(false) => {
                         if self.model.is_linked(object) {
-                            again.push((object, dirty));
+                            left.gone.push((object, dirty));
                         }
                     }
                     Err(e) => {
                         self.dirty.put(object, dirty);
-                        for (object, dirty) in again {
-                            self.dirty.put(object, dirty);
-                        }
                         return Err(e);
                     }
                 }
                 self.breathe(host, ahead)?;
             }
         }
-        for (object, dirty) in again {
-            // An inode that is gone while it has a name: the name is what changed.
-            self.suspect_names(object);
-            self.dirty.put(object, dirty);
-        }
         Ok(())
     }
 
     fn breathe(&mut self, host: &mut dyn Host, ahead: bool) -> Result<(), HostError> {
-        if ahead { self.drain(host) } else { self.ship_full(host) }
+        // Not all that is there: what comes faster than it is taken in must not stop the reading.
+        if ahead { self.take_some(host, EVENTS_AHEAD).map(drop) } else { self.ship_full(host) }
     }
 
     /// `false` when the inode is gone.
@@ -66,10 +99,15 @@ impl Engine {
         ahead: bool,
     ) -> Result<bool, HostError> {
         let Some(known) = self.model.get(object) else { return Ok(true) };
+        tracing::trace!(?object, ino = known.inode.ino, ?dirty, now = host.now(), "is settled");
         let (inode, kind) = (known.inode, known.kind);
-        let mut names: Vec<(Name, bool)> = dirty.entries.iter().map(|(n, d)| (n.clone(), *d)).collect();
+        let directory = kind == FileKind::Directory;
+        let mut names: Vec<(Name, bool)> = Vec::new();
+        if directory {
+            names.extend(dirty.entries.iter().map(|(n, d)| (n.clone(), *d)));
+        }
         if let Some(deep) = dirty.rescan
-            && kind == FileKind::Directory
+            && directory
         {
             let Some(mut list) = host.list(inode)? else { return Ok(false) };
             self.reads.list(object, host.now());
@@ -177,7 +215,7 @@ impl Engine {
         // outside: its content, attributes and all below are taken.
         if deep {
             match stat.kind {
-                FileKind::Regular => self.dirty.whole(object),
+                FileKind::Regular => self.suspect_new_file(object),
                 FileKind::Directory => self.dirty.rescan(object, true),
                 _ => {}
             }

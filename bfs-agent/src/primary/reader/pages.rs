@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use bfs_common::abi::InodeId;
 use rustix::fs::OFlags;
@@ -27,14 +27,6 @@ struct CacheStat {
 }
 
 impl Reader {
-    /// A descriptor of an inode that cannot be read or written; `None` when it is gone.
-    ///
-    /// # Errors
-    /// [`HostError::Read`].
-    pub fn descriptor(&self, inode: InodeId) -> Result<Option<OwnedFd>, HostError> {
-        self.open(inode, OFlags::PATH).map_err(|source| failed("inode", inode, source))
-    }
-
     /// Whether an inode that cannot be opened is gone. On tmpfs it may only never have been asked for its handle:
     /// that is what puts it into the table (shmem_encode_fh() in mm/shmem.c).
     #[must_use]

@@ -11,9 +11,10 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::primary::capture::Probes;
 use crate::primary::capture::probes::Counters;
-use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
+use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
-use crate::primary::reader::{self, Reader};
+use crate::primary::engine::resolve::Start;
+use crate::primary::reader::Reader;
 use crate::primary::ship::{Full, Shipper};
 use crate::primary::stop::{Limits, Stopper};
 use crate::tree::Xattrs;
@@ -96,7 +97,7 @@ impl Link {
     }
 }
 
-fn probes_failed(error: impl std::fmt::Display) -> HostError {
+pub(super) fn probes_failed(error: impl std::fmt::Display) -> HostError {
     HostError::Probes(error.to_string())
 }
 
@@ -130,12 +131,30 @@ impl Host for Link {
         self.reader.read(inode, range, each)
     }
 
-    fn outside_path(&mut self, directory: InodeId, tgid: u32) -> Option<PathBuf> {
-        self.reader.outside_path(directory, tgid)
+    fn outside_path(&mut self, directory: InodeId, start: &Start) -> Option<PathBuf> {
+        self.reader.outside_path(directory, start)
     }
 
-    fn canonical(&mut self, path: &Path) -> PathBuf {
-        reader::canonical(path)
+    fn real_path(&mut self, directory: InodeId) -> Option<PathBuf> {
+        self.reader.real_path(directory)
+    }
+
+    fn look(&mut self, start: &Start, path: &Path) -> Seen {
+        self.reader.look(start, path)
+    }
+
+    fn same_mounts(&mut self, start: &Start) -> bool {
+        self.reader.same_mounts(start)
+    }
+
+    fn is_bound(&mut self, directory: InodeId) -> bool {
+        self.reader.is_bound(directory)
+    }
+
+    fn cores_are_files(&mut self) -> bool {
+        // A pattern that begins with | or @ names a program or a socket that gets them (core(5)).
+        let pattern = std::fs::read("/proc/sys/kernel/core_pattern").unwrap_or_default();
+        !matches!(pattern.first(), Some(b'|' | b'@'))
     }
 
     fn is_host_root(&mut self, directory: InodeId) -> bool {
@@ -144,15 +163,21 @@ impl Host for Link {
 
     fn in_flight(&mut self, t: u64) -> Result<Vec<InFlight>, HostError> {
         let tasks = self.probes.in_flight(t).map_err(probes_failed)?;
-        Ok(tasks
+        let mut flying: Vec<_> = tasks
             .into_iter()
-            .map(|(tid, s)| InFlight { tid, tgid: s.tgid, nr: s.nr, start_ns: s.start_ns })
-            .collect())
+            .map(|(tid, s)| InFlight { tid, tgid: s.tgid, nr: s.nr, start_ns: s.start_ns, request: None })
+            .collect();
+        flying.extend(self.requests_in_flight(t)?);
+        Ok(flying)
     }
 
     fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError> {
         for call in std::mem::take(flying) {
-            if self.probes.is_in_call(call.tid, call.start_ns).map_err(probes_failed)? {
+            let flies = match &call.request {
+                Some(request) => self.is_in_flight(request, call.start_ns)?,
+                None => self.probes.is_in_call(call.tid, call.start_ns).map_err(probes_failed)?,
+            };
+            if flies {
                 flying.push(call);
             }
         }
@@ -163,7 +188,15 @@ impl Host for Link {
         super::mapped::mapped_by(self, tgid)
     }
 
+    fn is_at_rest(&mut self, inode: InodeId) -> Result<bool, HostError> {
+        let Some(file) = self.reader.descriptor(inode)? else { return Ok(true) };
+        self.probes.is_at_rest(file.as_fd()).map_err(probes_failed)
+    }
+
     fn is_idle(&mut self, call: &InFlight) -> bool {
+        if call.request.is_some() {
+            return false;
+        }
         // fifo_open() in fs/pipe.c: the FIFO was there, or it would not be one.
         let wchan = format!("/proc/{}/task/{}/wchan", call.tgid, call.tid);
         std::fs::read(wchan).is_ok_and(|function| function == b"wait_for_partner")
@@ -196,6 +229,9 @@ impl Host for Link {
             losses.inodes = suspects.into_iter().map(|(inode, _)| inode).collect();
         }
         self.seen = now;
+        let (abandoned, unnamed) = self.abandoned_requests()?;
+        losses.inodes.extend(abandoned);
+        losses.everything |= unnamed;
         let misses = self.probes.recursion_misses().map_err(probes_failed)?.iter().map(|m| m.1).sum();
         losses.everything |= misses > self.seen_misses;
         self.seen_misses = misses;
@@ -204,16 +240,16 @@ impl Host for Link {
 
     fn follow_mapped(&mut self, inode: InodeId, pages: bool) -> Result<bool, HostError> {
         let pages = pages && self.probes.records_dirty_pages() && self.reader.tells_stores(inode)?;
-        Ok(self.probes.follow_mapped(inode, pages).map_err(probes_failed)? && pages)
+        Ok(self.probes.mapped().follow(inode, pages).map_err(probes_failed)? && pages)
     }
 
     fn forget_mapped(&mut self, inode: InodeId) -> Result<(), HostError> {
-        self.probes.forget_mapped(inode).map_err(probes_failed)
+        self.probes.mapped().forget(inode).map_err(probes_failed)
     }
 
     fn writable_mappings(&mut self, inode: InodeId) -> Result<Option<u32>, HostError> {
         Ok(match self.reader.descriptor(inode)? {
-            Some(fd) => self.probes.writable_mappings(fd.as_fd()),
+            Some(file) => self.probes.writable_mappings(file.as_fd()).map_err(probes_failed)?,
             None if self.reader.finds_by_number(inode) => Some(0),
             None => None,
         })

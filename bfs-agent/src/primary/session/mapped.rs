@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use bfs_common::abi::InodeId;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
 
-use super::link::Link;
+use super::link::{Link, probes_failed};
 use super::work::Work;
 use crate::primary::engine::host::HostError;
 
@@ -20,15 +20,10 @@ impl Work {
     /// # Errors
     /// [`HostError`].
     pub(super) fn find_mapped(&mut self) -> Result<(), HostError> {
-        let failed = |e: crate::primary::capture::CaptureError| HostError::Probes(e.to_string());
-        for inode in self.link.probes.files_mapped().map_err(failed)? {
+        for inode in self.link.probes.mapped().all().map_err(probes_failed)? {
             self.engine.note_mapped(inode, &mut self.link)?;
         }
-        let tasks = self.link.probes.selected_tasks().map_err(failed)?;
-        let mut processes: Vec<u32> = tasks.into_iter().map(|(_, state)| state.tgid).collect();
-        processes.sort_unstable();
-        processes.dedup();
-        for process in processes {
+        for process in self.link.probes.selected_processes().map_err(probes_failed)? {
             self.engine.note_mappings_of(process, &mut self.link)?;
         }
         Ok(())
@@ -60,8 +55,13 @@ fn look(link: &Link, process: u32) -> Result<Option<Vec<InodeId>>, HostError> {
             Err(rustix::io::Errno::NOENT) => return Ok(None),
             Err(e) => return Err(failed(e.into())),
         };
+        let mode = rustix::fs::fstat(&fd).map_err(|e| failed(e.into()))?.st_mode;
+        // Rings of io_uring and AIO, among others, are mapped like files.
+        if FileType::from_raw_mode(mode) != FileType::RegularFile {
+            continue;
+        }
         // The line does not tell whether it may be made writable later; this does.
-        if link.probes.writable_mappings(fd.as_fd()) != Some(0) {
+        if link.probes.writable_mappings(fd.as_fd()).map_err(probes_failed)? != Some(0) {
             files.extend(link.reader.inode_of(fd.as_fd()).map_err(failed)?);
         }
     }

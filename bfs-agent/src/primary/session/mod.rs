@@ -3,6 +3,7 @@
 mod begin;
 mod link;
 mod mapped;
+mod requests;
 mod select;
 mod state;
 mod status;
@@ -166,6 +167,7 @@ pub fn attach(options: SessionOptions, whom: &Whom, inherited: &Inherited) -> Re
         work.close();
         return Err(e.into());
     }
+    work.expect_asynchronous();
     follow_processes(work, &group, inherited, cgroup.map(|c| c.directory))
 }
 
@@ -199,6 +201,7 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
     let complete = !state.incomplete;
     let mut work = ground.build(probes, Some(stopper), &state, complete)?;
     work.find_mapped()?;
+    work.expect_asynchronous();
     let attached = match &state.selection {
         Selection::Attached(directory) => Some(directory.clone()),
         _ => None,

@@ -144,11 +144,5 @@ fn select_cgroup(probes: &Probes, directory: &Path) -> Result<(), Failure> {
 /// The selected processes, for a stop.
 pub(super) fn members(probes: &Probes) -> Result<Members, Failure> {
     let probes = Probes::adopt(probes.pin_dir())?;
-    Ok(Box::new(move || {
-        let tasks = probes.selected_tasks().unwrap_or_default();
-        let mut processes: Vec<u32> = tasks.into_iter().map(|(_, state)| state.tgid).collect();
-        processes.sort_unstable();
-        processes.dedup();
-        processes
-    }))
+    Ok(Box::new(move || probes.selected_processes().unwrap_or_default()))
 }

@@ -266,7 +266,8 @@ impl Work {
             && self.engine.stats.ops == self.ops_at_checkpoint
             && self.engine.suspects() == 0
             && !self.engine.silent()
-            && trigger == "every";
+            && trigger == "every"
+            && !self.has_requests();
         self.last_checkpoint = Instant::now();
         if !idle {
             let _ = self.checkpoint(String::new(), trigger, Stop::IfNeeded);

@@ -54,6 +54,10 @@ pub(super) enum Call {
         from: At,
         to: At,
     },
+    Exchange {
+        from: At,
+        to: At,
+    },
     Link {
         from: At,
         to: At,
@@ -61,6 +65,10 @@ pub(super) enum Call {
     Chmod {
         at: At,
         mode: u32,
+    },
+    TruncateAt {
+        at: At,
+        size: u64,
     },
     Map {
         file: u64,
@@ -117,10 +125,20 @@ impl Fs {
     }
 
     pub(super) fn find(&self, at: &At) -> Option<(u64, Vec<u8>)> {
-        let mut dir = at.base;
+        // Paths begin with a name: `..` leads to where they were.
+        let (mut dir, mut above) = (at.base, Vec::new());
         let parts: Vec<_> = at.path.split(|b| *b == b'/').collect();
         for part in &parts[..parts.len() - 1] {
-            dir = *self.inodes.get(&dir)?.entries.get(*part)?;
+            if *part == b".." {
+                let here = self.inodes.get(&dir)?;
+                if here.kind != FileKind::Directory || here.links == 0 {
+                    return None;
+                }
+                dir = above.pop()?;
+            } else {
+                above.push(dir);
+                dir = *self.inodes.get(&dir)?.entries.get(*part)?;
+            }
         }
         let d = self.inodes.get(&dir)?;
         (d.kind == FileKind::Directory && d.links > 0).then(|| (dir, parts[parts.len() - 1].to_vec()))
@@ -243,6 +261,28 @@ impl Fs {
                 self.inodes.get_mut(&d2)?.entries.insert(n2, inode);
                 self.inodes.get_mut(&d1)?.mtime = stamp;
                 self.inodes.get_mut(&d2)?.mtime = stamp;
+                ok(inode)
+            }
+            Call::Exchange { from, to } => {
+                let (d1, n1) = self.find(from)?;
+                let (d2, n2) = self.find(to)?;
+                let one = *self.inodes[&d1].entries.get(&n1)?;
+                let two = *self.inodes[&d2].entries.get(&n2)?;
+                if self.below(d2, one) || self.below(d1, two) {
+                    return None;
+                }
+                self.inodes.get_mut(&d1)?.entries.insert(n1, two);
+                self.inodes.get_mut(&d2)?.entries.insert(n2, one);
+                self.inodes.get_mut(&d1)?.mtime = stamp;
+                self.inodes.get_mut(&d2)?.mtime = stamp;
+                ok(one)
+            }
+            Call::TruncateAt { at, size } => {
+                let (dir, name) = self.find(at)?;
+                let inode = *self.inodes[&dir].entries.get(&name)?;
+                let f = self.inodes.get_mut(&inode).filter(|f| f.kind == FileKind::Regular)?;
+                f.data.resize(*size as usize, 0);
+                f.mtime = stamp;
                 ok(inode)
             }
             Call::Link { from, to } => {

@@ -14,6 +14,8 @@ const PAGE: u64 = 4;
 
 #[derive(Debug, Default)]
 pub(super) struct Memory {
+    /// Whether files are mapped at all.
+    pub(super) used: bool,
     /// How many mappings each file has.
     pub(super) maps: BTreeMap<u64, u32>,
     /// Dirty pages.
@@ -97,7 +99,7 @@ impl World {
             let event = DirtyEvent { header, id: inode_id(file), offset: page * PAGE, len: PAGE };
             let bytes = pack(&event, b"", b"");
             self.ring_position += bytes.len() as u64;
-            self.ring.push_back(OwnedEvent { bytes: bytes.into(), ring_position: self.ring_position });
+            self.ring.push_back(OwnedEvent { bytes, ring_position: self.ring_position });
         }
         any
     }

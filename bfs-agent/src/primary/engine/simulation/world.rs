@@ -10,8 +10,10 @@ use bfs_common::record::{FileKind, Meta, Name};
 
 use super::fs::{At, Call, Done, Effect, Fs, ROOT};
 use super::memory::Memory;
-use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Segment, Stat};
+use super::requests::Flying;
+use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
+use crate::primary::engine::resolve::Start;
 use crate::tree::Xattrs;
 
 /// A small random generator (xorshift64*), so that a seed reproduces.
@@ -42,10 +44,14 @@ pub(super) struct World {
     pub(super) ring_position: u64,
     pub(super) done: Vec<Done>,
     pub(super) fresh: u64,
-    pub(super) shipped: Vec<Batch>,
+    /// Each with how many calls had had their effect when it was shipped.
+    pub(super) shipped: Vec<(Batch, usize)>,
     pub(super) stopped: bool,
     pub(super) calls_left: u64,
     pub(super) stops: u32,
+    /// Asynchronous operations are begun as well.
+    pub(super) asynchronous: bool,
+    pub(super) flying: Vec<Flying>,
     pub(super) memory: Memory,
 }
 
@@ -68,9 +74,12 @@ impl World {
             stopped: false,
             calls_left: calls,
             stops: 0,
+            asynchronous: false,
+            flying: Vec::new(),
             memory: Memory {
+                used: seed.is_multiple_of(2),
                 tells: !seed.is_multiple_of(5),
-                cachestat: !seed.is_multiple_of(3),
+                cachestat: !seed.is_multiple_of(7),
                 ..Memory::default()
             },
         }
@@ -114,9 +123,16 @@ impl World {
     pub(super) fn at(&mut self) -> At {
         let base = self.pick(FileKind::Directory).unwrap_or(ROOT);
         let mut path = self.name();
-        if self.random.next(3) == 0 {
-            path.push(b'/');
-            path.extend(self.name());
+        match self.random.next(12) {
+            0..=3 => {
+                path.push(b'/');
+                path.extend(self.name());
+            }
+            4 => {
+                path.extend(b"/../");
+                path.extend(self.name());
+            }
+            _ => {}
         }
         At { base, path }
     }
@@ -124,7 +140,7 @@ impl World {
     pub(super) fn invent(&mut self) -> Call {
         let directory = self.pick(FileKind::Directory).unwrap_or(ROOT);
         let file = self.pick(FileKind::Regular);
-        match (self.random.next(17), file) {
+        match (self.random.next(19), file) {
             (0..=5, Some(file)) => {
                 let length = 1 + self.random.next(6) as usize;
                 let byte = self.random.next(200) as u8 + 1;
@@ -133,7 +149,7 @@ impl World {
                 Call::Write { file, offset, data: vec![byte; length], inline }
             }
             (6, Some(file)) => Call::Truncate { file, size: self.random.next(10) },
-            (16, Some(file)) => Call::Map { file },
+            (17, Some(file)) if self.memory.used => Call::Map { file },
             (7, Some(file)) => Call::Fchmod { file, mode: self.random.next(0o777) as u32 },
             (8, _) => Call::Unlink { at: self.at() },
             (9, _) => Call::Mkdir { at: self.at() },
@@ -142,6 +158,8 @@ impl World {
             (12, _) => Call::Rename { from: self.at(), to: self.at() },
             (13, _) => Call::Link { from: self.at(), to: self.at() },
             (14, _) => Call::Chmod { at: self.at(), mode: self.random.next(0o777) as u32 },
+            (15, _) => Call::Exchange { from: self.at(), to: self.at() },
+            (16, _) => Call::TruncateAt { at: self.at(), size: self.random.next(10) },
             _ => Call::Create { directory, name: self.name() },
         }
     }
@@ -149,8 +167,11 @@ impl World {
     /// Time passes, and one task gets a step further.
     pub(super) fn step(&mut self) {
         self.clock += 1 + self.random.next(40_000);
-        if !self.stopped && self.random.next(4) == 0 {
+        if self.memory.used && !self.stopped && self.random.next(4) == 0 {
             return self.touch_memory();
+        }
+        if self.asynchronous && self.random.next(4) == 0 {
+            return self.step_request();
         }
         let who = self.random.next(self.tasks.len() as u64) as usize;
         match self.tasks[who].take() {
@@ -162,41 +183,47 @@ impl World {
                 }
             }
             Some(mut running) if running.effect.is_none() => {
-                self.fresh += 1;
-                let effect = self.fs.run(&running.call, self.clock, self.fresh);
-                match &running.call {
-                    Call::Map { file } => *self.memory.maps.entry(*file).or_default() += 1,
-                    Call::Write { file, data, .. } if effect.ok => {
-                        let end = effect.offset + data.len() as u64;
-                        self.make_dirty(*file, effect.offset..end);
-                    }
-                    Call::Truncate { file, size } if effect.ok => {
-                        self.make_dirty(*file, *size..*size + 1);
-                    }
-                    _ => {}
-                }
-                self.done.push(Done {
-                    start_ns: running.start_ns,
-                    call: running.call.clone(),
-                    stamp: self.clock,
-                    fresh: self.fresh,
-                    ok: effect.ok,
-                });
-                running.effect = Some(effect);
+                self.effect(&mut running);
                 self.tasks[who] = Some(running);
             }
-            Some(running) => self.end(who, &running),
+            Some(running) => self.end(who as u32 + 1, &running, kind::FILE, kind::PATH),
         }
     }
 
-    pub(super) fn end(&mut self, who: usize, running: &Running) {
+    /// A call has its effect.
+    pub(super) fn effect(&mut self, running: &mut Running) {
+        self.fresh += 1;
+        let effect = self.fs.run(&running.call, self.clock, self.fresh);
+        match &running.call {
+            Call::Map { file } => *self.memory.maps.entry(*file).or_default() += 1,
+            Call::Write { file, data, .. } if effect.ok => {
+                let end = effect.offset + data.len() as u64;
+                self.make_dirty(*file, effect.offset..end);
+            }
+            Call::Truncate { size, .. } | Call::TruncateAt { size, .. } if effect.ok => {
+                self.make_dirty(effect.inode, *size..*size + 1);
+            }
+            _ => {}
+        }
+        self.done.push(Done {
+            start_ns: running.start_ns,
+            call: running.call.clone(),
+            stamp: self.clock,
+            fresh: self.fresh,
+            ok: effect.ok,
+        });
+        running.effect = Some(effect);
+    }
+
+    /// The record of a call at its end (or, of an operation that goes on, at its beginning).
+    pub(super) fn end(&mut self, tid: u32, running: &Running, on_file: u16, on_path: u16) {
         let Some(effect) = running.effect.clone().filter(|e| e.ok) else { return };
         let header = EventHeader {
-            kind: kind::FILE,
+            kind: on_file,
             start_ns: running.start_ns,
             end_ns: self.clock,
-            tid: who as u32 + 1,
-            tgid: who as u32 + 1,
+            tid,
+            tgid: tid,
             ..EventHeader::default()
         };
         let file = |nr: i64, flags: u16| FileEvent {
@@ -233,16 +260,26 @@ impl World {
             }
             Call::Store { .. } => return,
             Call::Fchmod { .. } => pack(&file(libc::SYS_fchmod, 0), b"", b""),
-            Call::Unlink { at } => self.path(header, libc::SYS_unlinkat, at, None),
-            Call::Mkdir { at } => self.path(header, libc::SYS_mkdirat, at, None),
-            Call::Rmdir { at } => self.path(header, libc::SYS_rmdir, at, None),
-            Call::Chmod { at, .. } => self.path(header, libc::SYS_fchmodat, at, None),
+            Call::Unlink { at } => self.path(header, on_path, libc::SYS_unlinkat, at, None),
+            Call::Mkdir { at } => self.path(header, on_path, libc::SYS_mkdirat, at, None),
+            Call::Rmdir { at } => self.path(header, on_path, libc::SYS_rmdir, at, None),
+            Call::Chmod { at, .. } => self.path(header, on_path, libc::SYS_fchmodat, at, None),
             Call::Symlink { at, target } => {
                 let target = At { base: ROOT, path: target.clone() };
-                self.path(header, libc::SYS_symlinkat, &target, Some(at))
+                self.path(header, on_path, libc::SYS_symlinkat, &target, Some(at))
             }
-            Call::Rename { from, to } => self.path(header, libc::SYS_renameat, from, Some(to)),
-            Call::Link { from, to } => self.path(header, libc::SYS_linkat, from, Some(to)),
+            Call::Rename { from, to } => self.path(header, on_path, libc::SYS_renameat, from, Some(to)),
+            Call::Exchange { from, to } => {
+                let mut bytes = self.path(header, on_path, libc::SYS_renameat2, from, Some(to));
+                set_argument(&mut bytes, 4, u64::from(libc::RENAME_EXCHANGE));
+                bytes
+            }
+            Call::TruncateAt { at, size } => {
+                let mut bytes = self.path(header, on_path, libc::SYS_truncate, at, None);
+                set_argument(&mut bytes, 1, *size);
+                bytes
+            }
+            Call::Link { from, to } => self.path(header, on_path, libc::SYS_linkat, from, Some(to)),
         };
         self.ring_position += bytes.len() as u64;
         let event = OwnedEvent { bytes, ring_position: self.ring_position };
@@ -250,7 +287,7 @@ impl World {
         if self.random.next(8) == 0
             && self.ring.back().is_some_and(|b| {
                 let h = bfs_common::abi::Event::parse(&b.bytes).map(|e| *e.header()).unwrap_or_default();
-                h.end_ns + 19_000 > self.clock && h.tid != who as u32 + 1
+                h.end_ns + 19_000 > self.clock && h.tid != tid
             })
             && let Some(other) = self.ring.pop_back()
         {
@@ -261,25 +298,42 @@ impl World {
         self.ring.push_back(event);
     }
 
-    pub(super) fn path(&self, header: EventHeader, nr: i64, one: &At, two: Option<&At>) -> Vec<u8> {
+    pub(super) fn path(
+        &self,
+        header: EventHeader,
+        as_kind: u16,
+        nr: i64,
+        one: &At,
+        two: Option<&At>,
+    ) -> Vec<u8> {
         let single = |at: &At| !at.path.contains(&b'/');
-        let mut flags = if single(one) { flag::PARENT1_ATTR } else { 0 };
-        if two.is_some_and(single) {
+        // At the beginning of an operation nobody knows what its directories are going to be like.
+        let ended = as_kind == kind::PATH;
+        let mut flags = if ended && single(one) { flag::PARENT1_ATTR } else { 0 };
+        if ended && two.is_some_and(single) {
             flags |= flag::PARENT2_ATTR;
         }
         let empty = Vec::new();
         let path2 = two.map_or(&empty, |t| &t.path);
         let event = PathEvent {
-            header: EventHeader { kind: kind::PATH, nr: nr as u32, flags, ..header },
+            header: EventHeader { kind: as_kind, nr: nr as u32, flags, ..header },
             base1: self.attr(one.base),
             base2: two.map(|t| self.attr(t.base)).unwrap_or_default(),
             root: inode_id(999),
             args: [0; 6],
             path1_len: one.path.len() as u32,
             path2_len: path2.len() as u32,
+            mounts: 0,
+            reserved: 0,
         };
         pack(&event, &one.path, path2)
     }
+}
+
+/// Puts an argument of the call into the bytes of a path record.
+fn set_argument(bytes: &mut [u8], index: usize, value: u64) {
+    let at = std::mem::offset_of!(PathEvent, args) + 8 * index;
+    bytes[at..at + 8].copy_from_slice(&value.to_ne_bytes());
 }
 
 /// The bytes of a record, its length put into the header.
@@ -341,7 +395,7 @@ impl Host for World {
         }
     }
 
-    fn outside_path(&mut self, directory: InodeId, _tgid: u32) -> Option<PathBuf> {
+    fn outside_path(&mut self, directory: InodeId, _start: &Start) -> Option<PathBuf> {
         // A directory that the model does not know: by the tree, as /proc would tell.
         let mut todo = vec![(PathBuf::from("/r"), ROOT)];
         while let Some((path, inode)) = todo.pop() {
@@ -355,8 +409,25 @@ impl Host for World {
         None
     }
 
-    fn canonical(&mut self, path: &Path) -> PathBuf {
-        path.to_path_buf()
+    fn real_path(&mut self, _directory: InodeId) -> Option<PathBuf> {
+        None
+    }
+
+    fn look(&mut self, _start: &Start, path: &Path) -> Seen {
+        // Nothing outside is a directory of the set.
+        if path.starts_with("/r") { Seen::Unknown } else { Seen::Nothing }
+    }
+
+    fn same_mounts(&mut self, _start: &Start) -> bool {
+        true
+    }
+
+    fn is_bound(&mut self, _directory: InodeId) -> bool {
+        false
+    }
+
+    fn cores_are_files(&mut self) -> bool {
+        false
     }
 
     fn is_host_root(&mut self, directory: InodeId) -> bool {
@@ -365,21 +436,37 @@ impl Host for World {
 
     fn in_flight(&mut self, t: u64) -> Result<Vec<InFlight>, HostError> {
         self.step();
+        let requests: Vec<InFlight> = self.requests().filter(|r| r.start_ns <= t).collect();
         let flying = self.tasks.iter().enumerate().filter_map(|(i, t)| Some((i, t.as_ref()?)));
         Ok(flying
             .filter(|(_, r)| r.start_ns <= t)
-            .map(|(i, r)| InFlight { tid: i as u32 + 1, tgid: i as u32 + 1, nr: 0, start_ns: r.start_ns })
+            .map(|(i, r)| InFlight {
+                tid: i as u32 + 1,
+                tgid: i as u32 + 1,
+                nr: 0,
+                start_ns: r.start_ns,
+                request: None,
+            })
+            .chain(requests)
             .collect())
     }
 
     fn drop_ended(&mut self, flying: &mut Vec<InFlight>) -> Result<(), HostError> {
         self.step();
-        flying.retain(|f| self.tasks[f.tid as usize - 1].as_ref().is_some_and(|t| t.start_ns == f.start_ns));
+        flying.retain(|f| match f.request {
+            Some(request) => self.flying.iter().any(|other| other.id == request.id),
+            None => self.tasks[f.tid as usize - 1].as_ref().is_some_and(|t| t.start_ns == f.start_ns),
+        });
         Ok(())
     }
 
     fn mapped_by(&mut self, _tgid: u32) -> Result<Option<Vec<InodeId>>, HostError> {
         Ok(Some(Vec::new()))
+    }
+
+    fn is_at_rest(&mut self, inode: InodeId) -> Result<bool, HostError> {
+        self.step();
+        Ok(self.rests(inode.ino))
     }
 
     fn is_idle(&mut self, _call: &InFlight) -> bool {
@@ -421,7 +508,8 @@ impl Host for World {
     }
 
     fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError> {
-        self.shipped.extend(batches);
+        let done = self.done.len();
+        self.shipped.extend(batches.into_iter().map(|batch| (batch, done)));
         Ok(())
     }
 

@@ -1,0 +1,236 @@
+//! What lies outside of the set, as a process sees it: its root, its mounts, its descriptors.
+//!
+//! Paths are looked at when the record of their call is taken in, some time after the call. What is not
+//! there any more counts as outside: only directories, symlinks and mounts outside that lead inside and
+//! are gone again within that time could make a difference (docs/write-paths.md).
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use bfs_common::abi::InodeId;
+use bfs_common::record::FileKind;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, Statx, StatxFlags};
+use rustix::io::Errno;
+
+use super::{Reader, kernel_dev, mount_of, open_directory};
+use crate::primary::engine::host::Seen;
+use crate::primary::engine::resolve::Start;
+use crate::tree;
+
+/// What is known of this process's own view.
+#[derive(Debug)]
+pub(super) struct Outside {
+    root: InodeId,
+    mount_namespace: u32,
+    /// The table of mounts, and the roots of bind mounts as it had them last.
+    table: Option<File>,
+    bound: HashSet<(u32, u64)>,
+}
+
+impl Outside {
+    pub(super) fn new() -> Self {
+        let root = rustix::fs::stat("/").map_or(InodeId::NONE, |stat| InodeId {
+            ino: stat.st_ino,
+            dev: kernel_dev(stat.st_dev),
+            generation: 0,
+        });
+        let mount_namespace = rustix::fs::stat("/proc/self/ns/mnt").map_or(0, |stat| stat.st_ino as u32);
+        Self { root, mount_namespace, table: None, bound: HashSet::new() }
+    }
+
+    /// Whether the table of mounts is another one than when it was read last.
+    fn table_changed(&mut self) -> bool {
+        let Some(table) = &self.table else {
+            self.table = File::open("/proc/self/mountinfo").ok();
+            return true;
+        };
+        // A change shows as an exceptional condition (proc_pid_mounts(5)).
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [PollFd::new(table, PollFlags::PRI)];
+        poll(&mut fds, Some(&now)).is_err() || fds[0].revents().intersects(PollFlags::PRI | PollFlags::ERR)
+    }
+}
+
+impl Reader {
+    /// Whether this is the root directory of the host.
+    #[must_use]
+    pub fn is_host_root(&self, directory: InodeId) -> bool {
+        directory.ino == self.outside.root.ino && directory.dev == self.outside.root.dev
+    }
+
+    /// Whether the process sees the mounts that we see. 0: nobody knows, so it is assumed.
+    #[must_use]
+    pub fn same_mounts(&self, start: &Start) -> bool {
+        start.mounts == 0 || start.mounts == self.outside.mount_namespace
+    }
+
+    /// The root directory of a process with other mounts than ours, as a path, if it is still what it was.
+    fn root_of(&self, start: &Start) -> Option<PathBuf> {
+        let namespace = rustix::fs::stat(format!("/proc/{}/ns/mnt", start.tgid)).ok()?;
+        let root = PathBuf::from(format!("/proc/{}/root/", start.tgid));
+        (namespace.st_ino as u32 == start.mounts && is_inode(&root, start.root)).then_some(root)
+    }
+
+    /// The absolute path of a directory, as the process sees it: by its inode, or as the working directory
+    /// or root of the process.
+    #[must_use]
+    pub fn outside_path(&mut self, directory: InodeId, start: &Start) -> Option<PathBuf> {
+        if !self.same_mounts(start) {
+            let root = self.root_of(start)?;
+            let path = std::fs::read_link(format!("/proc/{}/cwd", start.tgid)).ok()?;
+            let there = root.join(path.strip_prefix("/").ok()?);
+            return is_inode(&there, directory).then_some(path);
+        }
+        if self.mount(directory.dev).is_none() {
+            self.learn(directory.dev);
+        }
+        self.real_path(directory).or_else(|| {
+            ["cwd", "root"].into_iter().find_map(|what| {
+                let link = PathBuf::from(format!("/proc/{}/{what}", start.tgid));
+                if is_inode(&link, directory) { std::fs::read_link(&link).ok() } else { None }
+            })
+        })
+    }
+
+    /// The absolute path of a directory, as we see it.
+    #[must_use]
+    pub fn real_path(&self, directory: InodeId) -> Option<PathBuf> {
+        let mount = self.mount(directory.dev)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let fd = self.open_on(mount, mount.attached.as_fd(), directory, flags).ok()??;
+        std::fs::read_link(tree::fd_path(fd.as_fd())).ok().filter(|p| p.is_absolute())
+    }
+
+    /// What stands at an absolute path, as the process sees it; no symlink is followed. Directories that
+    /// cannot be of the set come without an identity.
+    #[must_use]
+    pub fn look(&mut self, start: &Start, path: &Path) -> Seen {
+        // Which process these are of makes no difference to what can be reached through them without a
+        // link to what it has open.
+        if matches!(path.to_str(), Some("/proc/self" | "/proc/thread-self")) {
+            return Seen::Directory(InodeId::NONE);
+        }
+        let same = self.same_mounts(start);
+        let there = if same {
+            path.to_path_buf()
+        } else {
+            let Some(root) = self.root_of(start) else { return Seen::Unknown };
+            root.join(path.strip_prefix("/").unwrap_or(path))
+        };
+        let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
+        let statx = match rustix::fs::statx(CWD, &there, AtFlags::SYMLINK_NOFOLLOW, wanted) {
+            Ok(statx) => statx,
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::SRCH) => return Seen::Nothing,
+            Err(_) => return Seen::Unknown,
+        };
+        match FileKind::from_mode(u32::from(statx.stx_mode)) {
+            Some(FileKind::Symlink) => match std::fs::read_link(&there) {
+                Ok(target) => Seen::Symlink(target.into_os_string().into_vec()),
+                Err(_) => Seen::Unknown,
+            },
+            Some(FileKind::Directory) => {
+                let known = self.mount(dev_of(&statx));
+                // By its own mount a directory of the set is found by its path.
+                if known.is_none_or(|mount| same && mount.mount_id == statx.stx_mnt_id) {
+                    return Seen::Directory(InodeId::NONE);
+                }
+                self.identify(&there)
+            }
+            // A file of the set can have a name outside too.
+            _ if self.mount(dev_of(&statx)).is_some() => self.identify(&there),
+            _ => Seen::Leaf(InodeId::NONE),
+        }
+    }
+
+    fn identify(&self, path: &Path) -> Seen {
+        let flags = OFlags::NOFOLLOW | OFlags::PATH | OFlags::CLOEXEC;
+        let Ok(fd) = rustix::fs::openat(CWD, path, flags, Mode::empty()) else { return Seen::Unknown };
+        match (self.stat_of(fd.as_fd()), tree::stat_fd(fd.as_fd())) {
+            (Ok(Some(stat)), _) if stat.kind == FileKind::Directory => Seen::Directory(stat.inode),
+            (Ok(Some(stat)), _) => Seen::Leaf(stat.inode),
+            (Ok(None), Ok(stat)) if stat.kind == FileKind::Directory => Seen::Directory(InodeId::NONE),
+            (Ok(None), Ok(_)) => Seen::Leaf(InodeId::NONE),
+            _ => Seen::Unknown,
+        }
+    }
+
+    /// Whether a directory is the root of a bind mount.
+    #[must_use]
+    pub fn is_bound(&mut self, directory: InodeId) -> bool {
+        if self.outside.table_changed() && !self.read_table() {
+            return true;
+        }
+        self.outside.bound.contains(&(directory.dev, directory.ino))
+    }
+
+    fn read_table(&mut self) -> bool {
+        let mut text = String::new();
+        let Some(table) = &mut self.outside.table else { return false };
+        if table.seek(SeekFrom::Start(0)).and_then(|_| table.read_to_string(&mut text)).is_err() {
+            return false;
+        }
+        let devices: Vec<String> =
+            self.mounts.iter().map(|m| format!("{}:{}", m.dev >> 20, m.dev & 0xf_ffff)).collect();
+        self.outside.bound = text
+            .lines()
+            .filter_map(|line| {
+                // id, parent, major:minor, root, mount point (proc_pid_mountinfo(5)).
+                let mut fields = line.split(' ').skip(2);
+                let (device, root, point) = (fields.next()?, fields.next()?, fields.next()?);
+                // On btrfs the number is not the subvolume's: all of them are looked at.
+                let ours = root != "/" && (device.starts_with("0:") || devices.iter().any(|d| d == device));
+                let stat = if ours { rustix::fs::stat(unescaped(point)).ok()? } else { return None };
+                Some((kernel_dev(stat.st_dev), stat.st_ino))
+            })
+            .collect();
+        true
+    }
+
+    /// Looks for a mounted file system that directories outside the set lie on.
+    fn learn(&mut self, dev: u32) {
+        let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
+        let numbers = format!("{}:{}", dev >> 20, dev & 0xf_ffff);
+        let point = table.lines().find_map(|line| {
+            let mut fields = line.split(' ').skip(2);
+            (fields.next()? == numbers).then(|| fields.nth(1)).flatten()
+        });
+        let found = point
+            .and_then(|p| open_directory(&unescaped(p)).ok())
+            .and_then(|fd| mount_of(&fd, dev).ok().flatten());
+        self.mounts.extend(found);
+    }
+}
+
+fn dev_of(statx: &Statx) -> u32 {
+    statx.stx_dev_major << 20 | statx.stx_dev_minor
+}
+
+fn is_inode(path: &Path, inode: InodeId) -> bool {
+    let Ok(stat) = rustix::fs::stat(path) else { return false };
+    stat.st_ino == inode.ino && kernel_dev(stat.st_dev) == inode.dev
+}
+
+/// A path of the table of mounts: blanks and the like stand there as octal numbers.
+fn unescaped(field: &str) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let number = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match number.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if first == b'\\' => {
+                bytes.push(byte);
+                rest = &after[3..];
+            }
+            _ => {
+                bytes.push(first);
+                rest = after;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(bytes))
+}

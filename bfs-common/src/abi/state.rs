@@ -1,0 +1,134 @@
+//! What stands in the maps: the calls in flight, what was lost, the counters, the settings.
+
+use super::{DEVICES_MAX, InodeId};
+
+/// Value of the map `TASKS`, keyed by tid: a followed task and the call that it is in.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TaskState {
+    /// When the call in flight started; 0 when there is none. Written after `active`.
+    pub start_ns: u64,
+    /// 1 from before `start_ns` is taken until after the record of the call stands in the ring.
+    pub active: u32,
+    /// The call in flight.
+    pub nr: u32,
+    /// Thread group.
+    pub tgid: u32,
+    /// Bits of [`slot`].
+    pub flags: u32,
+    /// The first six arguments of the call.
+    pub args: [u64; 6],
+    /// `struct file` of the descriptor, 0 for calls without one.
+    pub file: u64,
+    /// Address of the descriptor's inode in the kernel, 0 without one.
+    pub inode_addr: u64,
+    /// Inode of the descriptor.
+    pub inode: InodeId,
+    /// `f_pos` at the start.
+    pub pos: u64,
+    /// `i_size` at the start.
+    pub size: u64,
+    /// Start of the range of addresses last seen to be private anonymous memory.
+    pub private_start: u64,
+    /// End of that range; 0 when nothing is known.
+    pub private_end: u64,
+    /// `struct file` that the last call on a descriptor had, if it was a regular file in scope whose inode
+    /// is `inode`; else 0.
+    pub known_file: u64,
+    /// Its super block.
+    pub known_sb: u64,
+    /// One of [`role`]; the only field that others than the task itself change.
+    pub role: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// [`TaskState::role`]: how the task stands to the selection.
+pub mod role {
+    /// It is selected.
+    pub const SELECTED: u32 = 0;
+    /// It was moved out of the selected cgroup. Its slot goes, by its own hand, when the call that it
+    /// is in has its record.
+    pub const LEAVES: u32 = 1;
+}
+
+/// Bits of [`TaskState::flags`]: what the probe at the start of a call found.
+pub mod slot {
+    /// The file description had more users than this one descriptor.
+    pub const SHARED_FILE: u32 = 1 << 0;
+    /// The descriptor had `O_APPEND`.
+    pub const APPEND: u32 = 1 << 1;
+    /// The file system is btrfs: the device is that of the subvolume.
+    pub const BTRFS: u32 = 1 << 2;
+    /// A call that usually takes a path took a descriptor (`utimensat` without a path).
+    pub const BY_DESCRIPTOR: u32 = 1 << 3;
+    /// A record of the paths at the start was made.
+    pub const PATH_SHARED: u32 = 1 << 4;
+    /// The descriptor's file had no name.
+    pub const NAMELESS: u32 = 1 << 5;
+    /// The inode was not read at the start: it seemed to be that of the call before.
+    pub const KNOWN: u32 = 1 << 16;
+    /// A call of the 32-bit table; number and arguments are those of its like in the 64-bit table.
+    pub const COMPAT: u32 = 1 << 6;
+    /// What the call takes could not be read at its start.
+    pub const UNREADABLE: u32 = 1 << 7;
+}
+
+/// `nr` of a [`TaskState`] between two calls.
+pub const NO_CALL: u32 = u32::MAX;
+
+/// Value of the map `SUSPECTS`: an object whose records were lost.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Suspect {
+    /// Records lost.
+    pub lost: u64,
+    /// When the last one was lost.
+    pub last_ns: u64,
+}
+
+/// Indices into the array `COUNTERS` (u64 each).
+pub mod counter {
+    /// Records put into the ring.
+    pub const RECORDS: u32 = 0;
+    /// Reserves that failed; each is named in `SUSPECTS` or by [`RESCAN`].
+    pub const RESERVE_FAILED: u32 = 1;
+    /// Names could not be kept: the whole replicated set is suspect. Rises, never falls.
+    pub const RESCAN: u32 = 2;
+    /// Writes whose bytes were copied in the probe.
+    pub const INLINE: u32 = 3;
+    /// Writes whose bytes are read from the file.
+    pub const BY_REFERENCE: u32 = 4;
+    /// Reads of user memory that failed.
+    pub const USER_UNREADABLE: u32 = 5;
+    /// `sys_exit` without `sys_enter` (answered by seccomp, or entered before we came).
+    pub const NO_ENTER: u32 = 6;
+    /// Compat calls.
+    pub const COMPAT: u32 = 7;
+    /// Tasks that found no room in `TASKS`.
+    pub const TASKS_FULL: u32 = 8;
+    /// Large writes whose bytes found no room in the ring and go by reference.
+    pub const DATA_LOST: u32 = 9;
+    /// io_uring and AIO operations that may change a file. Rises before the operation is in
+    /// `REQUESTS`.
+    pub const ASYNC: u32 = 10;
+    /// Operations that found no room in `REQUESTS`, or rings in `RINGS`.
+    pub const REQUESTS_FULL: u32 = 11;
+    /// How many counters there are.
+    pub const COUNT: u32 = 16;
+}
+
+/// What the agent decides when it loads the probes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Devices (`s_dev`, kernel form; anonymous device on btrfs) with subtrees in scope; 0 = none.
+    pub devices: [u32; DEVICES_MAX],
+    /// Largest write, in bytes, whose data is copied in the probe.
+    pub inline_max: u32,
+    /// Identity of the cgroup whose tasks are selected, lower half; 0 in both: selection is by
+    /// process tree.
+    pub cgroup_low: u32,
+    /// Upper half.
+    pub cgroup_high: u32,
+}

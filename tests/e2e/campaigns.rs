@@ -1,0 +1,86 @@
+//! Random programs that hunt for differences: checkpoints all the time, each compared or checked.
+
+use bfs_tests::exercise;
+use bfs_tests::programs::names::{self, RandomNames};
+use bfs_tests::programs::sequences::{Hunt, Manner, Operation, Paths, Sequence, Sequences, all, core};
+use bfs_tests::random::{Random, printed_seed};
+use bfs_tests::world::{How, Transport, World, rounds};
+
+#[test]
+fn random_names_in_three_shared_directories() {
+    let _ = printed_seed();
+    let mut world = World::new("random-names", Transport::Tcp).unwrap();
+    exercise::checkpoints(&mut world, &RandomNames, How::Run, rounds(8, 120)).unwrap();
+    names::made_at_least(&world.place.data, rounds(2_000, 200_000) as u64).unwrap();
+}
+
+const MANNERS: [Manner; 6] = [
+    Manner { threads: 1, paths: Paths::Absolute, in_steps: true },
+    Manner { threads: 1, paths: Paths::Working, in_steps: false },
+    Manner { threads: 4, paths: Paths::Descriptor, in_steps: false },
+    Manner { threads: 1, paths: Paths::Descriptor, in_steps: true },
+    Manner { threads: 4, paths: Paths::Above, in_steps: true },
+    Manner { threads: 1, paths: Paths::Above, in_steps: false },
+];
+
+/// Sequences of one batch.
+const BATCH: usize = 400;
+
+/// Does the sequences in batches, each batch in another manner.
+fn hunted(name: &str, sequences: &[Sequence]) {
+    let mut world = World::new(name, Transport::Unix).unwrap();
+    world.start(&Sequences, How::Run).unwrap();
+    let mut hunt = Hunt::new(&world);
+    let mut small = Vec::new();
+    for (index, batch) in sequences.chunks(BATCH).enumerate() {
+        let manner = MANNERS[index % MANNERS.len()];
+        let failures = hunt.batch(manner, batch).unwrap();
+        for failure in failures.into_iter().take(5) {
+            eprintln!("{manner:?}: {failure:#?}");
+            small.push((manner, hunt.shrink(manner, failure).unwrap()));
+        }
+        if small.len() > 20 {
+            break;
+        }
+    }
+    assert!(small.is_empty(), "the backup differed after: {small:#?}");
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
+}
+
+fn randomly(random: &mut Random, among: &[Operation], count: usize, length: usize) -> Vec<Sequence> {
+    (0..count).map(|_| (0..length).map(|_| *random.of(among)).collect()).collect()
+}
+
+#[test]
+fn sequences_of_one_operation_and_of_two() {
+    let mut random = Random::printed();
+    let mut sequences: Vec<Sequence> = all(false).into_iter().map(|operation| vec![operation]).collect();
+    let core = core(false);
+    let pairs: Vec<Sequence> =
+        core.iter().flat_map(|first| core.iter().map(|second| vec![*first, *second])).collect();
+    if rounds(0, 1) == 1 {
+        sequences.extend(pairs);
+    } else {
+        sequences.extend((0..400).map(|_| random.of(&pairs).clone()));
+    }
+    hunted("short-sequences", &sequences);
+}
+
+#[test]
+fn random_sequences_of_many_operations() {
+    let mut random = Random::printed();
+    hunted("long-sequences", &randomly(&mut random, &all(false), rounds(300, 20_000), 8));
+}
+
+#[test]
+fn random_sequences_with_shared_mappings() {
+    let mut random = Random::printed();
+    // One in ten or so is of the mapping.
+    let mut among = core(true);
+    let mapped: Vec<_> = among.iter().copied().filter(|o| o.verb.starts_with("map-")).collect();
+    for _ in 0..3 {
+        among.extend(&mapped);
+    }
+    hunted("mapped-sequences", &randomly(&mut random, &among, rounds(150, 5_000), 5));
+}
