@@ -2,11 +2,12 @@
 //!
 //! The two roles, [`primary`] and [`backup`], know each other only through the records of
 //! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication)
-//! and [`tree`] (reading files and attributes). [`cli`] holds the two command lines; the binaries
+//! [`tree`] (files and attributes) and [`generation`] (reading checkpoints that are kept). [`cli`] holds the two command lines; the binaries
 //! are thin.
 
 pub mod backup;
 pub mod cli;
+pub mod generation;
 pub mod net;
 pub mod primary;
 pub mod tree;

@@ -168,6 +168,41 @@ pub struct ManifestLine {
     pub xattrs: [u8; 32],
 }
 
+/// A checkpoint that is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationLine {
+    /// Its number.
+    pub checkpoint: CheckpointId,
+    /// Its label.
+    pub label: CheckpointLabel,
+    /// Objects that changed since the one before.
+    pub changed: u64,
+    /// Bytes of files that were written since.
+    pub bytes: u64,
+}
+
+/// One object of a generation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreeObject {
+    /// It, as it was; what is too much for one line comes in more of the same number.
+    pub object: CatalogObject,
+    /// Something about it changed since.
+    pub changed: bool,
+    /// blake3 of the content of a regular file, if it was asked for.
+    pub content: Option<[u8; 32]>,
+}
+
+/// Of which files of a generation digests are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Digests {
+    /// Of none.
+    None,
+    /// Of those that changed since.
+    Changed,
+    /// Of all.
+    All,
+}
+
 /// How many bytes of state each destination has, for status.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupStatus {
@@ -300,6 +335,60 @@ pub enum Frame {
         /// Some of the lines.
         lines: Vec<ManifestLine>,
         /// No more to come.
+        last: bool,
+    },
+    /// Agent or command: which generations are there? Answered by [`Frame::Generations`] frames.
+    GetGenerations {
+        /// Name of the group.
+        group: String,
+    },
+    /// Replayer: some of the generations, the oldest first.
+    Generations {
+        /// One line each.
+        lines: Vec<GenerationLine>,
+        /// No more to come.
+        last: bool,
+    },
+    /// Agent or command: send a generation without the bytes of its files. Answered by
+    /// [`Frame::Tree`] frames. The applier waits meanwhile; the generation is held until the
+    /// connection ends.
+    GetTree {
+        /// Name of the group.
+        group: String,
+        /// Its number.
+        at: CheckpointId,
+        /// What is to be read for it.
+        digests: Digests,
+    },
+    /// Replayer: some of its objects.
+    Tree {
+        /// Its number.
+        checkpoint: CheckpointId,
+        /// Its label.
+        label: CheckpointLabel,
+        /// Its roots.
+        roots: Vec<(PathBytes, ObjectId)>,
+        /// Some of the objects.
+        objects: Vec<TreeObject>,
+        /// No more to come.
+        last: bool,
+    },
+    /// Agent or command: send the bytes of these files. Answered by [`Frame::Content`] frames.
+    GetContents {
+        /// Name of the group.
+        group: String,
+        /// Number of the generation.
+        at: CheckpointId,
+        /// Which files, in the order of the answers.
+        objects: Vec<ObjectId>,
+    },
+    /// Replayer: bytes of a file, in the body; between them are zeros.
+    Content {
+        /// The file.
+        object: ObjectId,
+        /// Where they begin.
+        offset: u64,
+        /// No more of this file to come.
         last: bool,
     },
     /// Anyone who may connect: how do the groups stand? Answered by [`Frame::Status`].

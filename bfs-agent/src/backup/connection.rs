@@ -10,12 +10,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bfs_common::record::{Epoch, GroupId, PathBytes};
+use bfs_common::record::{CheckpointId, Epoch, GroupId, PathBytes};
 use bfs_common::wire::{Frame, Refusal};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
+use super::error::BackupError;
+use super::generations::{self, Past};
 use super::group::{Group, Slot};
 use super::read;
 use super::serve::Shared;
@@ -27,6 +29,10 @@ const QUEUE: usize = 32;
 const SLOT_WAIT: Duration = Duration::from_secs(2);
 /// How long a peer may take to read a frame.
 const WRITE_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
+/// How long a reader of a generation waits for a step that is half done.
+const STEP_WAIT: Duration = Duration::from_secs(30);
+/// Generations in a frame: their tags are short.
+const GENERATIONS_AT_ONCE: usize = 256;
 /// Bytes of text in a refusal: it may quote what the peer sent.
 const TEXT_MAX: usize = 4096;
 /// How long a refused peer may take to read that.
@@ -47,6 +53,8 @@ struct Session {
     broken: Arc<Notify>,
     writing: Option<Writing>,
     readers: Vec<AbortHandle>,
+    /// Generations that the peer reads.
+    held: Vec<(Arc<Group>, CheckpointId)>,
 }
 
 /// Serves a connection until it ends.
@@ -64,8 +72,15 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
         let _ = writer.shutdown().await;
     });
     let number = shared.number_connection();
-    let mut session =
-        Session { shared, number, out, broken: Arc::new(Notify::new()), writing: None, readers: Vec::new() };
+    let mut session = Session {
+        shared,
+        number,
+        out,
+        broken: Arc::new(Notify::new()),
+        writing: None,
+        readers: Vec::new(),
+        held: Vec::new(),
+    };
     let end = session.run(&mut reader).await;
     session.release();
     let refused = match end {
@@ -165,9 +180,7 @@ impl Session {
                 }
             }
             Frame::GetManifest { group, at_least } => {
-                let Some(group) = self.shared.group(&group) else {
-                    return Err(Refusal::Bad(format!("there is no group {group:?} in this store")));
-                };
+                let group = self.group(&group)?;
                 let out = self.out.clone();
                 self.readers.retain(|task| !task.is_finished());
                 let task = tokio::spawn(async move {
@@ -191,6 +204,28 @@ impl Session {
                 self.readers.push(task.abort_handle());
                 Ok(())
             }
+            Frame::GetGenerations { group } => {
+                let group = self.group(&group)?;
+                let all = tokio::task::spawn_blocking(move || group.generations())
+                    .await
+                    .map_err(|e| Refusal::Store(e.to_string()))?
+                    .map_err(|e| Refusal::Store(e.to_string()))?;
+                let mut pieces = all.chunks(GENERATIONS_AT_ONCE).peekable();
+                if pieces.peek().is_none() {
+                    self.answer(Frame::Generations { lines: Vec::new(), last: true }).await;
+                }
+                while let Some(piece) = pieces.next() {
+                    let last = pieces.peek().is_none();
+                    self.answer(Frame::Generations { lines: piece.to_vec(), last }).await;
+                }
+                Ok(())
+            }
+            Frame::GetTree { group, at, digests } => {
+                self.read_past(group, at, move |past, send| past.send_tree(digests, send)).await
+            }
+            Frame::GetContents { group, at, objects } => {
+                self.read_past(group, at, move |past, send| past.send_contents(&objects, send)).await
+            }
             Frame::GetStatus => {
                 self.answer(Frame::Status { groups: self.shared.status() }).await;
                 Ok(())
@@ -202,6 +237,44 @@ impl Session {
             Frame::Pong(_) => Ok(()),
             _ => Err(Refusal::Bad("a frame that only a replayer sends".into())),
         }
+    }
+
+    fn group(&self, name: &str) -> Result<Arc<Group>, Refusal> {
+        let found = self.shared.group(name);
+        found.ok_or_else(|| Refusal::Bad(format!("there is no group {name:?} in this store")))
+    }
+
+    /// Reads a generation, when no step is half done. It is held until the connection ends.
+    async fn read_past(
+        &mut self,
+        group: String,
+        at: CheckpointId,
+        read: impl Fn(&mut Past<'_>, generations::Send<'_>) -> Result<(), BackupError> + Clone + Send + 'static,
+    ) -> Result<(), Refusal> {
+        let group = self.group(&group)?;
+        let mut progress = group.progress();
+        let deadline = tokio::time::Instant::now() + STEP_WAIT;
+        loop {
+            progress.borrow_and_update();
+            let (from, out, read) = (group.clone(), self.out.clone(), read.clone());
+            let made = tokio::task::spawn_blocking(move || {
+                from.hold(at, |past| read(past, &mut |frame, body| out.blocking_send((frame, body)).is_ok()))
+            });
+            match made.await {
+                Ok(Ok(())) => break,
+                // A step that a crash broke off is done again as soon as the applier gets to it.
+                Ok(Err(BackupError::Applying(_)))
+                    if tokio::time::timeout_at(deadline, progress.changed()).await.is_ok() => {}
+                Ok(Err(error)) => return Err(Refusal::Store(error.to_string())),
+                Err(error) => return Err(Refusal::Store(format!("reading failed: {error}"))),
+            }
+        }
+        if self.held.iter().any(|(held, number)| Arc::ptr_eq(held, &group) && *number == at) {
+            group.release(at);
+        } else {
+            self.held.push((group, at));
+        }
+        Ok(())
     }
 
     async fn hello(
@@ -313,6 +386,9 @@ impl Session {
     fn release(&mut self) {
         for reader in self.readers.drain(..) {
             reader.abort();
+        }
+        for (group, checkpoint) in self.held.drain(..) {
+            group.release(checkpoint);
         }
         let Some(writing) = self.writing.take() else { return };
         writing.acks.abort();

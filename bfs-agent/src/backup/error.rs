@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bfs_common::record::Sequence;
+use bfs_common::record::{CheckpointId, Sequence};
 
 use crate::net::AddressError;
 
@@ -73,6 +73,21 @@ pub enum BackupError {
     /// Records that cannot be applied.
     #[error("the stream cannot be applied: {0}")]
     Stream(String),
+    /// The checkpoint is not kept.
+    #[error("group {group:?} has no generation {checkpoint}: {range}; `bfs-replayer generations` lists them")]
+    NoGeneration {
+        /// The group.
+        group: String,
+        /// What was asked for.
+        checkpoint: CheckpointId,
+        /// What there is.
+        range: String,
+    },
+    /// A step is under way, or failed half way.
+    #[error(
+        "a checkpoint of group {0:?} is half applied: try again when `bfs-replayer status` shows no trouble"
+    )]
+    Applying(String),
     /// An address to listen on cannot be used.
     #[error(transparent)]
     Address(#[from] AddressError),

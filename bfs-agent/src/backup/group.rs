@@ -5,7 +5,7 @@
 //! them. The applier holds the lock of the tree for a whole step; whoever reads the tree or the
 //! index together with the log (manifest, catalogue) takes that lock too.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -13,18 +13,20 @@ use std::time::Duration;
 
 use bfs_common::codec;
 use bfs_common::record::{CheckpointId, CheckpointLabel, Epoch, GroupId, PathBytes, Record, Sequence};
-use bfs_common::wire::{GroupStatus, Position, Refusal};
+use bfs_common::wire::{GenerationLine, GroupStatus, Position, Refusal};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::apply::{self, Area, CrashPoint, Step};
 use super::error::BackupError;
 use super::gate::{Gate, Marker, Verdict};
-use super::index::{GroupRow, Index, Phase, PlanRow};
+use super::generations::Past;
+use super::index::{GenerationRow, GroupRow, Index, Phase, PlanRow};
 use super::kinds::Kinds;
 use super::log::writer::{Batch, LogWriter};
 use super::log::{LogRecord, read_range};
 use super::plan::plan;
+use super::retention::{Kept, Retention};
 use super::target::Target;
 
 /// Batches that wait for the log thread; each is a frame at most.
@@ -115,6 +117,9 @@ pub struct Group {
     pub(super) area: Area,
     pub(super) log: PathBuf,
     unapplied_max: u64,
+    retention: Retention,
+    /// Generations that are being read, and by how many.
+    held: Mutex<BTreeMap<CheckpointId, u32>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -172,7 +177,11 @@ impl Group {
         area: Area,
         log: PathBuf,
         unapplied_max: u64,
+        retention: Retention,
     ) -> Result<Arc<Self>, BackupError> {
+        if let Some((oldest, _)) = index.generations(row.number)?.first() {
+            area.sweep(&index.view(row.number)?, *oldest)?;
+        }
         let (writer, gate, steps, pending) = open_log(&log, &row, &index)?;
         let confirmed = steps.back().map_or(row.checkpoint, |s| s.marker.checkpoint);
         let progress = Progress { durable: gate.position, confirmed, applied: row.checkpoint, refuses: None };
@@ -204,6 +213,8 @@ impl Group {
             area,
             log,
             unapplied_max,
+            retention,
+            held: Mutex::new(BTreeMap::new()),
             threads: Mutex::new(Vec::new()),
         });
         let spawn = |what: &str, work: Box<dyn FnOnce() + Send>| {
@@ -281,12 +292,18 @@ impl Group {
         refused.map_or(Ok(()), Err)
     }
 
-    /// Why nothing can be taken, if the file system of the log is full but for the reserve.
-    fn no_room(&self) -> Option<String> {
-        // What cannot be asked is found out by writing.
+    /// How many bytes are free on the file system of the log, and how many have to stay so. What
+    /// cannot be asked is found out by writing.
+    fn free(&self) -> Option<(u64, u64)> {
         let now = rustix::fs::statvfs(&self.log).ok()?;
         let (free, all) = (now.f_bavail * now.f_frsize, now.f_blocks * now.f_frsize);
-        (free < FREE_MIN.min(all / 20))
+        Some((free, FREE_MIN.min(all / 20)))
+    }
+
+    /// Why nothing can be taken, if the file system of the log is full but for the reserve.
+    fn no_room(&self) -> Option<String> {
+        let (free, reserve) = self.free()?;
+        (free < reserve)
             .then(|| format!("{} MiB are left on its file system: make room, then it goes on", free >> 20))
     }
 
@@ -436,11 +453,81 @@ impl Group {
         }
         state.applied = (tree.checkpoint, tree.label.clone());
         drop(state);
+        let retired = self.retire(&tree);
         self.progress.send_modify(|p| {
             p.applied = tree.checkpoint;
             p.confirmed = p.confirmed.max(tree.checkpoint);
         });
+        retired?;
         LogWriter::remove_applied(&self.log, tree.applied.sequence)
+    }
+
+    /// Drops the generations that are not to be kept. The caller holds the lock of the tree.
+    fn retire(&self, row: &GroupRow) -> Result<(), BackupError> {
+        let held = locked(&self.held);
+        let kept: Vec<Kept> = self
+            .index
+            .generations(row.number)?
+            .into_iter()
+            .map(|(checkpoint, row)| Kept {
+                checkpoint,
+                tagged: !row.label.tag.is_empty(),
+                held: held.contains_key(&checkpoint),
+            })
+            .collect();
+        let short = self.free().is_some_and(|(free, reserve)| free < reserve * 2);
+        let gone = self.retention.gone(&kept, short);
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let (oldest, objects) = self.index.drop_generations(row.number, &gone)?;
+        self.area.drop_kept(&objects)?;
+        self.area.drop_images(oldest)
+    }
+
+    /// Gives a generation to `read`. It stays until [`Self::release`].
+    ///
+    /// # Errors
+    /// [`BackupError::NoGeneration`], [`BackupError::Applying`], or what `read` says.
+    pub fn hold(
+        &self,
+        checkpoint: CheckpointId,
+        read: impl FnOnce(&mut Past<'_>) -> Result<(), BackupError>,
+    ) -> Result<(), BackupError> {
+        let row = locked(&self.tree);
+        let mut past = Past::open(&self.area, &self.index, &row, &self.name, checkpoint)?;
+        *locked(&self.held).entry(checkpoint).or_default() += 1;
+        let done = read(&mut past);
+        if done.is_err() {
+            self.release(checkpoint);
+        }
+        done
+    }
+
+    /// Nobody reads it any more, of those who called [`Self::hold`] once.
+    pub fn release(&self, checkpoint: CheckpointId) {
+        let mut held = locked(&self.held);
+        if let Some(count) = held.get_mut(&checkpoint) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&checkpoint);
+            }
+        }
+    }
+
+    /// The generations, the oldest first.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn generations(&self) -> Result<Vec<GenerationLine>, BackupError> {
+        let all = self.index.generations(self.number)?;
+        let line = |(checkpoint, row): (CheckpointId, GenerationRow)| GenerationLine {
+            checkpoint,
+            label: row.label,
+            changed: row.changed,
+            bytes: row.bytes,
+        };
+        Ok(all.into_iter().map(line).collect())
     }
 
     /// Grants the next epoch, durably. Blocks on the disk.
@@ -531,7 +618,7 @@ pub(super) fn apply_step(
     crash: &mut CrashPoint,
 ) -> Result<GroupRow, BackupError> {
     let begun = index.plan(row.number)?;
-    let (to, phase) = begun.map_or((marker, None), |plan| (plan.to, Some(plan.phase)));
+    let (to, phase) = begun.as_ref().map_or((marker, None), |plan| (plan.to.clone(), Some(plan.phase)));
     let mut target = Target::default();
     let (mut highest, mut boot_id) = (row.highest_object, row.boot_id);
     read_range(log, row.id, row.applied.sequence, to.position.sequence, |found| {
@@ -546,17 +633,31 @@ pub(super) fn apply_step(
     })?;
     let view = index.view(row.number)?;
     let plan = plan(&view, &row.roots, &target)?;
-    let mut plan_row = PlanRow { from: row.checkpoint, to: to.clone(), phase: Phase::Planned };
+    let mut plan_row = begun.unwrap_or_else(|| PlanRow {
+        from: row.checkpoint,
+        to: to.clone(),
+        phase: Phase::Planned,
+        // There is nothing before the first checkpoint.
+        imaged: row.checkpoint > CheckpointId(0),
+    });
     if phase.is_none() {
         // Left by the step before, if it crashed after its transaction.
         apply::clean(area, &view)?;
+        if plan_row.imaged {
+            Step::new(area, &view, &plan, crash).take_images(
+                area.images(),
+                row.id,
+                row.checkpoint,
+                to.checkpoint,
+            )?;
+        }
         index.put_plan(row.number, &plan_row)?;
     }
     let result = Step::new(area, &view, &plan, crash).run(phase.unwrap_or(Phase::Planned), || {
         plan_row.phase = Phase::Detached;
         index.put_plan(row.number, &plan_row)
     })?;
-    let row = index.finish(name, &result, |row| {
+    let row = index.finish(name, &result, plan_row.imaged, |row| {
         row.applied = to.position;
         row.checkpoint = to.checkpoint;
         row.label = to.label;

@@ -1,7 +1,8 @@
 //! The store's index: what the groups are, and the state of each at its applied checkpoint.
 //!
 //! One transaction moves the applied position together with every object and entry that the step
-//! changed, so the index is at a checkpoint at every moment.
+//! changed, so the index is at a checkpoint at every moment. The same transaction makes the step's
+//! end a generation, and says that the images of the step give the one before.
 
 use std::path::Path;
 
@@ -23,6 +24,10 @@ const OBJECTS: TableDefinition<(u32, u64), &[u8]> = TableDefinition::new("object
 const ENTRIES: TableDefinition<(u32, u64, &[u8]), u64> = TableDefinition::new("entries");
 /// group number -> PlanRow
 const PLANS: TableDefinition<u32, &[u8]> = TableDefinition::new("plans");
+/// (group number, checkpoint) -> GenerationRow
+const GENERATIONS: TableDefinition<(u32, u64), &[u8]> = TableDefinition::new("generations");
+/// (group number, object) -> the last checkpoint that had it: its file is kept
+const KEPT: TableDefinition<(u32, u64), u64> = TableDefinition::new("kept");
 
 /// Memory for the index's pages.
 const CACHE_BYTES: usize = 64 << 20;
@@ -103,6 +108,23 @@ pub struct PlanRow {
     pub to: Marker,
     /// How far it is.
     pub phase: Phase,
+    /// The before-images of the step are sealed.
+    #[serde(default)]
+    pub imaged: bool,
+}
+
+/// A checkpoint that is kept. The newest stands in the tree, the others behind it: each is the one
+/// after it with the images of that step put over it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationRow {
+    /// Its label.
+    pub label: CheckpointLabel,
+    /// The roots at it.
+    pub roots: Vec<(PathBytes, ObjectId)>,
+    /// Objects that changed since the applied checkpoint before.
+    pub changed: u64,
+    /// Bytes of files that were written since.
+    pub bytes: u64,
 }
 
 /// What a finished step changes in the index.
@@ -112,6 +134,10 @@ pub struct StepResult {
     pub objects: Vec<(ObjectId, Option<Node>)>,
     /// New or changed entries; `None` for gone ones.
     pub entries: Vec<(ObjectId, Name, Option<ObjectId>)>,
+    /// Objects that are gone but whose files older generations need.
+    pub kept: Vec<ObjectId>,
+    /// Objects that changed, and bytes that were written.
+    pub extent: (u64, u64),
 }
 
 /// The index of a store.
@@ -146,6 +172,8 @@ impl Index {
         write.open_table(OBJECTS)?;
         write.open_table(ENTRIES)?;
         write.open_table(PLANS)?;
+        write.open_table(GENERATIONS)?;
+        write.open_table(KEPT)?;
         write.commit()?;
         Ok(Self { db })
     }
@@ -212,8 +240,9 @@ impl Index {
         Ok(write.commit()?)
     }
 
-    /// Ends a step: objects, entries, applied position and the end of the plan in one
-    /// transaction. `update` changes the group's row.
+    /// Ends a step: objects, entries, applied position, generations and the end of the plan in
+    /// one transaction. `update` changes the group's row. `imaged`: the images of the step are
+    /// sealed; without them nothing before it can be read any more.
     ///
     /// # Errors
     /// If the index fails; then nothing is changed.
@@ -221,13 +250,35 @@ impl Index {
         &self,
         name: &str,
         result: &StepResult,
+        imaged: bool,
         update: impl FnOnce(&mut GroupRow),
     ) -> Result<GroupRow, BackupError> {
         let write = self.db.begin_write()?;
         let row = {
             let mut groups = write.open_table(GROUPS)?;
             let mut row = group_row(&groups, name)?;
+            let mut generations = write.open_table(GENERATIONS)?;
+            let mut kept = write.open_table(KEPT)?;
+            if imaged {
+                let before = (row.number, row.checkpoint.0);
+                if generations.get(before)?.is_none() {
+                    // Applied by a release that kept none.
+                    let (label, roots) = (row.label.clone(), row.roots.clone());
+                    generations
+                        .insert(before, &pack(&GenerationRow { label, roots, changed: 0, bytes: 0 })[..])?;
+                }
+                for object in &result.kept {
+                    kept.insert((row.number, object.0), row.checkpoint.0)?;
+                }
+            } else {
+                let all = (row.number, 0)..=(row.number, u64::MAX);
+                generations.retain_in(all.clone(), |_, _| false)?;
+                kept.retain_in(all, |_, _| false)?;
+            }
             update(&mut row);
+            let (changed, bytes) = result.extent;
+            let newest = GenerationRow { label: row.label.clone(), roots: row.roots.clone(), changed, bytes };
+            generations.insert((row.number, row.checkpoint.0), &pack(&newest)[..])?;
             groups.insert(name, &pack(&row)[..])?;
             let mut objects = write.open_table(OBJECTS)?;
             for (object, node) in &result.objects {
@@ -251,13 +302,67 @@ impl Index {
         Ok(row)
     }
 
+    /// The generations of a group, the oldest first.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn generations(&self, group: u32) -> Result<Vec<(CheckpointId, GenerationRow)>, BackupError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(GENERATIONS)?;
+        let mut found = Vec::new();
+        for line in table.range((group, 0)..=(group, u64::MAX))? {
+            let (key, row) = line?;
+            found.push((CheckpointId(key.value().1), unpack("generation", row.value())?));
+        }
+        Ok(found)
+    }
+
+    /// Drops generations. Returns the oldest that is left, and the objects whose files were kept
+    /// only for the others.
+    ///
+    /// # Errors
+    /// If the index fails; then nothing is changed.
+    pub fn drop_generations(
+        &self,
+        group: u32,
+        drop: &[CheckpointId],
+    ) -> Result<(CheckpointId, Vec<ObjectId>), BackupError> {
+        let write = self.db.begin_write()?;
+        let mut gone = Vec::new();
+        let oldest = {
+            let mut generations = write.open_table(GENERATIONS)?;
+            for checkpoint in drop {
+                generations.remove((group, checkpoint.0))?;
+            }
+            let oldest = match generations.range((group, 0)..=(group, u64::MAX))?.next() {
+                Some(line) => line?.0.value().1,
+                None => u64::MAX,
+            };
+            let all = (group, 0)..=(group, u64::MAX);
+            write.open_table(KEPT)?.retain_in(all, |(_, object), last| {
+                if last < oldest {
+                    gone.push(ObjectId(object));
+                }
+                last >= oldest
+            })?;
+            CheckpointId(oldest)
+        };
+        write.commit()?;
+        Ok((oldest, gone))
+    }
+
     /// A view of one group's objects that does not change while it is held.
     ///
     /// # Errors
     /// If the index fails.
     pub fn view(&self, group: u32) -> Result<View, BackupError> {
         let read = self.db.begin_read()?;
-        Ok(View { objects: read.open_table(OBJECTS)?, entries: read.open_table(ENTRIES)?, group })
+        Ok(View {
+            objects: read.open_table(OBJECTS)?,
+            entries: read.open_table(ENTRIES)?,
+            kept: read.open_table(KEPT)?,
+            group,
+        })
     }
 }
 
@@ -275,6 +380,7 @@ fn group_row(
 pub struct View {
     objects: redb::ReadOnlyTable<(u32, u64), &'static [u8]>,
     entries: redb::ReadOnlyTable<(u32, u64, &'static [u8]), u64>,
+    kept: redb::ReadOnlyTable<(u32, u64), u64>,
     group: u32,
 }
 
@@ -322,6 +428,14 @@ impl Base for View {
 }
 
 impl View {
+    /// Whether the file of an object that is gone is kept.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn is_kept(&self, object: ObjectId) -> Result<bool, BackupError> {
+        Ok(self.kept.get((self.group, object.0))?.is_some())
+    }
+
     /// Number and type of every object.
     ///
     /// # Errors

@@ -38,6 +38,28 @@ pub struct Plan {
     pub attach: BTreeMap<Place, ObjectId>,
 }
 
+impl Plan {
+    /// Objects that go for good while older generations need their bytes.
+    #[must_use]
+    pub fn kept(&self) -> Vec<ObjectId> {
+        let gone = |t: &Touched| match (&t.before, &t.after) {
+            (Some(before), None) => before.kind == FileKind::Regular && before.size > 0,
+            _ => false,
+        };
+        self.objects.iter().filter(|(_, t)| gone(t)).map(|(object, _)| *object).collect()
+    }
+
+    /// How many objects change, and how many bytes of files are written.
+    #[must_use]
+    pub fn extent(&self) -> (u64, u64) {
+        let written = |t: &Touched| -> u64 {
+            let size = t.after.as_ref().map_or(0, |n| n.size);
+            t.change.content.extents.iter().map(|(start, end, _)| end.min(size).saturating_sub(start)).sum()
+        };
+        (self.objects.len() as u64, self.objects.values().map(written).sum())
+    }
+}
+
 /// Plans the step from `base` (with these roots) to `target`.
 ///
 /// # Errors

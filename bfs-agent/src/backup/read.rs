@@ -49,6 +49,43 @@ fn in_pieces(mut xattrs: &[(String, Bytes)]) -> Vec<&[(String, Bytes)]> {
     pieces
 }
 
+/// The lines of an object, of bounded size: what is too much for one comes in more of the same
+/// number. With each, about how many bytes it has.
+pub(super) fn lines_of(
+    object: ObjectId,
+    node: &Node,
+    entries: &[(Name, ObjectId)],
+) -> Vec<(CatalogObject, usize)> {
+    let mut pieces = entries.chunks(ENTRIES_MAX);
+    let mut xattr_pieces = in_pieces(&node.xattrs).into_iter();
+    let (mut piece, mut xattrs) = (pieces.next(), xattr_pieces.next());
+    let mut lines = Vec::new();
+    loop {
+        let entries = piece.unwrap_or_default().to_vec();
+        let some = xattrs.unwrap_or_default();
+        let bytes = 200
+            + node.target.len()
+            + entries.iter().map(|(n, _)| n.as_bytes().len() + 16).sum::<usize>()
+            + some.iter().map(xattr_len).sum::<usize>();
+        let line = CatalogObject {
+            object,
+            identity: node.identity,
+            kind: node.kind,
+            device: node.device,
+            meta: node.meta,
+            size: node.size,
+            xattrs: some.to_vec(),
+            target: node.target.clone(),
+            entries,
+        };
+        lines.push((line, bytes));
+        (piece, xattrs) = (pieces.next(), xattr_pieces.next());
+        if piece.is_none() && xattrs.is_none() {
+            return lines;
+        }
+    }
+}
+
 /// The state at the last durable record, as frames. `send` gives up with false.
 ///
 /// # Errors
@@ -84,37 +121,17 @@ pub fn catalog(group: &Group, send: &mut dyn FnMut(Frame) -> bool) -> Result<(),
             }
             entries = all.into_iter().collect();
         }
-        let mut pieces = entries.chunks(ENTRIES_MAX);
-        let mut xattr_pieces = in_pieces(&node.xattrs).into_iter();
-        let (mut piece, mut xattrs) = (pieces.next(), xattr_pieces.next());
-        loop {
-            let entries = piece.unwrap_or_default().to_vec();
-            let some = xattrs.unwrap_or_default();
-            bytes += 200 + node.target.len();
-            bytes += entries.iter().map(|(n, _)| n.as_bytes().len() + 16).sum::<usize>();
-            bytes += some.iter().map(xattr_len).sum::<usize>();
-            objects.push(CatalogObject {
-                object,
-                identity: node.identity,
-                kind: node.kind,
-                device: node.device,
-                meta: node.meta,
-                size: node.size,
-                xattrs: some.to_vec(),
-                target: node.target.clone(),
-                entries,
-            });
+        for (line, len) in lines_of(object, node, &entries) {
+            objects.push(line);
+            bytes += len;
             if bytes >= FRAME_BYTES {
                 bytes = 0;
                 if !send(Frame::Catalog { objects: std::mem::take(&mut objects), last: false }) {
                     return Ok(false);
                 }
             }
-            (piece, xattrs) = (pieces.next(), xattr_pieces.next());
-            if piece.is_none() && xattrs.is_none() {
-                return Ok(true);
-            }
         }
+        Ok(true)
     };
     if walk_objects(&view, &plan, &mut each)? {
         send(Frame::Catalog { objects, last: true });

@@ -21,6 +21,7 @@ use super::error::BackupError;
 use super::group::{Group, UNAPPLIED_MAX};
 use super::index::{GroupRow, Index};
 use super::places;
+use super::retention::Retention;
 use super::store::Store;
 use crate::net::auth::{self, Proof};
 use crate::net::{
@@ -45,6 +46,8 @@ pub struct ServeOptions {
     pub allow_roots: Vec<PathBuf>,
     /// Bytes of a group's log that may wait for an applier that is in trouble; 16 GiB if not given.
     pub unapplied_max: Option<u64>,
+    /// How many generations are kept.
+    pub retention: Retention,
 }
 
 /// A store at work: what all connections share.
@@ -55,6 +58,7 @@ pub struct Shared {
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
     allowed: Vec<PathBuf>,
     unapplied_max: u64,
+    retention: Retention,
     /// True when the replayer ends.
     pub(super) stop: watch::Sender<bool>,
     connections: AtomicU64,
@@ -72,7 +76,7 @@ impl Shared {
         let unapplied_max = options.unapplied_max.unwrap_or(UNAPPLIED_MAX);
         let mut groups = BTreeMap::new();
         for (name, row) in index.groups()? {
-            let group = open_group(&store, &index, &name, row, &allowed, unapplied_max)?;
+            let group = open_group(&store, &index, &name, row, &allowed, unapplied_max, options.retention)?;
             groups.insert(name, group);
         }
         Ok(Self {
@@ -81,6 +85,7 @@ impl Shared {
             groups: Mutex::new(groups),
             allowed,
             unapplied_max,
+            retention: options.retention,
             stop: watch::Sender::new(false),
             connections: AtomicU64::new(0),
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -132,7 +137,15 @@ impl Shared {
         let row = GroupRow::new(number, id, maps.to_vec());
         let make = || -> Result<Arc<Group>, BackupError> {
             self.index.put_group(name, &row)?;
-            open_group(&self.store, &self.index, name, row.clone(), &self.allowed, self.unapplied_max)
+            open_group(
+                &self.store,
+                &self.index,
+                name,
+                row.clone(),
+                &self.allowed,
+                self.unapplied_max,
+                self.retention,
+            )
         };
         let group = make().map_err(|e| Refusal::Store(e.to_string()))?;
         groups.insert(name.into(), group.clone());
@@ -159,10 +172,11 @@ fn open_group(
     row: GroupRow,
     allowed: &[PathBuf],
     unapplied_max: u64,
+    retention: Retention,
 ) -> Result<Arc<Group>, BackupError> {
     let area = Area::open(store, name, &row.maps, allowed)?;
     let log = store.group_dir("log", name)?;
-    Group::open(name, row, index.clone(), area, log, unapplied_max)
+    Group::open(name, row, index.clone(), area, log, unapplied_max, retention)
 }
 
 /// Starts replayers.

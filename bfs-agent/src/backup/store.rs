@@ -10,6 +10,8 @@
 //!   tree/GROUP/...      the backup files
 //!   stage/GROUP/N       object N while it is made
 //!   aside/GROUP/N       object N while it has no entry
+//!   kept/GROUP/N        object N, which is gone, while generations need it
+//!   images/GROUP/N.img  what the step from checkpoint N overwrote
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -23,6 +25,9 @@ use super::error::BackupError;
 
 /// Format of the store that this release writes.
 pub const FORMAT: u32 = 1;
+
+/// What stands in a store for each group.
+const FOLDERS: [&str; 6] = ["log", "tree", "stage", "aside", "kept", "images"];
 
 /// A store that this process owns.
 #[derive(Debug)]
@@ -49,12 +54,16 @@ impl Store {
             use std::os::unix::fs::PermissionsExt;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o700))
                 .map_err(BackupError::io("set the mode of", &path))?;
-            for dir in ["log", "tree", "stage", "aside"] {
+            for dir in FOLDERS {
                 make_dir(&path.join(dir))?;
             }
             write_new(&format, format!("bfs store {FORMAT}\n").as_bytes())?;
         }
         check_format(&path)?;
+        // Those that a release before this one did not make.
+        for dir in FOLDERS {
+            make_dir(&path.join(dir))?;
+        }
         Ok(Self { path, _lock: lock })
     }
 
@@ -64,7 +73,7 @@ impl Store {
         &self.path
     }
 
-    /// A folder of a group: `log`, `tree`, `stage` or `aside`. Made if it is missing.
+    /// A folder of a group in one of the [`FOLDERS`]. Made if it is missing.
     ///
     /// # Errors
     /// If it cannot be made.
@@ -80,8 +89,8 @@ fn is_empty_or_begun(path: &Path) -> Result<bool, BackupError> {
     for entry in fs::read_dir(path).map_err(BackupError::io("read", path))? {
         let entry = entry.map_err(BackupError::io("read", path))?;
         let name = entry.file_name();
-        let begun = ["bfs.lock", "log", "tree", "stage", "aside", "format.new"];
-        if !begun.iter().any(|known| name == *known) && name != "lost+found" {
+        let begun = ["bfs.lock", "format.new", "lost+found"];
+        if !begun.iter().chain(&FOLDERS).any(|known| name == *known) {
             return Ok(false);
         }
     }

@@ -110,6 +110,24 @@ impl Content {
         self.exact.is_none() && self.at_least == 0 && self.extents.is_empty()
     }
 
+    /// What is lost of the old content of a file that had this size: ranges (offset and end) in
+    /// order, which do not overlap.
+    #[must_use]
+    pub fn lost(&self, before: u64) -> Vec<(u64, u64)> {
+        let cut = (self.keep < before).then_some((self.keep, before));
+        let written = self.extents.iter().map(|(start, end, _)| (start, end.min(before)));
+        let mut ranges: Vec<(u64, u64)> = written.chain(cut).filter(|(start, end)| start < end).collect();
+        ranges.sort_unstable();
+        let mut lost: Vec<(u64, u64)> = Vec::new();
+        for (start, end) in ranges {
+            match lost.last_mut() {
+                Some(last) if start <= last.1 => last.1 = last.1.max(end),
+                _ => lost.push((start, end)),
+            }
+        }
+        lost
+    }
+
     fn write(&mut self, offset: u64, end: u64, source: Source) {
         self.extents.set(offset, end, source);
         match &mut self.exact {
@@ -340,6 +358,13 @@ mod tests {
                     };
                 }
             }
+            // What is said to be lost, put back, gives the old bytes again.
+            let mut back = file.clone();
+            back.resize(base.len(), 0);
+            for (start, end) in content.lost(base.len() as u64) {
+                back[start as usize..end as usize].copy_from_slice(&base[start as usize..end as usize]);
+            }
+            prop_assert_eq!(back, base);
             prop_assert_eq!(file, model);
         }
     }

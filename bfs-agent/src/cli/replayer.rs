@@ -1,5 +1,7 @@
 //! Command line of `bfs-replayer`.
 
+mod giveback;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,7 +9,9 @@ use std::time::Duration;
 use bfs_common::wire::{Frame, GroupStatus};
 use clap::{Parser, Subcommand};
 
+use crate::backup::retention::{self, Retention};
 use crate::backup::{BackupError, Replayer, ServeOptions, store};
+use crate::generation::At;
 use crate::net::{self, AddressError, ConnectError, Destination, Secret, SecretError};
 
 /// How long `status` waits for an answer.
@@ -91,6 +95,43 @@ The backup files of group G stand at STORE/tree/G/ followed by the path on the p
         /// times
         #[arg(long, value_name = "DIR")]
         allow_root: Vec<PathBuf>,
+        /// How many checkpoints without a tag are kept, and how many with one
+        #[arg(long, value_name = "N", default_value_t = retention::KEEP)]
+        keep: u32,
+        /// How many are kept even when room is short
+        #[arg(long, value_name = "N", default_value_t = retention::KEEP_MIN)]
+        keep_min: u32,
+    },
+    /// List the checkpoints that are kept
+    #[command(after_help = "\
+Example:
+  bfs-replayer generations --store /backup/store --group default")]
+    Generations {
+        #[command(flatten)]
+        from: giveback::From,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write the files of a checkpoint that is kept to another place
+    #[command(after_help = "\
+Examples:
+  bfs-replayer restore --store /backup/store --at 41 /tmp/then
+  bfs-replayer restore --store /backup/store --at 2026-11-21T14:05 --path /srv/data/db /tmp/then
+Each file stands below DEST at its absolute path of the primary.")]
+    Restore {
+        #[command(flatten)]
+        from: giveback::From,
+        /// Which: its number, tag:NAME, or a time (UTC) like 2026-11-21T14:05:00, which takes the
+        /// last one up to then
+        #[arg(long, value_name = "N|TIME|tag:NAME")]
+        at: At,
+        /// Only this file or directory of the primary
+        #[arg(long, value_name = "PATH")]
+        path: Option<PathBuf>,
+        /// Where to: an empty or missing directory
+        #[arg(value_name = "DEST")]
+        to: PathBuf,
     },
     /// Show how the groups of a store stand
     Status {
@@ -117,9 +158,12 @@ pub fn main() -> ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match cli.command {
-        Command::Serve { store, listen, secret_file, allow_root } => {
-            serve(store, listen, secret_file.as_deref(), allow_root)
+        Command::Serve { store, listen, secret_file, allow_root, keep, keep_min } => {
+            let retention = Retention { keep, floor: keep_min };
+            serve(store, listen, secret_file.as_deref(), allow_root, retention)
         }
+        Command::Generations { from, json } => giveback::generations(&from, json),
+        Command::Restore { from, at, path, to } => giveback::restore(&from, &at, path.as_deref(), &to),
         Command::Status { store, connect, secret_file, json } => {
             status(store.as_deref(), connect, secret_file.as_deref(), json)
         }
@@ -170,6 +214,7 @@ fn serve(
     listen: Vec<Destination>,
     secret_file: Option<&Path>,
     allow_roots: Vec<PathBuf>,
+    retention: Retention,
 ) -> anyhow::Result<()> {
     let secret = secret_file.map(Secret::from_file).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -179,7 +224,8 @@ fn serve(
         use tokio::signal::unix::{SignalKind, signal};
         [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
     };
-    let handle = Replayer::start(ServeOptions { store, listen, secret, allow_roots, unapplied_max: None })?;
+    let handle =
+        Replayer::start(ServeOptions { store, listen, secret, allow_roots, retention, unapplied_max: None })?;
     for address in handle.listening() {
         eprintln!("listening on {address}");
     }

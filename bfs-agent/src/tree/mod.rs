@@ -1,8 +1,10 @@
-//! Reading files and attributes: what both roles need.
+//! Reading files and attributes, and setting them: what both roles need.
 //!
 //! Everything goes by descriptor, `O_PATH` ones and ones of symlinks included: what a plain
 //! descriptor call refuses for those (EBADF) is asked through `/proc/self/fd/N`, whose magic link
 //! ends at the very object and follows nothing further.
+
+mod attributes;
 
 use std::fs::File;
 use std::io;
@@ -13,6 +15,8 @@ use bfs_common::record::{FileKind, Meta};
 use bytes::Bytes;
 use rustix::fs::{AtFlags, Stat};
 use rustix::io::Errno;
+
+pub use attributes::set_attributes;
 
 /// Names and values of extended attributes.
 pub type Xattrs = Vec<(String, Vec<u8>)>;

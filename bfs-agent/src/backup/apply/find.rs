@@ -135,7 +135,10 @@ impl<B: Base> Step<'_, B> {
     }
 
     /// Opens an object that must be there.
-    pub(super) fn open(&mut self, object: ObjectId, access: OFlags) -> Result<OwnedFd, BackupError> {
+    ///
+    /// # Errors
+    /// If it is not there, is another file, or cannot be opened.
+    pub fn open(&mut self, object: ObjectId, access: OFlags) -> Result<OwnedFd, BackupError> {
         let Some((dir, name)) = self.locate(object)? else {
             return Err(BackupError::Foreign(format!("object {object} is missing")));
         };

@@ -1,8 +1,11 @@
 //! The applier: does a planned step to the tree, so that every crash converges.
 //!
 //! Each line is durable before the next begins:
-//! 1. the plan row ([`Phase::Planned`]). The index is at the state before the step, the log holds
-//!    the records: both stay until the step is complete, so a redo computes the same plan;
+//! 0. the before-images ([`images`]): until they are sealed nothing else changes, so a crash here
+//!    only means that they are taken again;
+//! 1. the plan row ([`Phase::Planned`]): the images are sealed and never taken again. The index is
+//!    at the state before the step, the log holds the records: both stay until the step is
+//!    complete, so a redo computes the same plan;
 //! 2. every place that loses its object is emptied: the objects go to `aside/N`. Meanwhile an
 //!    object is at its old place or aside, so it is found by number ([`find`]);
 //! 3. the plan row ([`Phase::Detached`]), if anything was displaced;
@@ -10,9 +13,10 @@
 //!    attributes of directories are set last. Meanwhile an object is at a new place, in `stage/`
 //!    or aside, and places only fill, so again it is found by number;
 //! 5. `syncfs`;
-//! 6. one transaction of the index: objects, entries, applied position, end of the plan;
-//! 7. what is left in `stage/` and `aside/` without being somebody's only place is removed (also
-//!    at start, so a crash here costs nothing).
+//! 6. one transaction of the index: objects, entries, applied position, generations, end of the
+//!    plan;
+//! 7. what is left in `stage/` and `aside/` without being somebody's only place is removed, or
+//!    goes to `kept/` if a generation needs it (also at start, so a crash here costs nothing).
 //!
 //! One `syncfs` instead of one `fsync` a file is sound because nothing counts before it returns:
 //! it writes back all data and metadata of the file system that were dirty when it was called,
@@ -20,25 +24,27 @@
 //! descriptor was opened, which is before the first write of the step. For ten thousand small
 //! files it is one journal commit instead of ten thousand.
 
-mod attributes;
 mod find;
+mod images;
 
 pub(super) use find::open_beneath;
+pub(super) use images::next_data;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bfs_common::record::{FileKind, ObjectId, PathBytes};
+use bfs_common::record::{CheckpointId, FileKind, ObjectId, PathBytes};
 use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::error::BackupError;
-use super::index::{Base, Phase, Place, StepResult};
+use super::index::{Base, Phase, Place, StepResult, View};
 use super::log::segment_path;
 use super::places::{self, RootPlace};
 use super::plan::{Plan, Touched};
@@ -55,6 +61,8 @@ pub struct Area {
     tree: Arc<OwnedFd>,
     stage: Arc<OwnedFd>,
     aside: Arc<OwnedFd>,
+    kept: Arc<OwnedFd>,
+    images: PathBuf,
     base: Option<PathBuf>,
     maps: Vec<(PathBytes, PathBytes)>,
     allowed: Vec<PathBuf>,
@@ -97,6 +105,7 @@ impl Area {
             make(own.clone())?;
             make(own.join("stage"))?;
             make(own.join("aside"))?;
+            make(own.join("kept"))?;
         }
         Ok(Self {
             tree: Arc::new(match &base {
@@ -105,6 +114,8 @@ impl Area {
             }),
             stage: Arc::new(make(own.join("stage").join(group))?),
             aside: Arc::new(make(own.join("aside").join(group))?),
+            kept: Arc::new(make(own.join("kept").join(group))?),
+            images: store.group_dir("images", group)?,
             base,
             maps: maps.to_vec(),
             allowed: allowed.to_vec(),
@@ -131,6 +142,72 @@ impl Area {
 }
 
 impl Area {
+    /// The folder of before-images.
+    #[must_use]
+    pub fn images(&self) -> &Path {
+        &self.images
+    }
+
+    /// Opens the file of an object that is gone, for reading; `None` if it was not kept.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn open_kept(&self, object: ObjectId) -> Result<Option<File>, BackupError> {
+        let name = anchor(object);
+        // In `aside/` only after a crash, until the next step.
+        for dir in [&self.kept, &self.aside] {
+            match open_beneath(&**dir, &name, OFlags::RDONLY) {
+                Ok(fd) => return Ok(Some(File::from(fd))),
+                Err(Errno::NOENT) => {}
+                Err(error) => return Err(BackupError::io("open kept object", object.to_string())(error)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Removes the files of objects that no generation needs any more.
+    ///
+    /// # Errors
+    /// If one cannot be removed.
+    pub fn drop_kept(&self, objects: &[ObjectId]) -> Result<(), BackupError> {
+        for object in objects {
+            match rustix::fs::unlinkat(&*self.kept, anchor(*object), AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(error) => return Err(BackupError::io("remove kept object", object.to_string())(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the images of steps from before the oldest generation.
+    ///
+    /// # Errors
+    /// If the folder cannot be read or something not be removed.
+    pub fn drop_images(&self, oldest: CheckpointId) -> Result<(), BackupError> {
+        for entry in std::fs::read_dir(&self.images).map_err(BackupError::io("read", &self.images))? {
+            let name = entry.map_err(BackupError::io("read", &self.images))?.file_name();
+            if super::images::number(&name).is_none_or(|number| number < oldest) {
+                let path = self.images.join(name);
+                std::fs::remove_file(&path).map_err(BackupError::io("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what a crash left of generations that were dropped.
+    ///
+    /// # Errors
+    /// If a folder cannot be read or something not be removed.
+    pub fn sweep(&self, view: &View, oldest: CheckpointId) -> Result<(), BackupError> {
+        for name in names(&self.kept, "kept objects")? {
+            let object = name.to_str().ok().and_then(|n| n.parse().ok()).map(ObjectId);
+            if !object.map(|o| view.is_kept(o)).transpose()?.unwrap_or(false) {
+                find::remove(self.kept.as_fd(), &name)?;
+            }
+        }
+        self.drop_images(oldest)
+    }
+
     /// Opens the directory of a root (`O_PATH`); `None` if it is not there.
     ///
     /// # Errors
@@ -326,7 +403,7 @@ impl<'a, B: Base> Step<'a, B> {
             if content {
                 self.content(*object, &fd, touched)?;
             }
-            attributes::set(fd.as_fd(), after)
+            tree::set_attributes(fd.as_fd(), after.kind, &after.meta, &after.xattrs)
                 .map_err(BackupError::io("set the attributes of object", object.to_string()))?;
         }
         Ok(())
@@ -427,7 +504,7 @@ impl<'a, B: Base> Step<'a, B> {
             if after.kind == FileKind::Directory && touched.attributes {
                 let fd = self.open(*object, OFlags::PATH)?;
                 self.crash.pass()?;
-                attributes::set(fd.as_fd(), after)
+                tree::set_attributes(fd.as_fd(), after.kind, &after.meta, &after.xattrs)
                     .map_err(BackupError::io("set the attributes of directory", object.to_string()))?;
             }
         }
@@ -453,6 +530,8 @@ impl<'a, B: Base> Step<'a, B> {
             }
             result.objects.push((*object, after));
         }
+        result.kept = plan.kept();
+        result.extent = plan.extent();
         for place in plan.detach.keys().filter(|p| !plan.attach.contains_key(p)) {
             if let Place::Entry(directory, name) = place {
                 result.entries.push((*directory, name.clone(), None));
@@ -516,32 +595,42 @@ fn write_all_at(fd: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Errno
     Ok(())
 }
 
-/// Removes what a finished step left in `stage/` and `aside/`: everything but objects that have
+/// Tidies up after a finished step in `stage/` and `aside/`: everything goes but objects that have
 /// no place. Only when no plan is open.
 ///
 /// # Errors
 /// If a folder cannot be read or something not be removed.
-pub fn clean(area: &Area, base: &impl Base) -> Result<(), BackupError> {
+pub fn clean(area: &Area, view: &View) -> Result<(), BackupError> {
     for (fd, stage) in [(&area.stage, true), (&area.aside, false)] {
-        let dir = rustix::fs::Dir::read_from(&**fd).map_err(BackupError::io("read", "stage or aside"))?;
-        for entry in dir {
-            let entry = entry.map_err(BackupError::io("read", "stage or aside"))?;
-            let name = entry.file_name();
-            if name == c"." || name == c".." {
-                continue;
-            }
+        for name in names(fd, "stage or aside")? {
             let object = name.to_str().ok().and_then(|n| n.parse().ok()).map(ObjectId);
-            let node = object.map(|o| base.node(o)).transpose()?.flatten();
-            match node {
-                Some(node) if node.places.is_empty() => {
-                    if stage {
-                        rustix::fs::renameat(&**fd, name, &*area.aside, name)
-                            .map_err(BackupError::io("move aside", show(name.to_bytes())))?;
-                    }
+            let node = object.map(|o| view.node(o)).transpose()?.flatten();
+            let to = match (node, object) {
+                (Some(node), _) if node.places.is_empty() => stage.then_some(&area.aside),
+                (None, Some(object)) if view.is_kept(object)? => Some(&area.kept),
+                _ => {
+                    find::remove(fd.as_fd(), &name)?;
+                    None
                 }
-                _ => find::remove(fd.as_fd(), name)?,
+            };
+            if let Some(to) = to {
+                rustix::fs::renameat(&**fd, &name, &**to, &name)
+                    .map_err(BackupError::io("move away", show(name.to_bytes())))?;
             }
         }
     }
     Ok(())
+}
+
+/// The names in a folder.
+fn names(fd: &OwnedFd, what: &'static str) -> Result<Vec<CString>, BackupError> {
+    let mut found = Vec::new();
+    for entry in rustix::fs::Dir::read_from(fd).map_err(BackupError::io("read", what))? {
+        let entry = entry.map_err(BackupError::io("read", what))?;
+        let name = entry.file_name();
+        if name != c"." && name != c".." {
+            found.push(name.to_owned());
+        }
+    }
+    Ok(found)
 }

@@ -1,0 +1,241 @@
+//! Reading checkpoints that are kept, from the other end of a connection: which there are, what a
+//! tree held, the bytes of its files. For both roles' commands: `restore` beside the backup,
+//! `rollback` on the primary.
+
+mod at;
+mod restore;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::Path;
+use std::time::Duration;
+
+use bfs_common::record::{
+    CheckpointId, CheckpointLabel, FileKind, Identity, Meta, Name, ObjectId, PathBytes,
+};
+use bfs_common::wire::{Digests, Frame, GenerationLine, Refusal};
+use bytes::Bytes;
+
+use crate::net::{Connection, FrameError};
+
+pub use at::{At, time_text};
+pub use restore::{RestoreError, Restored, restore};
+
+/// How long the replayer may be silent: it may have much to read for one answer.
+const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// Files whose bytes are asked for together.
+const FILES_AT_ONCE: usize = 512;
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// No runtime.
+    #[error("cannot start an event loop: {0}")]
+    Runtime(std::io::Error),
+    /// The connection broke.
+    #[error("the connection to the replayer broke: {0}")]
+    Frame(#[from] FrameError),
+    /// The replayer ended the connection.
+    #[error("the replayer closed the connection before it had answered")]
+    Closed,
+    /// The replayer said no.
+    #[error("the replayer refuses: {0}")]
+    Refused(#[from] Refusal),
+    /// Something else came than what was asked for.
+    #[error("the replayer answered something that was not asked")]
+    Unexpected,
+    /// Nothing came.
+    #[error("the replayer said nothing for {0} s")]
+    Silent(u64),
+    /// What came cannot be written.
+    #[error("{0}")]
+    Sink(std::io::Error),
+}
+
+/// An object of a generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// The primary's inode.
+    pub identity: Identity,
+    /// Type.
+    pub kind: FileKind,
+    /// Device number, user-space form.
+    pub device: u64,
+    /// Attributes.
+    pub meta: Meta,
+    /// Size of a regular file.
+    pub size: u64,
+    /// Extended attributes, sorted by name.
+    pub xattrs: Vec<(String, Bytes)>,
+    /// Target of a symlink.
+    pub target: Bytes,
+    /// Entries of a directory.
+    pub entries: Vec<(Name, ObjectId)>,
+    /// Something about it changed since.
+    pub changed: bool,
+    /// blake3 of the content, if it was asked for.
+    pub content: Option<[u8; 32]>,
+}
+
+/// A generation without the bytes of its files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tree {
+    /// Its number.
+    pub checkpoint: CheckpointId,
+    /// Its label.
+    pub label: CheckpointLabel,
+    /// Its roots: the primary's absolute path, and the directory.
+    pub roots: Vec<(PathBytes, ObjectId)>,
+    /// Its objects.
+    pub objects: BTreeMap<ObjectId, Object>,
+}
+
+impl Tree {
+    /// The object at a path of the primary.
+    #[must_use]
+    pub fn find(&self, path: &Path) -> Option<ObjectId> {
+        let (root, top) = self.roots.iter().find(|(root, _)| path.starts_with(root.as_path()))?;
+        let mut at = *top;
+        for name in path.strip_prefix(root.as_path()).ok()?.iter() {
+            let entries = &self.objects.get(&at)?.entries;
+            at = entries.iter().find(|(n, _)| n.as_os_str() == name)?.1;
+        }
+        Some(at)
+    }
+}
+
+/// A connection that reads.
+pub struct Client {
+    runtime: tokio::runtime::Runtime,
+    connection: Connection,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("peer", &self.connection.peer).finish_non_exhaustive()
+    }
+}
+
+impl Client {
+    /// Connects.
+    ///
+    /// # Errors
+    /// What `connect` says, or that no event loop can be started.
+    pub fn open<E: From<ReadError>>(connect: impl Future<Output = Result<Connection, E>>) -> Result<Self, E> {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ReadError::Runtime)?;
+        let connection = runtime.block_on(connect)?;
+        Ok(Self { runtime, connection })
+    }
+
+    /// The generations of a group, the oldest first.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn generations(&mut self, group: &str) -> Result<Vec<GenerationLine>, ReadError> {
+        let mut all = Vec::new();
+        self.ask(&Frame::GetGenerations { group: group.into() }, |frame, _| match frame {
+            Frame::Generations { lines, last } => {
+                all.extend(lines);
+                Ok(last)
+            }
+            _ => Err(ReadError::Unexpected),
+        })?;
+        Ok(all)
+    }
+
+    /// A generation without the bytes of its files. It is held until the client is dropped.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn tree(&mut self, group: &str, at: CheckpointId, digests: Digests) -> Result<Tree, ReadError> {
+        let mut tree = Tree {
+            checkpoint: at,
+            label: CheckpointLabel::default(),
+            roots: Vec::new(),
+            objects: BTreeMap::new(),
+        };
+        self.ask(&Frame::GetTree { group: group.into(), at, digests }, |frame, _| match frame {
+            Frame::Tree { label, roots, objects, last, .. } => {
+                (tree.label, tree.roots) = (label, roots);
+                for line in objects {
+                    let o = line.object;
+                    let object = tree.objects.entry(o.object).or_insert_with(|| Object {
+                        identity: o.identity,
+                        kind: o.kind,
+                        device: o.device,
+                        meta: o.meta,
+                        size: o.size,
+                        xattrs: Vec::new(),
+                        target: o.target,
+                        entries: Vec::new(),
+                        changed: line.changed,
+                        content: line.content,
+                    });
+                    object.xattrs.extend(o.xattrs);
+                    object.entries.extend(o.entries);
+                }
+                Ok(last)
+            }
+            _ => Err(ReadError::Unexpected),
+        })?;
+        Ok(tree)
+    }
+
+    /// The bytes of files that are not zeros: `each` gets object, offset and bytes, and after the
+    /// last of an object no bytes.
+    ///
+    /// # Errors
+    /// [`ReadError`]; [`ReadError::Sink`] for what `each` says.
+    pub fn contents(
+        &mut self,
+        group: &str,
+        at: CheckpointId,
+        objects: &[ObjectId],
+        mut each: impl FnMut(ObjectId, u64, &[u8]) -> std::io::Result<()>,
+    ) -> Result<(), ReadError> {
+        for some in objects.chunks(FILES_AT_ONCE) {
+            let mut left = some.iter();
+            let mut next = left.next();
+            let ask = Frame::GetContents { group: group.into(), at, objects: some.to_vec() };
+            self.ask(&ask, |frame, body| match frame {
+                Frame::Content { object, offset, last } if Some(&object) == next => {
+                    if !body.is_empty() {
+                        each(object, offset, &body).map_err(ReadError::Sink)?;
+                    }
+                    if last {
+                        each(object, offset, b"").map_err(ReadError::Sink)?;
+                        next = left.next();
+                    }
+                    Ok(next.is_none())
+                }
+                _ => Err(ReadError::Unexpected),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Sends a question, and gives the answers to `take` until it says that it was the last.
+    fn ask(
+        &mut self,
+        question: &Frame,
+        mut take: impl FnMut(Frame, Bytes) -> Result<bool, ReadError>,
+    ) -> Result<(), ReadError> {
+        let Connection { reader, writer, .. } = &mut self.connection;
+        self.runtime.block_on(async {
+            writer.send(question, b"").await?;
+            loop {
+                let next = tokio::time::timeout(SILENCE_MAX, reader.next()).await;
+                let next = next.map_err(|_| ReadError::Silent(SILENCE_MAX.as_secs()))?;
+                match next?.ok_or(ReadError::Closed)? {
+                    (Frame::Refused(refusal), _) => return Err(refusal.into()),
+                    (frame, body) => {
+                        if take(frame, body)? {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+        })
+    }
+}

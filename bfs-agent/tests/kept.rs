@@ -1,0 +1,121 @@
+//! What a replayer keeps and gives back, with a scripted agent.
+
+use std::path::Path;
+
+use bfs_agent::backup::retention::Retention;
+use bfs_agent::backup::{Replayer, ReplayerHandle, ServeOptions};
+use bfs_common::record::*;
+use bfs_common::wire::*;
+
+#[allow(dead_code, reason = "made for more than is tested here")]
+#[path = "replayer/client.rs"]
+mod client;
+
+use client::*;
+
+fn keeping(store: &Path, keep: u32) -> ReplayerHandle {
+    let retention = Retention { keep, floor: 1 };
+    Replayer::start(ServeOptions { store: store.into(), retention, ..ServeOptions::default() }).unwrap()
+}
+
+async fn kept(replayer: &ReplayerHandle) -> Vec<u64> {
+    let mut connection = replayer.connect_local();
+    connection.writer.send(&Frame::GetGenerations { group: "g".into() }, b"").await.unwrap();
+    match next(&mut connection).await {
+        Frame::Generations { lines, last: true } => lines.iter().map(|g| g.checkpoint.0).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The bytes of file 2 at a checkpoint, over a connection that the caller keeps.
+async fn content(connection: &mut bfs_agent::net::Connection, at: u64) -> Result<Vec<u8>, Refusal> {
+    let ask = Frame::GetContents { group: "g".into(), at: CheckpointId(at), objects: vec![ObjectId(2)] };
+    connection.writer.send(&ask, b"").await.unwrap();
+    let (frame, body) = connection.reader.next().await.unwrap().unwrap();
+    match frame {
+        Frame::Content { object: ObjectId(2), offset: 0, last: true } => Ok(body.to_vec()),
+        Frame::Refused(refusal) => Err(refusal),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn files(store: &Path, folder: &str) -> usize {
+    std::fs::read_dir(store.join(folder).join("g")).unwrap().count()
+}
+
+#[tokio::test]
+async fn only_the_last_the_tagged_and_the_held_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let replayer = keeping(&store, 2);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "a", 2);
+    for n in 1..=3 {
+        agent.write(2, 0, format!("{n}{n}").as_bytes());
+        agent.checkpoint().await;
+    }
+    assert_eq!(kept(&replayer).await, [2, 3]);
+    assert_eq!(files(&store, "images"), 1);
+    // 3 is held by a reader; 4 has a tag; in 5 the file goes for good.
+    let mut reader = replayer.connect_local();
+    assert_eq!(content(&mut reader, 3).await.unwrap(), b"33");
+    let label = CheckpointLabel { tag: "golden".into(), ..CheckpointLabel::default() };
+    agent.write(2, 0, b"44");
+    agent.put(Record::Checkpoint { checkpoint: CheckpointId(4), label }, b"");
+    agent.delete(1, "a");
+    agent.put(Record::Forget { object: ObjectId(2) }, b"");
+    agent.next_checkpoint = 5;
+    for n in 5..=8 {
+        agent.object(n, FileKind::Directory, 0o755, b"");
+        agent.entry(1, &n.to_string(), n);
+        agent.checkpoint().await;
+    }
+    assert_eq!(kept(&replayer).await, [3, 4, 7, 8]);
+    assert_eq!(content(&mut reader, 3).await.unwrap(), b"33");
+    assert_eq!(files(&store, "kept"), 1);
+    drop(reader);
+    drop(agent);
+    drop(replayer);
+
+    // A crash may have left something that is not needed; a start removes it.
+    std::fs::write(store.join("kept/g/99"), "").unwrap();
+    std::fs::write(store.join("images/g/00000000000000000001.img"), "").unwrap();
+    let replayer = keeping(&store, 2);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.checkpoint().await;
+    assert_eq!(kept(&replayer).await, [4, 8, 9]);
+    assert_eq!((files(&store, "kept"), files(&store, "images")), (1, 5));
+    let mut reader = replayer.connect_local();
+    assert_eq!(content(&mut reader, 4).await.unwrap(), b"44");
+    assert!(
+        matches!(content(&mut reader, 3).await, Err(Refusal::Store(why)) if why.contains("no generation 3"))
+    );
+}
+
+#[tokio::test]
+async fn damaged_images_are_named_and_not_given_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let replayer = keeping(&store, 9);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "a", 2);
+    for _ in 1..=3 {
+        agent.write(2, 0, &[7; 3000]);
+        agent.checkpoint().await;
+    }
+    let path = store.join("images/g/00000000000000000001.img");
+    let good = std::fs::read(&path).unwrap();
+    for at in [20, 60, good.len() - 1500] {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        std::fs::write(&path, &bad).unwrap();
+        let mut reader = replayer.connect_local();
+        let refused = content(&mut reader, 1).await;
+        assert!(matches!(refused, Err(Refusal::Store(why)) if why.contains("damaged")), "byte {at}");
+        assert_eq!(content(&mut replayer.connect_local(), 2).await.unwrap(), [7; 3000]);
+    }
+}
