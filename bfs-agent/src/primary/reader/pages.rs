@@ -131,7 +131,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut reader = Reader::new();
         let root = reader.add_root(dir.path()).unwrap();
-        std::fs::write(dir.path().join("f"), vec![7; 1 << 20]).unwrap();
+        std::fs::write(dir.path().join("f"), vec![7; 8 << 20]).unwrap();
         let inode = reader.child(root.stat.inode, &Name::new(b"f").unwrap()).unwrap().unwrap().inode;
         let ranges = [0..4096, 65_536..u64::MAX];
         if !reader.tells_stores(inode).unwrap() {
@@ -140,8 +140,9 @@ mod tests {
         assert_eq!(reader.clean(inode, &ranges).unwrap(), ranges);
         let file = std::fs::File::options().write(true).open(dir.path().join("f")).unwrap();
         assert_eq!(is_clean(file.as_fd(), &(0..u64::MAX)), Some(true), "this test needs cachestat(2)");
-        std::os::unix::fs::FileExt::write_all_at(&file, b"x", 5000).unwrap();
+        // Further away than the largest folio reaches, which is dirty as a whole.
+        std::os::unix::fs::FileExt::write_all_at(&file, b"x", 6 << 20).unwrap();
         assert_eq!(is_clean(file.as_fd(), &(0..4096)), Some(true));
-        assert_eq!(is_clean(file.as_fd(), &(4096..8192)), Some(false));
+        assert_eq!(is_clean(file.as_fd(), &(6 << 20..(6 << 20) + 4096)), Some(false));
     }
 }
