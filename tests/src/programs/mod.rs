@@ -17,6 +17,7 @@ pub mod scripts;
 pub mod sequences;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
+pub mod tools;
 pub mod unpack;
 
 /// Where a program works.
