@@ -16,7 +16,7 @@ const BPF_LINKER: &str = "0.13.0";
 pub type Tool = (&'static str, &'static str, &'static str);
 
 /// What every build and test needs.
-const PROGRAMS: [Tool; 12] = [
+const PROGRAMS: [Tool; 17] = [
     ("cc", "gcc libc6-dev", "compiles the SQLite of the tests"),
     ("git", "git", "a program that the tests replicate"),
     ("tar", "tar", "a program that the tests replicate"),
@@ -29,7 +29,16 @@ const PROGRAMS: [Tool; 12] = [
     ("mkfs.xfs", "xfsprogs", "every way to change a file is tried on xfs too"),
     ("fio", "fio", "writes by io_uring and AIO, and checks the backup of it"),
     ("mkfs.btrfs", "btrfs-progs", "every way to change a file is tried on btrfs too"),
+    ("stress-ng", "stress-ng", "a program that the tests replicate"),
+    ("rsync", "rsync", "a program that the tests replicate"),
+    ("redis-server", "redis-server", "a program that the tests replicate"),
+    ("db_bench", "rocksdb-tools", "a program that the tests replicate"),
+    ("mdb_load", "lmdb-utils", "a program that the tests replicate"),
 ];
+
+/// Test suites for file systems, and their versions, which the tests replicate. They are programs in Rust that
+/// no distribution packages.
+const SUITES: [(&str, &str); 2] = [("fsx", "0.3.2"), ("pjdfstest", "0.2.2")];
 
 /// Makes this machine ready; see the module.
 pub fn setup() -> Result<()> {
@@ -37,7 +46,21 @@ pub fn setup() -> Result<()> {
     compiler(&mut apt)?;
     linker()?;
     install(&mut apt, &PROGRAMS)?;
+    for (name, version) in SUITES {
+        if find(name, &[target().join("tools/bin")]).is_none() {
+            println!("setup: cargo install {name} {version} (into target/tools): the tests replicate it");
+            run(&mut installation(name, version))?;
+        }
+    }
     bpffs()
+}
+
+/// `cargo install` of a program into a folder below target/.
+fn installation(name: &str, version: &str) -> Command {
+    let mut command = cargo();
+    command.args(["install", "--quiet", "--force", name, "--version", version, "--root"]);
+    command.arg(target().join("tools"));
+    command
 }
 
 /// Installs what of these is missing.
@@ -136,16 +159,14 @@ fn linker() -> Result<()> {
         return Ok(());
     }
     let (rustc, llvm) = toolchain::compiler().context("the compiler was just found")?;
-    let folder = target().join("tools");
     let feature = format!("llvm-{llvm}");
     println!(
         "setup: cargo install bpf-linker {BPF_LINKER} ({feature}, into {}): links what {} compiles",
-        folder.display(),
+        target().join("tools").display(),
         rustc.display()
     );
-    let mut command = cargo();
-    command.args(["install", "--quiet", "--force", "bpf-linker", "--version", BPF_LINKER]);
-    command.args(["--no-default-features", "--features", &feature, "--root"]).arg(&folder);
+    let mut command = installation("bpf-linker", BPF_LINKER);
+    command.args(["--no-default-features", "--features", &feature]);
     let prefix = PathBuf::from(format!("/usr/lib/{feature}"));
     if prefix.exists() {
         command.env("LLVM_PREFIX", prefix);

@@ -245,8 +245,7 @@ impl<B: Base> Planner<'_, B> {
 
     /// A directory that was given a second place keeps only the newer one.
     fn single_places(&mut self) -> Result<(), BackupError> {
-        let attached: BTreeSet<ObjectId> = self.plan.attach.values().copied().collect();
-        for object in attached {
+        for (object, attached) in by_object(&self.plan.attach) {
             let Some(touched) = self.touch(object)? else { continue };
             let Some(node) = &touched.after else { continue };
             if node.kind != FileKind::Directory {
@@ -254,11 +253,12 @@ impl<B: Base> Planner<'_, B> {
             }
             let before = node.places.clone();
             let last = self.target.last_place.get(&object).map(|(d, n)| Place::Entry(*d, n.clone()));
-            let is_root = self.plan.attach.iter().any(|(p, o)| *o == object && matches!(p, Place::Root(_)));
-            if is_root {
+            if attached.iter().any(|place| matches!(place, Place::Root(_))) {
                 continue;
             }
-            self.plan.attach.retain(|place, o| *o != object || Some(place) == last.as_ref());
+            for place in attached.iter().filter(|place| Some(*place) != last.as_ref()) {
+                self.plan.attach.remove(place);
+            }
             for place in before {
                 self.plan.detach.entry(place).or_insert(object);
             }
@@ -267,15 +267,16 @@ impl<B: Base> Planner<'_, B> {
     }
 
     fn finish(mut self) -> Result<Plan, BackupError> {
-        let detach: Vec<_> = self.plan.detach.iter().map(|(p, o)| (p.clone(), *o)).collect();
-        for (place, object) in detach {
+        for (object, places) in by_object(&self.plan.detach) {
             if let Some(touched) = self.touch(object)? {
                 touched.loose = true;
                 if let Some(after) = &mut touched.after {
-                    after.places.retain(|p| *p != place);
+                    after.places.retain(|place| !places.contains(place));
                 }
             }
-            self.entries_change(&place)?;
+            for place in &places {
+                self.entries_change(place)?;
+            }
         }
         let attach: Vec<_> = self.plan.attach.iter().map(|(p, o)| (p.clone(), *o)).collect();
         for (place, object) in attach {
@@ -303,6 +304,15 @@ impl<B: Base> Planner<'_, B> {
         }
         Ok(())
     }
+}
+
+/// The places of each object.
+fn by_object(places: &BTreeMap<Place, ObjectId>) -> BTreeMap<ObjectId, BTreeSet<Place>> {
+    let mut all: BTreeMap<ObjectId, BTreeSet<Place>> = BTreeMap::new();
+    for (place, object) in places {
+        all.entry(*object).or_default().insert(place.clone());
+    }
+    all
 }
 
 /// The object after a change, its places apart.

@@ -1,6 +1,7 @@
 //! The role of the primary: capture, order, settle, ship.
 
 pub mod capture;
+pub mod clock;
 pub mod control;
 pub mod engine;
 pub mod failure;

@@ -570,7 +570,13 @@ mod tests {
         // Another test may just be starting a process, which holds a copy of the descriptor that the write
         // used until its exec: the inode may live on for that long, but without a name.
         assert!(reader.stat(stat.inode).unwrap().is_none_or(|s| s.links == 0));
-        let start = Start { base: InodeId::NONE, root: InodeId::NONE, tgid: std::process::id(), mounts: 0 };
+        let start = Start {
+            base: InodeId::NONE,
+            root: InodeId::NONE,
+            tgid: std::process::id(),
+            mounts: 0,
+            ended_ns: u64::MAX,
+        };
         let back = reader.outside_path(root.stat.inode, &start).unwrap();
         assert_eq!(back, dir.path());
     }

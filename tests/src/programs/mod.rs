@@ -18,6 +18,7 @@ pub mod sequences;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
 pub mod stores;
+pub mod tools;
 pub mod unpack;
 
 /// Where a program works.

@@ -455,16 +455,14 @@ impl Engine {
                 self.make(&place, ambiguous, span, host);
             }
             Act::Link { object, source, place, parent_attr } => {
+                self.multiple.extend(object);
                 self.parent_after(&place, parent_attr.as_ref(), span);
                 if let Place::Entry(directory, name) = &place {
                     if source.is_some_and(|source| self.doubtful(&source, span)) {
                         self.dirty.entry(*directory, name, true);
                     }
                     match object {
-                        Some(object) => {
-                            self.multiple.insert(object);
-                            self.model.link(*directory, name, object, &mut self.out);
-                        }
+                        Some(object) => self.model.link(*directory, name, object, &mut self.out),
                         None => self.dirty.entry(*directory, name, true),
                     }
                     if ambiguous {
@@ -596,10 +594,8 @@ impl Engine {
 
     /// Names of an object that nobody can find any more.
     pub(super) fn suspect_names(&mut self, object: ObjectId) {
-        let links: Vec<(ObjectId, Name)> =
-            self.model.get(object).map(|o| o.links.clone()).unwrap_or_default();
-        for (directory, name) in links {
-            self.dirty.entry(directory, &name, true);
+        for (directory, name) in self.model.get(object).iter().flat_map(|o| o.links.iter()) {
+            self.dirty.entry(*directory, name, true);
         }
     }
 }

@@ -306,8 +306,13 @@ impl Paths<'_> {
         if path.is_empty() {
             return model.find(base).map_or(Place::Outside, Place::Object);
         }
-        let start =
-            Start { base, root: self.event.root, tgid: self.event.header.tgid, mounts: self.event.mounts };
+        let start = Start {
+            base,
+            root: self.event.root,
+            tgid: self.event.header.tgid,
+            mounts: self.event.mounts,
+            ended_ns: self.event.header.end_ns,
+        };
         resolve(model, host, start, path, follow, self.way)
     }
 

@@ -15,6 +15,7 @@ mod cut;
 pub mod dirty;
 pub mod host;
 pub mod interpret;
+pub mod links;
 mod mapped;
 pub mod model;
 pub mod outbox;

@@ -15,6 +15,7 @@ use bfs_common::wire::CatalogObject;
 use bytes::Bytes;
 use foldhash::{HashMap, HashSet};
 
+use super::links::Links;
 use super::outbox::Outbox;
 use crate::tree::Xattrs;
 
@@ -38,7 +39,7 @@ pub struct Object {
     /// Entries of a directory.
     pub entries: BTreeMap<Name, ObjectId>,
     /// Names of the object. A root has none.
-    pub links: Vec<(ObjectId, Name)>,
+    pub links: Links,
 }
 
 /// What a new object is made from.
@@ -142,13 +143,13 @@ impl Model {
                     target: line.target,
                     xattrs: line.xattrs.into_iter().collect(),
                     entries: line.entries.into_iter().collect(),
-                    links: Vec::new(),
+                    links: Links::default(),
                 },
             );
         }
         for (child, directory, name) in links {
             if let Some(object) = model.objects.get_mut(&child) {
-                object.links.push((directory, name));
+                object.links.add(directory, name);
             }
         }
         model
@@ -243,7 +244,7 @@ impl Model {
                 target: new.target,
                 xattrs: BTreeMap::new(),
                 entries: BTreeMap::new(),
-                links: Vec::new(),
+                links: Links::default(),
             },
         );
         self.orphans.insert(object);
@@ -269,21 +270,21 @@ impl Model {
         let Some(parent) = self.objects.get_mut(&directory) else { return };
         parent.entries.insert(name.clone(), object);
         out.push(&Record::EntrySet { directory, name: name.clone(), object }, b"");
-        let mut left = Vec::new();
+        let mut left = Links::default();
         if let Some(o) = self.objects.get_mut(&object) {
             if o.kind == FileKind::Directory {
                 left = std::mem::take(&mut o.links);
             }
-            o.links.push((directory, name.clone()));
+            o.links.add(directory, name.clone());
         }
         self.orphans.remove(&object);
         // A directory has one name: where it stood before, it stands no more.
-        for (directory, name) in left {
-            if let Some(parent) = self.objects.get_mut(&directory)
-                && parent.entries.get(&name) == Some(&object)
+        for (directory, name) in left.iter() {
+            if let Some(parent) = self.objects.get_mut(directory)
+                && parent.entries.get(name) == Some(&object)
             {
-                parent.entries.remove(&name);
-                out.push(&Record::EntryDelete { directory, name }, b"");
+                parent.entries.remove(name);
+                out.push(&Record::EntryDelete { directory: *directory, name: name.clone() }, b"");
             }
         }
     }
@@ -310,7 +311,7 @@ impl Model {
                 parent.entries.insert(place.1.clone(), object);
             }
             if let Some(o) = self.objects.get_mut(&object) {
-                o.links.push((place.0, place.1.clone()));
+                o.links.add(place.0, place.1.clone());
             }
             self.orphans.remove(&object);
             out.push(&Record::EntrySet { directory: place.0, name: place.1.clone(), object }, b"");
@@ -319,7 +320,7 @@ impl Model {
 
     fn drop_link(&mut self, object: ObjectId, directory: ObjectId, name: &Name) {
         if let Some(o) = self.objects.get_mut(&object) {
-            o.links.retain(|l| !(l.0 == directory && l.1 == *name));
+            o.links.remove(directory, name);
             if o.links.is_empty() {
                 self.orphans.insert(object);
             }
@@ -397,7 +398,7 @@ impl Model {
             for (name, child) in o.entries {
                 out.push(&Record::EntryDelete { directory: object, name: name.clone() }, b"");
                 if let Some(c) = self.objects.get_mut(&child) {
-                    c.links.retain(|l| l.0 != object || l.1 != name);
+                    c.links.remove(object, &name);
                     if c.links.is_empty() {
                         todo.push(child);
                     }

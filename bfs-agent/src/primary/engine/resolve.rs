@@ -60,6 +60,8 @@ pub struct Start {
     pub tgid: u32,
     /// Its mount namespace.
     pub mounts: u32,
+    /// When the call ended: what was seen at or after that need not be looked at again.
+    pub ended_ns: u64,
 }
 
 enum At {
@@ -121,7 +123,7 @@ enum Step {
 /// The methods give `Err` where the path ends before its components do.
 impl Walk<'_> {
     fn run(&mut self, path: &[u8], follow: bool) -> Result<Place, Place> {
-        let mut at = self.begin(path.first() == Some(&b'/'))?;
+        let mut at = self.begin(path.first() == Some(&b'/'), follow)?;
         let mut symlinks = 0;
         while let Some(component) = self.todo.pop_front() {
             let last = self.todo.is_empty();
@@ -140,7 +142,7 @@ impl Walk<'_> {
                     for piece in components(&target).collect::<Vec<_>>().into_iter().rev() {
                         self.todo.push_front(piece);
                     }
-                    if target.first() == Some(&b'/') { self.begin(true)? } else { from }
+                    if target.first() == Some(&b'/') { self.begin(true, follow)? } else { from }
                 }
             };
         }
@@ -151,7 +153,7 @@ impl Walk<'_> {
     }
 
     /// Where a path starts: an absolute one, or a relative one.
-    fn begin(&mut self, absolute: bool) -> Result<At, Place> {
+    fn begin(&mut self, absolute: bool, follow: bool) -> Result<At, Place> {
         let from = if absolute { self.start.root } else { self.start.base };
         if let Some(object) = self.model.find(from) {
             return Ok(At::Inside(object));
@@ -160,7 +162,9 @@ impl Walk<'_> {
         if absolute && (self.host.is_host_root(from) || !same_mounts) {
             return Ok(At::Outside(PathBuf::from("/")));
         }
-        let path = self.host.outside_path(from, &self.start).ok_or(Place::Unknown)?;
+        let Some(path) = self.host.outside_path(from, &self.start) else {
+            return Err(self.in_unknown(follow));
+        };
         if same_mounts {
             self.not_in_model(&path)?;
         }
@@ -282,6 +286,16 @@ impl Walk<'_> {
         }
         // The root itself, which is another one now.
         Err(Place::Unknown)
+    }
+
+    /// Where a path leads that starts in a directory that nobody can find any more. A directory of the set
+    /// that the model does not have stands below something that is going to be read, so a name right in it
+    /// needs no place. What is behind that name may be anywhere.
+    fn in_unknown(&self, follow: bool) -> Place {
+        match self.todo.len() {
+            1 if !follow && self.todo[0] != b".." => Place::Outside,
+            _ => Place::Unknown,
+        }
     }
 
     /// Where a path leads that goes through an entry of which the model does not know what it named: what

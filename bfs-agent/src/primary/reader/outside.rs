@@ -4,8 +4,9 @@
 //! there any more counts as outside: only directories, symlinks and mounts outside that lead inside and
 //! are gone again within that time could make a difference (docs/write-paths.md).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::hash::Hash;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
@@ -18,6 +19,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 
 use super::{Reader, kernel_dev, mount_of, open_directory};
+use crate::primary::clock::monotonic_ns;
 use crate::primary::engine::host::Seen;
 use crate::primary::engine::resolve::Start;
 use crate::tree;
@@ -30,6 +32,33 @@ pub(super) struct Outside {
     /// The table of mounts, and the roots of bind mounts as it had them last.
     table: Option<File>,
     bound: HashSet<(u32, u64)>,
+    looks: Looks<PathBuf, Seen>,
+    paths: Looks<(InodeId, u32), Option<PathBuf>>,
+}
+
+/// What was seen, and when. Calls that ended before that are as well served by it as by another look:
+/// records come in heaps, and their paths begin alike.
+#[derive(Debug)]
+struct Looks<K, V>(HashMap<K, (u64, V)>);
+
+/// Looks that are kept.
+const LOOKS_MAX: usize = 4_096;
+
+impl<K: Eq + Hash, V: Clone> Looks<K, V> {
+    fn since<Q: Eq + Hash + ?Sized>(&self, key: &Q, ended_ns: u64) -> Option<V>
+    where
+        K: std::borrow::Borrow<Q>,
+    {
+        self.0.get(key).filter(|(looked_ns, _)| *looked_ns >= ended_ns).map(|(_, seen)| seen.clone())
+    }
+
+    /// `looked_ns`: before the look.
+    fn keep(&mut self, key: K, looked_ns: u64, seen: V) {
+        if self.0.len() >= LOOKS_MAX {
+            self.0.clear();
+        }
+        self.0.insert(key, (looked_ns, seen));
+    }
 }
 
 impl Outside {
@@ -40,7 +69,14 @@ impl Outside {
             generation: 0,
         });
         let mount_namespace = rustix::fs::stat("/proc/self/ns/mnt").map_or(0, |stat| stat.st_ino as u32);
-        Self { root, mount_namespace, table: None, bound: HashSet::new() }
+        Self {
+            root,
+            mount_namespace,
+            table: None,
+            bound: HashSet::new(),
+            looks: Looks(HashMap::new()),
+            paths: Looks(HashMap::new()),
+        }
     }
 
     /// Whether the table of mounts is another one than when it was read last.
@@ -86,15 +122,22 @@ impl Reader {
             let there = root.join(path.strip_prefix("/").ok()?);
             return is_inode(&there, directory).then_some(path);
         }
+        let key = (directory, start.tgid);
+        if let Some(path) = self.outside.paths.since(&key, start.ended_ns) {
+            return path;
+        }
+        let now = monotonic_ns();
         if self.mount(directory.dev).is_none() {
             self.learn(directory.dev);
         }
-        self.real_path(directory).or_else(|| {
+        let path = self.real_path(directory).or_else(|| {
             ["cwd", "root"].into_iter().find_map(|what| {
                 let link = PathBuf::from(format!("/proc/{}/{what}", start.tgid));
                 if is_inode(&link, directory) { std::fs::read_link(&link).ok() } else { None }
             })
-        })
+        });
+        self.outside.paths.keep(key, now, path.clone());
+        path
     }
 
     /// The absolute path of a directory, as we see it.
@@ -115,34 +158,42 @@ impl Reader {
         if matches!(path.to_str(), Some("/proc/self" | "/proc/thread-self")) {
             return Seen::Directory(InodeId::NONE);
         }
-        let same = self.same_mounts(start);
-        let there = if same {
-            path.to_path_buf()
-        } else {
+        if !self.same_mounts(start) {
             let Some(root) = self.root_of(start) else { return Seen::Unknown };
-            root.join(path.strip_prefix("/").unwrap_or(path))
-        };
+            return self.look_at(&root.join(path.strip_prefix("/").unwrap_or(path)), false);
+        }
+        if let Some(seen) = self.outside.looks.since(path, start.ended_ns) {
+            return seen;
+        }
+        let now = monotonic_ns();
+        let seen = self.look_at(path, true);
+        self.outside.looks.keep(path.to_path_buf(), now, seen.clone());
+        seen
+    }
+
+    /// `same_mounts`: the path is one of ours.
+    fn look_at(&self, there: &Path, same_mounts: bool) -> Seen {
         let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
-        let statx = match rustix::fs::statx(CWD, &there, AtFlags::SYMLINK_NOFOLLOW, wanted) {
+        let statx = match rustix::fs::statx(CWD, there, AtFlags::SYMLINK_NOFOLLOW, wanted) {
             Ok(statx) => statx,
             Err(Errno::NOENT | Errno::NOTDIR | Errno::SRCH) => return Seen::Nothing,
             Err(_) => return Seen::Unknown,
         };
         match FileKind::from_mode(u32::from(statx.stx_mode)) {
-            Some(FileKind::Symlink) => match std::fs::read_link(&there) {
+            Some(FileKind::Symlink) => match std::fs::read_link(there) {
                 Ok(target) => Seen::Symlink(target.into_os_string().into_vec()),
                 Err(_) => Seen::Unknown,
             },
             Some(FileKind::Directory) => {
                 let known = self.mount(dev_of(&statx));
                 // By its own mount a directory of the set is found by its path.
-                if known.is_none_or(|mount| same && mount.mount_id == statx.stx_mnt_id) {
+                if known.is_none_or(|mount| same_mounts && mount.mount_id == statx.stx_mnt_id) {
                     return Seen::Directory(InodeId::NONE);
                 }
-                self.identify(&there)
+                self.identify(there)
             }
             // A file of the set can have a name outside too.
-            _ if self.mount(dev_of(&statx)).is_some() => self.identify(&there),
+            _ if self.mount(dev_of(&statx)).is_some() => self.identify(there),
             _ => Seen::Leaf(InodeId::NONE),
         }
     }

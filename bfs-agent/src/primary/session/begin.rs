@@ -13,6 +13,7 @@ use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::net::{Destination, Secret};
 use crate::primary::capture::probes::group_dir;
 use crate::primary::capture::{CaptureError, LoadOptions, Probes};
+use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{self, Inbound};
 use crate::primary::engine::Engine;
 use crate::primary::engine::host::HostError;
@@ -203,7 +204,7 @@ impl Ground {
         let complete = complete && welcome.boot_id == boot_id && welcome.highest_object.0 > 0;
         let out = Outbox::new(welcome.position.sequence, welcome.position.chain);
         let mut engine = Engine::new(model, out, welcome.confirmed);
-        let now = link::monotonic_ns();
+        let now = monotonic_ns();
         engine.begin_epoch(welcome.epoch, boot_id, complete, now);
         engine.set_roots(roots.into_iter().map(|r| (r.path, r.stat)).collect());
         if complete {

@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::primary::clock::monotonic_ns;
 use bfs_common::abi::{InodeId, TASKS_MAX, counter};
 use bfs_common::record::Name;
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::primary::capture::Probes;
 use crate::primary::capture::probes::Counters;
@@ -28,13 +28,6 @@ const STOPS_MAX: usize = 4096;
 
 /// How long processes may take to stand, and how long they stand for a checkpoint that needs it.
 pub const STOP_LIMITS: Limits = Limits { reach: Duration::from_secs(2), stand: Duration::from_secs(20) };
-
-/// `CLOCK_MONOTONIC` in nanoseconds.
-#[must_use]
-pub fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
-}
 
 /// Everything that the engine works with.
 pub struct Link {

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bfs_common::record::{CheckpointId, Epoch, Sequence};
 
 use super::SessionOptions;
-use super::link::{Link, STOP_LIMITS, monotonic_ns};
+use super::link::{Link, STOP_LIMITS};
 use crate::backup::ReplayerHandle;
+use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{
     self, FailureKind, Inbound, Replies, Reply, Request as Command, State, Ticket, WaitFor,
 };
