@@ -7,15 +7,16 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+/// Copies from the working directory to descriptor 9: both paths are short, so that names near the longest path
+/// there is can be copied too. $1 from, $2 to.
+const SCRIPT: &str =
+    "mkdir \"$2\" && exec 9< \"$2\" && cd \"$1\" && exec cp -a --reflink=auto --sparse=auto -T . /dev/fd/9/.";
+
 /// The command that makes `to` (which must not exist) an exact copy of `from`.
 #[must_use]
 pub fn command(from: &Path, to: &Path) -> Vec<String> {
     let text = |path: &Path| path.to_str().expect("paths of tests are text").to_owned();
-    ["cp", "-a", "--reflink=auto", "--sparse=auto", "-T"]
-        .map(str::to_owned)
-        .into_iter()
-        .chain([text(from), text(to)])
-        .collect()
+    ["sh", "-c", SCRIPT, "copy"].map(str::to_owned).into_iter().chain([text(from), text(to)]).collect()
 }
 
 /// Makes `to` an exact copy of `from`.

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{CString, OsString};
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -41,7 +42,8 @@ pub fn compare(primary: &Path, backup: &Path) -> io::Result<Vec<String>> {
 pub fn count(root: &Path) -> io::Result<u64> {
     let mut total = 1;
     if lstat(root)?.is_dir() {
-        for name in names(root)? {
+        let (root, _open) = shorter(root)?;
+        for name in names(&root)? {
             total += count(&root.join(name))?;
         }
     }
@@ -101,7 +103,8 @@ impl Comparison {
     }
 
     fn directories(&mut self, at: &Path, path_a: &Path, path_b: &Path) -> io::Result<()> {
-        let (names_a, names_b) = (names(path_a)?, names(path_b)?);
+        let ((path_a, _open_a), (path_b, _open_b)) = (shorter(path_a)?, shorter(path_b)?);
+        let (names_a, names_b) = (names(&path_a)?, names(&path_b)?);
         for name in names_a.difference(&names_b) {
             self.say(&at.join(name), "is missing on the backup");
         }
@@ -130,6 +133,16 @@ impl Comparison {
             self.differences.push(format!("{group:?} are one file on the backup, not on the primary"));
         }
     }
+}
+
+/// A path of a directory that leaves room for what is below it, and what must stay open for that: a copy
+/// may stand deeper than the longest path there is.
+fn shorter(directory: &Path) -> io::Result<(PathBuf, Option<File>)> {
+    if directory.as_os_str().len() < libc::PATH_MAX as usize / 4 {
+        return Ok((directory.to_owned(), None));
+    }
+    let open = File::open(directory).map_err(|e| named(e, directory))?;
+    Ok((PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd())), Some(open)))
 }
 
 fn lstat(path: &Path) -> io::Result<Metadata> {

@@ -5,6 +5,7 @@
 //! an object is a path of one consistent tree, so the search ends. What is found must be the
 //! inode that the index holds for the object.
 
+use std::borrow::Cow;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -108,14 +109,15 @@ impl<B: Base> Step<'_, B> {
                 "object {object} lies deeper than {DEPTH_MAX} directories"
             )));
         }
-        let (node, loose) = match self.plan.objects.get(&object) {
+        let plan = self.plan;
+        let (node, loose) = match plan.objects.get(&object) {
             Some(touched) => {
                 let node = if self.detached { touched.after.as_ref() } else { touched.before.as_ref() };
-                (node.cloned(), touched.loose)
+                (node.map(Cow::Borrowed), touched.loose)
             }
-            None => (self.base.node(object)?, false),
+            None => (self.base.node(object)?.map(Cow::Owned), false),
         };
-        let homeless = node.as_ref().is_none_or(|n: &Node| n.places.is_empty());
+        let homeless = node.as_ref().is_none_or(|n: &Cow<'_, Node>| n.places.is_empty());
         if loose || homeless {
             for dir in [&self.area.stage, &self.area.aside] {
                 let name = anchor(object);
@@ -152,8 +154,8 @@ impl<B: Base> Step<'_, B> {
     fn check(&mut self, object: ObjectId, fd: BorrowedFd<'_>) -> Result<(), BackupError> {
         let stat = tree::stat_fd(fd).map_err(BackupError::io("stat object", object.to_string()))?;
         let node = match self.plan.objects.get(&object) {
-            Some(touched) => touched.before.clone().or_else(|| touched.after.clone()),
-            None => self.base.node(object)?,
+            Some(touched) => touched.before.as_ref().or(touched.after.as_ref()).map(Cow::Borrowed),
+            None => self.base.node(object)?.map(Cow::Owned),
         };
         let Some(node) = node else { return Ok(()) };
         if node.kind != stat.kind || (node.ino != 0 && node.ino != stat.ino) {

@@ -505,8 +505,10 @@ impl Work {
             WaitFor::Confirmed => "confirmed",
             WaitFor::Applied => "applied",
         });
-        let mut message =
-            format!("checkpoint {} was taken, but is {so_far} within the time", waiter.checkpoint);
+        let mut message = format!(
+            "checkpoint {} was taken, but was no more than {so_far} within the time",
+            waiter.checkpoint
+        );
         if let Some(error) = &progress.last_error {
             message.push_str(&format!(" ({error})"));
         }
