@@ -8,6 +8,7 @@ use std::process::Command;
 
 use bfs_tests::leash::Leash;
 use bfs_tests::programs::append::AppendWriters;
+use bfs_tests::programs::ladder::Ladder;
 use bfs_tests::programs::racing::RacingBuffer;
 use bfs_tests::programs::scripts::{Failing, FsScript, GitWork, Postgres};
 use bfs_tests::programs::sqlite::{Mode, Sqlite};
@@ -198,6 +199,17 @@ fn cut_file(at: &Path, keep: impl Fn(u64) -> u64) {
 fn append_writers() {
     // One writer loses its last operations: the others have seen them.
     alone(&AppendWriters, &|at| cut_file(&at.join("own-1"), |len| len / 64 / 2 * 64));
+}
+
+#[test]
+fn ladder() {
+    // The number of the last write, which is not there.
+    alone(&Ladder, &|tree| {
+        let file = tree.join("writer-1");
+        let mut bytes = fs::read(&file).unwrap();
+        bytes[0] = bytes[0].wrapping_add(100);
+        fs::write(file, bytes).unwrap();
+    });
 }
 
 #[test]

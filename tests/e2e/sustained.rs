@@ -1,8 +1,13 @@
 //! When the program is faster than what captures it: what found no room in the ring is counted, named
 //! and repaired, so the next checkpoint is exact all the same.
 
+use std::time::Duration;
+
 use bfs_tests::exercise;
+use bfs_tests::programs::Program;
 use bfs_tests::programs::append::AppendBursts;
+use bfs_tests::programs::ladder::Ladder;
+use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Dropped, How, Transport, World, rounds};
 
 #[test]
@@ -37,11 +42,70 @@ while [ ! -e \"$2/stop\" ]; do sleep 0.05; done";
     world.start_replayer().unwrap();
     world.run(&line.into_iter().chain(place).collect::<Vec<_>>()).unwrap();
     let written = world.place.aux.join("written");
-    bfs_tests::watch::until("dd to be done", bfs_tests::watch::SOON, || written.exists().then_some(()))
-        .unwrap();
+    until("dd to be done", SOON, || written.exists().then_some(())).unwrap();
     world.checkpoint().unwrap();
     assert_eq!(world.dropped().unwrap(), Dropped::default(), "dd with 64 KiB, 4 KiB and 128 B writes");
     exercise::equal(&world).unwrap();
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
+}
+
+/// How often each rung of the ladder was used.
+#[derive(Clone, Copy, Debug)]
+struct Rungs {
+    inline: u64,
+    by_reference: u64,
+    /// Records that found no room: their objects were named.
+    named: u64,
+    /// Those whose object could not be named: everything is compared.
+    rescan: u64,
+}
+
+fn rungs(world: &World) -> Rungs {
+    let number = |name| world.status_number(&[name]).unwrap();
+    let (failed, rescan) = (number("reserve_failed"), number("rescan"));
+    Rungs {
+        inline: number("inline"),
+        by_reference: number("by_reference"),
+        named: failed.saturating_sub(rescan),
+        rescan,
+    }
+}
+
+#[test]
+fn every_rung_of_the_ladder_is_used_and_left_again() {
+    let mut world = World::new("ladder", Transport::Unix).unwrap();
+    world.agent_options(&["--ring-bytes", "256K"]);
+    world.start(&Ladder, How::Run).unwrap();
+    world.checkpoint().unwrap();
+    for index in 0..2 {
+        let before = Ladder.progress(&world.place.data).unwrap();
+        world.pause_agent(true).unwrap();
+        // For so long nobody reads the ring.
+        std::thread::sleep(Duration::from_secs(rounds(1, 10) as u64));
+        let after = Ladder.progress(&world.place.data).unwrap();
+        world.pause_agent(false).unwrap();
+        assert!(after > before, "the program waited for the agent");
+        println!("{} small writes while nobody read the ring", after - before);
+        exercise::stopped(&world, 2 * index).unwrap();
+        exercise::cut(&world, &Ladder, 2 * index + 1).unwrap();
+    }
+    let down = rungs(&world);
+    println!("{down:?}");
+    let Rungs { inline, by_reference, named, rescan } = down;
+    assert!([inline, by_reference, named, rescan].into_iter().all(|count| count > 0), "{down:?}");
+
+    Ladder::slow_down(&world.place).unwrap();
+    let mut since = rungs(&world);
+    let up = until("writes to be inline again", SOON, || {
+        let now = rungs(&world);
+        if (now.named, now.rescan) != (since.named, since.rescan) {
+            since = now;
+        }
+        (now.inline > since.inline + 1000).then_some(now)
+    });
+    println!("{:?}", up.unwrap());
+    exercise::cut(&world, &Ladder, 4).unwrap();
     assert!(world.finish().unwrap().success());
     exercise::equal(&world).unwrap();
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 
 pub mod append;
 pub mod fio;
+pub mod ladder;
 pub mod names;
 pub mod racing;
 pub mod requests;
@@ -197,6 +198,7 @@ pub fn main(args: &[String]) -> Result<()> {
     match name.as_str() {
         "append-writers" => append::run(&place, append::Pace::Steady, writer),
         "append-bursts" => append::run(&place, append::Pace::Bursts, writer),
+        "ladder" => ladder::run(&place, writer),
         "racing-buffer" => racing::run(&place),
         "stores" => stores::run(&place),
         name if name.starts_with("requests-") => requests::run(&place, name),
