@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
+use crate::generation::At;
 use crate::net::Destination;
 use crate::primary::control::WaitFor;
 use crate::primary::failure::{Failure, Kind};
@@ -40,6 +41,7 @@ Exit statuses:
   73   the checkpoint was given up, or another command is in the way
   74   not done within the time
   75   run: the command ended with 0, but its last checkpoint is not confirmed
+  76   files are to be brought back to a checkpoint, and are not yet (the message says how to go on)
   126, 127   run: the command cannot be executed, is not found
 run ends with the status of its command (128 + N when signal N ended it).";
 
@@ -70,6 +72,10 @@ enum Command {
     Run {
         #[command(flatten)]
         options: Options,
+        /// Start the command only when a checkpoint of the state before it is confirmed, and when it
+        /// ends with anything but 0, bring everything below --path back to that
+        #[arg(long)]
+        rollback_on_failure: bool,
         /// The command and its arguments
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
@@ -180,6 +186,26 @@ enum Command {
         /// Not in this version
         #[arg(long, hide = true)]
         repair: bool,
+    },
+    /// Bring the files of the primary back to a checkpoint that is kept
+    ///
+    /// Examples:
+    ///   bfs-agent rollback --path /srv/data --backup dir:/mnt/disk/store --dry-run
+    ///   bfs-agent rollback --path /srv/data --backup dir:/mnt/disk/store --to tag:before-upgrade
+    ///
+    /// The program must have ended. The present state is kept, too, as a checkpoint of its own; what
+    /// is brought back becomes the next one. Also finishes a rollback that was interrupted.
+    #[command(verbatim_doc_comment)]
+    Rollback {
+        #[command(flatten)]
+        options: Options,
+        /// Which: its number, tag:NAME, or a time (UTC) like 2026-11-21T14:05:00, which takes the
+        /// last one up to then [default: the newest]
+        #[arg(long, value_name = "N|TIME|tag:NAME")]
+        to: Option<At>,
+        /// Only list what would be done
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Take a last checkpoint, and end the agent (never the program)
     ///
@@ -329,7 +355,10 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             .map_err(|e| Failure::new(Kind::Other, format!("cannot give the signals back: {e}"), ""))
     };
     match command {
-        Command::Run { options, command } => session::run(options.check()?, command, inherited),
+        Command::Run { options, rollback_on_failure, command } => {
+            let options = SessionOptions { rollback_on_failure, ..options.check()? };
+            session::run(options, command, inherited)
+        }
         Command::Attach { options, pid, cgroup, everyone } => {
             let instead = "name processes with --pid, or a cgroup with --cgroup";
             if everyone {
@@ -377,6 +406,9 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
         Command::Verify { target, timeout, .. } => {
             asks(inherited)?;
             commands::verify(&target, timeout)
+        }
+        Command::Rollback { options, to, dry_run } => {
+            session::rollback(options.check()?, to, dry_run, &inherited)
         }
         Command::Stop { target, timeout } => {
             asks(inherited)?;
@@ -434,6 +466,7 @@ impl Options {
             secret_file: self.secret_file,
             socket: self.socket,
             final_wait: self.final_wait,
+            rollback_on_failure: false,
             inline_max: self.inline_max,
             ring_bytes: self.ring_bytes,
         })
@@ -470,7 +503,7 @@ mod tests {
     fn what_comes_after_the_dashes_is_the_command() {
         let cli =
             parse("bfs-agent run --path /a --path /b --backup dir:/s --map /a=/x -- cmd --path /c").unwrap();
-        let Command::Run { options, command } = cli.command else { panic!() };
+        let Command::Run { options, command, .. } = cli.command else { panic!() };
         assert_eq!(command, ["cmd", "--path", "/c"]);
         assert_eq!(options.paths, [PathBuf::from("/a"), "/b".into()]);
         assert_eq!(options.checkpoint.every, Some(Duration::from_secs(1)));
@@ -514,6 +547,7 @@ mod tests {
             Kind::GivenUp,
             Kind::Timeout,
             Kind::NotConfirmed,
+            Kind::RollbackUnfinished,
         ];
         let mut seen = std::collections::BTreeSet::from([0, 1, 2]);
         for kind in kinds {

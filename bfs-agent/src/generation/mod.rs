@@ -16,10 +16,10 @@ use bfs_common::record::{
 use bfs_common::wire::{Digests, Frame, GenerationLine, Refusal};
 use bytes::Bytes;
 
-use crate::net::{Connection, FrameError};
+use crate::net::{ConnectError, Connection, FrameError};
 
 pub use at::{At, time_text};
-pub use restore::{RestoreError, Restored, restore};
+pub use restore::{RestoreError, Restored, make, restore};
 
 /// How long the replayer may be silent: it may have much to read for one answer.
 const SILENCE_MAX: Duration = Duration::from_secs(300);
@@ -50,6 +50,17 @@ pub enum ReadError {
     /// What came cannot be written.
     #[error("{0}")]
     Sink(std::io::Error),
+}
+
+/// Why there is no connection to read over.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It could not be made.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// No event loop.
+    #[error(transparent)]
+    Read(#[from] ReadError),
 }
 
 /// An object of a generation.
@@ -121,7 +132,7 @@ impl Client {
     ///
     /// # Errors
     /// What `connect` says, or that no event loop can be started.
-    pub fn open<E: From<ReadError>>(connect: impl Future<Output = Result<Connection, E>>) -> Result<Self, E> {
+    pub fn open(connect: impl Future<Output = Result<Connection, OpenError>>) -> Result<Self, OpenError> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ReadError::Runtime)?;
         let connection = runtime.block_on(connect)?;

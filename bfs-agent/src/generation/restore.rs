@@ -7,12 +7,12 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use bfs_common::record::{FileKind, ObjectId};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode};
 
 use super::{Client, Object, ReadError, Tree};
 use crate::tree;
@@ -177,7 +177,7 @@ impl<'a> Work<'a> {
                     continue;
                 }
                 let at = &self.made[object];
-                let fd = open_path(at).map_err(RestoreError::io("open", at))?;
+                let fd = tree::open_path(at).map_err(RestoreError::io("open", at))?;
                 tree::set_attributes(fd.as_fd(), node.kind, &node.meta, &node.xattrs)
                     .map_err(RestoreError::io("set the attributes of", at))?;
             }
@@ -186,12 +186,11 @@ impl<'a> Work<'a> {
     }
 }
 
-fn open_path(path: &Path) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
-}
-
 /// Makes an object, private and without content; a file has its size.
-fn make(node: &Object, at: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// What the system says.
+pub fn make(node: &Object, at: &Path) -> io::Result<()> {
     use std::os::unix::ffi::OsStrExt;
     let special = |kind| {
         let mode = Mode::RUSR | Mode::WUSR;

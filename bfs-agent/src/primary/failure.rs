@@ -31,6 +31,8 @@ pub enum Kind {
     Timeout,
     /// The last checkpoint is not confirmed.
     NotConfirmed,
+    /// Files are to be brought back to a checkpoint, and are not (all) yet.
+    RollbackUnfinished,
     /// The command of `run` cannot be executed.
     Command(u8),
     /// Anything else.
@@ -38,7 +40,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The exit status. 76 is kept for a rollback that could not be finished.
+    /// The exit status.
     #[must_use]
     pub const fn exit_status(self) -> u8 {
         match self {
@@ -54,6 +56,7 @@ impl Kind {
             Self::GivenUp => 73,
             Self::Timeout => 74,
             Self::NotConfirmed => 75,
+            Self::RollbackUnfinished => 76,
             Self::Command(status) => status,
         }
     }

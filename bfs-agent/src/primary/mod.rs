@@ -8,6 +8,7 @@ pub mod failure;
 pub mod preflight;
 pub mod process;
 pub mod reader;
+pub mod rollback;
 pub mod schedule;
 pub mod session;
 pub mod ship;

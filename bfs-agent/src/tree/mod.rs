@@ -80,6 +80,16 @@ pub fn fd_path(fd: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
+/// Opens what stands at a path, for nothing but to look at it, and follows no symlink at its end.
+///
+/// # Errors
+/// What the system says.
+pub fn open_path(path: &std::path::Path) -> io::Result<std::os::fd::OwnedFd> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
 /// Stats the object behind a descriptor.
 ///
 /// # Errors

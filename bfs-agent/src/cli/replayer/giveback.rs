@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::backup::retention::Retention;
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions, store};
-use crate::generation::{self, At, Client, ReadError, time_text};
+use crate::generation::{self, At, Client, OpenError, time_text};
 use crate::net::{self, ConnectError, Destination, Secret};
 
 /// Where to read from.
@@ -25,14 +25,6 @@ pub(super) struct From {
     /// Name of the group
     #[arg(long, value_name = "NAME", default_value = "default")]
     group: String,
-}
-
-#[derive(Debug, thiserror::Error)]
-enum OpenError {
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    #[error(transparent)]
-    Read(#[from] ReadError),
 }
 
 impl From {
@@ -55,7 +47,7 @@ impl From {
                 let options =
                     ServeOptions { store: store.clone(), retention: everything, ..ServeOptions::default() };
                 let handle = Replayer::start(options)?;
-                let client = Client::open(async { Ok::<_, OpenError>(handle.connect_local()) })?;
+                let client = Client::open(async { Ok(handle.connect_local()) })?;
                 Ok((client, Some(handle)))
             }
             (Err(OpenError::Connect(error)), _) => Err(error.into()),

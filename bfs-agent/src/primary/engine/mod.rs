@@ -355,17 +355,22 @@ impl Engine {
             if let GapScope::Object(object) | GapScope::Range(object, ..) = gap {
                 self.dirty.restless(*object);
             }
-            match gap {
-                GapScope::Everything => self.suspect_everything(now),
-                GapScope::Subtree(object) => {
-                    self.suspect_object(*object, now);
-                    self.dirty.rescan(*object, true);
-                }
-                GapScope::Object(object) | GapScope::Range(object, ..) => {
-                    self.suspect_object(*object, now);
-                }
-                GapScope::Entry(directory, name) => self.dirty.entry(*directory, name, true),
+            self.suspect(gap, now);
+        }
+    }
+
+    /// Something changed that no event tells of: it is read before the next checkpoint.
+    pub fn suspect(&mut self, scope: &GapScope, now: u64) {
+        match scope {
+            GapScope::Everything => self.suspect_everything(now),
+            GapScope::Subtree(object) => {
+                self.suspect_object(*object, now);
+                self.dirty.rescan(*object, true);
             }
+            GapScope::Object(object) | GapScope::Range(object, ..) => {
+                self.suspect_object(*object, now);
+            }
+            GapScope::Entry(directory, name) => self.dirty.entry(*directory, name, true),
         }
     }
 

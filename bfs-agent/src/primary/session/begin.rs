@@ -4,11 +4,11 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use bfs_common::record::PathBytes;
+use bfs_common::record::{CheckpointId, PathBytes};
 
 use super::state::{self, State};
 use super::work::Work;
-use super::{SessionOptions, link};
+use super::{SessionOptions, link, rollback};
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::net::{Destination, Secret};
 use crate::primary::capture::probes::group_dir;
@@ -48,6 +48,8 @@ pub struct Ground {
     shipper: Shipper,
     welcome: Welcome,
     boot_id: [u8; 16],
+    /// A rollback that was not finished was, to this checkpoint.
+    pub rolled_back: Option<CheckpointId>,
     /// The replayer of a `dir:` destination.
     local: Option<Arc<ReplayerHandle>>,
 }
@@ -116,6 +118,7 @@ impl Ground {
         for path in &options.roots {
             roots.push(reader.add_root(path)?);
         }
+        let rolled_back = rollback::finish_interrupted(&options.group, &reader, &roots)?;
         let boot_id = state::boot_id().map_err(|e| other("cannot read the boot id", e))?;
         let mut local = None;
         let connect = match &options.backup {
@@ -151,7 +154,7 @@ impl Ground {
             }
             failure
         })?;
-        Ok(Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, local })
+        Ok(Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, rolled_back, local })
     }
 
     /// Loads the probes; with a cgroup its tasks are selected as they are born or moved. What an agent
@@ -190,7 +193,8 @@ impl Ground {
         state: &State,
         complete: bool,
     ) -> Result<Work, Failure> {
-        let Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, local } = self;
+        let Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, rolled_back, local } =
+            self;
         let mut file_systems = FileSystems::default();
         for root in &roots {
             file_systems.add(root.stat.inode.dev, root.file_system, root.subvolume);
@@ -201,7 +205,9 @@ impl Ground {
             let catalog = shipper.catalog(CATALOG_LIMIT)?;
             Model::from_catalog(welcome.highest_object, file_systems, &welcome.roots, catalog)
         };
-        let complete = complete && welcome.boot_id == boot_id && welcome.highest_object.0 > 0;
+        // No probe saw what was brought back.
+        let complete =
+            complete && rolled_back.is_none() && welcome.boot_id == boot_id && welcome.highest_object.0 > 0;
         let out = Outbox::new(welcome.position.sequence, welcome.position.chain);
         let mut engine = Engine::new(model, out, welcome.confirmed);
         let now = monotonic_ns();

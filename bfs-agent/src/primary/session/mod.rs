@@ -4,6 +4,7 @@ mod begin;
 mod link;
 mod mapped;
 mod requests;
+mod rollback;
 mod select;
 mod state;
 mod status;
@@ -27,6 +28,7 @@ use super::stop::guard::Guard;
 use super::stop::ptrace::Ptrace;
 use crate::net::Destination;
 use begin::Ground;
+pub use rollback::rollback;
 use state::{Selection, State};
 use work::Ending;
 
@@ -49,6 +51,8 @@ pub struct SessionOptions {
     pub socket: Option<PathBuf>,
     /// How long the last checkpoint is waited for.
     pub final_wait: Duration,
+    /// `run`: when the command fails, everything is brought back to what it was before.
+    pub rollback_on_failure: bool,
     /// Longest write whose bytes travel through the ring; `None` for the built-in choice.
     pub inline_max: Option<u64>,
     /// Size of the ring; `None` for the built-in choice.
@@ -75,7 +79,18 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
     let program = command.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
     let cgroup = freezer.directory().to_owned();
     let state = State::new(&ground.options, &program, Selection::Cgroup(cgroup.clone()));
+    let back = ground.options.rollback_on_failure;
     let mut work = ground.build(probes, Some(Box::new(freezer)), &state, false)?;
+    let before = if back { work.before_command().map(Some) } else { Ok(None) };
+    let before = match before {
+        Ok(before) => before,
+        Err(e) => {
+            held.cancel();
+            work.close();
+            remove_cgroup(&cgroup);
+            return Err(e);
+        }
+    };
     let mut running = match held.release() {
         Ok(running) => running,
         Err(e) => {
@@ -92,6 +107,11 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
         status = running.wait(Duration::ZERO).ok().flatten();
         status.is_some()
     });
+    // After `stop` nobody knows yet how the command ends: it is left alone.
+    let rolled_back = match (before, status.map(exit_status)) {
+        (Some(before), Some(failed @ 1..)) => Some(rollback::after_failure(&mut work, before, failed)),
+        _ => None,
+    };
     let ending = work.finish();
     work.close();
     // After `stop` the command goes on without us; its status is still ours.
@@ -99,7 +119,7 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
         status = running.wait(Duration::from_secs(3600))?;
     }
     remove_cgroup(&cgroup);
-    let command_status = status.map_or(0, exit_status);
+    let command_status = rolled_back.unwrap_or_else(|| status.map_or(0, exit_status));
     Ok(final_status(command_status, &ending, &group))
 }
 

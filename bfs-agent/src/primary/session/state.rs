@@ -81,6 +81,8 @@ impl State {
             secret_file: self.secret_file.clone(),
             socket: self.socket.clone(),
             final_wait: Duration::from_millis(self.final_wait_ms),
+            // Who goes on is not the command's parent: it does not learn how the command ends.
+            rollback_on_failure: false,
             inline_max: self.inline_max,
             ring_bytes: self.ring_bytes,
         })

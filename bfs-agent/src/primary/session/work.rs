@@ -165,7 +165,9 @@ impl Work {
         // Short pauses are meant as they are said: the default slack is 50 us (prctl(2)).
         // SAFETY: sets a number of this thread, touches no memory.
         unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000 as libc::c_ulong, 0, 0, 0) };
-        self.scheduled("start");
+        if self.tally.taken == 0 {
+            self.scheduled("start");
+        }
         let mut looked = Instant::now();
         while self.stop_asked.is_none() {
             if looked.elapsed() >= Duration::from_millis(5) {
@@ -179,7 +181,7 @@ impl Work {
     }
 
     /// One turn of the loop.
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         self.take_commands();
         self.answer_waiters();
         if self.detached.is_some() {
@@ -275,7 +277,7 @@ impl Work {
         }
     }
 
-    fn checkpoint(
+    pub(super) fn checkpoint(
         &mut self,
         tag: String,
         trigger: &'static str,
@@ -329,7 +331,7 @@ impl Work {
         }
     }
 
-    fn take_commands(&mut self) {
+    pub(super) fn take_commands(&mut self) {
         while let Ok(inbound) = self.inbound.try_recv() {
             match inbound {
                 Inbound::Go { ticket } => {
@@ -454,7 +456,7 @@ impl Work {
         }
     }
 
-    fn answer_waiters(&mut self) {
+    pub(super) fn answer_waiters(&mut self) {
         if self.waiters.is_empty() {
             return;
         }

@@ -83,6 +83,12 @@ impl Remote {
         Self { connect }
     }
 
+    /// What makes connections to it.
+    #[must_use]
+    pub fn connector(&self) -> Connect {
+        Arc::clone(&self.connect)
+    }
+
     /// The manifest of the applied tree, as soon as it stands at `at_least`.
     ///
     /// # Errors

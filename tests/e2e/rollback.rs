@@ -1,0 +1,299 @@
+//! The primary is brought back: after a command that failed, on demand, with a kill -9 in the middle.
+//! Each time the files must be those of the copy that was made at the checkpoint.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use bfs_tests::programs::Program;
+use bfs_tests::programs::append::AppendWriters;
+use bfs_tests::programs::names::RandomNames;
+use bfs_tests::random::{Random, given_seed};
+use bfs_tests::watch::{SOON, until};
+use bfs_tests::world::{How, Transport, World, command_ok, rounds};
+use bfs_tests::{copy, oracle};
+
+/// `bfs-agent VERB` for the world's directory and destination.
+fn agent(world: &World, verb: &str, more: &[&str]) -> Output {
+    let (path, backup) = (world.place.data.display().to_string(), world.destination());
+    let mut words = vec![verb, "--checkpoint", "manual", "--path", &path, "--backup", &backup];
+    words.extend(more);
+    world.agent_command(&words, SOON * 3).unwrap()
+}
+
+fn said(done: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr))
+}
+
+fn equal(then: &Path, now: &Path, what: &str) {
+    assert_eq!(oracle::compare(then, now).unwrap(), Vec::<String>::new(), "{what}");
+}
+
+fn nothing_is_left(world: &World) {
+    for directory in [world.root(), &world.place.data] {
+        let left = fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name());
+        let left: Vec<_> = left.filter(|n| n.to_string_lossy().starts_with(".bfs")).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+fn shell(script: &str, at: &Path) {
+    command_ok(Command::new("/bin/sh").args(["-ec", script]).current_dir(at)).unwrap();
+}
+
+/// Something of everything.
+const BEFORE: &str = "
+    mkdir -p a/b/c empty; echo one > a/one; echo two > a/b/two; ln a/one a/b/linked; ln -s one a/link
+    head -c 300000 /dev/urandom > big; truncate -s 2000000 sparse
+    printf x | dd of=sparse bs=1 seek=1500000 conv=notrunc status=none
+    mkfifo fifo; mknod null c 1 3; chmod 4751 a/b/two; chown 7:8 a/link a/b/c -h
+    printf cut > cut; touch -d 2001-02-03 a/b empty
+";
+
+/// And something that goes wrong with all of it.
+const UPGRADE: &str = "
+    mv a/b a/one empty/; mv a empty/b/c/a; mkdir a; mv empty/b a/b
+    echo more >> a/b/two; rm cut; echo other > cut
+    printf changed | dd of=big bs=1 seek=100000 conv=notrunc status=none; truncate -s 5000 sparse
+    rm fifo null; mkdir fifo; echo new > fifo/file; ln -sf elsewhere a/link
+    cp --attributes-only --preserve=xattr \"$OTHER\" empty/one
+    chmod 700 a/b/two; chown 0:0 a/b/c; mkdir -p deep/er/and/deeper; echo x > deep/er/and/deeper/x
+    mv big deep/er/big; exit 3
+";
+
+#[test]
+fn a_command_that_fails_leaves_nothing_behind() {
+    let mut world = World::new("rollback-run", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    shell(BEFORE, &world.place.data);
+    let xattr = |at: &Path, name: &str, value: &str| {
+        rustix::fs::setxattr(at, name, value.as_bytes(), rustix::fs::XattrFlags::empty()).unwrap();
+    };
+    xattr(&world.place.data.join("a/one"), "user.color", "red");
+    xattr(&world.place.data.join("a"), "user.kind", "tree");
+    let other = world.scratch.join("other");
+    fs::write(&other, "").unwrap();
+    xattr(&other, "user.color", "blue");
+    xattr(&other, "user.more", "x");
+    let then = world.scratch.join("then");
+    copy::exact(&world.place.data, &then).unwrap();
+    let inode = |path: &str| {
+        use std::os::unix::fs::MetadataExt;
+        fs::symlink_metadata(world.place.data.join(path)).unwrap().ino()
+    };
+    let stays = ["a/one", "big", "a/b/c", "sparse"];
+    let before = stays.map(inode);
+    let script = format!("OTHER='{}'; cd '{}'; {UPGRADE}", other.display(), world.place.data.display());
+    let done = agent(&world, "run", &["--rollback-on-failure", "--", "/bin/sh", "-ec", &script]);
+    assert_eq!(done.status.code(), Some(3), "{}", said(&done));
+    equal(&then, &world.place.data, &said(&done));
+    equal(&then, &world.backup(), "the backup");
+    assert_eq!(stays.map(inode), before, "files that still exist keep their inodes");
+    nothing_is_left(&world);
+    // One that does not fail is left alone.
+    let script = format!("cd '{}'; echo fine > fine", world.place.data.display());
+    let done = agent(&world, "run", &["--rollback-on-failure", "--", "/bin/sh", "-ec", &script]);
+    assert_eq!(done.status.code(), Some(0), "{}", said(&done));
+    assert!(world.place.data.join("fine").exists());
+    // What it did is undone on demand.
+    let dry = agent(&world, "rollback", &["--dry-run", "--to", "tag:before run"]);
+    assert!(
+        dry.status.success() && said(&dry).contains("removed    ") && said(&dry).contains("fine"),
+        "{}",
+        said(&dry)
+    );
+    assert!(world.place.data.join("fine").exists());
+    let done = agent(&world, "rollback", &["--to", "tag:before run"]);
+    assert!(done.status.success(), "{}", said(&done));
+    equal(&then, &world.place.data, &said(&done));
+    equal(&then, &world.backup(), "the backup");
+}
+
+#[test]
+fn what_others_did_is_left_alone() {
+    let mut world = World::new("rollback-others", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    shell("echo theirs > theirs; echo ours > ours; mkdir d", &world.place.data);
+    let data = world.place.data.display().to_string();
+    let (go, went) = (world.scratch.join("go"), world.scratch.join("went"));
+    let script = format!(
+        "cd '{data}'; echo changed > ours; touch '{}'; until [ -e '{}' ]; do sleep 0.02; done; exit 1",
+        went.display(),
+        go.display()
+    );
+    let backup = world.destination();
+    let mut child = world
+        .spawn_agent_command(&[
+            "run",
+            "--checkpoint",
+            "manual",
+            "--path",
+            &data,
+            "--backup",
+            &backup,
+            "--rollback-on-failure",
+            "--",
+            "/bin/sh",
+            "-ec",
+            &script,
+        ])
+        .unwrap();
+    until("the command to work", SOON, || went.exists().then_some(())).unwrap();
+    fs::write(world.place.data.join("theirs"), "changed by somebody else").unwrap();
+    fs::write(go, "").unwrap();
+    let status = until("the end", SOON * 2, || child.try_wait().unwrap()).unwrap();
+    assert_eq!(status.code(), Some(1));
+    assert_eq!(fs::read_to_string(world.place.data.join("ours")).unwrap(), "ours\n");
+    assert_eq!(fs::read_to_string(world.place.data.join("theirs")).unwrap(), "changed by somebody else");
+}
+
+#[test]
+fn nothing_is_touched_while_somebody_uses_it() {
+    let mut world = World::new("rollback-used", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    shell("echo 1 > file; echo 1 > other", &world.place.data);
+    let data = world.place.data.display().to_string();
+    let done = agent(&world, "run", &["--", "/bin/sh", "-c", &format!("cd '{data}'; true")]);
+    assert!(done.status.success(), "{}", said(&done));
+    let first = generations_newest(&world);
+    let done =
+        agent(&world, "run", &["--", "/bin/sh", "-c", &format!("cd '{data}'; echo 2 > file; rm other")]);
+    assert!(done.status.success(), "{}", said(&done));
+    let open = fs::OpenOptions::new().append(true).open(world.place.data.join("file")).unwrap();
+    let mut other = Command::new("/bin/cat").stdin(Stdio::piped()).stdout(open).spawn().unwrap();
+    let used = agent(&world, "rollback", &["--to", &first]);
+    assert_eq!(used.status.code(), Some(73), "{}", said(&used));
+    assert!(said(&used).contains(&format!("process {}", other.id())), "{}", said(&used));
+    assert_eq!(fs::read_to_string(world.place.data.join("file")).unwrap(), "2\n");
+    drop(other.stdin.take());
+    other.wait().unwrap();
+    let done = agent(&world, "rollback", &["--to", &first]);
+    assert!(done.status.success(), "{}", said(&done));
+    assert_eq!(fs::read_to_string(world.place.data.join("file")).unwrap(), "1\n");
+    assert_eq!(fs::read_to_string(world.place.data.join("other")).unwrap(), "1\n");
+}
+
+fn generations_newest(world: &World) -> String {
+    world.replayer_status().unwrap()["applied"].to_string()
+}
+
+#[test]
+fn without_the_backup_nothing_is_touched_and_the_way_on_is_said() {
+    let mut world = World::new("rollback-lost", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    shell("echo 1 > file", &world.place.data);
+    let data = world.place.data.display().to_string();
+    let went = world.scratch.join("went");
+    let go = world.scratch.join("go");
+    let script = format!(
+        "cd '{data}'; touch '{}'; until [ -e '{}' ]; do sleep 0.02; done; echo 2 > file; exit 1",
+        went.display(),
+        go.display()
+    );
+    let backup = world.destination();
+    let child = world
+        .spawn_agent_command(&[
+            "run",
+            "--checkpoint",
+            "manual",
+            "--final-wait",
+            "1s",
+            "--path",
+            &data,
+            "--backup",
+            &backup,
+            "--rollback-on-failure",
+            "--",
+            "/bin/sh",
+            "-ec",
+            &script,
+        ])
+        .unwrap();
+    until("the command to work", SOON, || went.exists().then_some(())).unwrap();
+    world.kill_replayer().unwrap();
+    fs::write(go, "").unwrap();
+    let done = child.wait_with_output().unwrap();
+    assert_eq!(done.status.code(), Some(76), "{}", said(&done));
+    assert_eq!(fs::read_to_string(world.place.data.join("file")).unwrap(), "2\n");
+    // The command that it names does it.
+    let text = said(&done);
+    let line = text.lines().find_map(|l| l.trim().strip_prefix("what to do: bfs-agent ")).unwrap();
+    world.start_replayer().unwrap();
+    let words: Vec<&str> = line.split(' ').collect();
+    let mut command = Command::new(bfs_tests::world::binary("bfs-agent"));
+    command_ok(command.args(&words)).unwrap();
+    assert_eq!(fs::read_to_string(world.place.data.join("file")).unwrap(), "1\n");
+}
+
+/// A program works, a checkpoint is copied, the program works on; then back and forth, killed on the way.
+fn back_and_forth(program: &dyn Program, name: &str) {
+    let mut world = World::new(name, Transport::Unix).unwrap();
+    world.start(program, How::Run).unwrap();
+    let place = world.place.clone();
+    until("the program half way", SOON, || program.half_way(&place).then_some(())).unwrap();
+    let then = world.scratch.join("then");
+    let number = world.checkpoint_stopped(&copy::command(&world.place.data, &then)).unwrap().to_string();
+    let far = program.progress(&place.data).unwrap();
+    until("the program to work on", SOON, || (program.progress(&place.data).ok()? > far).then_some(()))
+        .unwrap();
+    assert!(world.finish().unwrap().success());
+    let end = world.scratch.join("end");
+    copy::exact(&world.place.data, &end).unwrap();
+    let last = generations_newest(&world);
+
+    let mut moments = Random::new(given_seed().unwrap_or(20_261_121));
+    let (path, backup) = (world.place.data.display().to_string(), world.destination());
+    for round in 0..rounds(3, 40) {
+        let (to, copy) = if round % 2 == 0 { (&number, &then) } else { (&last, &end) };
+        let mut killed = 0;
+        loop {
+            let mut child = world
+                .spawn_agent_command(&["rollback", "--path", &path, "--backup", &backup, "--to", to])
+                .unwrap();
+            // The moment of the kill is what is tested: after the first file was made for it, or after the
+            // intent was written down.
+            let folder = world.root().join(format!(".bfs-rollback-{}", world.group));
+            let kill = killed < rounds(4, 10);
+            let seen = if moments.chance(40) { folder.clone() } else { folder.join("journal") };
+            let wait = Duration::from_micros(moments.below(20_000) as u64);
+            let mut begun = None;
+            let status = loop {
+                if let Some(status) = child.try_wait().unwrap() {
+                    break status;
+                }
+                if kill && begun.is_none() && seen.exists() {
+                    begun = Some(Instant::now());
+                }
+                if begun.is_some_and(|begun: Instant| begun.elapsed() >= wait) {
+                    child.kill().unwrap();
+                    break child.wait().unwrap();
+                }
+                std::thread::sleep(Duration::from_micros(if kill { 200 } else { 5000 }));
+            };
+            if status.signal() == Some(libc::SIGKILL) {
+                killed += 1;
+                let seen = ["", "journal", "detached"].map(|name| folder.join(name).exists());
+                eprintln!("killed after {wait:?}: staging, intent, all aside: {seen:?}");
+                continue;
+            }
+            let output = child.wait_with_output().unwrap();
+            assert!(status.success(), "{status}: {}", said(&output));
+            break;
+        }
+        equal(copy, &world.place.data, &format!("back to checkpoint {to} after {killed} kills"));
+        equal(copy, &world.backup(), "the backup");
+        nothing_is_left(&world);
+    }
+}
+
+#[test]
+fn names_back_and_forth() {
+    back_and_forth(&RandomNames, "rollback-names");
+}
+
+#[test]
+fn files_back_and_forth() {
+    back_and_forth(&AppendWriters, "rollback-files");
+}
