@@ -38,7 +38,7 @@ pub fn check_kernel() -> Result<(), Failure> {
         Failure::new(
             Kind::NoBpf,
             format!("this kernel has no BTF: {}: {e}", path.display()),
-            "use a kernel >= 6.1 built with CONFIG_DEBUG_INFO_BTF=y (those of the distributions are)",
+            "use a kernel >= 6.12 built with CONFIG_DEBUG_INFO_BTF=y (those of the distributions are)",
         )
     })
 }

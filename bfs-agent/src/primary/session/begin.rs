@@ -59,10 +59,10 @@ impl From<CaptureError> for Failure {
         let (kind, hint) = match &error {
             CaptureError::NotRoot => (Kind::NotRoot, "run it with sudo"),
             CaptureError::NoBtf { .. } | CaptureError::MissingField { .. } => {
-                (Kind::NoBpf, "use a kernel >= 6.1 built with CONFIG_DEBUG_INFO_BTF=y")
+                (Kind::NoBpf, "use a kernel >= 6.12 built with CONFIG_DEBUG_INFO_BTF=y")
             }
             CaptureError::Load { .. } | CaptureError::NoBpfFs { .. } => {
-                (Kind::NoBpf, "capturing needs root, a kernel >= 6.1, and no lockdown of BPF")
+                (Kind::NoBpf, "capturing needs root, a kernel >= 6.12, and no lockdown of BPF")
             }
             CaptureError::AlreadyPinned { .. } => (
                 Kind::GroupBusy,
