@@ -120,12 +120,20 @@ pub fn fork(child: u64) -> Option<u32> {
 /// A task is followed from now on.
 #[inline(always)]
 pub fn follow(tid: u32, tgid: u32) {
+    follow_task(tid, tgid);
+}
+
+/// By itself, so that its room on the stack is not that of the probes of every call.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn follow_task(tid: u32, tgid: u32) -> i32 {
     let mut idle = IDLE;
     idle.tgid = tgid;
     if TASKS.insert(tid, idle, 0).is_err() {
         count(counter::TASKS_FULL);
         count(counter::RESCAN);
     }
+    0
 }
 
 /// Takes the slot of the current task away if it was moved out of the selection; whether it was.

@@ -90,7 +90,7 @@ fn agent_killed(program: &dyn Program) {
     let sent = |world: &World| world.status_number(&["stream_bytes"]).unwrap();
     assert!(sent(&world) > BesideMuch::BYTES, "the first copy holds all that lies there");
     let mut moments = Moments::new();
-    for index in 0..rounds(4, 20) {
+    for index in 0..rounds(4, 50) {
         moments.pass(Duration::from_millis(600));
         world.kill_agent().unwrap();
         moments.pass(Duration::from_millis(200));
