@@ -374,6 +374,15 @@ impl Engine {
         }
     }
 
+    /// The same for some bytes of a file that kept its size, and for its attributes.
+    pub fn suspect_ranges(&mut self, object: ObjectId, ranges: &[(u64, u64)], now: u64) {
+        for (start, end) in ranges {
+            self.dirty.range(object, *start..*end);
+        }
+        self.dirty.meta(object, now);
+        self.dirty.xattrs(object);
+    }
+
     fn suspect_object(&mut self, object: ObjectId, now: u64) {
         use bfs_common::record::FileKind;
         match self.model.kind(object) {

@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use bfs_common::record::{CheckpointId, GapScope};
+use bfs_common::record::{CheckpointId, FileKind, GapScope};
 use bfs_common::wire::Digests;
 
 use super::begin::Ground;
@@ -256,7 +256,12 @@ impl Work {
             }
         }
         for wanted in &journal.objects {
-            if let Some(found) = object(&self.engine, &wanted.key) {
+            let Some(found) = object(&self.engine, &wanted.key) else { continue };
+            let same_size = self.engine.model().get(found).is_some_and(|o| o.size == wanted.size);
+            if wanted.kind == FileKind::Regular && same_size {
+                let ranges = wanted.bytes.as_ref().map_or(&[][..], |bytes| &bytes.ranges);
+                self.engine.suspect_ranges(found, ranges, now);
+            } else {
                 scopes.push(GapScope::Object(found));
             }
         }
