@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 /// Copies from the working directory to descriptor 9: both paths are short, so that names near the longest path
 /// there is can be copied too. $1 from, $2 to, $3 cp(1): some shells have one of their own.
-const SCRIPT: &str = "mkdir \"$2\" && exec 9< \"$2\" && cd \"$1\" && exec \"$3\" -a --reflink=auto --sparse=auto -T . /dev/fd/9/.";
+const SCRIPT: &str = "mkdir \"$2\" && exec 9< \"$2\" && cd \"$1\" && exec \"$3\" -a --reflink=auto --sparse=auto -T . /proc/self/fd/9/.";
 
 /// The command that makes `to` (which must not exist) an exact copy of `from`.
 #[must_use]

@@ -557,6 +557,10 @@ impl Engine {
             (Place::Entry(d1, n1), Place::Entry(d2, n2)) => {
                 let other = self.model.entry(*d2, n2);
                 match moved {
+                    // No directory goes into itself: the model is behind.
+                    Some(object) if object == *d2 || exchange && other == Some(*d1) => {
+                        self.both_suspect(from, to);
+                    }
                     Some(object) if exchange => {
                         if other.is_none() {
                             self.both_suspect(from, to);

@@ -257,11 +257,16 @@ impl Model {
         self.objects.get(&object).map(|o| o.kind)
     }
 
-    /// The entry names this object now. Both must be in the group, the first a directory.
+    /// The entry names this object now. Both must be in the group, the first a directory; and it cannot name
+    /// itself.
     pub fn link(&mut self, directory: ObjectId, name: &Name, object: ObjectId, out: &mut Outbox) {
         let before = self.entry(directory, name);
         let is_directory = self.kind(directory) == Some(FileKind::Directory);
-        if before == Some(object) || !is_directory || !self.objects.contains_key(&object) {
+        if before == Some(object)
+            || !is_directory
+            || object == directory
+            || !self.objects.contains_key(&object)
+        {
             return;
         }
         if let Some(before) = before {

@@ -40,7 +40,7 @@ impl Backup {
                     assert!(!self.entries.values().any(|o| *o == object), "a forgotten object has no name");
                 }
                 Record::EntrySet { directory, name, object } => {
-                    assert!(self.objects.contains_key(&object));
+                    assert!(self.objects.contains_key(&object) && object != directory);
                     self.entries.insert((directory, name.as_bytes().to_vec()), object);
                 }
                 Record::EntryDelete { directory, name } => {
