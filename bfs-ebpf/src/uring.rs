@@ -168,6 +168,25 @@ fn class_of(opcode: u32) -> u8 {
     if opcode < 128 { CLASS[opcode as usize & 127] } else { class::UNKNOWN }
 }
 
+/// An operation of the current task, which may change all of a file as long as no more is known of it.
+#[inline(always)]
+fn whole_file(pid_tgid: u64, id: u32, opcode: u32) -> Request {
+    Request {
+        start_ns: 0,
+        inode_addr: 0,
+        inode: InodeId::NONE,
+        offset: 0,
+        end: u64::MAX,
+        size: 0,
+        tid: pid_tgid as u32,
+        tgid: (pid_tgid >> 32) as u32,
+        id,
+        opcode,
+        flags: 0,
+        reserved: 0,
+    }
+}
+
 /// Reads the request into the scratch; its opcode.
 #[inline(always)]
 fn read_request(scratch: &mut Scratch, req: u64) -> u32 {
@@ -223,21 +242,11 @@ pub fn submit(req: u64) {
     }
     let flags: u32 = at(block, off!(req_flags));
     let id = id_of(scratch, req);
+    scratch.entry = whole_file(pid_tgid, id, opcode);
     let entry = &mut scratch.entry;
-    *entry = Request {
-        start_ns: 0,
-        inode_addr: 0,
-        inode: InodeId::NONE,
-        offset: 0,
-        end: u64::MAX,
-        size: 0,
-        tid: pid_tgid as u32,
-        tgid: (pid_tgid >> 32) as u32,
-        id,
-        opcode,
-        flags: if flags & CQE_SKIP != 0 { request::SILENT } else { 0 },
-        reserved: 0,
-    };
+    if flags & CQE_SKIP != 0 {
+        entry.flags = request::SILENT;
+    }
     if !on_file(class) {
         entry.flags |= request::PATH;
     } else if !resolve(scratch, class, flags, ring) {
@@ -409,20 +418,7 @@ pub fn complete(ring: u64, req: u64, result: i32) {
     }
     let pid_tgid = bpf_get_current_pid_tgid();
     let id = id_of(scratch, req);
-    scratch.entry = Request {
-        start_ns: 1,
-        inode_addr: 0,
-        inode: InodeId::NONE,
-        offset: 0,
-        end: u64::MAX,
-        size: 0,
-        tid: pid_tgid as u32,
-        tgid: (pid_tgid >> 32) as u32,
-        id,
-        opcode,
-        flags: request::AT_POSITION,
-        reserved: 0,
-    };
+    scratch.entry = Request { start_ns: 1, flags: request::AT_POSITION, ..whole_file(pid_tgid, id, opcode) };
     let file: u64 = at(scratch.request.as_ptr(), off!(req_file));
     ended_file(scratch, file, result, true);
 }

@@ -3,8 +3,8 @@
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use bfs_tests::programs::Program;
@@ -111,36 +111,30 @@ fn a_command_that_fails_leaves_nothing_behind() {
     equal(&then, &world.backup(), "the backup");
 }
 
+/// `run --rollback-on-failure` of a command that fails in the end: it does the one thing, then waits until `go`
+/// is there, then does the other. Gives the process, which waits, and `go`.
+fn held(world: &World, options: &[&str], first: &str, then: &str) -> (Child, PathBuf) {
+    let (path, backup) = (world.place.data.display().to_string(), world.destination());
+    let (go, went) = (world.scratch.join("go"), world.scratch.join("went"));
+    let script = format!(
+        "cd '{path}'; {first}; touch '{}'; until [ -e '{}' ]; do sleep 0.02; done; {then}; exit 1",
+        went.display(),
+        go.display()
+    );
+    let mut words = vec!["run", "--checkpoint", "manual", "--path", &path, "--backup", &backup];
+    words.extend(options);
+    words.extend(["--rollback-on-failure", "--", "/bin/sh", "-ec", &script]);
+    let child = world.spawn_agent_command(&words).unwrap();
+    until("the command to work", SOON, || went.exists().then_some(())).unwrap();
+    (child, go)
+}
+
 #[test]
 fn what_others_did_is_left_alone() {
     let mut world = World::new("rollback-others", Transport::Unix).unwrap();
     world.start_replayer().unwrap();
     shell("echo theirs > theirs; echo ours > ours; mkdir d", &world.place.data);
-    let data = world.place.data.display().to_string();
-    let (go, went) = (world.scratch.join("go"), world.scratch.join("went"));
-    let script = format!(
-        "cd '{data}'; echo changed > ours; touch '{}'; until [ -e '{}' ]; do sleep 0.02; done; exit 1",
-        went.display(),
-        go.display()
-    );
-    let backup = world.destination();
-    let mut child = world
-        .spawn_agent_command(&[
-            "run",
-            "--checkpoint",
-            "manual",
-            "--path",
-            &data,
-            "--backup",
-            &backup,
-            "--rollback-on-failure",
-            "--",
-            "/bin/sh",
-            "-ec",
-            &script,
-        ])
-        .unwrap();
-    until("the command to work", SOON, || went.exists().then_some(())).unwrap();
+    let (mut child, go) = held(&world, &[], "echo changed > ours", "true");
     fs::write(world.place.data.join("theirs"), "changed by somebody else").unwrap();
     fs::write(go, "").unwrap();
     let status = until("the end", SOON * 2, || child.try_wait().unwrap()).unwrap();
@@ -184,34 +178,7 @@ fn without_the_backup_nothing_is_touched_and_the_way_on_is_said() {
     let mut world = World::new("rollback-lost", Transport::Unix).unwrap();
     world.start_replayer().unwrap();
     shell("echo 1 > file", &world.place.data);
-    let data = world.place.data.display().to_string();
-    let went = world.scratch.join("went");
-    let go = world.scratch.join("go");
-    let script = format!(
-        "cd '{data}'; touch '{}'; until [ -e '{}' ]; do sleep 0.02; done; echo 2 > file; exit 1",
-        went.display(),
-        go.display()
-    );
-    let backup = world.destination();
-    let child = world
-        .spawn_agent_command(&[
-            "run",
-            "--checkpoint",
-            "manual",
-            "--final-wait",
-            "1s",
-            "--path",
-            &data,
-            "--backup",
-            &backup,
-            "--rollback-on-failure",
-            "--",
-            "/bin/sh",
-            "-ec",
-            &script,
-        ])
-        .unwrap();
-    until("the command to work", SOON, || went.exists().then_some(())).unwrap();
+    let (child, go) = held(&world, &["--final-wait", "1s"], "true", "echo 2 > file");
     world.kill_replayer().unwrap();
     fs::write(go, "").unwrap();
     let done = child.wait_with_output().unwrap();

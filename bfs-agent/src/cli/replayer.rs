@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use bfs_common::wire::{Frame, GroupStatus};
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 use crate::backup::retention::{self, Retention};
 use crate::backup::{BackupError, Replayer, ServeOptions, store};
@@ -104,6 +104,7 @@ The backup files of group G stand at STORE/tree/G/ followed by the path on the p
     },
     /// List the checkpoints that are kept
     #[command(after_help = "\
+A store that nobody owns is opened by this command.
 Example:
   bfs-replayer generations --store /backup/store --group default")]
     Generations {
@@ -118,7 +119,8 @@ Example:
 Examples:
   bfs-replayer restore --store /backup/store --at 41 /tmp/then
   bfs-replayer restore --store /backup/store --at 2026-11-21T14:05 --path /srv/data/db /tmp/then
-Each file stands below DEST at its absolute path of the primary.")]
+Each file stands below DEST at its absolute path of the primary. A store that nobody owns is opened by this
+command.")]
     Restore {
         #[command(flatten)]
         from: giveback::From,
@@ -135,19 +137,41 @@ Each file stands below DEST at its absolute path of the primary.")]
     },
     /// Show how the groups of a store stand
     Status {
-        /// Folder of the store, whose owner is asked over STORE/replayer.sock
-        #[arg(long, value_name = "DIR", required_unless_present = "connect", conflicts_with = "connect")]
-        store: Option<PathBuf>,
-        /// Address of a replayer
-        #[arg(long, value_name = "ADDR")]
-        connect: Option<Destination>,
-        /// File with the secret, for tcp
-        #[arg(long, value_name = "FILE")]
-        secret_file: Option<PathBuf>,
+        #[command(flatten)]
+        owner: Owner,
         /// As JSON
         #[arg(long)]
         json: bool,
     },
+}
+
+/// Whom to ask about a store.
+#[derive(Debug, Args)]
+struct Owner {
+    /// Folder of the store: its owner is asked over STORE/replayer.sock
+    #[arg(long, value_name = "DIR", required_unless_present = "connect", conflicts_with = "connect")]
+    store: Option<PathBuf>,
+    /// Address of a replayer
+    #[arg(long, value_name = "ADDR")]
+    connect: Option<Destination>,
+    /// File with the secret, for tcp
+    #[arg(long, value_name = "FILE")]
+    secret_file: Option<PathBuf>,
+}
+
+impl Owner {
+    fn address(&self) -> anyhow::Result<(Destination, Option<Secret>)> {
+        let secret = self.secret_file.as_deref().map(Secret::from_file).transpose()?;
+        let address = match (&self.store, &self.connect) {
+            (Some(path), _) => {
+                store::check_format(path)?;
+                Destination::Unix(net::store_socket(path))
+            }
+            (None, Some(address)) => address.clone(),
+            (None, None) => anyhow::bail!("give --store DIR or --connect ADDR"),
+        };
+        Ok((address, secret))
+    }
 }
 
 /// Runs the command line.
@@ -164,9 +188,7 @@ pub fn main() -> ExitCode {
         }
         Command::Generations { from, json } => giveback::generations(&from, json),
         Command::Restore { from, at, path, to } => giveback::restore(&from, &at, path.as_deref(), &to),
-        Command::Status { store, connect, secret_file, json } => {
-            status(store.as_deref(), connect, secret_file.as_deref(), json)
-        }
+        Command::Status { owner, json } => status(&owner, json),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -237,21 +259,8 @@ fn serve(
     Ok(())
 }
 
-fn status(
-    store: Option<&Path>,
-    connect: Option<Destination>,
-    secret_file: Option<&Path>,
-    json: bool,
-) -> anyhow::Result<()> {
-    let secret = secret_file.map(Secret::from_file).transpose()?;
-    let address = match (store, connect) {
-        (Some(path), _) => {
-            store::check_format(path)?;
-            Destination::Unix(net::store_socket(path))
-        }
-        (None, Some(address)) => address,
-        (None, None) => anyhow::bail!("give --store DIR or --connect ADDR"),
-    };
+fn status(owner: &Owner, json: bool) -> anyhow::Result<()> {
+    let (address, secret) = owner.address()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let groups = runtime.block_on(ask(&address, secret.as_ref()))?;
     if json {

@@ -13,10 +13,10 @@ use std::time::Duration;
 use bfs_common::record::{
     CheckpointId, CheckpointLabel, FileKind, Identity, Meta, Name, ObjectId, PathBytes,
 };
-use bfs_common::wire::{Digests, Frame, GenerationLine, Refusal};
+use bfs_common::wire::{Digests, Frame, GenerationLine};
 use bytes::Bytes;
 
-use crate::net::{ConnectError, Connection, FrameError};
+use crate::net::{AskError, ConnectError, Connection};
 
 pub use at::{At, time_text};
 pub use restore::{RestoreError, Restored, make, restore};
@@ -32,18 +32,9 @@ pub enum ReadError {
     /// No runtime.
     #[error("cannot start an event loop: {0}")]
     Runtime(std::io::Error),
-    /// The connection broke.
-    #[error("the connection to the replayer broke: {0}")]
-    Frame(#[from] FrameError),
-    /// The replayer ended the connection.
-    #[error("the replayer closed the connection before it had answered")]
-    Closed,
-    /// The replayer said no.
-    #[error("the replayer refuses: {0}")]
-    Refused(#[from] Refusal),
-    /// Something else came than what was asked for.
-    #[error("the replayer answered something that was not asked")]
-    Unexpected,
+    /// The replayer did not answer as it should.
+    #[error(transparent)]
+    Ask(#[from] AskError),
     /// Nothing came.
     #[error("the replayer said nothing for {0} s")]
     Silent(u64),
@@ -150,7 +141,7 @@ impl Client {
                 all.extend(lines);
                 Ok(last)
             }
-            _ => Err(ReadError::Unexpected),
+            _ => Err(AskError::Unexpected.into()),
         })?;
         Ok(all)
     }
@@ -188,7 +179,7 @@ impl Client {
                 }
                 Ok(last)
             }
-            _ => Err(ReadError::Unexpected),
+            _ => Err(AskError::Unexpected.into()),
         })?;
         Ok(tree)
     }
@@ -220,7 +211,7 @@ impl Client {
                     }
                     Ok(next.is_none())
                 }
-                _ => Err(ReadError::Unexpected),
+                _ => Err(AskError::Unexpected.into()),
             })?;
         }
         Ok(())
@@ -232,19 +223,14 @@ impl Client {
         question: &Frame,
         mut take: impl FnMut(Frame, Bytes) -> Result<bool, ReadError>,
     ) -> Result<(), ReadError> {
-        let Connection { reader, writer, .. } = &mut self.connection;
+        let connection = &mut self.connection;
         self.runtime.block_on(async {
-            writer.send(question, b"").await?;
+            connection.writer.send(question, b"").await.map_err(AskError::from)?;
             loop {
-                let next = tokio::time::timeout(SILENCE_MAX, reader.next()).await;
-                let next = next.map_err(|_| ReadError::Silent(SILENCE_MAX.as_secs()))?;
-                match next?.ok_or(ReadError::Closed)? {
-                    (Frame::Refused(refusal), _) => return Err(refusal.into()),
-                    (frame, body) => {
-                        if take(frame, body)? {
-                            return Ok(());
-                        }
-                    }
+                let answer = tokio::time::timeout(SILENCE_MAX, connection.answer()).await;
+                let (frame, body) = answer.map_err(|_| ReadError::Silent(SILENCE_MAX.as_secs()))??;
+                if take(frame, body)? {
+                    return Ok(());
                 }
             }
         })

@@ -12,7 +12,8 @@ pub mod frame;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bfs_common::wire::{Refusal, WireError};
+use bfs_common::wire::{Frame, Refusal, WireError};
+use bytes::Bytes;
 use tokio::net::{TcpStream, UnixStream};
 
 pub use auth::{Secret, SecretError};
@@ -33,6 +34,39 @@ pub struct Connection {
     pub writer: FrameWriter,
     /// The peer in words, for messages.
     pub peer: String,
+}
+
+/// Why a question to the replayer has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// The connection broke.
+    #[error("the connection to the replayer broke: {0}")]
+    Frame(#[from] FrameError),
+    /// The replayer ended the connection.
+    #[error("the replayer closed the connection before it had answered")]
+    Closed,
+    /// The replayer said no.
+    #[error("the replayer refuses: {0}")]
+    Refused(#[from] Refusal),
+    /// Something else came than what was asked for.
+    #[error("the replayer answered something that was not asked")]
+    Unexpected,
+}
+
+impl Connection {
+    /// The next frame that is an answer.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub async fn answer(&mut self) -> Result<(Frame, Bytes), AskError> {
+        loop {
+            match self.reader.next().await?.ok_or(AskError::Closed)? {
+                (Frame::Refused(refusal), _) => return Err(refusal.into()),
+                (Frame::Ping(number), _) => self.writer.send(&Frame::Pong(number), b"").await?,
+                answer => return Ok(answer),
+            }
+        }
+    }
 }
 
 /// Why there is no connection.

@@ -1,27 +1,21 @@
 //! `generations` and `restore`: what a store gives back.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bfs_common::wire::{Digests, GenerationLine};
 use clap::Args;
 
+use super::Owner;
 use crate::backup::retention::Retention;
-use crate::backup::{Replayer, ReplayerHandle, ServeOptions, store};
+use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::generation::{self, At, Client, OpenError, time_text};
-use crate::net::{self, ConnectError, Destination, Secret};
+use crate::net::{self, ConnectError};
 
 /// Where to read from.
 #[derive(Debug, Args)]
 pub(super) struct From {
-    /// Folder of the store: its owner is asked over STORE/replayer.sock; without one it is opened
-    #[arg(long, value_name = "DIR", required_unless_present = "connect", conflicts_with = "connect")]
-    store: Option<PathBuf>,
-    /// Address of a replayer
-    #[arg(long, value_name = "ADDR")]
-    connect: Option<Destination>,
-    /// File with the secret, for tcp
-    #[arg(long, value_name = "FILE")]
-    secret_file: Option<PathBuf>,
+    #[command(flatten)]
+    owner: Owner,
     /// Name of the group
     #[arg(long, value_name = "NAME", default_value = "default")]
     group: String,
@@ -30,17 +24,9 @@ pub(super) struct From {
 impl From {
     /// A connection; with a store that nobody owns, to a replayer in this process.
     fn open(&self) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
-        let secret = self.secret_file.as_deref().map(Secret::from_file).transpose()?;
-        let address = match (&self.store, &self.connect) {
-            (Some(path), _) => {
-                store::check_format(path)?;
-                Destination::Unix(net::store_socket(path))
-            }
-            (None, Some(address)) => address.clone(),
-            (None, None) => anyhow::bail!("give --store DIR or --connect ADDR"),
-        };
+        let (address, secret) = self.owner.address()?;
         let connected = Client::open(async { Ok(net::connect(&address, secret.as_ref()).await?) });
-        match (connected, &self.store) {
+        match (connected, &self.owner.store) {
             (Ok(client), _) => Ok((client, None)),
             (Err(OpenError::Connect(ConnectError::Unreachable { .. })), Some(store)) => {
                 let everything = Retention { keep: u32::MAX, floor: u32::MAX };

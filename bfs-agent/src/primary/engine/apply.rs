@@ -32,8 +32,7 @@ impl Engine {
     pub fn consume(&mut self, event: &OwnedEvent, host: &mut dyn Host) -> Result<(), HostError> {
         let Some(parsed) = Event::parse(&event.bytes) else {
             self.stats.malformed += 1;
-            self.mapped.lost_all();
-            self.suspect_everything(host.now());
+            self.lost_everything(host.now());
             return Ok(());
         };
         // Before its room in the ring can be given back, so that a successor knows.
@@ -198,10 +197,7 @@ impl Engine {
             let crossed = self.recent_paths.note((), span, 0..1, ()).any();
             let moving = self.moved_directories(act);
             let mut doubtful = if crossed { moving.clone() } else { Vec::new() };
-            let start = span.start_ns.saturating_sub(super::SLACK_NS);
-            doubtful.extend(
-                self.moved.iter().filter(|m| m.1.tid != span.tid && m.1.end_ns >= start).map(|m| m.0),
-            );
+            doubtful.extend(self.moved.iter().filter(|m| m.1.may_overlap(&span)).map(|m| m.0));
             ambiguous |= !doubtful.is_empty();
             for directory in doubtful {
                 self.rescan_below(directory, span.end_ns);
@@ -397,7 +393,7 @@ impl Engine {
                 self.dirty.restless(object);
                 self.stain_range(object, range);
                 self.dirty.meta(object, span.end_ns);
-                if self.model.get(object).is_some_and(|o| o.xattrs.contains_key(CAPABILITY)) {
+                if has_capability(&self.model, object) {
                     self.dirty.xattrs(object);
                 }
             }
@@ -477,8 +473,7 @@ impl Engine {
                 // name outside nobody knows.
                 let outside = to == Place::Outside;
                 if outside || ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
-                    self.suspect_entry(&from, true);
-                    self.suspect_entry(&to, true);
+                    self.both_suspect(&from, &to);
                 }
                 self.rename(&from, &to, exchange, whiteout);
             }

@@ -353,8 +353,7 @@ impl Engine {
             }
         }
         if everything {
-            self.mapped.lost_all();
-            self.suspect_everything(host.now());
+            self.lost_everything(host.now());
         }
         Ok(any)
     }
@@ -498,7 +497,7 @@ impl Engine {
             let (act, way) = interpret(&self.model, host, &parsed);
             let span = span_of(&parsed);
             for (place, object) in act.changes(&self.model) {
-                if !object.is_some_and(|kind| !matches!(kind, FileKind::Directory | FileKind::Symlink)) {
+                if object.is_none_or(|kind| matches!(kind, FileKind::Directory | FileKind::Symlink)) {
                     directories_changed.note(index, span.start_ns);
                 }
                 if let Some(entry) = place.entry() {

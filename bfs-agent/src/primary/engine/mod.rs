@@ -335,6 +335,12 @@ impl Engine {
         self.dirty.set_all();
     }
 
+    /// Events were lost that nobody can name.
+    fn lost_everything(&mut self, now: u64) {
+        self.mapped.lost_all();
+        self.suspect_everything(now);
+    }
+
     /// Events that started before `t` are already in what the model was made from, or not: what
     /// they touch is read.
     pub fn suspect_events_before(&mut self, t: u64) {

@@ -332,9 +332,14 @@ impl Model {
         }
     }
 
+    /// A regular file: only these have bytes.
+    fn file(&mut self, object: ObjectId) -> Option<&mut Object> {
+        self.objects.get_mut(&object).filter(|o| o.kind == FileKind::Regular)
+    }
+
     /// Bytes of a file are now these.
     pub fn write(&mut self, object: ObjectId, offset: u64, data: &[u8], out: &mut Outbox) {
-        let Some(o) = self.objects.get_mut(&object).filter(|o| o.kind == FileKind::Regular) else { return };
+        let Some(o) = self.file(object) else { return };
         o.size = o.size.max(offset + data.len() as u64);
         for (i, piece) in data.chunks(PAYLOAD_MAX).enumerate() {
             let offset = offset + (i * PAYLOAD_MAX) as u64;
@@ -344,7 +349,7 @@ impl Model {
 
     /// A range of a file reads as zeros now; the file grows if it was shorter.
     pub fn zero(&mut self, object: ObjectId, offset: u64, length: u64, out: &mut Outbox) {
-        let Some(o) = self.objects.get(&object).filter(|o| o.kind == FileKind::Regular) else { return };
+        let Some(o) = self.file(object) else { return };
         let inside = o.size.saturating_sub(offset).min(length);
         if inside > 0 {
             out.push(&Record::Zero { object, offset, length: inside }, b"");
@@ -356,7 +361,7 @@ impl Model {
 
     /// A file has this length now.
     pub fn truncate(&mut self, object: ObjectId, size: u64, out: &mut Outbox) {
-        let Some(o) = self.objects.get_mut(&object).filter(|o| o.kind == FileKind::Regular) else { return };
+        let Some(o) = self.file(object) else { return };
         if o.size != size {
             o.size = size;
             out.push(&Record::Truncate { object, size }, b"");

@@ -25,6 +25,14 @@ pub struct Span {
     pub seen_ns: u64,
 }
 
+impl Span {
+    /// Whether this call may still have run when another task's later call started.
+    #[must_use]
+    pub fn may_overlap(&self, later: &Self) -> bool {
+        self.tid != later.tid && self.end_ns >= later.start_ns.saturating_sub(SLACK_NS)
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Op<W> {
     span: Span,
@@ -78,11 +86,9 @@ impl<K: Hash + Eq, W: Clone> Recent<K, W> {
     /// Whether a call of another task, noted before, may have overlapped with this one.
     #[must_use]
     pub fn overlaps(&self, key: &K, span: Span) -> bool {
-        let start = span.start_ns.saturating_sub(SLACK_NS);
         span.start_ns < self.floor
             || self.things.get(key).is_some_and(|thing| {
-                span.start_ns < thing.floor
-                    || thing.ops.iter().any(|op| op.span.tid != span.tid && op.span.end_ns >= start)
+                span.start_ns < thing.floor || thing.ops.iter().any(|op| op.span.may_overlap(&span))
             })
     }
 
@@ -90,11 +96,10 @@ impl<K: Hash + Eq, W: Clone> Recent<K, W> {
     /// may have overlapped with in time and in bytes.
     pub fn note(&mut self, key: K, span: Span, range: Range<u64>, with: W) -> Overlap<W> {
         let thing = self.things.entry(key).or_insert_with(|| Thing { ops: Vec::new(), floor: 0 });
-        let start = span.start_ns.saturating_sub(SLACK_NS);
         let overlapped = thing
             .ops
             .iter()
-            .filter(|op| op.span.tid != span.tid && op.span.end_ns >= start)
+            .filter(|op| op.span.may_overlap(&span))
             .filter(|op| op.range.start < range.end && range.start < op.range.end)
             .map(|op| op.with.clone())
             .collect();

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bfs_common::record::{CheckpointId, PathBytes};
-use bfs_common::wire::{Frame, GroupStatus, ManifestLine, Refusal};
+use bfs_common::wire::{Frame, GroupStatus, ManifestLine};
 
-use crate::net::{self, ConnectError, Connection, Destination, FrameError, Secret};
+use crate::net::{self, AskError, ConnectError, Connection, Destination, Secret};
 
 /// Makes connections to one destination.
 pub type Connect = Arc<dyn Fn() -> ConnectFuture + Send + Sync>;
@@ -33,18 +33,9 @@ pub enum RemoteError {
     /// There is no connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// It broke.
+    /// It did not answer as it should.
     #[error(transparent)]
-    Frame(#[from] FrameError),
-    /// The replayer ended the connection.
-    #[error("the replayer closed the connection before it had answered")]
-    Closed,
-    /// The replayer said no.
-    #[error("the replayer refuses: {0}")]
-    Refused(#[from] Refusal),
-    /// Something else came than what was asked for.
-    #[error("the replayer answered something that was not asked")]
-    Unexpected,
+    Ask(#[from] AskError),
     /// The deadline passed.
     #[error("the replayer did not answer within {0} s")]
     Timeout(u64),
@@ -146,17 +137,11 @@ impl Remote {
         runtime.block_on(async {
             let talk = async {
                 let mut connection = (self.connect)().await?;
-                connection.writer.send(question, b"").await?;
+                connection.writer.send(question, b"").await.map_err(AskError::from)?;
                 loop {
-                    let (frame, _) = connection.reader.next().await?.ok_or(RemoteError::Closed)?;
-                    match frame {
-                        Frame::Refused(refusal) => return Err(refusal.into()),
-                        Frame::Ping(number) => connection.writer.send(&Frame::Pong(number), b"").await?,
-                        frame => match take(frame) {
-                            Some(true) => return Ok(()),
-                            Some(false) => {}
-                            None => return Err(RemoteError::Unexpected),
-                        },
+                    let (frame, _) = connection.answer().await?;
+                    if take(frame).ok_or(AskError::Unexpected)? {
+                        return Ok(());
                     }
                 }
             };
