@@ -7,6 +7,7 @@
 //! so it is known that the program worked meanwhile.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
@@ -55,9 +56,17 @@ pub fn checkpoints(world: &mut World, program: &dyn Program, how: How, count: us
 /// # Errors
 /// The differences.
 pub fn stopped(world: &World, index: usize) -> Result<u64> {
+    stopped_taken(world, index, &|_, _| true)
+}
+
+/// The same where only a part is taken: see [`oracle::compare_taken`].
+///
+/// # Errors
+/// The differences.
+pub fn stopped_taken(world: &World, index: usize, takes: &dyn Fn(&Path, bool) -> bool) -> Result<u64> {
     let at = world.scratch.join(format!("stopped-{index}"));
     let number = world.checkpoint_stopped(&copy::command(&world.place.data, &at))?;
-    let differences = oracle::compare(&at, &world.backup())?;
+    let differences = oracle::compare_taken(&at, &world.backup(), takes)?;
     ensure!(differences.is_empty(), "checkpoint {number} (stopped):\n{}", differences.join("\n"));
     fs::remove_dir_all(&at)?;
     Ok(number)

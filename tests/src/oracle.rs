@@ -23,7 +23,21 @@ pub const LISTED_MAX: usize = 60;
 /// # Errors
 /// When something cannot be read: then nothing is known.
 pub fn compare(primary: &Path, backup: &Path) -> io::Result<Vec<String>> {
-    let mut found = Comparison::default();
+    compare_taken(primary, backup, &|_, _| true)
+}
+
+/// The same where only a part of the primary is taken: `takes` says so of each path below it, and whether it is
+/// a directory. What is not taken must be missing on the backup.
+///
+/// # Errors
+/// When something cannot be read: then nothing is known.
+pub fn compare_taken(
+    primary: &Path,
+    backup: &Path,
+    takes: &dyn Fn(&Path, bool) -> bool,
+) -> io::Result<Vec<String>> {
+    let mut found =
+        Comparison { takes, differences: Vec::new(), links_a: HashMap::new(), links_b: HashMap::new() };
     let (a, b) = (lstat(primary)?, lstat(backup)?);
     found.pair(Path::new(""), (primary, &a), (backup, &b))?;
     found.hard_links();
@@ -50,15 +64,15 @@ pub fn count(root: &Path) -> io::Result<u64> {
     Ok(total)
 }
 
-#[derive(Default)]
-struct Comparison {
+struct Comparison<'a> {
+    takes: &'a dyn Fn(&Path, bool) -> bool,
     differences: Vec<String>,
     /// (device, inode) of the primary -> the names below the root; only of objects with several.
     links_a: HashMap<(u64, u64), BTreeSet<PathBuf>>,
     links_b: HashMap<(u64, u64), BTreeSet<PathBuf>>,
 }
 
-impl Comparison {
+impl Comparison<'_> {
     fn say(&mut self, at: &Path, what: impl std::fmt::Display) {
         let at = if at.as_os_str().is_empty() { Path::new(".") } else { at };
         self.differences.push(format!("{}: {what}", at.display()));
@@ -104,7 +118,14 @@ impl Comparison {
 
     fn directories(&mut self, at: &Path, path_a: &Path, path_b: &Path) -> io::Result<()> {
         let ((path_a, _open_a), (path_b, _open_b)) = (shorter(path_a)?, shorter(path_b)?);
-        let (names_a, names_b) = (names(&path_a)?, names(&path_b)?);
+        let (mut names_a, names_b) = (names(&path_a)?, names(&path_b)?);
+        let mut left_out = Vec::new();
+        for name in &names_a {
+            if !(self.takes)(&at.join(name), lstat(&path_a.join(name))?.is_dir()) {
+                left_out.push(name.clone());
+            }
+        }
+        names_a.retain(|name| !left_out.contains(name));
         for name in names_a.difference(&names_b) {
             self.say(&at.join(name), "is missing on the backup");
         }

@@ -17,6 +17,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use crate::generation::At;
 use crate::net::Destination;
 use crate::primary::control::WaitFor;
+use crate::primary::engine::filter::Filter;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
 use crate::primary::schedule::{Schedule, parse_size, parse_time};
@@ -247,6 +248,14 @@ struct Options {
     /// Where commands reach this agent [default: /run/bfs/agent-GROUP.sock]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// What below --path is left out, with all below it: a name (*.tmp), or a path from there (/cache,
+    /// a/**/b); may be repeated
+    #[arg(long, value_name = "GLOB")]
+    exclude: Vec<String>,
+    /// The only files that are taken, unless an --exclude matches: a name, a path, or a directory with all
+    /// below it (may be repeated)
+    #[arg(long, value_name = "GLOB")]
+    include: Vec<String>,
     /// How long to wait for the last checkpoint
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
     final_wait: Duration,
@@ -357,6 +366,9 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
     match command {
         Command::Run { options, rollback_on_failure, command } => {
             let options = SessionOptions { rollback_on_failure, ..options.check()? };
+            if rollback_on_failure {
+                options.no_filter("--rollback-on-failure")?;
+            }
             session::run(options, command, inherited)
         }
         Command::Attach { options, pid, cgroup, everyone } => {
@@ -408,7 +420,9 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             commands::verify(&target, timeout)
         }
         Command::Rollback { options, to, dry_run } => {
-            session::rollback(options.check()?, to, dry_run, &inherited)
+            let options = options.check()?;
+            options.no_filter("rollback")?;
+            session::rollback(options, to, dry_run, &inherited)
         }
         Command::Stop { target, timeout } => {
             asks(inherited)?;
@@ -454,6 +468,9 @@ impl Options {
                 "FROM is a --path, a folder in one, or a folder above it",
             ));
         }
+        let filter = Filter::new(&self.include, &self.exclude).map_err(|why| {
+            Failure::new(Kind::Usage, why, "write --exclude '*.tmp', or --exclude 'cache/**' for a path")
+        })?;
         preflight::check_user()?;
         preflight::check_kernel()?;
         preflight::check_namespace()?;
@@ -465,6 +482,7 @@ impl Options {
             maps: self.maps,
             secret_file: self.secret_file,
             socket: self.socket,
+            filter,
             final_wait: self.final_wait,
             rollback_on_failure: false,
             inline_max: self.inline_max,
@@ -522,6 +540,7 @@ mod tests {
             "bfs-agent run --path /a --backup dir:/s --group ../x -- x",
             "bfs-agent run --path /a --backup dir:/s --checkpoint never -- x",
             "bfs-agent run --path /a --backup dir:/s --map a -- x",
+            "bfs-agent run --path /a --backup dir:/s --exclude -- x",
             "bfs-agent attach --path /a --backup dir:/s --pid 0",
             "bfs-agent checkpoint --stopped",
             "bfs-agent checkpoint -- cmd",

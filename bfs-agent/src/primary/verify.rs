@@ -11,11 +11,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use bfs_common::record::{FileKind, ObjectId};
+use bfs_common::record::{FileKind, Name, ObjectId};
 use bfs_common::wire::ManifestLine;
 use rustix::fs::{Dir, Mode, OFlags};
 
 use super::control::VerifyReport;
+use super::engine::filter::Filter;
 use super::ship::Manifest;
 use crate::tree::{self, FileStat};
 
@@ -32,10 +33,12 @@ struct Local {
 }
 
 /// Compares. `wall_ns` is the wall time of the checkpoint's instant, when it is known: what
-/// changed later is not comparable. Without it every difference counts.
+/// changed later is not comparable. Without it every difference counts. What the filter leaves out is not
+/// looked at.
 #[must_use]
-pub fn compare(manifest: &Manifest, wall_ns: Option<i64>) -> VerifyReport {
+pub fn compare(manifest: &Manifest, wall_ns: Option<i64>, filter: &Filter) -> VerifyReport {
     let mut compare = Comparison {
+        filter,
         report: VerifyReport { checkpoint: manifest.checkpoint, ..VerifyReport::default() },
         lines: manifest.lines.iter().map(|l| ((l.root, l.path.0.to_vec()), l)).collect(),
         skipped: HashSet::new(),
@@ -52,6 +55,7 @@ pub fn compare(manifest: &Manifest, wall_ns: Option<i64>) -> VerifyReport {
 }
 
 struct Comparison<'a> {
+    filter: &'a Filter,
     report: VerifyReport,
     /// Lines that were not met yet, by root and path.
     lines: BTreeMap<(u32, Vec<u8>), &'a ManifestLine>,
@@ -113,6 +117,9 @@ impl Comparison<'_> {
         fd: OwnedFd,
         device: Option<u64>,
     ) -> Option<Level> {
+        if self.is_left_out(&path, fd.as_fd()) {
+            return None;
+        }
         let local = match read(fd.as_fd()) {
             Ok(Some(local)) => local,
             Ok(None) => {
@@ -165,6 +172,15 @@ impl Comparison<'_> {
                 None
             }
         }
+    }
+
+    fn is_left_out(&self, path: &[u8], fd: BorrowedFd<'_>) -> bool {
+        if self.filter.is_empty() {
+            return false;
+        }
+        let name = path.rsplit(|b| *b == b'/').next().and_then(Name::new);
+        let (Some(name), Ok(stat)) = (name, tree::stat_fd(fd)) else { return false };
+        self.filter.verdict(&name, &|| Some(OsStr::from_bytes(path).into())).leaves_out(stat.kind)
     }
 
     fn skip(&mut self, index: u32, root: &Path, path: Vec<u8>, why: &str) {
@@ -335,7 +351,7 @@ mod tests {
     #[test]
     fn an_equal_tree_is_equal() {
         let dir = tree();
-        let report = compare(&manifest(dir.path()), None);
+        let report = compare(&manifest(dir.path()), None, &Filter::default());
         assert_eq!((report.different_count, report.not_compared_count, report.compared), (0, 0, 5));
     }
 
@@ -349,7 +365,7 @@ mod tests {
         expected.lines[f].content = [1; 32];
         expected.lines[g].object = ObjectId(1);
         expected.lines[l].path = PathBytes((*b"only").into());
-        let report = compare(&expected, None);
+        let report = compare(&expected, None, &Filter::default());
         let text = report.different.join("\n");
         for part in [
             "d/f: content differs",
@@ -363,12 +379,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_out_is_not_looked_at() {
+        let dir = tree();
+        let mut expected = manifest(dir.path());
+        let below_d = |l: &ManifestLine| l.path.0.starts_with(b"d");
+        expected.lines.retain(|l| !below_d(l) && &*l.path.0 != b"l");
+        let filter = Filter::new(&[], &["/d".into(), "l".into()]).unwrap();
+        let report = compare(&expected, None, &filter);
+        assert_eq!((report.different_count, report.not_compared_count, report.compared), (0, 0, 2));
+    }
+
+    #[test]
     fn what_changed_since_the_checkpoint_is_not_compared() {
         let dir = tree();
         let expected = manifest(dir.path());
         fs::write(dir.path().join("d/f"), "other").unwrap();
         fs::remove_file(dir.path().join("l")).unwrap();
-        let report = compare(&expected, Some(0));
+        let report = compare(&expected, Some(0), &Filter::default());
         assert_eq!(report.different_count, 0, "{report:?}");
         assert!(report.not_compared_count >= 3, "{report:?}");
     }

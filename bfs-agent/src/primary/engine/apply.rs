@@ -85,7 +85,8 @@ impl Engine {
             }
         }
         let touches = touches(&act, &way, &self.model);
-        if act != Act::Nothing {
+        // What concerns nothing of the group makes no checkpoint due.
+        if !touches.is_empty() {
             self.stats.ops += 1;
         }
         // What these overlap with says nothing: the stores come later.
@@ -99,6 +100,7 @@ impl Engine {
                 self.stain(thing, span.end_ns, false);
             }
         }
+        self.rescan_moved(span.end_ns);
         self.check_entered(event, host, span);
         self.chunks.remove(&tid);
         // Its paths were resolved at some moment between its ends, in a task that went on.
@@ -143,6 +145,7 @@ impl Engine {
             Thing::Xattrs(object) => self.dirty.xattrs(*object),
             Thing::Entry(directory, name) => self.dirty.entry(*directory, name, deep),
             Thing::Way(..) => {}
+            Thing::Aside => self.suspect_multiple(end_ns),
             Thing::Everything => self.suspect_everything(end_ns),
         }
     }
@@ -183,7 +186,7 @@ impl Engine {
                         self.stain(other, span.end_ns, true);
                     }
                 }
-                Thing::Meta(_) | Thing::Xattrs(_) | Thing::Everything => {}
+                Thing::Meta(_) | Thing::Xattrs(_) | Thing::Aside | Thing::Everything => {}
             }
         }
         if astray {
@@ -242,6 +245,14 @@ impl Engine {
         }
     }
 
+    /// What stands below directories that got another place may be left out there, and was not here, or the
+    /// other way round.
+    pub(super) fn rescan_moved(&mut self, end_ns: u64) {
+        for directory in self.model.take_moved() {
+            self.rescan_below(directory, end_ns);
+        }
+    }
+
     fn snapshot(&mut self, object: ObjectId, attr: &InodeAttr, span: Span) {
         self.note_links(object, attr.nlink);
         self.saw(object, meta_of(attr), attr.size, span.end_ns);
@@ -289,13 +300,15 @@ impl Engine {
     /// The directory of a place got another modification time.
     fn parent_after(&mut self, place: &Place, attr: Option<&InodeAttr>, span: Span) {
         match place {
-            Place::Entry(directory, _) => self.meta_after(*directory, attr, span),
+            Place::Entry(directory, _) | Place::LeftOut(Some(directory)) => {
+                self.meta_after(*directory, attr, span);
+            }
             Place::Missing(directory, name) => {
                 self.dirty.meta(*directory, span.end_ns);
                 self.dirty.entry(*directory, name, true);
             }
             Place::Unknown => self.suspect_everything(span.end_ns),
-            Place::Object(_) | Place::Outside => {}
+            Place::Object(_) | Place::Outside | Place::LeftOut(None) => {}
         }
     }
 
@@ -471,7 +484,12 @@ impl Engine {
                 self.parent_after(&to, to_attr.as_ref(), span);
                 // Should the second name be one of the same inode, nothing was renamed (rename(2)): of a
                 // name outside nobody knows.
-                let outside = to == Place::Outside;
+                let outside = match &to {
+                    Place::Outside | Place::LeftOut(_) => true,
+                    Place::Entry(directory, name) => object_at(&self.model, &from)
+                        .is_some_and(|moved| self.model.leaves_out(*directory, name, moved)),
+                    _ => false,
+                };
                 if outside || ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
                     self.both_suspect(&from, &to);
                 }
@@ -520,6 +538,12 @@ impl Engine {
         let found = host.child(inode, name);
         let read_ns = host.now();
         match found {
+            Ok(Some(stat))
+                if self.model.verdict(*directory, name).leaves_out(stat.kind)
+                    && self.model.entry(*directory, name).is_none() =>
+            {
+                self.reads.entry(*directory, name, read_ns);
+            }
             Ok(Some(stat)) if stat.kind != FileKind::Regular && !ambiguous => {
                 let object = self.model.find(stat.inode).unwrap_or_else(|| {
                     let object = self.create(&stat, read_ns);
@@ -557,7 +581,9 @@ impl Engine {
                         self.both_suspect(from, to);
                     }
                     Some(object) if exchange => {
-                        if other.is_none() {
+                        if other.is_none_or(|other| self.model.leaves_out(*d1, n1, other))
+                            || self.model.leaves_out(*d2, n2, object)
+                        {
                             self.both_suspect(from, to);
                         } else if other != Some(object) {
                             self.model.exchange((*d1, n1), (*d2, n2), &mut self.out);
@@ -576,7 +602,7 @@ impl Engine {
                     None => self.both_suspect(from, to),
                 }
             }
-            (Place::Entry(directory, name), Place::Outside) if !exchange => {
+            (Place::Entry(directory, name), Place::Outside | Place::LeftOut(_)) if !exchange => {
                 self.model.unlink(*directory, name, &mut self.out);
                 if moved.is_none() || whiteout {
                     self.dirty.entry(*directory, name, true);

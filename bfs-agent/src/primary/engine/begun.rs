@@ -7,9 +7,9 @@
 //! In a stop an operation may rest unfinished: it is not waited for, but what it changes is read, for
 //! the stop has come in the middle of it or not, and it goes on being in flight.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
-use bfs_common::abi::{Event, EventHeader, Plain, TaskEvent, ending, kind};
+use bfs_common::abi::{Event, EventHeader, InodeId, Plain, TaskEvent, ending, kind};
 use bfs_common::record::ObjectId;
 
 use super::Engine;
@@ -26,6 +26,8 @@ pub(super) struct Begun {
     records: usize,
     /// Events that were made of an end, not given yet.
     ready: VecDeque<OwnedEvent>,
+    /// Files that operations were about to change that rested in a stop, since the last checkpoint.
+    resting: HashSet<InodeId>,
 }
 
 /// Whether a record is the first of two parts.
@@ -34,6 +36,11 @@ fn is_begun(header: &EventHeader) -> bool {
 }
 
 impl Begun {
+    /// No operation rests any more.
+    pub(super) fn go_on(&mut self) {
+        self.resting.clear();
+    }
+
     fn keep(&mut self, header: &EventHeader, bytes: Vec<u8>) {
         let kept = self.by_id.entry(header.tid).or_default();
         // What is left of an operation whose end was lost: that was named as lost.
@@ -121,7 +128,8 @@ impl Engine {
     /// A file that is new to the model is read whole.
     pub(super) fn suspect_new_file(&mut self, object: ObjectId) {
         self.dirty.whole(object);
-        if self.lingering {
+        let rests = |o: &super::model::Object| self.begun.resting.contains(&o.inode);
+        if self.lingering || self.model.get(object).is_some_and(rests) {
             self.dirty.restless(object);
         }
     }
@@ -131,6 +139,8 @@ impl Engine {
         let now = host.now();
         match request.target {
             Target::File { inode, start, end } => {
+                // It may be brought in by what is read in this very stop.
+                self.begun.resting.insert(inode);
                 if let Some(object) = self.model.find(inode) {
                     self.stain_range(object, start..end);
                     self.dirty.meta(object, now);

@@ -11,21 +11,15 @@
 //! Calls outside the cut are held back until the marker stands. If a condition fails, they are
 //! taken in and another t is tried; after [`TRIES`] the processes are stopped.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use bfs_common::abi::Event;
-use bfs_common::record::{
-    CheckpointId, CheckpointLabel, FileKind, GapScope, Name, ObjectId, Record, Sequence,
-};
-
-use smallvec::{SmallVec, smallvec};
+use bfs_common::record::{CheckpointId, CheckpointLabel, GapScope, Record, Sequence};
 
 use super::Engine;
+use super::crossing::Crossing;
 use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
-use super::interpret::{Act, Thing, Things, interpret, span_of, touches};
-use super::recent::Span;
-use super::resolve::Way;
+use super::interpret::{interpret, span_of};
 
 /// Cuts that are tried before the processes are stopped.
 const TRIES: u32 = 12;
@@ -133,30 +127,6 @@ pub enum CheckpointError {
     /// The outside world failed.
     #[error(transparent)]
     Host(#[from] HostError),
-}
-
-/// What a covered call that was running at the instant touched, and when it ended.
-struct Crossing {
-    tid: u32,
-    touches: Things,
-    until_ns: u64,
-}
-
-/// The two calls that changed something first, by their place among those held back and their start.
-#[derive(Default)]
-struct Earliest(SmallVec<[(usize, u64); 3]>);
-
-impl Earliest {
-    fn note(&mut self, index: usize, start_ns: u64) {
-        self.0.push((index, start_ns));
-        self.0.sort_unstable_by_key(|change| change.1);
-        self.0.truncate(2);
-    }
-
-    /// Whether another call than this one started its change before that time.
-    fn other_before(&self, index: usize, end_ns: u64) -> bool {
-        self.0.iter().any(|change| change.0 != index && change.1 <= end_ns)
-    }
 }
 
 enum Tried {
@@ -274,6 +244,7 @@ impl Engine {
         self.standing = true;
         let taken = self.cut_stopped(host, request, begun, tries, stopping);
         self.standing = false;
+        self.begun.go_on();
         if taken.is_err() || request.stop != Stop::Hold {
             host.go();
         }
@@ -477,67 +448,10 @@ impl Engine {
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
         if until_ns > t {
             let (act, way) = interpret(&self.model, host, &parsed);
-            let touches = touches(&act, &way, &self.model);
+            let touches = self.cut_touches(&act, &way);
             crossing.push(Crossing { tid: span.tid, touches, until_ns });
         }
         self.consume(event, host)
-    }
-
-    /// What the calls that are held back touch, as far as that can be told before they are taken
-    /// in: what a path leads to after another one of them changed a name on it cannot.
-    fn deferred_touches(&self, host: &mut dyn Host) -> Vec<(Span, Things)> {
-        let mut changed: HashMap<(ObjectId, Name), Earliest> = HashMap::new();
-        let mut directories_changed = Earliest::default();
-        let mut all = Vec::with_capacity(self.deferred.len());
-        for (index, event) in self.deferred.iter().enumerate() {
-            let Some(parsed) = Event::parse(&event.bytes) else {
-                all.push((Span::default(), smallvec![Thing::Everything], None));
-                continue;
-            };
-            let (act, way) = interpret(&self.model, host, &parsed);
-            let span = span_of(&parsed);
-            for (place, object) in act.changes(&self.model) {
-                if object.is_none_or(|kind| matches!(kind, FileKind::Directory | FileKind::Symlink)) {
-                    directories_changed.note(index, span.start_ns);
-                }
-                if let Some(entry) = place.entry() {
-                    changed.entry(entry).or_default().note(index, span.start_ns);
-                }
-            }
-            all.push((span, touches(&act, &way, &self.model), Some((act, way))));
-        }
-        let resolve_again = |index: usize, span: Span, act: &Act, way: &Way| {
-            // Records stand in the order of their ends: a call that overlaps may stand behind.
-            let by_another = |changes: &Earliest| changes.other_before(index, span.end_ns);
-            let entry = |entry: &(ObjectId, Name)| changed.get(entry).is_some_and(by_another);
-            way.entries.iter().any(entry)
-                || act.reaches_by().is_some_and(|place| {
-                    by_another(&directories_changed) || place.entry().is_some_and(|e| entry(&e))
-                })
-        };
-        let mut found = Vec::with_capacity(all.len());
-        for (index, (span, mut touches, how)) in all.into_iter().enumerate() {
-            if how.is_some_and(|(act, way)| resolve_again(index, span, &act, &way)) {
-                touches.push(Thing::Everything);
-            }
-            found.push((span, touches));
-        }
-        found
-    }
-
-    /// Whether a call that is held back shares something with a covered one that it may have
-    /// overtaken.
-    fn crosses(&mut self, host: &mut dyn Host, crossing: &[Crossing]) -> bool {
-        if crossing.is_empty() {
-            return false;
-        }
-        // The calls of one task follow each other.
-        self.deferred_touches(host).iter().any(|(span, touches)| {
-            crossing
-                .iter()
-                .filter(|c| c.tid != span.tid && span.start_ns <= c.until_ns)
-                .any(|c| c.touches.iter().any(|a| touches.iter().any(|b| a.shares(b))))
-        })
     }
 
     /// Waits until direct I/O that goes on in files that are to be read comes to rest.
@@ -574,28 +488,6 @@ impl Engine {
                 return Ok(false);
             }
             wait(host, &mut flying, waited)?;
-        }
-    }
-
-    /// What was read and then touched by a call outside the cut, before the reading ended, is
-    /// dirty again.
-    fn stain_reads(&mut self, host: &mut dyn Host) {
-        for (span, touches) in self.deferred_touches(host) {
-            for thing in touches {
-                if !self.reads.after(&thing, span.start_ns) {
-                    continue;
-                }
-                if thing == Thing::Everything {
-                    for read in self.reads.all() {
-                        self.stain(&read, span.end_ns, false);
-                    }
-                    for directory in self.reads.lists.keys() {
-                        self.dirty.rescan(*directory, false);
-                    }
-                } else {
-                    self.stain(&thing, span.end_ns, false);
-                }
-            }
         }
     }
 

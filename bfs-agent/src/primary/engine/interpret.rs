@@ -9,6 +9,7 @@ use bfs_common::abi::{Event, FileEvent, InodeAttr, PathEvent, flag, kind};
 use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 use smallvec::SmallVec;
 
+use super::filter::Verdict;
 use super::host::Host;
 use super::model::Model;
 use super::recent::Span;
@@ -168,6 +169,8 @@ pub enum Thing {
     Entry(ObjectId, Name),
     /// An entry that a winding path went through: shared with whoever changes the entry.
     Way(ObjectId, Name),
+    /// Some object that has a name outside.
+    Aside,
     /// Anything.
     Everything,
 }
@@ -229,6 +232,9 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
     let known = model.find(e.attr.id);
     if is_open(nr) && flags & flag::CREATED != 0 && flags & flag::FAILED == 0 {
         return match (model.find(e.parent.id), Name::new(name)) {
+            (Some(parent), Some(name)) if model.verdict(parent, &name).leaves_out(FileKind::Regular) => {
+                Act::Attr { object: parent, attr: Some(e.parent), xattrs: false, place: None }
+            }
             (Some(parent), Some(name)) => Act::Create { parent, parent_attr: e.parent, name, attr: e.attr },
             _ => known.map_or(Act::Nothing, |object| Act::Touch { object }),
         };
@@ -322,7 +328,7 @@ impl Paths<'_> {
         } else {
             (self.event.base1, flag::PARENT1_ATTR)
         };
-        let Place::Entry(directory, _) = place else { return None };
+        let (Place::Entry(directory, _) | Place::LeftOut(Some(directory))) = place else { return None };
         let same = model.get(*directory).is_some_and(|o| o.inode == attr.id);
         (self.event.header.flags & bit != 0 && same).then_some(attr)
     }
@@ -445,7 +451,7 @@ pub fn object_at(model: &Model, place: &Place) -> Option<ObjectId> {
     match place {
         Place::Entry(directory, name) => model.entry(*directory, name),
         Place::Object(object) => Some(*object),
-        Place::Outside | Place::Missing(..) | Place::Unknown => None,
+        Place::Outside | Place::LeftOut(_) | Place::Missing(..) | Place::Unknown => None,
     }
 }
 
@@ -470,8 +476,8 @@ impl Act {
                 things.push(Thing::Meta(*directory));
             }
             Place::Missing(directory, name) => things.push(Thing::Entry(*directory, name.clone())),
-            Place::Object(object) => things.push(Thing::Meta(*object)),
-            Place::Outside => {}
+            Place::Object(object) | Place::LeftOut(Some(object)) => things.push(Thing::Meta(*object)),
+            Place::Outside | Place::LeftOut(None) => {}
             Place::Unknown => things.push(Thing::Everything),
         };
         match self {
@@ -561,6 +567,29 @@ impl Act {
 }
 
 impl Act {
+    /// Whether the act changes something by a name outside, or brings in what had none inside: of what others do to
+    /// that by its name outside nobody knows.
+    #[must_use]
+    pub fn reaches_outside(&self, model: &Model) -> bool {
+        let outside = |place: &Place| match place {
+            Place::Outside | Place::LeftOut(_) => true,
+            // Anything but a directory is left out there.
+            Place::Entry(directory, name) => {
+                model.verdict(*directory, name) == Verdict::IfDirectory
+                    && model.entry(*directory, name).is_none()
+            }
+            _ => false,
+        };
+        match self {
+            Self::Suspect { place, also } => outside(place) || also.as_ref().is_some_and(outside),
+            Self::Rename { from, to, exchange, .. } => {
+                outside(from) != outside(to) && (*exchange || outside(from))
+            }
+            Self::Link { object, place, .. } => object.is_none() && !outside(place),
+            _ => false,
+        }
+    }
+
     /// The place through which the act reached an object by its path, to change the object.
     #[must_use]
     pub fn reaches_by(&self) -> Option<&Place> {
@@ -606,6 +635,7 @@ impl Thing {
         match (self, other) {
             (Self::Everything, _) | (_, Self::Everything) => true,
             (Self::Data(a, r), Self::Data(b, s)) => a == b && r.start < s.end && s.start < r.end,
+            (Self::Aside, Self::Aside) => true,
             (Self::Meta(a), Self::Meta(b)) | (Self::Xattrs(a), Self::Xattrs(b)) => a == b,
             (Self::Entry(a, n), Self::Entry(b, m) | Self::Way(b, m))
             | (Self::Way(b, m), Self::Entry(a, n)) => a == b && n == m,

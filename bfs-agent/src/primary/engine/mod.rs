@@ -11,8 +11,10 @@
 
 mod apply;
 mod begun;
+mod crossing;
 mod cut;
 pub mod dirty;
+pub mod filter;
 pub mod host;
 pub mod interpret;
 pub mod links;
@@ -117,7 +119,7 @@ impl Reads {
                 late(self.lists.get(directory)) || late(self.entries.get(&(*directory, name.clone())))
             }
             Thing::Way(..) => false,
-            Thing::Everything => late(Some(&self.latest)),
+            Thing::Aside | Thing::Everything => late(Some(&self.latest)),
         }
     }
 

@@ -15,6 +15,7 @@ use bfs_common::wire::CatalogObject;
 use bytes::Bytes;
 use foldhash::{HashMap, HashSet};
 
+use super::filter::{Filter, Verdict};
 use super::links::Links;
 use super::outbox::Outbox;
 use crate::tree::Xattrs;
@@ -100,7 +101,15 @@ pub struct Model {
     orphans: HashSet<ObjectId>,
     /// Device numbers and file systems.
     pub file_systems: FileSystems,
+    /// What does not belong to the group.
+    pub filter: Filter,
+    /// Directories that got another place, where that decides about what is below them.
+    moved: Vec<ObjectId>,
 }
+
+/// Directories that one path is followed through. (Moves whose order is not known can leave a directory below
+/// itself, until they are settled.)
+const DEPTH_MAX: usize = 10_000;
 
 impl Model {
     /// An empty tree; objects get numbers above `highest`.
@@ -183,6 +192,48 @@ impl Model {
         self.by_inode.get(&inode).copied()
     }
 
+    /// One of the object's paths, from its root on; `None` when it has none.
+    fn place(&self, object: ObjectId) -> Option<(ObjectId, PathBuf)> {
+        let (mut at, mut names) = (object, Vec::new());
+        while !self.is_root(at) {
+            let (directory, name) = self.get(at)?.links.first()?;
+            names.push(name);
+            at = *directory;
+            if names.len() > DEPTH_MAX {
+                return None;
+            }
+        }
+        Some((at, names.iter().rev().map(|name| name.as_os_str()).collect()))
+    }
+
+    /// One of the object's paths; `None` when it has none.
+    #[must_use]
+    pub fn path(&self, object: ObjectId) -> Option<PathBuf> {
+        let (root, below) = self.place(object)?;
+        Some(self.roots.iter().find(|r| r.1 == root)?.0.join(below))
+    }
+
+    /// Whether an entry belongs to the group.
+    #[must_use]
+    pub fn verdict(&self, directory: ObjectId, name: &Name) -> Verdict {
+        if self.filter.is_empty() {
+            return Verdict::Taken;
+        }
+        self.filter.verdict(name, &|| Some(self.place(directory)?.1.join(name.as_os_str())))
+    }
+
+    /// Whether an entry does not belong to the group when it names this object.
+    #[must_use]
+    pub fn leaves_out(&self, directory: ObjectId, name: &Name, object: ObjectId) -> bool {
+        !self.filter.is_empty()
+            && self.kind(object).is_some_and(|kind| self.verdict(directory, name).leaves_out(kind))
+    }
+
+    /// Directories that got another place since the last call, where that decides about what is below.
+    pub fn take_moved(&mut self) -> Vec<ObjectId> {
+        std::mem::take(&mut self.moved)
+    }
+
     /// What an entry names.
     #[must_use]
     pub fn entry(&self, directory: ObjectId, name: &Name) -> Option<ObjectId> {
@@ -257,8 +308,8 @@ impl Model {
         self.objects.get(&object).map(|o| o.kind)
     }
 
-    /// The entry names this object now. Both must be in the group, the first a directory; and it cannot name
-    /// itself.
+    /// The entry names this object now, or nothing where that is left out. Both must be in the group, the first
+    /// a directory; and it cannot name itself.
     pub fn link(&mut self, directory: ObjectId, name: &Name, object: ObjectId, out: &mut Outbox) {
         let before = self.entry(directory, name);
         let is_directory = self.kind(directory) == Some(FileKind::Directory);
@@ -268,6 +319,9 @@ impl Model {
             || !self.objects.contains_key(&object)
         {
             return;
+        }
+        if self.leaves_out(directory, name, object) {
+            return self.unlink(directory, name, out);
         }
         if let Some(before) = before {
             self.drop_link(before, directory, name);
@@ -279,6 +333,9 @@ impl Model {
         if let Some(o) = self.objects.get_mut(&object) {
             if o.kind == FileKind::Directory {
                 left = std::mem::take(&mut o.links);
+                if self.filter.looks_at_paths() && !(left.is_empty() && o.entries.is_empty()) {
+                    self.moved.push(object);
+                }
             }
             o.links.add(directory, name.clone());
         }
@@ -317,6 +374,9 @@ impl Model {
             }
             if let Some(o) = self.objects.get_mut(&object) {
                 o.links.add(place.0, place.1.clone());
+                if self.filter.looks_at_paths() && o.kind == FileKind::Directory {
+                    self.moved.push(object);
+                }
             }
             self.orphans.remove(&object);
             out.push(&Record::EntrySet { directory: place.0, name: place.1.clone(), object }, b"");

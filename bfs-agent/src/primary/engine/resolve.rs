@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use bfs_common::abi::InodeId;
 use bfs_common::record::{FileKind, Name, ObjectId};
 
+use super::filter::Verdict;
 use super::host::{Host, Seen};
 use super::model::Model;
 
@@ -25,6 +26,8 @@ pub enum Place {
     Object(ObjectId),
     /// Not in the replicated set.
     Outside,
+    /// Below the roots, but left out of the set: an entry of this directory, or somewhere below one.
+    LeftOut(Option<ObjectId>),
     /// A component on the way is missing in the model: the entry that was looked for there.
     Missing(ObjectId, Name),
     /// The start of the path is not known: it may lead anywhere.
@@ -37,7 +40,7 @@ impl Place {
     pub fn entry(&self) -> Option<(ObjectId, Name)> {
         match self {
             Self::Entry(directory, name) | Self::Missing(directory, name) => Some((*directory, name.clone())),
-            Self::Object(_) | Self::Outside | Self::Unknown => None,
+            Self::Object(_) | Self::Outside | Self::LeftOut(_) | Self::Unknown => None,
         }
     }
 }
@@ -68,6 +71,14 @@ enum At {
     Inside(ObjectId),
     /// Not in the set: a path as the process sees it, without symlinks.
     Outside(PathBuf),
+    Aside(Aside),
+}
+
+/// Below a directory of the set, through an entry that is left out: the names on the way.
+#[derive(Clone)]
+struct Aside {
+    directory: ObjectId,
+    below: Vec<Vec<u8>>,
 }
 
 /// What paths went through in the model on their way to their places.
@@ -131,6 +142,8 @@ impl Walk<'_> {
                 At::Outside(path) => self.step_outside(path, &component, !last || follow)?,
                 At::Inside(directory) if component == b".." => Step::To(self.above(directory)?),
                 At::Inside(directory) => self.step_inside(directory, &component, last, follow)?,
+                At::Aside(aside) if component == b".." => Step::To(self.back_from(aside)),
+                At::Aside(aside) => self.step_aside(aside, component, !last || follow)?,
             };
             at = match next {
                 Step::To(next) => next,
@@ -149,6 +162,7 @@ impl Walk<'_> {
         match at {
             At::Inside(object) => Ok(Place::Object(object)),
             At::Outside(_) => Ok(Place::Outside),
+            At::Aside(aside) => Ok(Place::LeftOut((aside.below.len() == 1).then_some(aside.directory))),
         }
     }
 
@@ -165,10 +179,7 @@ impl Walk<'_> {
         let Some(path) = self.host.outside_path(from, &self.start) else {
             return Err(self.in_unknown(follow));
         };
-        if same_mounts {
-            self.not_in_model(&path)?;
-        }
-        Ok(At::Outside(path))
+        if same_mounts { self.not_in_model(path) } else { Ok(At::Outside(path)) }
     }
 
     /// One component further, in the model.
@@ -180,6 +191,20 @@ impl Walk<'_> {
         follow: bool,
     ) -> Result<Step, Place> {
         let Some(name) = Name::new(component) else { return Err(Place::Outside) };
+        let verdict = self.model.verdict(directory, &name);
+        if verdict == Verdict::LeftOut {
+            let aside = Aside { directory, below: Vec::new() };
+            return self.step_aside(aside, component.to_vec(), !last || follow);
+        }
+        if verdict == Verdict::IfDirectory
+            && (!last || follow)
+            && self.model.entry(directory, &name).is_none()
+            && let Seen::Symlink(target) =
+                self.look_aside(&Aside { directory, below: vec![component.to_vec()] })
+        {
+            self.way.winding = true;
+            return Ok(Step::Symlink { target, from: At::Inside(directory) });
+        }
         let Some(object) = self.model.entry(directory, &name) else {
             return Err(if last { Place::Entry(directory, name) } else { self.missing(directory, name) });
         };
@@ -198,6 +223,67 @@ impl Walk<'_> {
             // The kernel went through it: the model is behind.
             None => Err(self.missing(directory, name)),
         }
+    }
+
+    /// One component further, below an entry that is left out. `follow`: where a symlink or a mount leads counts.
+    fn step_aside(&mut self, mut to: Aside, component: Vec<u8>, follow: bool) -> Result<Step, Place> {
+        to.below.push(component);
+        match if follow { self.look_aside(&to) } else { Seen::Nothing } {
+            Seen::Symlink(target) => {
+                self.way.winding = true;
+                to.below.pop();
+                Ok(Step::Symlink { target, from: Self::at(to) })
+            }
+            Seen::Directory(inode) if let Some(object) = self.model.find(inode) => {
+                self.way.winding = true;
+                Ok(Step::To(At::Inside(object)))
+            }
+            Seen::Unknown => Err(Place::Unknown),
+            Seen::Directory(_) | Seen::Leaf(_) | Seen::Nothing => Ok(Step::To(At::Aside(to))),
+        }
+    }
+
+    /// What `..` is there.
+    fn back_from(&mut self, mut aside: Aside) -> At {
+        self.way.winding = true;
+        let top = self.path_of(&aside).is_some_and(|path| self.is_root(&path));
+        if !top {
+            aside.below.pop();
+        }
+        Self::at(aside)
+    }
+
+    fn at(aside: Aside) -> At {
+        if aside.below.is_empty() { At::Inside(aside.directory) } else { At::Aside(aside) }
+    }
+
+    fn path_of(&self, aside: &Aside) -> Option<PathBuf> {
+        let below: PathBuf = aside.below.iter().map(|name| OsStr::from_bytes(name)).collect();
+        Some(self.model.path(aside.directory)?.join(below))
+    }
+
+    /// What stands below an entry that is left out: by its path, which sees mounts; for a process with mounts of
+    /// its own by inode.
+    fn look_aside(&mut self, aside: &Aside) -> Seen {
+        if self.host.same_mounts(&self.start) {
+            let Some(path) = self.path_of(aside) else { return Seen::Nothing };
+            return self.host.look(&self.start, &path);
+        }
+        let Some(mut inode) = self.model.get(aside.directory).map(|o| o.inode) else { return Seen::Nothing };
+        let mut seen = Seen::Nothing;
+        for component in &aside.below {
+            let Some(name) = Name::new(component) else { return Seen::Unknown };
+            seen = match self.host.child(inode, &name) {
+                Ok(Some(stat)) if stat.kind == FileKind::Symlink => Seen::Symlink(stat.target),
+                Ok(Some(stat)) => {
+                    inode = stat.inode;
+                    Seen::Leaf(InodeId::NONE)
+                }
+                Ok(None) => return Seen::Nothing,
+                Err(_) => return Seen::Unknown,
+            };
+        }
+        seen
     }
 
     /// One component further, in the files. What is a directory of the set leads inside, by whatever
@@ -225,8 +311,10 @@ impl Walk<'_> {
                 // It may be one of the set that is not known yet.
                 None if self.model.is_device_of_roots(inode.dev) => {
                     let real = self.host.real_path(inode).ok_or(Place::Unknown)?;
-                    self.not_in_model(&real)?;
-                    Ok(Step::To(At::Outside(path)))
+                    Ok(Step::To(match self.not_in_model(real)? {
+                        At::Outside(_) => At::Outside(path),
+                        aside => aside,
+                    }))
                 }
                 None => Ok(Step::To(At::Outside(path))),
             },
@@ -267,16 +355,21 @@ impl Walk<'_> {
                 && matches!(self.host.look(&self.start, path), Seen::Directory(inode) if inode == self.start.root)
     }
 
-    /// `Ok` when a directory that the model does not have, at this path of the host, is outside the set.
-    /// Below a root it is one that the model has not got yet.
-    fn not_in_model(&self, path: &Path) -> Result<(), Place> {
+    /// Where a directory that the model does not have, at this path of the host, stands: outside the set, or left
+    /// out of it. Else it is one that the model has not got yet.
+    fn not_in_model(&self, path: PathBuf) -> Result<At, Place> {
         let Some((root, object)) = self.model.roots().iter().find(|r| path.starts_with(&r.0)) else {
-            return Ok(());
+            return Ok(At::Outside(path));
         };
         let mut at = *object;
         let mut below = path.strip_prefix(root).unwrap_or(Path::new("")).components().peekable();
         while let Some(component) = below.next() {
             let name = Name::new(component.as_os_str().as_bytes()).ok_or(Place::Unknown)?;
+            if self.model.verdict(at, &name) == Verdict::LeftOut {
+                let names = std::iter::once(component).chain(below);
+                let below = names.map(|c| c.as_os_str().as_bytes().to_vec()).collect();
+                return Ok(At::Aside(Aside { directory: at, below }));
+            }
             let is_directory = |o: &ObjectId| self.model.kind(*o) == Some(FileKind::Directory);
             // What the model has at the end of the path is another one.
             match self.model.entry(at, &name).filter(is_directory) {

@@ -9,6 +9,7 @@ use bfs_common::record::{FileKind, Name, ObjectId};
 
 use super::Engine;
 use super::dirty::Dirty;
+use super::filter::Verdict;
 use super::host::{Host, HostError, Segment, Stat};
 
 /// Bytes that are read before what was read is shipped.
@@ -79,6 +80,7 @@ impl Engine {
                         return Err(e);
                     }
                 }
+                self.rescan_moved(host.now());
                 self.breathe(host, ahead)?;
             }
         }
@@ -121,6 +123,10 @@ impl Engine {
             }));
         }
         for (name, deep) in names {
+            if self.model.verdict(object, &name) == Verdict::LeftOut {
+                self.model.unlink(object, &name, &mut self.out);
+                continue;
+            }
             let found = host.child(inode, &name)?;
             self.reads.entry(object, &name, host.now());
             self.settle_entry(object, &name, found, deep);
@@ -200,6 +206,9 @@ impl Engine {
             self.model.unlink(directory, name, &mut self.out);
             return;
         };
+        if self.model.verdict(directory, name).leaves_out(stat.kind) {
+            return self.model.unlink(directory, name, &mut self.out);
+        }
         let now = self.reads.entries.get(&(directory, name.clone())).copied().unwrap_or(0);
         let known = self.model.find(stat.inode);
         let object = known.unwrap_or_else(|| self.create(&stat, now));

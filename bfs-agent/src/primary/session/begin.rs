@@ -199,12 +199,13 @@ impl Ground {
         for root in &roots {
             file_systems.add(root.stat.inode.dev, root.file_system, root.subvolume);
         }
-        let model = if welcome.highest_object.0 == 0 {
+        let mut model = if welcome.highest_object.0 == 0 {
             Model::new(welcome.highest_object, file_systems)
         } else {
             let catalog = shipper.catalog(CATALOG_LIMIT)?;
             Model::from_catalog(welcome.highest_object, file_systems, &welcome.roots, catalog)
         };
+        model.filter = options.filter.clone();
         // No probe saw what was brought back.
         let complete =
             complete && rolled_back.is_none() && welcome.boot_id == boot_id && welcome.highest_object.0 > 0;

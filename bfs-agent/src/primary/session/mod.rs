@@ -19,6 +19,7 @@ use std::time::Duration;
 use super::capture::Probes;
 use super::capture::probes::group_dir;
 use super::control::WaitFor;
+use super::engine::filter::Filter;
 use super::failure::{Failure, Kind};
 use super::process::{Held, Inherited, Signals, exit_status, hold, tree_of};
 use super::schedule::Schedule;
@@ -49,6 +50,8 @@ pub struct SessionOptions {
     pub secret_file: Option<PathBuf>,
     /// The control socket, if not the default.
     pub socket: Option<PathBuf>,
+    /// What below the roots belongs to the group.
+    pub filter: Filter,
     /// How long the last checkpoint is waited for.
     pub final_wait: Duration,
     /// `run`: when the command fails, everything is brought back to what it was before.
@@ -57,6 +60,23 @@ pub struct SessionOptions {
     pub inline_max: Option<u64>,
     /// Size of the ring; `None` for the built-in choice.
     pub ring_bytes: Option<u64>,
+}
+
+impl SessionOptions {
+    /// Refuses what cannot tell what is left out from what others made.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`].
+    pub fn no_filter(&self, what: &str) -> Result<(), Failure> {
+        if self.filter.is_empty() {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Kind::Usage,
+            format!("{what} together with --include or --exclude comes in a later version"),
+            "restore what is needed with `bfs-replayer restore`",
+        ))
+    }
 }
 
 /// Runs a command and replicates what it does; returns the exit status of the whole.

@@ -10,6 +10,7 @@ use bfs_common::record::GroupId;
 use serde::{Deserialize, Serialize};
 
 use super::SessionOptions;
+use crate::primary::engine::filter::Filter;
 
 /// Where the state files lie: gone with the boot, like the probes that they describe.
 const DIRECTORY: &str = "/run/bfs";
@@ -34,6 +35,10 @@ pub struct State {
     maps: Vec<(PathBuf, PathBuf)>,
     secret_file: Option<PathBuf>,
     socket: Option<PathBuf>,
+    #[serde(default)]
+    include: Vec<String>,
+    #[serde(default)]
+    exclude: Vec<String>,
     final_wait_ms: u64,
     inline_max: Option<u64>,
     ring_bytes: Option<u64>,
@@ -58,6 +63,8 @@ impl State {
             maps: options.maps.clone(),
             secret_file: options.secret_file.as_ref().map(absolute),
             socket: options.socket.as_ref().map(absolute),
+            include: options.filter.texts().0.to_vec(),
+            exclude: options.filter.texts().1.to_vec(),
             final_wait_ms: options.final_wait.as_millis() as u64,
             inline_max: options.inline_max,
             ring_bytes: options.ring_bytes,
@@ -80,6 +87,7 @@ impl State {
             maps: self.maps.clone(),
             secret_file: self.secret_file.clone(),
             socket: self.socket.clone(),
+            filter: Filter::new(&self.include, &self.exclude)?,
             final_wait: Duration::from_millis(self.final_wait_ms),
             // Who goes on is not the command's parent: it does not learn how the command ends.
             rollback_on_failure: false,

@@ -527,6 +527,7 @@ impl Work {
         let remote = self.link.shipper.remote();
         let replies = waiter.replies.clone();
         let group = self.options.group.clone();
+        let filter = self.options.filter.clone();
         let checkpoint = waiter.checkpoint;
         let limit = waiter.deadline.saturating_duration_since(now);
         let walls: Vec<(CheckpointId, i64)> = self.marks.iter().map(|m| (m.checkpoint, m.wall_ns)).collect();
@@ -534,7 +535,7 @@ impl Work {
             let reply = match remote.manifest(&group, checkpoint, limit) {
                 Ok(manifest) => {
                     let wall = walls.iter().find(|w| w.0 == manifest.checkpoint).map(|w| w.1);
-                    Reply::Verified(verify::compare(&manifest, wall))
+                    Reply::Verified(verify::compare(&manifest, wall, &filter))
                 }
                 Err(e) => Reply::failed(
                     FailureKind::Failed,

@@ -311,8 +311,8 @@ impl Fs {
         }
     }
 
-    /// The tree below the root as text, for the comparison.
-    pub(super) fn dump(&self) -> Vec<String> {
+    /// The tree below the root as text, for the comparison: what is taken of it, by path and kind.
+    pub(super) fn dump(&self, takes: &dyn Fn(&str, FileKind) -> bool) -> Vec<String> {
         let mut lines = Vec::new();
         let mut todo = vec![(String::new(), ROOT)];
         while let Some((path, inode)) = todo.pop() {
@@ -326,7 +326,10 @@ impl Fs {
                 String::from_utf8_lossy(&i.target)
             ));
             for (name, child) in &i.entries {
-                todo.push((format!("{path}/{}", String::from_utf8_lossy(name)), *child));
+                let path = format!("{path}/{}", String::from_utf8_lossy(name));
+                if takes(&path, self.inodes[child].kind) {
+                    todo.push((path, *child));
+                }
             }
         }
         lines.sort();

@@ -3,6 +3,7 @@
 //! that the stream says must be the one that the effects of exactly the covered calls make.
 
 mod backup;
+mod border;
 mod fs;
 mod memory;
 mod requests;
@@ -17,6 +18,7 @@ use super::model::{FileSystems, Model};
 use super::outbox::Outbox;
 use super::{Engine, Request, Stop};
 use backup::Backup;
+use border::Border;
 use fs::ROOT;
 use world::World;
 
@@ -34,7 +36,9 @@ fn run(seed: u64) -> (u32, u32) {
     let base = world.fs.clone();
     world.done.clear();
     world.asynchronous = seed.is_multiple_of(3);
-    let model = Model::new(ObjectId(0), FileSystems::default());
+    let border = Border::of(seed);
+    let mut model = Model::new(ObjectId(0), FileSystems::default());
+    model.filter = border.filter();
     let mut engine = Engine::new(model, Outbox::new(Sequence(0), ChainHash::START), CheckpointId(0));
     let root = world.stat_of(ROOT).unwrap();
     engine.begin_epoch(Epoch(1), [0; 16], false, world.now());
@@ -75,7 +79,10 @@ fn run(seed: u64) -> (u32, u32) {
         for done in world.done[..done].iter().filter(|d| d.ok && d.start_ns <= taken.at_ns) {
             expected.run(&done.call, done.stamp, done.fresh);
         }
-        let (got, want) = (at_marker.expect("the marker was shipped"), expected.dump());
+        let (got, want) = (
+            at_marker.expect("the marker was shipped"),
+            expected.dump(&|path, kind| border.takes(path, kind)),
+        );
         let differ = |a: &[String], b: &[String]| -> Vec<String> {
             a.iter().filter(|l| !b.contains(l)).cloned().collect()
         };
