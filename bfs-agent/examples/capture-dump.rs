@@ -57,6 +57,7 @@ fn main() -> anyhow::Result<()> {
         ("rescan", counter::RESCAN),
         ("inline", counter::INLINE),
         ("by_reference", counter::BY_REFERENCE),
+        ("went_on", counter::WENT_ON),
         ("unreadable", counter::USER_UNREADABLE),
         ("no_enter", counter::NO_ENTER),
         ("compat", counter::COMPAT),

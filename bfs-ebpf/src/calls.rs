@@ -27,8 +27,12 @@ pub mod class {
     pub const SEEK: u8 = 10;
     /// Gives advice about memory, which may punch holes into the file that is mapped there.
     pub const ADVICE: u8 = 12;
+    /// Changes what a descriptor stands for, or lets others use it.
+    pub const TABLE: u8 = 13;
     /// Stores into the memory of another process.
     pub const FOREIGN_STORE: u8 = 101;
+    /// Takes a descriptor of another process.
+    pub const FOREIGN_DESCRIPTOR: u8 = 102;
     /// Changes nothing, but may be a 32-bit call of that number, which does.
     pub const MAYBE_COMPAT: u8 = 100;
     /// `io_submit`.
@@ -41,6 +45,7 @@ pub mod nr {
     pub const OPEN: u32 = 2;
     pub const MMAP: u32 = 9;
     pub const PWRITE64: u32 = 18;
+    pub const WRITEV: u32 = 20;
     pub const MADVISE: u32 = 28;
     pub const BIND: u32 = 49;
     pub const FTRUNCATE: u32 = 77;
@@ -109,8 +114,12 @@ const fn classes() -> [u8; CALLS] {
     set(&mut table, &[16], class::IOCTL);
     set(&mut table, &[9], class::MMAP);
     set(&mut table, &[8], class::SEEK);
+    // dup dup2 sendmsg fcntl dup3 sendmmsg io_uring_setup io_uring_enter io_uring_register close_range
+    set(&mut table, &[32, 33, 46, 72, 292, 307, 425, 426, 427, 436], class::TABLE);
     // process_vm_writev, 64-bit and 32-bit number
     set(&mut table, &[311, 348], class::FOREIGN_STORE);
+    // pidfd_getfd
+    set(&mut table, &[438], class::FOREIGN_DESCRIPTOR);
     set(&mut table, &[nr::IO_SUBMIT as usize], class::AIO);
     // madvise process_madvise
     set(&mut table, &[28, 440], class::ADVICE);

@@ -7,7 +7,10 @@
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_probe_read_user};
 use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, NAME_MAX, WriteEvent, counter, flag, kind};
 
-use crate::maps::{NO_WAKEUP, RING, SMALL_DATA, Scratch, count, name_suspect, output};
+use crate::{
+    kernel,
+    maps::{NO_WAKEUP, RING, SMALL_DATA, Scratch, count, name_suspect, output},
+};
 
 /// Bytes of data that travel in the record itself; more go ahead in chunks.
 pub const DATA_IN_RECORD: u64 = 16_384;
@@ -129,6 +132,27 @@ extern "C" fn emit_written(scratch: *mut Scratch) -> i32 {
     }
     sent(scratch, done);
     0
+}
+
+/// Puts the record of a write of the object in the scratch into the ring, whose data is to be read from the
+/// file; where there is no room, the object is named as suspect.
+#[inline(always)]
+pub fn emit_bare_write(scratch: &mut Scratch, header: EventHeader, dev: u32, offset: u64) {
+    let Some(mut entry) = RING.reserve::<WriteEvent>(0) else {
+        kernel::object_attr(scratch, dev);
+        scratch.file_record.event.header = header;
+        name_suspect(scratch);
+        return;
+    };
+    let event = entry.as_mut_ptr();
+    // SAFETY: the record was reserved; every field is written.
+    unsafe {
+        (*event).header = EventHeader { len: size_of::<WriteEvent>() as u32, ..header };
+        kernel::object_attr_to(&mut (*event).attr, scratch, dev);
+        (*event).file_offset = offset;
+    }
+    entry.submit(NO_WAKEUP);
+    count(counter::WENT_ON);
 }
 
 #[inline(always)]

@@ -74,11 +74,18 @@ pub fn memory_is_shared() -> bool {
         if field::<u32>(mm, off!(mm_users)) != 1 {
             return true;
         }
-        if off!(task_io_uring) != 0 && !field::<*const u8>(task, off!(task_io_uring)).is_null() {
+        if uses_io_uring() {
             return true;
         }
         off!(mm_aio) != 0 && !field::<*const u8>(mm, off!(mm_aio)).is_null()
     }
+}
+
+/// Whether the current task has used io_uring: the kernel may use its descriptors, and close them, when it likes.
+#[inline(always)]
+pub fn uses_io_uring() -> bool {
+    // SAFETY: a member of the task.
+    off!(task_io_uring) != 0 && unsafe { !field::<*const u8>(task(), off!(task_io_uring)).is_null() }
 }
 
 /// Whether more than one task uses the memory.
@@ -291,6 +298,12 @@ fn attr(to: &mut InodeAttr, block: *const u64, generation: u32, dev: u32) {
     to.gid = at(block, off!(inode_gid));
     to.nlink = at(block, off!(inode_nlink));
     to.reserved = 0;
+}
+
+/// The attributes of the object in the scratch go into `to`.
+#[inline(always)]
+pub fn object_attr_to(to: &mut InodeAttr, scratch: &Scratch, dev: u32) {
+    attr(to, scratch.inode.as_ptr(), scratch.generation[0], dev);
 }
 
 /// The attributes of the object in the scratch go into the file record.

@@ -43,7 +43,7 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
     if !syscall::starts(number) {
         return 0;
     }
-    syscall::note_foreign_store(number);
+    syscall::note_foreign(number);
     let pid_tgid = bpf_get_current_pid_tgid();
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
         // SAFETY: the entry of the current task, which (but for its role) only that task changes.
@@ -59,14 +59,14 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
 /// `sys_exit(regs, ret)`
 #[btf_tracepoint(function = "sys_exit")]
 pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
-    if !syscall::ends(ctx.arg(0)) {
+    let Some(number) = syscall::ends(ctx.arg(0)) else {
         return 0;
-    }
+    };
     let pid_tgid = bpf_get_current_pid_tgid();
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
         // SAFETY: as above.
         let state = unsafe { &mut *state };
-        let number = syscall::exit(state, ctx.arg(0), ctx.arg(1), pid_tgid);
+        syscall::exit(state, number, ctx.arg(1), pid_tgid);
         task::leaves(state, pid_tgid);
         trace!(&ctx, "call {} of thread {} ended with {}", number, pid_tgid as u32, ctx.arg::<i64>(1));
     }

@@ -135,6 +135,11 @@ pub static SETTINGS: Settings =
 #[unsafe(no_mangle)]
 pub static mut FOREIGN_STORES: u32 = 0;
 
+/// 1 once any process took a descriptor of another one: what a task has open may have other users, of which
+/// it knows nothing.
+#[unsafe(no_mangle)]
+pub static mut FOREIGN_DESCRIPTORS: u32 = 0;
+
 /// Loads what the agent filled in, so that the compiler does not take the zero for its value.
 #[inline(always)]
 pub fn filled_in<T: Copy>(value: *const T) -> T {

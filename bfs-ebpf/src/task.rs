@@ -30,6 +30,9 @@ pub const IDLE: TaskState = TaskState {
     private_end: 0,
     known_file: 0,
     known_sb: 0,
+    known_end: 0,
+    known_fd: 0,
+    known_flags: 0,
     role: role::SELECTED,
     reserved: 0,
 };
@@ -98,11 +101,12 @@ pub fn emit_ended(start_ns: u64, nr: u32, tid: u32, tgid: u32, ret: i64, how: u6
 pub fn fork(child: u64) -> Option<u32> {
     let parent = bpf_get_current_pid_tgid() as u32;
     let state = TASKS.get_ptr_mut(parent);
-    // A thread that shares the memory may change its mappings.
+    // A thread that shares the memory may change its mappings; a child has the descriptors too.
     // SAFETY: the parent's own entry, and the parent is the current task.
     let selected = state.is_some_and(|state| unsafe {
         (*state).private_start = 0;
         (*state).private_end = 0;
+        (*state).known_file = 0;
         (*state).role == role::SELECTED
     });
     // A child can be born into another cgroup than its parent's (clone3(2), CLONE_INTO_CGROUP), and

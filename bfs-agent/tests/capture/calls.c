@@ -58,9 +58,14 @@ static void writes(void)
 	struct iovec parts[3] = { { "one", 3 }, { "", 0 }, { "three", 5 } };
 	CHECK(fd >= 0);
 	CHECK(write(fd, in_memory("hello"), 5) == 5);
+	CHECK(lseek(fd, 1, SEEK_CUR) == 6);
 	CHECK(write(fd, bytes, 1000) == 1000);
+	CHECK(lseek(fd, 1, SEEK_CUR) == 1007);
 	CHECK(write(fd, bytes, 5000) == 5000);
+	CHECK(lseek(fd, 1, SEEK_CUR) == 6008);
 	CHECK(write(fd, bytes, SIZE) == SIZE);
+	/* This one goes on where the last one ended. */
+	CHECK(write(fd, in_memory("on"), 2) == 2);
 	CHECK(pwrite(fd, in_memory("middle"), 6, 50) == 6);
 	CHECK(writev(fd, parts, 3) == 8);
 	CHECK(ftruncate(fd, 77) == 0);
@@ -170,8 +175,10 @@ static void fill(void)
 {
 	int fd = open("f", O_CREAT | O_WRONLY, 0644);
 	CHECK(fd >= 0);
-	for (int i = 0; i < 100; i++)
+	for (int i = 0; i < 100; i++) {
 		CHECK(write(fd, bytes, 4096) == 4096);
+		CHECK(lseek(fd, 1, SEEK_CUR) > 0);
+	}
 }
 
 static void fifo(void)

@@ -17,7 +17,7 @@ pub use self::state::*;
 
 /// Changes with every change of layout or meaning in this module; the agent refuses to adopt
 /// pinned maps of another version.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Longest path that the kernel takes, with the terminating zero (`include/uapi/linux/limits.h`).
 pub const PATH_MAX: usize = 4096;
@@ -104,7 +104,7 @@ const _: () = {
     assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 16);
     assert!(size_of::<TaskEvent>() == 64);
     assert!(size_of::<DirtyEvent>() == 48 + 16 + 16);
-    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 8);
+    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 16 + 8);
     assert!(size_of::<Suspect>() == 16);
     assert!(size_of::<Settings>() == 64 + 12);
     assert!(size_of::<Request>() == 80);

@@ -32,11 +32,17 @@ pub struct TaskState {
     pub private_start: u64,
     /// End of that range; 0 when nothing is known.
     pub private_end: u64,
-    /// `struct file` that the last call on a descriptor had, if it was a regular file in scope whose inode
-    /// is `inode`; else 0.
+    /// `struct file` that the last call on a descriptor had, if it was a regular file in scope whose inode is
+    /// `inode`, and only this task could use it; 0 when that is not so, or may no longer be so.
     pub known_file: u64,
     /// Its super block.
     pub known_sb: u64,
+    /// Where its last write ended; `u64::MAX` before the first.
+    pub known_end: u64,
+    /// Its descriptor.
+    pub known_fd: u32,
+    /// [`slot::APPEND`] if it had that.
+    pub known_flags: u32,
     /// One of [`role`]; the only field that others than the task itself change.
     pub role: u32,
     /// Zero.
@@ -66,7 +72,7 @@ pub mod slot {
     pub const PATH_SHARED: u32 = 1 << 4;
     /// The descriptor's file had no name.
     pub const NAMELESS: u32 = 1 << 5;
-    /// The inode was not read at the start: it seemed to be that of the call before.
+    /// Nothing was read at the start: it is the file of the call before, and nobody else can use it.
     pub const KNOWN: u32 = 1 << 16;
     /// A call of the 32-bit table; number and arguments are those of its like in the 64-bit table.
     pub const COMPAT: u32 = 1 << 6;
@@ -114,6 +120,8 @@ pub mod counter {
     pub const ASYNC: u32 = 10;
     /// Operations that found no room in `REQUESTS`, or rings in `RINGS`.
     pub const REQUESTS_FULL: u32 = 11;
+    /// Writes that went on where the last one had ended: records by reference that are counted nowhere else.
+    pub const WENT_ON: u32 = 12;
     /// How many counters there are.
     pub const COUNT: u32 = 16;
 }

@@ -6,7 +6,7 @@ use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user};
 use bfs_common::abi::{InodeId, TaskState, counter, flag, kind, slot};
 
 use super::{
-    LOOP, O_CREAT, O_TRUNC, TS_COMPAT, X32, descriptor, is_among, number_of, open_flags, reg, register,
+    LOOP, O_CREAT, O_TRUNC, X32, descriptor, is_among, is_compat, number_of, open_flags, reg, register,
 };
 use crate::{
     aio,
@@ -60,13 +60,14 @@ const LOOP_CONFIGURE: u32 = 0x4c0a;
 /// The start of a call of a followed task.
 #[inline(always)]
 pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64) {
-    let compat = kernel::task_status() & TS_COMPAT != 0;
+    let compat = is_compat();
     let given = number;
-    let number = number_of(number);
+    let number = number_of(number, compat);
     if compat || number & X32 != 0 {
         count(counter::COMPAT);
         state.private_start = 0;
         state.private_end = 0;
+        state.known_file = 0;
         if number == u64::from(SPECIAL) || !compat {
             task::emit(kind::COMPAT, given as u32, pid_tgid as u32, (pid_tgid >> 32) as u32, given, 0);
             return;
@@ -76,12 +77,16 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
         return;
     }
     let class = CLASS[number as usize & (CALLS - 1)];
-    if matches!(class, class::NONE | class::MAYBE_COMPAT | class::FOREIGN_STORE) {
+    if matches!(class, class::NONE | class::MAYBE_COMPAT | class::FOREIGN_STORE | class::FOREIGN_DESCRIPTOR) {
         return;
     }
     if class == class::MEMORY {
         state.private_start = 0;
         state.private_end = 0;
+        return;
+    }
+    if class == class::TABLE {
+        state.known_file = 0;
         return;
     }
     let number = number as u32;
@@ -98,7 +103,11 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
         state.args[4] = register(regs, reg::R8);
         state.args[5] = register(regs, reg::R9);
     }
+    if class == class::CLOSE && state.known_fd == state.args[0] as u32 {
+        state.known_file = 0;
+    }
     let follow = match class {
+        class::WRITE if goes_on(state, number) => true,
         class::AIO => true,
         class::OPEN => opens(state, number),
         class::PATH => takes_path(state, number),
@@ -149,6 +158,25 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     {
         enter_path(state, number, pid_tgid);
     }
+}
+
+/// The usual case: it goes on writing to the file of its last call. Nothing has to be read for that: since then
+/// no call of this task's has changed what the descriptor stands for, or has let others use it, so it is the
+/// same file, and its position is moved by this task alone. Whether that was so is looked at when the call has
+/// ended.
+#[inline(always)]
+fn goes_on(state: &mut TaskState, number: u32) -> bool {
+    if state.known_file == 0
+        || state.known_fd != state.args[0] as u32
+        || number == nr::PWRITEV2
+        // Where that lands only the length at the start tells.
+        || state.known_flags & slot::APPEND != 0 && number != nr::WRITE && number != nr::WRITEV
+    {
+        return false;
+    }
+    state.file = state.known_file;
+    state.flags |= slot::KNOWN | state.known_flags;
+    true
 }
 
 /// Fills in the arguments of a call of the 32-bit table as the 64-bit table has them.
@@ -222,6 +250,7 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     if address == 0 {
         // Which files are mapped there could not be told: the call is followed without one.
         state.inode = InodeId::NONE;
+        state.known_file = 0;
         return class == class::ADVICE;
     }
     let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_ENTER) else {
@@ -236,20 +265,6 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     }
     if class == class::SEEK && !file.shared {
         return false;
-    }
-    // The usual case: it goes on writing to the file of its last write. Whether it really is that file is
-    // looked at when the call has ended; what an append needs of the inode is needed now.
-    if class == class::WRITE
-        && address == state.known_file
-        && file.inode == state.inode_addr
-        && !file.shared
-        && file.flags & write::O_APPEND == 0
-        && number != nr::PWRITEV2
-    {
-        state.file = address;
-        state.pos = file.pos;
-        state.flags |= slot::KNOWN;
-        return true;
     }
     kernel::read_inode(scratch, file.inode);
     let followed = match class {
@@ -267,9 +282,16 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
         return false;
     }
     state.file = address;
-    let keep = kernel::object_is_file(scratch) && kernel::object_links(scratch) != 0 && !btrfs;
+    let keep = class != class::CLOSE
+        && kernel::object_is_file(scratch)
+        && kernel::object_links(scratch) != 0
+        && !btrfs
+        && !file.shared
+        && !kernel::uses_io_uring();
     state.known_file = if keep { address } else { 0 };
     state.known_sb = kernel::object_sb(scratch);
+    state.known_end = u64::MAX;
+    state.known_fd = descriptor(number, state);
     state.inode_addr = file.inode;
     state.inode = kernel::object_id(scratch, dev);
     state.pos = file.pos;
@@ -278,8 +300,10 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     if file.shared {
         flags |= slot::SHARED_FILE;
     }
+    state.known_flags = 0;
     if file.flags & write::O_APPEND != 0 {
         flags |= slot::APPEND;
+        state.known_flags = slot::APPEND;
     }
     if btrfs {
         flags |= slot::BTRFS;

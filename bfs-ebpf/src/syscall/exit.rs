@@ -5,12 +5,12 @@ use core::sync::atomic::{Ordering, compiler_fence};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use bfs_common::abi::{FileEvent, InodeAttr, NO_CALL, TaskState, counter, ending, flag, kind, slot};
 
-use super::{LOOP, O_TRUNC, descriptor, failed, is_among, number_of, open_flags, reg, register};
+use super::{LOOP, O_TRUNC, descriptor, failed, is_among, open_flags};
 use crate::{
     aio,
     calls::{CALLS, CLASS, class, nr},
     file, kernel,
-    maps::{SCRATCH, SCRATCH_EXIT, Scratch, count},
+    maps::{FOREIGN_DESCRIPTORS, SCRATCH, SCRATCH_EXIT, Scratch, count},
     path, task, write,
 };
 
@@ -28,26 +28,19 @@ const OF_OTHERS: [u32; 5] = [0x660f, 0x586d, 0x587b, 0x5881, 0x5883];
 /// `include/linux/errno.h`: the call is going to be restarted.
 const RESTART: core::ops::RangeInclusive<i64> = -516..=-512;
 
-/// The end of a call of a followed task; gives its number.
+/// The end of a call of a followed task that may matter.
 #[inline(always)]
-pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) -> u64 {
-    let number = number_of(register(regs, reg::ORIG_AX));
-    if number >= CALLS as u64 {
-        return number;
-    }
+pub fn exit(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64) {
     let class = CLASS[number as usize & (CALLS - 1)];
-    if matches!(class, class::NONE | class::MEMORY | class::MAYBE_COMPAT | class::FOREIGN_STORE) {
-        return number;
-    }
-    if state.nr != number as u32 {
+    if state.nr != number {
         count(counter::NO_ENTER);
-        return number;
+        return;
     }
     if state.active != 0 {
         if !RESTART.contains(&ret) {
             if let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_EXIT) {
                 // SAFETY: this CPU's entry of this hook.
-                record(state, number as u32, class, ret, pid_tgid, unsafe { &mut *scratch });
+                record(state, number, class, ret, pid_tgid, unsafe { &mut *scratch });
             }
         }
         // SAFETY: the task's own slot.
@@ -58,14 +51,15 @@ pub fn exit(state: &mut TaskState, regs: *const u64, ret: i64, pid_tgid: u64) ->
         }
     }
     state.nr = NO_CALL;
-    number
 }
 
 /// Makes the record of a call that ended.
 #[inline(always)]
 fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64, scratch: &mut Scratch) {
-    // SAFETY: a helper without arguments.
-    let end_ns = unsafe { bpf_ktime_get_ns() };
+    if state.flags & slot::KNOWN != 0 && go_on(state, number, ret, pid_tgid, scratch) {
+        return;
+    }
+    let end_ns = now();
     let by_descriptor = state.file != 0;
     let failed = ret < 0;
     if class == class::AIO {
@@ -77,9 +71,6 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
             let flags = if failed { flag::FAILED } else { 0 };
             exit_path(state, number, flags, end_ns, ret, pid_tgid, scratch);
         }
-        return;
-    }
-    if state.flags & slot::KNOWN != 0 && !is_known(state, scratch) {
         return;
     }
     if class == class::WRITE && ret > 0 && record_write(state, number, ret, end_ns, pid_tgid, scratch) {
@@ -242,24 +233,79 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
     send(scratch, kind, flags);
 }
 
-/// Whether the call was on a file in scope, where its start only took it for the one of the call before;
-/// finds out which one it was. The inode is in the scratch then.
+/// The end of a write that goes on in a known file. `true`: it has its record, or needs none; `false`: it is
+/// for the common way, with what its start left open filled in.
 #[inline(always)]
-fn is_known(state: &mut TaskState, scratch: &mut Scratch) -> bool {
-    kernel::read_inode(scratch, state.inode_addr);
-    if kernel::object_sb(scratch) == state.known_sb
-        && kernel::object_id(scratch, state.inode.dev) == state.inode
+fn go_on(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64, scratch: &mut Scratch) -> bool {
+    let (address, table_shared) = kernel::file_of(state.known_fd);
+    let file = kernel::read_file(scratch, address, table_shared);
+    kernel::read_inode(scratch, file.inode);
+    // SAFETY: a global word; it only ever goes from 0 to 1.
+    let foreign = unsafe { core::ptr::read_volatile(&raw const FOREIGN_DESCRIPTORS) };
+    let appends = file.flags & write::O_APPEND != 0;
+    if address != state.known_file
+        || kernel::object_sb(scratch) != state.known_sb
+        || kernel::object_id(scratch, state.inode.dev) != state.inode
+        || !kernel::object_is_file(scratch)
+        || appends != (state.known_flags & slot::APPEND != 0)
+        || foreign != 0
     {
+        return lost_sight(state, address, file.inode, scratch);
+    }
+    let written = ret as u64;
+    let positioned = number != nr::WRITE && number != nr::WRITEV;
+    let offset = if positioned { state.args[3] } else { file.pos.wrapping_sub(written) };
+    if ret <= 0 || kernel::object_links(scratch) == 0 || file.shared {
+        // A call that failed, or whose file has lost its name; or somebody else looks at it just now
+        // (/proc/PID/fdinfo).
+        state.pos = offset;
+        state.known_file = 0;
+        return false;
+    }
+    let goes_on = offset == state.known_end;
+    state.known_end = offset.wrapping_add(written);
+    let mut flags = if appends { flag::APPEND } else { 0 };
+    // What follows the bytes before it is seldom written again soon: without a copy it costs least.
+    if !goes_on {
+        kernel::object_attr(scratch, state.inode.dev);
+        let event = &mut scratch.file_record.event;
+        event.header = file::header(kind::FILE, flags, number, state.start_ns, now(), ret, pid_tgid);
+        event.file_offset = offset;
+        scratch.data_len = 0;
+        write::data(scratch, state);
+        file::emit_write(scratch);
         return true;
     }
-    // Another file at the same address.
+    flags |= flag::BY_REFERENCE;
+    let header = file::header(kind::WRITE, flags, number, state.start_ns, now(), ret, pid_tgid);
+    file::emit_bare_write(scratch, header, state.inode.dev, offset);
+    true
+}
+
+/// What the descriptor stands for was changed behind the task's back: the file is the one that it stands for
+/// now, and where in it is not known.
+#[inline(always)]
+fn lost_sight(state: &mut TaskState, address: u64, inode: u64, scratch: &mut Scratch) -> bool {
     state.known_file = 0;
-    let (dev, btrfs) = kernel::object_device(scratch, state.inode_addr);
+    if address == 0 {
+        count(counter::RESCAN);
+        return true;
+    }
+    state.file = address;
+    state.inode_addr = inode;
+    state.pos = u64::MAX;
+    let (dev, btrfs) = kernel::object_device(scratch, inode);
     state.inode = kernel::object_id(scratch, dev);
     if btrfs {
         state.flags |= slot::BTRFS;
     }
-    kernel::in_scope(dev)
+    !kernel::in_scope(dev)
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Makes the record of a write to a file that nobody else has open through this description: the call that
@@ -281,9 +327,7 @@ fn record_write(
     if file.shared {
         return false;
     }
-    if state.flags & slot::KNOWN == 0 {
-        kernel::read_inode(scratch, file.inode);
-    }
+    kernel::read_inode(scratch, file.inode);
     if !kernel::object_is_file(scratch) || kernel::object_links(scratch) == 0 {
         return false;
     }
@@ -294,6 +338,8 @@ fn record_write(
     event.range_start = 0;
     event.range_end = 0;
     written(scratch, state, &file, 0);
+    let event = &scratch.file_record.event;
+    state.known_end = event.file_offset.wrapping_add(event.count);
     true
 }
 

@@ -23,6 +23,8 @@ pub use self::exit::exit;
 const TS_COMPAT: u32 = 2;
 /// `__X32_SYSCALL_BIT` (`arch/x86/include/uapi/asm/unistd.h`)
 const X32: u64 = 0x4000_0000;
+const X32_PROCESS_VM_WRITEV: u64 = X32 | 540;
+const X32_PIDFD_GETFD: u64 = X32 | 438;
 
 pub const O_CREAT: u32 = 0o100;
 pub const O_TRUNC: u32 = 0o1_000;
@@ -69,8 +71,8 @@ fn class_of(number: u64) -> u8 {
 
 /// A number as the 64-bit table has it; [`CALLS`] or more where it has none that is followed.
 #[inline(always)]
-fn number_of(number: u64) -> u64 {
-    if kernel::task_status() & TS_COMPAT == 0 {
+fn number_of(number: u64, compat: bool) -> u64 {
+    if !compat {
         return number;
     }
     let like = if number < CALLS as u64 { COMPAT[number as usize & (CALLS - 1)] } else { 0 };
@@ -82,30 +84,50 @@ fn number_of(number: u64) -> u64 {
 pub fn starts(number: u64) -> bool {
     match class_of(number) {
         class::NONE => number & X32 != 0,
-        class::MAYBE_COMPAT => kernel::task_status() & TS_COMPAT != 0,
+        class::MAYBE_COMPAT => is_compat(),
         _ => true,
     }
 }
 
-/// Notes that a process stores into the memory of another one; before the selection, because anybody may.
+/// Notes that a process reaches into another one; before the selection, because anybody may.
 #[inline(always)]
-pub fn note_foreign_store(number: u64) {
-    if class_of(number) == class::FOREIGN_STORE || number == 0x4000_021c {
-        // SAFETY: a word that only ever goes from 0 to 1.
-        unsafe { core::ptr::write_volatile(&raw mut maps::FOREIGN_STORES, 1) };
+pub fn note_foreign(number: u64) {
+    // SAFETY: words that only ever go from 0 to 1.
+    unsafe {
+        if class_of(number) == class::FOREIGN_STORE || number == X32_PROCESS_VM_WRITEV {
+            core::ptr::write_volatile(&raw mut maps::FOREIGN_STORES, 1);
+        }
+        if class_of(number) == class::FOREIGN_DESCRIPTOR || number == X32_PIDFD_GETFD {
+            core::ptr::write_volatile(&raw mut maps::FOREIGN_DESCRIPTORS, 1);
+        }
     }
 }
 
-/// Whether a call may matter at its end, if its task is followed.
+/// The number, as the 64-bit table has it, of a call that may matter at its end, if its task is followed.
 #[inline(always)]
-pub fn ends(regs: *const u64) -> bool {
+pub fn ends(regs: *const u64) -> Option<u32> {
     let number = register(regs, reg::ORIG_AX);
     // What is harmless in the one table is so in the other.
-    class_of(number) != class::NONE
-        && !matches!(
-            class_of(number_of(number)),
-            class::NONE | class::MEMORY | class::MAYBE_COMPAT | class::FOREIGN_STORE
-        )
+    if class_of(number) == class::NONE {
+        return None;
+    }
+    let number = number_of(number, is_compat());
+    let matters = !matches!(
+        class_of(number),
+        class::NONE
+            | class::MEMORY
+            | class::TABLE
+            | class::MAYBE_COMPAT
+            | class::FOREIGN_STORE
+            | class::FOREIGN_DESCRIPTOR
+    );
+    matters.then_some(number as u32)
+}
+
+/// Whether the current call is one of the 32-bit table.
+#[inline(always)]
+fn is_compat() -> bool {
+    kernel::task_status() & TS_COMPAT != 0
 }
 
 #[inline(always)]

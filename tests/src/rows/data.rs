@@ -29,6 +29,7 @@ pub(super) static ROWS: &[&Row] = &[
     &Row::new("data/append-flag-changes", append_flag_changes),
     &Row::new("data/shared-position", shared_position),
     &Row::new("data/shared-position-race", shared_position_race),
+    &Row::new("data/descriptor-changes", descriptor_changes),
     &Row::new("data/direct", direct),
     &Row::new("data/sync", sync),
     &Row::new("data/sendfile", sendfile),
@@ -200,6 +201,55 @@ fn shared_position_race(at: &At) -> io::Result<()> {
         }
     });
     Ok(())
+}
+
+/// Between writes that go on where the last one ended, the descriptor becomes another file's in every way that
+/// there is, or others move its position.
+fn descriptor_changes(at: &At) -> io::Result<()> {
+    let mut file = at.file("f", 1_000)?;
+    let other = at.file("g", 1_000)?;
+    let number = fd(&file);
+    at.pause()?;
+    let mut goes_on = || -> io::Result<()> {
+        for _ in 0..3 {
+            file.write_all(b"and on ")?;
+        }
+        Ok(())
+    };
+    goes_on()?;
+    // One more descriptor, which moves the position.
+    let kept = other.try_clone()?;
+    let copy = call(libc::SYS_dup, [number, 0, 0])?;
+    call(libc::SYS_lseek, [copy, 500, libc::SEEK_SET as usize])?;
+    call(libc::SYS_close, [copy, 0, 0])?;
+    goes_on()?;
+    // Another file in its place, one that is open elsewhere too, and back.
+    let copy = call(libc::SYS_dup, [number, 0, 0])?;
+    call(libc::SYS_dup2, [fd(&other), number, 0])?;
+    goes_on()?;
+    (&kept).seek(SeekFrom::Start(900))?;
+    goes_on()?;
+    call(libc::SYS_dup3, [copy, number, 0])?;
+    call(libc::SYS_close_range, [copy, copy, 0])?;
+    goes_on()?;
+    // A child that moves the position, writes, and is gone.
+    sys::in_child(|| {
+        call(libc::SYS_lseek, [number, 50, libc::SEEK_SET as usize])?;
+        call(libc::SYS_write, [number, address(b"a child"), 7]).map(drop)
+    })?;
+    goes_on()?;
+    // It is opened anew, now to append.
+    let path = c(at.path("h"))?;
+    call(libc::SYS_close, [number, 0, 0])?;
+    let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_APPEND;
+    let opened = call(libc::SYS_open, [adr(&path), flags as usize, 0o644])?;
+    if opened != number {
+        return Err(io::Error::other("another descriptor was free"));
+    }
+    goes_on()?;
+    call(libc::SYS_fcntl, [number, libc::F_SETFL as usize, 0])?;
+    call(libc::SYS_lseek, [number, 3, libc::SEEK_SET as usize])?;
+    goes_on()
 }
 
 /// Memory that O_DIRECT takes.

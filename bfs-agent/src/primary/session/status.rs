@@ -24,6 +24,7 @@ impl Work {
         let last_sequence = self.engine.last_sequence();
         let refusal = progress.refusal.as_ref().map(ToString::to_string);
         let counters = self.link.probes.counters().unwrap_or_default();
+        let went_on = counters.get(counter::WENT_ON);
         let misses = self.link.probes.recursion_misses().unwrap_or_default();
         let (stream_records, stream_bytes) = self.engine.pushed();
         let selected = self.link.probes.selected_tasks().map_or(0, |t| t.len() as u64);
@@ -64,9 +65,9 @@ impl Work {
             ring_bytes: self.link.probes.ring().capacity(),
             ring_used_bytes: self.link.probes.ring().used_bytes(),
             counters: Counters {
-                records: counters.get(counter::RECORDS),
+                records: counters.get(counter::RECORDS) + went_on,
                 inline: counters.get(counter::INLINE),
-                by_reference: counters.get(counter::BY_REFERENCE),
+                by_reference: counters.get(counter::BY_REFERENCE) + went_on,
                 reserve_failed: counters.get(counter::RESERVE_FAILED),
                 rescan: counters.get(counter::RESCAN),
                 user_unreadable: counters.get(counter::USER_UNREADABLE),
