@@ -1,4 +1,5 @@
-//! What belongs to the group: includes and excludes, and what is moved across their border.
+//! What belongs to the group: includes and excludes, what is moved across their border, and directories that are
+//! added and removed while a program works in them.
 
 use std::fs;
 use std::path::Path;
@@ -120,6 +121,114 @@ fn what_is_left_out_travels_not_and_its_border_is_crossed_by_moves() {
     equal_to_the_border(&world);
     assert!(world.finish().unwrap().success());
     equal_to_the_border(&world);
+}
+
+/// Runs `bfs-agent path WORDS`: its status, and what it says.
+fn path(world: &World, words: &[&str]) -> (Option<i32>, String) {
+    let done = world.agent_command(&[&["path"], words].concat(), SOON).unwrap();
+    let said = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
+    (done.status.code(), said)
+}
+
+/// The numbers in a file that lines are appended to: all of them, from 1.
+fn lines(path: &Path) -> u64 {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    assert!(text.is_empty() || text.ends_with('\n'), "{} ends in the middle of a line", path.display());
+    for (index, line) in text.lines().enumerate() {
+        assert_eq!(line.parse(), Ok(index as u64 + 1), "{}", path.display());
+    }
+    text.lines().count() as u64
+}
+
+/// A line in the first directory, then one in the second; names in both, and moves between them.
+const TWO: &str = "\
+mkdir \"$3/sub\"; echo early > \"$3/sub/early\"; ln \"$3/sub/early\" \"$1/linked\"; : > \"$2/ready\"; i=0
+while [ ! -e \"$2/stop\" ]; do
+    i=$((i + 1)); echo $i >> \"$1/before\"; echo $i >> \"$3/after\"; echo $i >> \"$1/linked\"
+    mv \"$3/sub\" \"$3/sub-$i\"; mv \"$3/sub-$i\" \"$3/sub\"
+    echo $i > \"$1/moves\"; mv \"$1/moves\" \"$3/sub/moved\"; mv \"$3/sub/moved\" \"$1/back\"
+done";
+
+#[test]
+fn a_directory_is_added_and_removed_while_the_program_works() {
+    let mut world = World::new("paths", Transport::Unix).unwrap();
+    let more = world.root().join("more");
+    fs::create_dir(&more).unwrap();
+    world.start_replayer().unwrap();
+    let mut line = shell(&world, TWO);
+    line.push(more.display().to_string());
+    world.run(&line).unwrap();
+    world.checkpoint().unwrap();
+    let shown = more.display().to_string();
+    let both = |world: &World, index: usize| {
+        let copies = [0, 1].map(|which| world.scratch.join(format!("copy-{index}-{which}")));
+        let script = "cp -a \"$0\" \"$1\" && cp -a \"$2\" \"$3\"";
+        let mut words = ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
+        let paths = [&world.place.data, &copies[0], &more, &copies[1]];
+        words.extend(paths.map(|path| path.display().to_string()));
+        world.checkpoint_stopped(&words).unwrap();
+        copies
+    };
+    let backup = world.store.join("tree").join(&world.group).join(more.strip_prefix("/").unwrap());
+    let mut index = 0;
+    for round in 0..2 {
+        let (status, said) = path(&world, &["add", &shown]);
+        assert!(status == Some(0) && said.trim().parse::<u64>().is_ok(), "{said}");
+        for _ in 0..4 {
+            index += 1;
+            world.checkpoint().unwrap();
+            let (first, then) = (lines(&world.backup().join("before")), lines(&backup.join("after")));
+            assert!(
+                first == then || first == then + 1,
+                "{first} lines in one directory, {then} in the other"
+            );
+            if index == 3 {
+                world.kill_agent().unwrap();
+                world.resume().unwrap();
+            }
+            let copies = both(&world, index);
+            for (copy, backup) in copies.iter().zip([&world.backup(), &backup]) {
+                let differences = oracle::compare(copy, backup).unwrap();
+                assert!(differences.is_empty(), "{}", differences.join("\n"));
+            }
+        }
+        assert_eq!(path(&world, &["list"]).1, format!("{}\n{shown}\n", world.place.data.display()));
+        let (status, said) = path(&world, &["remove", &shown]);
+        assert_eq!(status, Some(0), "{said}");
+        // The file with a name in both stays, with the one that is left.
+        let copies = both(&world, index + 100 * (round + 1));
+        let differences = oracle::compare(&copies[0], &world.backup()).unwrap();
+        assert!(differences.is_empty(), "{}", differences.join("\n"));
+        assert!(!backup.exists() && world.backup().join("linked").exists());
+    }
+    assert_eq!(path(&world, &["list"]).1.trim(), world.place.data.display().to_string());
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
+}
+
+#[test]
+fn directories_that_cannot_be_added_or_removed_are_refused() {
+    let mut world = World::new("paths-refused", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    let script = "mkdir \"$1/in\"; : > \"$2/ready\"; while [ ! -e \"$2/stop\" ]; do sleep 0.01; done";
+    world.run(&shell(&world, script)).unwrap();
+    world.checkpoint().unwrap();
+    let own = world.place.data.display().to_string();
+    let inside = world.place.data.join("in").display().to_string();
+    for (words, why) in [
+        (["add", inside.as_str()], "overlap"),
+        (["add", own.as_str()], "overlap"),
+        (["add", "/nowhere"], "/nowhere"),
+        (["add", "/dev/shm"], "another file system"),
+        (["remove", own.as_str()], "the last"),
+        (["remove", inside.as_str()], "not among"),
+    ] {
+        let (status, said) = path(&world, &words);
+        assert!(status == Some(70) && said.contains(why), "{words:?}: {status:?} {said}");
+    }
+    world.checkpoint().unwrap();
+    exercise::equal(&world).unwrap();
+    assert!(world.finish().unwrap().success());
 }
 
 #[test]

@@ -220,9 +220,47 @@ enum Command {
         #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
         timeout: Duration,
     },
+    /// Add, remove or list replicated directories while everything runs
+    ///
+    /// Examples:
+    ///   bfs-agent path add /srv/more
+    ///   bfs-agent path list
+    ///
+    /// add and remove print the number of the first checkpoint that has the directory, or has it no
+    /// more, when it is confirmed.
+    #[command(verbatim_doc_comment)]
+    Path {
+        #[command(subcommand)]
+        what: PathCommand,
+    },
     /// Thaws what the agent stopped, should the agent die
     #[command(name = guard::SUBCOMMAND, hide = true)]
     Guard,
+}
+
+#[derive(Debug, Subcommand)]
+enum PathCommand {
+    /// Replicate a further directory, with everything below it, on a file system that is replicated already
+    Add(PathChange),
+    /// Replicate a directory no longer: it is not in the next checkpoint, and stays in those before
+    Remove(PathChange),
+    /// Show which directories are replicated
+    List {
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+#[derive(Debug, Args)]
+struct PathChange {
+    #[command(flatten)]
+    target: Target,
+    /// The directory
+    #[arg(value_name = "DIR")]
+    path: PathBuf,
+    /// How long to wait
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_time)]
+    timeout: Duration,
 }
 
 #[derive(Debug, Args)]
@@ -427,6 +465,14 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
         Command::Stop { target, timeout } => {
             asks(inherited)?;
             commands::stop(&target, timeout)
+        }
+        Command::Path { what } => {
+            asks(inherited)?;
+            match what {
+                PathCommand::Add(change) => commands::change_path(&change, true),
+                PathCommand::Remove(change) => commands::change_path(&change, false),
+                PathCommand::List { target } => commands::paths(&target),
+            }
         }
         Command::Guard => guard::serve()
             .map(|()| 0)

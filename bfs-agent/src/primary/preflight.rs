@@ -77,7 +77,7 @@ pub fn check_roots(paths: &[PathBuf], backup: &Destination) -> Result<Vec<PathBu
             let hint = format!("give the directory that it is in: --path {}", parent(&root).display());
             return Err(Failure::new(Kind::Path, format!("--path {shown} is not a directory"), hint));
         }
-        if let Some(other) = roots.iter().find(|r| root.starts_with(r) || r.starts_with(&root)) {
+        if let Some(other) = overlapping(&root, &roots) {
             return Err(Failure::new(
                 Kind::Path,
                 format!("--path {shown} and --path {} overlap", other.display()),
@@ -97,6 +97,12 @@ pub fn check_roots(paths: &[PathBuf], backup: &Destination) -> Result<Vec<PathBu
         }
     }
     Ok(roots)
+}
+
+/// The one of the subtrees that a further one lies in, or the other way round.
+#[must_use]
+pub fn overlapping<'a>(root: &Path, roots: &'a [PathBuf]) -> Option<&'a PathBuf> {
+    roots.iter().find(|r| root.starts_with(r) || r.starts_with(root))
 }
 
 fn parent(path: &Path) -> &Path {

@@ -59,7 +59,9 @@ impl World {
     /// When it does not start.
     pub fn spawn_agent_command(&self, words: &[&str]) -> Result<std::process::Child> {
         let mut command = Command::new(binary("bfs-agent"));
-        command.arg(words[0]).args(["--group", &self.group]).args(&words[1..]);
+        // `path` has commands of its own.
+        let verbs = if words[0] == "path" { 2 } else { 1 };
+        command.args(&words[..verbs]).args(["--group", &self.group]).args(&words[verbs..]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         self.leash.hold(&mut command)?.spawn().context("bfs-agent does not start")
     }

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Target, show};
+use super::{PathChange, Target, show};
 use crate::primary::control::{Client, FailureKind, Reply, Request, VerifyReport, WaitFor, default_socket};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::{self, Inherited};
@@ -153,6 +153,34 @@ fn verify_status(report: &VerifyReport) -> u8 {
         NOT_COMPARED
     } else {
         0
+    }
+}
+
+/// Adds a directory, or takes one out.
+pub(super) fn change_path(change: &PathChange, add: bool) -> Result<u8, Failure> {
+    // The agent has another working directory.
+    let path = std::path::absolute(&change.path).map_err(|e| {
+        Failure::new(Kind::Path, format!("{}: {e}", change.path.display()), "give an absolute path")
+    })?;
+    let timeout_ms = milliseconds(change.timeout);
+    let request =
+        if add { Request::PathAdd { path, timeout_ms } } else { Request::PathRemove { path, timeout_ms } };
+    match ask(&change.target, &request)? {
+        Reply::Checkpoint { checkpoint, .. } => {
+            print(&checkpoint.to_string());
+            Ok(0)
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+pub(super) fn paths(target: &Target) -> Result<u8, Failure> {
+    match ask(target, &Request::Status)? {
+        Reply::Status(status) => {
+            status.roots.iter().for_each(|root| print(root));
+            Ok(0)
+        }
+        other => Err(unexpected(&other)),
     }
 }
 

@@ -1,5 +1,7 @@
 //! What commands ask of an agent, and what it answers.
 
+use std::path::PathBuf;
+
 use bfs_common::record::{CheckpointId, Epoch, Sequence};
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +53,20 @@ pub enum Request {
     },
     /// Take a checkpoint, wait until it is applied, compare. Answered by [`Reply::Verified`].
     Verify {
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Replicate a further subtree. Answered by [`Reply::Checkpoint`] when one that has it is confirmed.
+    PathAdd {
+        /// The directory.
+        path: PathBuf,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Replicate a subtree no longer. Answered by [`Reply::Checkpoint`] when one without it is confirmed.
+    PathRemove {
+        /// The directory.
+        path: PathBuf,
         /// How long, altogether.
         timeout_ms: u64,
     },

@@ -277,6 +277,8 @@ fn limits_of(request: &Request) -> (Duration, Duration) {
         Request::Checkpoint { timeout_ms, .. }
         | Request::Stop { timeout_ms }
         | Request::Flush { timeout_ms }
+        | Request::PathAdd { timeout_ms, .. }
+        | Request::PathRemove { timeout_ms, .. }
         | Request::Verify { timeout_ms } => (Duration::from_millis(*timeout_ms) + GRACE, GRACE),
         Request::CheckpointStopped { timeout_ms, limit_ms, .. } => {
             let stand = Duration::from_millis((*limit_ms).max(1));

@@ -30,7 +30,7 @@ mod simulation;
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use bfs_common::abi::InodeId;
@@ -308,12 +308,46 @@ impl Engine {
                 .model
                 .find(stat.inode)
                 .filter(|o| self.model.get(*o).is_some_and(|known| known.kind == stat.kind));
-            let object = known.unwrap_or_else(|| self.create(&stat, 0));
+            let object = known.unwrap_or_else(|| self.create_root(&stat));
             list.push((path, object));
         }
         if self.model.roots() != list.as_slice() {
             self.model.set_roots(list, &mut self.out);
         }
+    }
+
+    /// A root that is new to the group: all of it is read before the next checkpoint.
+    fn create_root(&mut self, stat: &Stat) -> ObjectId {
+        let object = self.create(stat, 0);
+        self.suspect(&GapScope::Subtree(object), u64::MAX);
+        object
+    }
+
+    /// A further subtree belongs to the group from the next checkpoint on; `false` when it does already, by
+    /// another path.
+    pub fn add_root(&mut self, path: PathBuf, stat: &Stat) -> bool {
+        let object = match self.model.find(stat.inode) {
+            Some(object) if self.model.is_linked(object) => return false,
+            // It was a root until lately.
+            Some(object) => {
+                self.suspect(&GapScope::Subtree(object), u64::MAX);
+                object
+            }
+            None => self.create_root(stat),
+        };
+        let mut roots = self.model.roots().to_vec();
+        roots.push((path, object));
+        self.model.set_roots(roots, &mut self.out);
+        self.stats.ops += 1;
+        true
+    }
+
+    /// A subtree does not belong to the group any more, from the next checkpoint on.
+    pub fn remove_root(&mut self, path: &Path) {
+        let mut roots = self.model.roots().to_vec();
+        roots.retain(|root| root.0 != path);
+        self.model.set_roots(roots, &mut self.out);
+        self.stats.ops += 1;
     }
 
     /// Everything in the group is suspect: it is all read before the next checkpoint.

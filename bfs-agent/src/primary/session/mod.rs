@@ -3,6 +3,7 @@
 mod begin;
 mod link;
 mod mapped;
+mod paths;
 mod requests;
 mod rollback;
 mod select;

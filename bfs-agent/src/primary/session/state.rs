@@ -96,6 +96,11 @@ impl State {
         })
     }
 
+    /// The subtrees are others now.
+    pub fn set_roots(&mut self, roots: &[PathBuf]) {
+        self.roots = roots.to_vec();
+    }
+
     /// Writes it whole or not at all.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use bfs_common::record::{CheckpointId, Epoch, Sequence};
 
 use super::SessionOptions;
 use super::link::{Link, STOP_LIMITS};
+use super::paths::Change;
 use crate::backup::ReplayerHandle;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{
@@ -50,7 +51,7 @@ struct Waiter {
     stopped_us: u64,
 }
 
-enum Awaited {
+pub(super) enum Awaited {
     Checkpoint(WaitFor),
     Flush,
     Verify,
@@ -371,11 +372,7 @@ impl Work {
             Command::Status => replies.send(Reply::Status(Box::new(self.status()))),
             Command::Checkpoint { tag, wait, timeout_ms } => {
                 let deadline = Instant::now() + millis(timeout_ms);
-                if let Some(waiter) =
-                    self.manual(tag, Stop::IfNeeded, Awaited::Checkpoint(wait), deadline, replies)
-                {
-                    self.waiters.push(waiter);
-                }
+                self.wait_for_manual(tag, Stop::IfNeeded, Awaited::Checkpoint(wait), deadline, replies);
             }
             Command::CheckpointStopped { tag, wait, timeout_ms, limit_ms } => {
                 let deadline = Instant::now() + millis(timeout_ms);
@@ -409,14 +406,44 @@ impl Work {
             }
             Command::Verify { timeout_ms } => {
                 let deadline = Instant::now() + millis(timeout_ms);
-                if let Some(waiter) =
-                    self.manual(String::new(), Stop::IfNeeded, Awaited::Verify, deadline, replies)
-                {
-                    self.waiters.push(waiter);
-                }
+                self.wait_for_manual(String::new(), Stop::IfNeeded, Awaited::Verify, deadline, replies);
+            }
+            Command::PathAdd { path, timeout_ms } => {
+                self.change_paths(&Change::Add(path), millis(timeout_ms), replies);
+            }
+            Command::PathRemove { path, timeout_ms } => {
+                self.change_paths(&Change::Remove(path), millis(timeout_ms), replies);
             }
             Command::Stop { timeout_ms } => self.stop_asked = Some((replies, millis(timeout_ms))),
         }
+    }
+
+    /// Why no checkpoint can be taken on demand now.
+    pub(super) fn cannot_take(&self) -> Option<Reply> {
+        if let Some(why) = &self.detached {
+            let hint = "end this agent and start again";
+            return Some(Reply::failed(FailureKind::Failed, why.clone(), hint));
+        }
+        self.held.as_ref().map(|_| {
+            Reply::failed(
+                FailureKind::Busy,
+                "the processes stand for another `checkpoint --stopped`",
+                "try again when it has ended",
+            )
+        })
+    }
+
+    /// A checkpoint on demand that somebody waits for.
+    pub(super) fn wait_for_manual(
+        &mut self,
+        tag: String,
+        stop: Stop,
+        what: Awaited,
+        deadline: Instant,
+        replies: Replies,
+    ) {
+        let waiter = self.manual(tag, stop, what, deadline, replies);
+        self.waiters.extend(waiter);
     }
 
     /// A checkpoint on demand; refusals are answered here.
@@ -428,12 +455,8 @@ impl Work {
         deadline: Instant,
         replies: Replies,
     ) -> Option<Waiter> {
-        if self.held.is_some() {
-            replies.send(Reply::failed(
-                FailureKind::Busy,
-                "the processes stand for another `checkpoint --stopped`",
-                "try again when it has ended",
-            ));
+        if let Some(why) = self.cannot_take() {
+            replies.send(why);
             return None;
         }
         match self.checkpoint(tag, "manual", stop) {

@@ -1,0 +1,109 @@
+//! Subtrees that are added and removed while a session works.
+//!
+//! Only on file systems that the probes look at already: there every call was recorded all along, so a new
+//! subtree is simply suspect as a whole, and the next checkpoint has it. The state file never names a subtree
+//! that the stream has not: whoever finds one there that is new reads it whole, one that is gone is let go.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::work::{Awaited, Work};
+use crate::primary::control::{FailureKind, Replies, Reply, WaitFor};
+use crate::primary::engine::Stop;
+use crate::primary::preflight;
+
+/// How a change is refused: what is wrong, and what to do.
+type Refused = (String, &'static str);
+
+/// Which change.
+#[derive(Clone, Debug)]
+pub(super) enum Change {
+    /// A further subtree.
+    Add(PathBuf),
+    /// One less.
+    Remove(PathBuf),
+}
+
+impl Work {
+    /// Changes the subtrees, and answers when a checkpoint with the change is confirmed.
+    pub(super) fn change_paths(&mut self, change: &Change, limit: Duration, replies: Replies) {
+        let deadline = Instant::now() + limit;
+        if let Some(busy) = self.cannot_take() {
+            return replies.send(busy);
+        }
+        let changed = match change {
+            Change::Add(path) => self.add_path(path),
+            Change::Remove(path) => self.remove_path(path),
+        };
+        if let Err((why, hint)) = changed {
+            return replies.send(Reply::failed(FailureKind::Failed, why, hint));
+        }
+        let wait = Awaited::Checkpoint(WaitFor::Confirmed);
+        self.wait_for_manual(String::new(), Stop::IfNeeded, wait, deadline, replies);
+    }
+
+    fn add_path(&mut self, path: &Path) -> Result<(), Refused> {
+        let shown = path.display();
+        let found = preflight::check_roots(&[path.to_owned()], &self.options.backup);
+        let path = match found.map(|mut found| found.pop()) {
+            Ok(Some(path)) => path,
+            Ok(None) => return Err((format!("{shown} is no path"), "give a directory that exists")),
+            Err(failure) => return Err((failure.message, "give another directory")),
+        };
+        if let Some(other) = preflight::overlapping(&path, &self.options.roots) {
+            return Err((
+                format!("{shown} and the replicated {} overlap", other.display()),
+                "what lies below a replicated directory is replicated with it",
+            ));
+        }
+        let root = self
+            .link
+            .reader
+            .add_root(&path)
+            .map_err(|e| (e.to_string(), "choose a directory on ext4, xfs, btrfs or tmpfs"))?;
+        if !self.engine.model().is_device_of_roots(root.stat.inode.dev) {
+            return Err((
+                format!("{shown} lies on another file system than what is replicated"),
+                "give it a session of its own: `bfs-agent attach --group OTHER --path DIR ...`",
+            ));
+        }
+        if !self.engine.add_root(root.path, &root.stat) {
+            return Err((
+                format!("{shown} is a part of what is replicated, by another path"),
+                "look at `bfs-agent path list`",
+            ));
+        }
+        self.options.roots.push(path);
+        self.write_roots()
+    }
+
+    fn remove_path(&mut self, path: &Path) -> Result<(), Refused> {
+        // It may be gone, so it counts as it was written, too.
+        let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let Some(index) = self.options.roots.iter().position(|root| *root == real || root == path) else {
+            let why = format!("{} is not among the replicated directories", path.display());
+            return Err((why, "look at `bfs-agent path list`"));
+        };
+        if self.options.roots.len() == 1 {
+            return Err((
+                "it is the last replicated directory".into(),
+                "end the agent with `bfs-agent stop`",
+            ));
+        }
+        let removed = self.options.roots.remove(index);
+        if let Err(refused) = self.write_roots() {
+            self.options.roots.insert(index, removed);
+            return Err(refused);
+        }
+        self.engine.remove_root(&removed);
+        Ok(())
+    }
+
+    /// A successor needs to know them.
+    fn write_roots(&mut self) -> Result<(), Refused> {
+        self.kept.set_roots(&self.options.roots);
+        self.kept.write(&self.options.group).map_err(|e| {
+            (format!("cannot write the state file in /run/bfs: {e}"), "make room there, then try again")
+        })
+    }
+}
