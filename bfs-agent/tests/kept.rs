@@ -119,3 +119,108 @@ async fn damaged_images_are_named_and_not_given_out() {
         assert_eq!(content(&mut replayer.connect_local(), 2).await.unwrap(), [7; 3000]);
     }
 }
+
+/// What file 2 had at a checkpoint where something was written since: (offset, bytes, zeros).
+async fn changes(replayer: &ReplayerHandle, at: u64) -> Vec<(u64, Vec<u8>, u64)> {
+    let mut connection = replayer.connect_local();
+    let ask = Frame::GetChanges { group: "g".into(), at: CheckpointId(at), objects: vec![ObjectId(2)] };
+    connection.writer.send(&ask, b"").await.unwrap();
+    let mut all = Vec::new();
+    loop {
+        let (frame, body) = connection.reader.next().await.unwrap().unwrap();
+        let Frame::Change { object: ObjectId(2), offset, zeros, last } = frame else { panic!("{frame:?}") };
+        if zeros > 0 || !body.is_empty() {
+            all.push((offset, body.to_vec(), zeros));
+        }
+        if last {
+            return all;
+        }
+    }
+}
+
+/// Only what was overwritten or cut off since is given out, below the size at the time.
+#[tokio::test]
+async fn only_what_was_written_since_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let replayer = keeping(&dir.path().join("store"), 9);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "a", 2);
+    agent.write(2, 0, b"0123456789");
+    agent.put(Record::Truncate { object: ObjectId(2), size: 40_000 }, b"");
+    agent.checkpoint().await;
+    agent.write(2, 3, b"xy");
+    agent.write(2, 20_000, b"z");
+    agent.checkpoint().await;
+    agent.put(Record::Truncate { object: ObjectId(2), size: 8 }, b"");
+    agent.checkpoint().await;
+    agent.write(2, 50_000, b"beyond");
+    agent.checkpoint().await;
+    let bytes = |at: u64, text: &[u8]| (at, text.to_vec(), 0);
+    assert_eq!(changes(&replayer, 4).await, []);
+    assert_eq!(changes(&replayer, 3).await, []);
+    agent.write(2, 4, &[9; 60_000]);
+    agent.checkpoint().await;
+    // Of what was written beyond the end at that time nothing is said.
+    assert_eq!(changes(&replayer, 3).await, [bytes(4, b"y567")]);
+    let mut had = vec![0; 40_000];
+    had[..10].copy_from_slice(b"0123456789");
+    for at in [1, 2] {
+        let all = changes(&replayer, at).await;
+        let mut now = vec![0; 40_000];
+        now[..4].copy_from_slice(b"012x");
+        for (offset, text, zeros) in &all {
+            let end = *offset as usize + text.len().max(*zeros as usize);
+            now[*offset as usize..end].fill(0);
+            now[*offset as usize..][..text.len()].copy_from_slice(text);
+        }
+        let mut then = had.clone();
+        if at == 2 {
+            then[3..5].copy_from_slice(b"xy");
+            then[20_000] = b'z';
+        }
+        assert!(now == then, "checkpoint {at}");
+    }
+}
+
+/// The digests of all files after a record.
+async fn digests(replayer: &ReplayerHandle, position: u64) -> Vec<(u64, Vec<u8>)> {
+    let mut connection = replayer.connect_local();
+    let ask = Frame::GetDigests { group: "g".into(), position: Sequence(position) };
+    connection.writer.send(&ask, b"").await.unwrap();
+    match next(&mut connection).await {
+        Frame::Digests { lines, last: true } => {
+            lines.into_iter().map(|line| (line.object.0, line.digests.to_vec())).collect()
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Files that have changed since the tree stood still have no digests, and nothing has for a position that
+/// is behind the tree.
+#[tokio::test]
+async fn digests_are_of_the_position_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let replayer = keeping(&dir.path().join("store"), 9);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    for object in [2, 3, 4] {
+        agent.object(object, FileKind::Regular, 0o600, b"");
+        agent.entry(1, &object.to_string(), object);
+    }
+    agent.write(2, 0, &[7; 5000]);
+    agent.write(3, 0, b"three");
+    agent.checkpoint().await;
+    let applied = agent.position.sequence.0;
+    let of = |bytes: &[u8]| -> Vec<u8> {
+        bytes.chunks(4096).flat_map(|block| blake3::hash(block).as_bytes()[..16].to_vec()).collect()
+    };
+    let all = vec![(2, of(&[7; 5000])), (3, of(b"three"))];
+    assert_eq!(digests(&replayer, applied).await, all);
+    agent.write(3, 1, b"H");
+    agent.flush().await;
+    assert_eq!(digests(&replayer, applied).await, all, "what comes behind the position does not count");
+    assert_eq!(digests(&replayer, applied + 1).await, all[..1]);
+    assert_eq!(digests(&replayer, applied - 1).await, []);
+}

@@ -232,6 +232,20 @@ pub struct GroupStatus {
     pub trouble: Option<String>,
 }
 
+/// Bytes of a block that has a digest of its own.
+pub const DIGEST_BLOCK: u64 = 4096;
+/// Bytes of a digest: the first of its blake3.
+pub const DIGEST_BYTES: usize = 16;
+
+/// Digests of a file's blocks; more of the same file come in the next lines.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DigestLine {
+    /// The file.
+    pub object: ObjectId,
+    /// The digests, [`DIGEST_BYTES`] each; the last block ends with the file.
+    pub digests: Bytes,
+}
+
 /// A frame.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Frame {
@@ -389,6 +403,43 @@ pub enum Frame {
         /// Where they begin.
         offset: u64,
         /// No more of this file to come.
+        last: bool,
+    },
+    /// Agent or command: send what these files had where something was written since. Answered by
+    /// [`Frame::Change`] frames.
+    GetChanges {
+        /// Name of the group.
+        group: String,
+        /// Number of the generation.
+        at: CheckpointId,
+        /// Which files, in the order of the answers; each is still there.
+        objects: Vec<ObjectId>,
+    },
+    /// Replayer: bytes that a file had, in the body, or that it had zeros; where nothing is said, nothing
+    /// was written since, below the size that it had.
+    Change {
+        /// The file.
+        object: ObjectId,
+        /// Where they begin.
+        offset: u64,
+        /// So many zeros, instead of a body.
+        zeros: u64,
+        /// No more of this file to come.
+        last: bool,
+    },
+    /// Agent: send digests of the blocks of all files as they were after this record. Answered by
+    /// [`Frame::Digests`] frames, without what was not applied then.
+    GetDigests {
+        /// Name of the group.
+        group: String,
+        /// The last record that counts.
+        position: Sequence,
+    },
+    /// Replayer: digests of files, in the order of their numbers. The applier waits meanwhile.
+    Digests {
+        /// Some of the lines.
+        lines: Vec<DigestLine>,
+        /// No more to come.
         last: bool,
     },
     /// Anyone who may connect: how do the groups stand? Answered by [`Frame::Status`].

@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod ebpf;
 mod kernels;
+mod rollback;
 mod setup;
 mod shell;
 mod sustained;
@@ -74,6 +75,8 @@ enum Bench {
     /// How fast a program may write to a replayer on loopback before the ring has no room, and what
     /// becomes of the rest.
     Sustained,
+    /// How long it takes to bring files back, when little of much was changed.
+    Rollback,
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -97,6 +100,7 @@ fn main() -> anyhow::Result<ExitCode> {
             bench::overhead(pairs, filter.as_deref())?;
         }
         Task::Bench { what: Bench::Sustained } => sustained::sustained()?,
+        Task::Bench { what: Bench::Rollback } => rollback::rollback()?,
         Task::Tidy => tidy::tidy()?,
     }
     Ok(ExitCode::SUCCESS)

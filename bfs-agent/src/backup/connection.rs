@@ -19,8 +19,8 @@ use tokio::task::AbortHandle;
 use super::error::BackupError;
 use super::generations::{self, Past};
 use super::group::{Group, Slot};
-use super::read;
 use super::serve::Shared;
+use super::{digests, read};
 use crate::net::{Connection, FrameError, FrameReader};
 
 /// Frames that wait to be written.
@@ -204,6 +204,19 @@ impl Session {
                 self.readers.push(task.abort_handle());
                 Ok(())
             }
+            Frame::GetDigests { group, position } => {
+                let group = self.group(&group)?;
+                let out = self.out.clone();
+                let made = tokio::task::spawn_blocking(move || {
+                    let send = &mut |frame| out.blocking_send((frame, Bytes::new())).is_ok();
+                    digests::digests(&group, position, send)
+                });
+                match made.await {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(error)) => Err(Refusal::Store(error.to_string())),
+                    Err(error) => Err(Refusal::Store(format!("making digests failed: {error}"))),
+                }
+            }
             Frame::GetGenerations { group } => {
                 let group = self.group(&group)?;
                 let all = tokio::task::spawn_blocking(move || group.generations())
@@ -225,6 +238,9 @@ impl Session {
             }
             Frame::GetContents { group, at, objects } => {
                 self.read_past(group, at, move |past, send| past.send_contents(&objects, send)).await
+            }
+            Frame::GetChanges { group, at, objects } => {
+                self.read_past(group, at, move |past, send| past.send_changes(&objects, send)).await
             }
             Frame::GetStatus => {
                 self.answer(Frame::Status { groups: self.shared.status() }).await;

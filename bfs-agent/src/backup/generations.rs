@@ -319,6 +319,61 @@ impl<'a> Past<'a> {
         Ok(())
     }
 
+    /// Sends what files had where something was written since.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn send_changes(&mut self, objects: &[ObjectId], send: Send<'_>) -> Result<(), BackupError> {
+        let none = Pieces::default();
+        let mut buffer = Vec::new();
+        for object in objects {
+            let object = *object;
+            let Some(node) = self.node(object)?.filter(|n| n.kind == FileKind::Regular) else {
+                let why = format!("object {object} is no file at checkpoint {}", self.checkpoint);
+                return Err(BackupError::Stream(why));
+            };
+            let pieces = self.pieces.get(&object).unwrap_or(&none);
+            let mut frame = |offset, zeros, last, body| {
+                send(Frame::Change { object, offset, zeros, last }, Bytes::from(body))
+            };
+            let mut waiting: (u64, Vec<u8>) = (0, Vec::new());
+            let mut at = 0;
+            // A file that grew and was cut again has pieces beyond its size.
+            while at < node.size
+                && let Some((start, end, piece)) = pieces.next(at, node.size)
+            {
+                at = end;
+                let follows = waiting.0 + waiting.1.len() as u64 == start;
+                let zeros = matches!(piece, Piece::Zero);
+                if !waiting.1.is_empty()
+                    && (zeros || !follows || waiting.1.len() as u64 + (end - start) > CONTENT_BYTES as u64)
+                    && !frame(waiting.0, 0, false, std::mem::take(&mut waiting.1))
+                {
+                    return Ok(());
+                }
+                match piece {
+                    Piece::Zero if !frame(start, end - start, false, Vec::new()) => return Ok(()),
+                    Piece::Zero => {}
+                    Piece::Block(block, skip) => {
+                        self.blocks.read(block, &mut buffer)?;
+                        let from = skip as usize;
+                        let Some(bytes) = buffer.get(from..from + (end - start) as usize) else {
+                            return Err(BackupError::corrupt(self.area.images(), "a block is too short"));
+                        };
+                        if waiting.1.is_empty() {
+                            waiting.0 = start;
+                        }
+                        waiting.1.extend_from_slice(bytes);
+                    }
+                }
+            }
+            if !frame(waiting.0, 0, true, waiting.1) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
     /// Sends the bytes of files.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 pub mod apply;
 pub mod connection;
+pub mod digests;
 pub mod error;
 pub mod gate;
 pub mod generations;

@@ -11,9 +11,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use bfs_common::record::{
-    CheckpointId, CheckpointLabel, FileKind, Identity, Meta, Name, ObjectId, PathBytes,
+    CheckpointId, CheckpointLabel, FileKind, Identity, Meta, Name, ObjectId, PathBytes, Sequence,
 };
-use bfs_common::wire::{Digests, Frame, GenerationLine};
+use bfs_common::wire::{DigestLine, Digests, Frame, GenerationLine};
 use bytes::Bytes;
 
 use crate::net::{AskError, ConnectError, Connection};
@@ -104,6 +104,17 @@ impl Tree {
         }
         Some(at)
     }
+}
+
+/// What a file had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change<'a> {
+    /// These bytes.
+    Bytes(&'a [u8]),
+    /// So many zeros.
+    Zeros(u64),
+    /// That was all.
+    End,
 }
 
 /// A connection that reads.
@@ -215,6 +226,61 @@ impl Client {
             })?;
         }
         Ok(())
+    }
+
+    /// What files had where something was written since: `each` gets object, offset and what was there,
+    /// and after the last of an object [`Change::End`].
+    ///
+    /// # Errors
+    /// [`ReadError`]; [`ReadError::Sink`] for what `each` says.
+    pub fn changes(
+        &mut self,
+        group: &str,
+        at: CheckpointId,
+        objects: &[ObjectId],
+        mut each: impl FnMut(ObjectId, u64, Change<'_>) -> std::io::Result<()>,
+    ) -> Result<(), ReadError> {
+        for some in objects.chunks(FILES_AT_ONCE) {
+            let mut left = some.iter();
+            let mut next = left.next();
+            let ask = Frame::GetChanges { group: group.into(), at, objects: some.to_vec() };
+            self.ask(&ask, |frame, body| match frame {
+                Frame::Change { object, offset, zeros, last } if Some(&object) == next => {
+                    if !body.is_empty() {
+                        each(object, offset, Change::Bytes(&body)).map_err(ReadError::Sink)?;
+                    }
+                    if zeros > 0 {
+                        each(object, offset, Change::Zeros(zeros)).map_err(ReadError::Sink)?;
+                    }
+                    if last {
+                        each(object, offset, Change::End).map_err(ReadError::Sink)?;
+                        next = left.next();
+                    }
+                    Ok(next.is_none())
+                }
+                _ => Err(AskError::Unexpected.into()),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Digests of the blocks of files as they were after a record of the stream.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn digests(
+        &mut self,
+        group: &str,
+        position: Sequence,
+        mut each: impl FnMut(DigestLine),
+    ) -> Result<(), ReadError> {
+        self.ask(&Frame::GetDigests { group: group.into(), position }, |frame, _| match frame {
+            Frame::Digests { lines, last } => {
+                lines.into_iter().for_each(&mut each);
+                Ok(last)
+            }
+            _ => Err(AskError::Unexpected.into()),
+        })
     }
 
     /// Sends a question, and gives the answers to `take` until it says that it was the last.

@@ -218,6 +218,31 @@ pub fn content_digest(fd: BorrowedFd<'_>) -> io::Result<[u8; 32]> {
     }
 }
 
+/// blake3 of ranges of a file (offset and end), one behind the other; what lies beyond its end is left out.
+///
+/// # Errors
+/// What the system says.
+pub fn ranges_digest(fd: BorrowedFd<'_>, ranges: &[(u64, u64)]) -> io::Result<[u8; 32]> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 256 << 10];
+    for (start, end) in ranges {
+        let mut at = *start;
+        while at < *end {
+            let len = (end - at).min(buffer.len() as u64) as usize;
+            match rustix::io::pread(fd, &mut buffer[..len], at) {
+                Ok(0) => break,
+                Ok(len) => {
+                    hasher.update(&buffer[..len]);
+                    at += len as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(*hasher.finalize().as_bytes())
+}
+
 /// blake3 of some bytes: the content of a symlink in a manifest, and with no bytes that of a
 /// directory, fifo, socket or device.
 #[must_use]

@@ -14,6 +14,7 @@ pub mod ladder;
 pub mod names;
 pub mod racing;
 pub mod requests;
+pub mod rewrite;
 pub mod scripts;
 pub mod sequences;
 #[cfg(feature = "sqlite")]
@@ -219,6 +220,8 @@ pub fn main(args: &[String]) -> Result<()> {
             child.wait()?;
             Ok(())
         }
+        "rewrite-pages" => rewrite::pages(&place.data, writer.context("COUNT is missing")?),
+        "rewrite-files" => rewrite::files(&place.data, writer.context("COUNT is missing")?),
         "getppid" => {
             println!("{:.1}", getppid_ns(writer.context("COUNT is missing")? as u64));
             Ok(())

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bfs_common::abi::InodeId;
-use bfs_common::record::{FileKind, Meta, Name};
+use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 
 use super::outbox::Batch;
 use super::resolve::Start;
+use super::same::Known;
 use crate::tree::Xattrs;
 
 /// An inode as read from the file system.
@@ -171,6 +172,10 @@ pub trait Host {
     /// # Errors
     /// [`HostError::Read`].
     fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError>;
+
+    /// What the destination is known to have of a file of the model, as the stream was when this agent
+    /// began.
+    fn known(&mut self, object: ObjectId) -> Known;
 
     /// Reads a range of a regular file, in order, in segments; what lies beyond its end is not
     /// given. `None` when the inode is gone.

@@ -24,6 +24,7 @@ pub mod outbox;
 pub mod ranges;
 pub mod recent;
 pub mod resolve;
+pub mod same;
 mod settle;
 #[cfg(test)]
 mod simulation;
@@ -46,6 +47,7 @@ use mapped::Mapped;
 use model::{Model, NewObject};
 use outbox::Outbox;
 use recent::{Recent, SLACK_NS, Span};
+use same::Same;
 
 /// Attributes of an object as a probe or a read saw them; the latest counts.
 #[derive(Clone, Copy, Debug)]
@@ -348,6 +350,12 @@ impl Engine {
         roots.retain(|root| root.0 != path);
         self.model.set_roots(roots, &mut self.out);
         self.stats.ops += 1;
+    }
+
+    /// What the destination has is asked for until the first checkpoint: blocks of this many bytes that
+    /// are read and are there already are not sent.
+    pub fn compare_blocks(&mut self, bytes: u64) {
+        self.model.same = Some(Same::new(bytes));
     }
 
     /// Everything in the group is suspect: it is all read before the next checkpoint.

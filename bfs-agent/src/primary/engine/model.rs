@@ -18,6 +18,7 @@ use foldhash::{HashMap, HashSet};
 use super::filter::{Filter, Verdict};
 use super::links::Links;
 use super::outbox::Outbox;
+use super::same::Same;
 use crate::tree::Xattrs;
 
 /// One object of the group.
@@ -99,6 +100,8 @@ pub struct Model {
     roots: Vec<(PathBuf, ObjectId)>,
     highest: ObjectId,
     orphans: HashSet<ObjectId>,
+    /// What the destination is known to have, while that is asked for.
+    pub same: Option<Same>,
     /// Device numbers and file systems.
     pub file_systems: FileSystems,
     /// What does not belong to the group.
@@ -397,10 +400,19 @@ impl Model {
         self.objects.get_mut(&object).filter(|o| o.kind == FileKind::Regular)
     }
 
+    /// The stream says something about these bytes.
+    fn says(&mut self, object: ObjectId, range: std::ops::Range<u64>) {
+        if let Some(same) = &mut self.same {
+            same.changed(object, range);
+        }
+    }
+
     /// Bytes of a file are now these.
     pub fn write(&mut self, object: ObjectId, offset: u64, data: &[u8], out: &mut Outbox) {
         let Some(o) = self.file(object) else { return };
-        o.size = o.size.max(offset + data.len() as u64);
+        let (before, end) = (o.size, offset + data.len() as u64);
+        o.size = before.max(end);
+        self.says(object, offset.min(before)..end);
         for (i, piece) in data.chunks(PAYLOAD_MAX).enumerate() {
             let offset = offset + (i * PAYLOAD_MAX) as u64;
             out.push_write(object, offset, piece);
@@ -412,9 +424,10 @@ impl Model {
         let Some(o) = self.file(object) else { return };
         let inside = o.size.saturating_sub(offset).min(length);
         if inside > 0 {
+            self.says(object, offset..offset + inside);
             out.push(&Record::Zero { object, offset, length: inside }, b"");
         }
-        if offset + length > o.size {
+        if self.get(object).is_some_and(|o| offset + length > o.size) {
             self.truncate(object, offset + length, out);
         }
     }
@@ -423,7 +436,8 @@ impl Model {
     pub fn truncate(&mut self, object: ObjectId, size: u64, out: &mut Outbox) {
         let Some(o) = self.file(object) else { return };
         if o.size != size {
-            o.size = size;
+            let before = std::mem::replace(&mut o.size, size);
+            self.says(object, before.min(size)..u64::MAX);
             out.push(&Record::Truncate { object, size }, b"");
         }
     }
@@ -475,6 +489,9 @@ impl Model {
                 }
             }
             out.push(&Record::Forget { object }, b"");
+            if let Some(same) = &mut self.same {
+                same.forget(object);
+            }
             gone.push(object);
         }
         gone

@@ -4,6 +4,7 @@
 //! compares it with what happened meanwhile.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use bfs_common::record::{FileKind, Name, ObjectId};
 
@@ -11,6 +12,9 @@ use super::Engine;
 use super::dirty::Dirty;
 use super::filter::Verdict;
 use super::host::{Host, HostError, Segment, Stat};
+use super::model::Model;
+use super::outbox::Outbox;
+use super::same::Known;
 
 /// Bytes that are read before what was read is shipped.
 const PIECE: u64 = 4 << 20;
@@ -26,9 +30,69 @@ struct Left {
 /// Events that are taken in between two reads.
 const EVENTS_AHEAD: usize = 1024;
 
+/// Between two looks whether the destination has said what it has.
+const ANSWER_LOOK: Duration = Duration::from_millis(1);
+
 /// How often what turned up while reading ahead is read as well. Events are taken in meanwhile, so a
 /// program that makes things dirty as fast as they are read would never let it end.
 const PASSES_AHEAD: u32 = 16;
+
+/// A piece of a file, before it is known what of it has to be sent.
+#[derive(Default)]
+struct Piece {
+    start: u64,
+    /// Zeros where there is a hole.
+    bytes: Vec<u8>,
+    /// Where each segment ends, and whether it has data.
+    segments: Vec<(u64, bool)>,
+}
+
+impl Piece {
+    fn add(&mut self, offset: u64, length: u64, data: Option<&[u8]>) {
+        let end = offset + length;
+        match data {
+            Some(data) => self.bytes.extend_from_slice(data),
+            None => self.bytes.resize((end - self.start) as usize, 0),
+        }
+        match self.segments.last_mut() {
+            Some(last) if last.1 == data.is_some() => last.0 = end,
+            _ => self.segments.push((end, data.is_some())),
+        }
+    }
+
+    /// Puts what differs from what the stream has into the stream.
+    fn send(self, object: ObjectId, model: &mut Model, out: &mut Outbox) {
+        let Some(same) = &model.same else { return };
+        let (start, end) = (self.start, self.start + self.bytes.len() as u64);
+        let slice =
+            |range: Range<u64>| &self.bytes[(range.start - start) as usize..(range.end - start) as usize];
+        // Neighbours in one.
+        let mut differ: Vec<Range<u64>> = Vec::new();
+        let mut at = start;
+        while at < end {
+            let next = (at / same.block() + 1).saturating_mul(same.block()).min(end);
+            if !same.is(object, at, slice(at..next)) {
+                match differ.last_mut() {
+                    Some(last) if last.end == at => last.end = next,
+                    _ => differ.push(at..next),
+                }
+            }
+            at = next;
+        }
+        for range in differ {
+            let mut from = start;
+            for (to, data) in &self.segments {
+                let part = range.start.max(from)..range.end.min(*to);
+                from = *to;
+                match data {
+                    _ if part.is_empty() => {}
+                    true => model.write(object, part.start, slice(part), out),
+                    false => model.zero(object, part.start, part.end - part.start, out),
+                }
+            }
+        }
+    }
+}
 
 impl Engine {
     /// Reads everything that is dirty now, and what turns up while reading. What cannot be found
@@ -178,27 +242,63 @@ impl Engine {
         ahead: bool,
     ) -> Result<bool, HostError> {
         let Some(inode) = self.model.get(object).map(|o| o.inode) else { return Ok(true) };
+        self.ask_for_digests(object, host, ahead)?;
         // Events that are taken in between the pieces must see that the read is going on.
         self.reads.data_begins(object, range.clone());
         let mut at = range.start;
         while at < end {
-            let next = at.saturating_add(PIECE).min(end);
+            // Blocks that are compared lie in one piece.
+            let next = (at / PIECE + 1).saturating_mul(PIECE).min(end);
             let (model, out, read) = (&mut self.model, &mut self.out, &mut self.stats.read_bytes);
+            let compared = model.same.as_ref().is_some_and(|same| same.has(object));
+            let mut piece = Piece { start: at, ..Piece::default() };
             let there = host.read(inode, at..next, &mut |segment| match segment {
                 Segment::Data(offset, bytes) => {
                     *read += bytes.len() as u64;
-                    model.write(object, offset, bytes, out);
+                    if compared {
+                        piece.add(offset, bytes.len() as u64, Some(bytes));
+                    } else {
+                        model.write(object, offset, bytes, out);
+                    }
                 }
+                Segment::Hole(offset, length) if compared => piece.add(offset, length, None),
                 Segment::Hole(offset, length) => model.zero(object, offset, length, out),
             })?;
             if there.is_none() {
                 return Ok(false);
             }
+            piece.send(object, model, out);
             self.breathe(host, ahead)?;
             at = next;
         }
         self.reads.data_ends(object, host.now());
         Ok(true)
+    }
+
+    /// What the destination has of a file is asked for once. While processes stand, or calls wait for it,
+    /// nobody waits for the answer.
+    fn ask_for_digests(
+        &mut self,
+        object: ObjectId,
+        host: &mut dyn Host,
+        ahead: bool,
+    ) -> Result<(), HostError> {
+        while self.model.same.as_ref().is_some_and(|same| !same.has(object)) {
+            let digests = match host.known(object) {
+                Known::NotYet if ahead => {
+                    self.breathe(host, ahead)?;
+                    host.pause(ANSWER_LOOK);
+                    continue;
+                }
+                Known::NotYet => return Ok(()),
+                Known::Nothing => Vec::new(),
+                Known::Digests(digests) => digests,
+            };
+            if let Some(same) = &mut self.model.same {
+                same.put(object, digests);
+            }
+        }
+        Ok(())
     }
 
     fn settle_entry(&mut self, directory: ObjectId, name: &Name, found: Option<Stat>, deep: bool) {

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Instant;
 
 use bfs_common::abi::InodeId;
 use bfs_common::record::{FileKind, Name};
@@ -39,11 +40,15 @@ pub fn finish(
         File::create(&mark).map_err(RollbackError::io("make", &mark))?;
         journal::sync(folders.first())?;
     }
+    let begun = Instant::now();
     work.objects(false)?;
     work.attach()?;
     work.objects(true)?;
+    let written = begun.elapsed();
     work.sync()?;
+    let synced = begun.elapsed();
     work.verify()?;
+    tracing::debug!(?written, ?synced, compared = ?begun.elapsed(), "going back: since the intent");
     // The first one last: it has the journal.
     for folder in folders.paths().rev() {
         journal::remove_folder(folder)?;
@@ -234,7 +239,11 @@ impl Work<'_> {
             }
             if let Some(content) = wanted.content {
                 let file = tree::reopen_read(fd.as_fd()).map_err(RollbackError::io("open", path))?;
-                let digest = tree::content_digest(file.as_fd()).map_err(RollbackError::io("read", path))?;
+                let digest = match &wanted.bytes {
+                    Some(bytes) => tree::ranges_digest(file.as_fd(), &bytes.ranges),
+                    None => tree::content_digest(file.as_fd()),
+                };
+                let digest = digest.map_err(RollbackError::io("read", path))?;
                 if digest != content {
                     wrong.push("bytes");
                 }

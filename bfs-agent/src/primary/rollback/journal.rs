@@ -64,7 +64,7 @@ pub struct Wanted {
     pub xattrs: Vec<(String, Bytes)>,
     /// Size of a regular file.
     pub size: u64,
-    /// blake3 of its bytes, if they were compared or made.
+    /// blake3 of its bytes, if it was made; of those in `bytes`, if it stays.
     pub content: Option<[u8; 32]>,
     /// What is written into it; `None` if its bytes are right.
     pub bytes: Option<Bytewise>,

@@ -1,5 +1,6 @@
 //! Fetching and comparing everything that a rollback needs, before a file of the program changes.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -14,7 +15,7 @@ use rustix::io::Errno;
 use super::RollbackError;
 use super::journal::{self, Bytewise, Journal, Key, Wanted};
 use super::plan::Plan;
-use crate::generation::{self, Client, Tree};
+use crate::generation::{self, Change, Client, Tree};
 use crate::primary::reader::{Reader, Root};
 use crate::tree;
 
@@ -102,6 +103,8 @@ pub struct Work<'a> {
     pub reader: &'a Reader,
     /// Where staging is.
     pub folders: &'a Folders,
+    /// Files of which the stream knows every write: only what was written since is compared.
+    pub followed: &'a HashSet<ObjectId>,
     /// Only look: write nothing.
     pub dry_run: bool,
 }
@@ -223,32 +226,29 @@ impl Work<'_> {
 
     /// Compares files that stay with what they had; gives those that differ.
     fn compare(&self, client: &mut Client) -> Result<Vec<(ObjectId, Compared)>, RollbackError> {
-        let mut found = Vec::new();
-        let mut open: Option<(ObjectId, Comparison)> = None;
-        let mut failed = None;
-        let result =
-            client.contents(self.group, self.tree.checkpoint, &self.plan.compare, |object, at, bytes| {
-                let current = match open.take() {
-                    Some((of, comparison)) if of == object => Ok(comparison),
-                    _ => self.begin(object),
-                };
-                let mut comparison = current.map_err(|e| {
-                    failed = Some(e);
-                    io::Error::other("see above")
-                })?;
-                if bytes.is_empty() {
-                    if let Some(compared) = comparison.end()? {
-                        found.push((object, compared));
-                    }
-                } else {
-                    comparison.piece(at, bytes)?;
-                    open = Some((object, comparison));
-                }
-                Ok(())
+        let (followed, whole): (Vec<_>, Vec<_>) =
+            self.plan.compare.iter().copied().partition(|object| self.followed.contains(object));
+        let mut comparing = Comparing { work: self, found: Vec::new(), open: None, failed: None };
+        let (group, at) = (self.group, self.tree.checkpoint);
+        let result = client
+            .changes(group, at, &followed, |object, at, change| {
+                comparing.take(object, |comparison| match change {
+                    Change::Bytes(bytes) => comparison.bytes_at(at, bytes).map(|()| false),
+                    Change::Zeros(len) => comparison.zeros_at(at, len).map(|()| false),
+                    Change::End => Ok(true),
+                })
+            })
+            .and_then(|()| {
+                client.contents(group, at, &whole, |object, at, bytes| {
+                    comparing.take(object, |comparison| {
+                        comparison.zeros_to(if bytes.is_empty() { comparison.size } else { at })?;
+                        comparison.bytes_at(at, bytes).map(|()| bytes.is_empty())
+                    })
+                })
             });
-        match failed {
+        match comparing.failed {
             Some(error) => Err(error),
-            None => result.map(|()| found).map_err(Into::into),
+            None => result.map(|()| comparing.found).map_err(Into::into),
         }
     }
 
@@ -342,11 +342,42 @@ struct Filling {
     hasher: blake3::Hasher,
 }
 
+/// Files that are compared, one after the other.
+struct Comparing<'a> {
+    work: &'a Work<'a>,
+    found: Vec<(ObjectId, Compared)>,
+    open: Option<(ObjectId, Comparison)>,
+    failed: Option<RollbackError>,
+}
+
+impl Comparing<'_> {
+    /// Lets `each` compare; it says whether that was all of the file.
+    fn take(
+        &mut self,
+        object: ObjectId,
+        each: impl FnOnce(&mut Comparison) -> io::Result<bool>,
+    ) -> io::Result<()> {
+        let mut comparison = match self.open.take() {
+            Some((of, comparison)) if of == object => comparison,
+            _ => self.work.begin(object).map_err(|e| {
+                self.failed = Some(e);
+                io::Error::other("see above")
+            })?,
+        };
+        if each(&mut comparison)? {
+            self.found.extend(comparison.end().map(|compared| (object, compared)));
+        } else {
+            self.open = Some((object, comparison));
+        }
+        Ok(())
+    }
+}
+
 /// What the comparison of a file found.
 #[derive(Debug, Default)]
 struct Compared {
     ranges: Vec<(u64, u64)>,
-    /// Of the bytes that it should have.
+    /// Of the bytes that these should have; `None` if only attributes differ.
     digest: Option<[u8; 32]>,
 }
 
@@ -357,8 +388,10 @@ struct Comparison {
     now: u64,
     /// Its size then.
     size: u64,
+    /// Up to where it was compared.
     at: u64,
     ranges: Vec<(u64, u64)>,
+    /// Of what stands in them.
     hasher: blake3::Hasher,
     /// Where different bytes go.
     data: Option<PathBuf>,
@@ -366,10 +399,8 @@ struct Comparison {
 }
 
 impl Comparison {
-    /// The next bytes; before them are zeros.
-    fn piece(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        self.zeros_to(at)?;
-        self.hasher.update(bytes);
+    /// It should have these bytes here, behind what was compared before.
+    fn bytes_at(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
         self.at = at + bytes.len() as u64;
         let mut have = vec![0; bytes.len()];
         read_up_to(&self.file, &mut have, at)?;
@@ -380,6 +411,7 @@ impl Comparison {
             let end = (start + (BLOCK - here % BLOCK) as usize).min(bytes.len());
             if have[start..end] != bytes[start..end] {
                 self.differs(here, at + end as u64);
+                self.hasher.update(&bytes[start..end]);
                 if let Some(path) = &self.data {
                     let file = match &self.written {
                         Some(file) => file,
@@ -404,9 +436,14 @@ impl Comparison {
         }
     }
 
+    /// It should have zeros here, behind what was compared before.
+    fn zeros_at(&mut self, at: u64, len: u64) -> io::Result<()> {
+        self.at = at;
+        self.zeros_to(at + len)
+    }
+
     /// Zeros up to here: what is there now and is not zero, differs.
     fn zeros_to(&mut self, to: u64) -> io::Result<()> {
-        zeros(&mut self.hasher, to - self.at);
         let end = to.min(self.now);
         let mut buffer = [0; BLOCK as usize];
         let mut at = self.at;
@@ -425,6 +462,7 @@ impl Comparison {
             read_up_to(&self.file, block, at)?;
             if block.iter().any(|b| *b != 0) {
                 self.differs(at, at + len);
+                zeros(&mut self.hasher, len);
             }
             at += len;
         }
@@ -433,12 +471,10 @@ impl Comparison {
     }
 
     /// What was found; `None` if the file is as it was.
-    fn end(mut self) -> io::Result<Option<Compared>> {
-        self.zeros_to(self.size)?;
-        if self.ranges.is_empty() && self.now == self.size {
-            return Ok(None);
-        }
-        Ok(Some(Compared { ranges: self.ranges, digest: Some(*self.hasher.finalize().as_bytes()) }))
+    fn end(self) -> Option<Compared> {
+        let differs = !self.ranges.is_empty() || self.now != self.size;
+        let digest = Some(*self.hasher.finalize().as_bytes());
+        differs.then_some(Compared { ranges: self.ranges, digest })
     }
 }
 

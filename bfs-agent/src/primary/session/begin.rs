@@ -5,7 +5,9 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use bfs_common::record::{CheckpointId, PathBytes};
+use bfs_common::wire::DIGEST_BLOCK;
 
+use super::known::Answers;
 use super::state::{self, State};
 use super::work::Work;
 use super::{SessionOptions, link, rollback};
@@ -211,6 +213,13 @@ impl Ground {
             complete && rolled_back.is_none() && welcome.boot_id == boot_id && welcome.highest_object.0 > 0;
         let out = Outbox::new(welcome.position.sequence, welcome.position.chain);
         let mut engine = Engine::new(model, out, welcome.confirmed);
+        let mut answers = None;
+        if !complete && welcome.highest_object.0 > 0 {
+            engine.compare_blocks(DIGEST_BLOCK);
+            let connect = shipper.remote().connector();
+            let position = welcome.position.sequence;
+            answers = Some(Answers::ask(connect, &options.group, position, welcome.highest_object));
+        }
         let now = monotonic_ns();
         engine.begin_epoch(welcome.epoch, boot_id, complete, now);
         engine.set_roots(roots.into_iter().map(|r| (r.path, r.stat)).collect());
@@ -223,7 +232,8 @@ impl Ground {
         // What stands in the ring by now is in what was read or in the catalogue, or not.
         engine.suspect_events_before(now);
         state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;
-        let link = link::Link::new(probes, reader, shipper, stopper);
+        let mut link = link::Link::new(probes, reader, shipper, stopper);
+        link.answers = answers;
         Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.clone(), local))
     }
 }

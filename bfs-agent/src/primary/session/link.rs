@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 
 use crate::primary::clock::monotonic_ns;
 use bfs_common::abi::{InodeId, TASKS_MAX, counter};
-use bfs_common::record::Name;
+use bfs_common::record::{Name, ObjectId};
 
+use super::known::Answers;
 use crate::primary::capture::Probes;
 use crate::primary::capture::probes::Counters;
 use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
 use crate::primary::engine::resolve::Start;
+use crate::primary::engine::same::Known;
 use crate::primary::reader::Reader;
 use crate::primary::ship::{Full, Shipper};
 use crate::primary::stop::{Limits, Stopper};
@@ -47,6 +49,8 @@ pub struct Link {
     pub reached: Duration,
     /// Why the last stop ended too early, if it did.
     pub let_go: Option<String>,
+    /// What the destination has, if it was asked.
+    pub answers: Option<Answers>,
     seen: Counters,
     seen_misses: u64,
     released: u64,
@@ -64,6 +68,7 @@ impl Link {
             stops_us: Vec::new(),
             reached: Duration::ZERO,
             let_go: None,
+            answers: None,
             seen: Counters::default(),
             seen_misses: 0,
             released: 0,
@@ -113,6 +118,10 @@ impl Host for Link {
 
     fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError> {
         self.reader.xattrs(inode)
+    }
+
+    fn known(&mut self, object: ObjectId) -> Known {
+        self.answers.as_ref().map_or(Known::Nothing, |answers| answers.known(object))
     }
 
     fn read(

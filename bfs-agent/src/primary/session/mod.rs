@@ -1,6 +1,7 @@
 //! One group at work: capture, engine, shipper and control tied together.
 
 mod begin;
+mod known;
 mod link;
 mod mapped;
 mod paths;

@@ -45,6 +45,20 @@ impl From<RollbackError> for Failure {
     }
 }
 
+/// How long each part takes, for the log.
+struct Step(Instant);
+
+impl Step {
+    fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    fn ended(&mut self, what: &str) {
+        tracing::debug!(took_ms = self.0.elapsed().as_millis(), "going back: {what}");
+        self.0 = Instant::now();
+    }
+}
+
 /// Finishes what an agent before began and could not finish. Returns the checkpoint that the files
 /// are at then, if there was something to finish.
 ///
@@ -164,10 +178,13 @@ impl Work {
     /// [`Failure`]; [`Kind::RollbackUnfinished`] when files were changed already.
     pub(super) fn roll_back(&mut self, to: CheckpointId, dry_run: bool) -> Result<Summary, Failure> {
         let limit = Some(self.options.final_wait);
+        let mut step = Step::begin();
         self.checkpoint_reaching("before rollback", "rollback", WaitFor::Applied, limit)?;
+        step.ended("the present state is a checkpoint, applied");
         let mut client = self.reader_client()?;
         let group = self.options.group.clone();
         let tree = client.tree(&group, to, Digests::None).map_err(RollbackError::from)?;
+        step.ended("what was there is known");
         let mut reader = Reader::new();
         let mut roots = Vec::new();
         for path in &self.options.roots {
@@ -175,6 +192,7 @@ impl Work {
         }
         let folders = Folders::of(&roots, &group)?;
         let local = scan::scan(&reader, &roots, &journal::folder_name(&group))?;
+        step.ended("what is there is known");
         let model = self.engine.model();
         let origin = Origin { known: &|inode| model.find(inode).is_some(), include_foreign: false };
         let device_of = |id: &bfs_common::record::Identity| {
@@ -192,7 +210,15 @@ impl Work {
                 return Err(RollbackError::Mounted(mount.clone()).into());
             }
         }
+        // What the stream has of a file is what stands there: so it knows what was written.
+        let followed = plan.compare.iter().copied().filter(|object| {
+            let inode = plan.inodes.get(object);
+            let now = inode.and_then(|inode| local.nodes.get(inode)).map(|node| &node.stat);
+            let known = model.get(*object).filter(|o| Some(&o.inode) == inode);
+            now.zip(known).is_some_and(|(now, known)| now.size == known.size && now.meta == known.meta)
+        });
         let work = stage::Work {
+            followed: &followed.collect(),
             group: &group,
             tree: &tree,
             plan: &plan,
@@ -201,6 +227,7 @@ impl Work {
             dry_run,
         };
         let (journal, summary) = work.prepare(&mut client, &roots)?;
+        step.ended("everything is staged");
         drop(client);
         if dry_run
             || (summary.restored.is_empty()
@@ -220,12 +247,15 @@ impl Work {
             self.clear_away(&folders, false, summary);
             return Err(RollbackError::Busy(users).into());
         }
+        step.ended("nobody uses it");
         journal.write(folders.first())?;
+        step.ended("the intent is written");
         let unfinished = |e: RollbackError| {
             let hint = format!("`bfs-agent rollback --group {group}` with the same options finishes it");
             Failure::new(Kind::RollbackUnfinished, e.to_string(), hint)
         };
         apply::finish(&journal, &reader, &roots, &folders).map_err(unfinished)?;
+        step.ended("done and compared");
         self.suspect_changes(&journal, &roots);
         Ok(summary)
     }

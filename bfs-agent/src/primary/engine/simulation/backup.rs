@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use bfs_common::codec::take;
-use bfs_common::record::{CheckpointId, ObjectId, Record};
+use bfs_common::record::{CheckpointId, Identity, Meta, Name, ObjectId, Record};
+use bfs_common::wire::CatalogObject;
 
 use super::fs::{Fs, Inode, ROOT};
 use crate::primary::engine::outbox::Batch;
@@ -16,6 +17,9 @@ pub(super) struct Backup {
     pub(super) root: ObjectId,
     pub(super) next: u64,
     pub(super) gaps: usize,
+    identities: BTreeMap<ObjectId, Identity>,
+    /// Bytes of files that came.
+    pub(super) written: usize,
 }
 
 impl Backup {
@@ -29,7 +33,8 @@ impl Backup {
             checkpoint = None;
             match record {
                 Record::Roots { roots } => self.root = roots[0].1,
-                Record::Object { object, kind, meta, .. } => {
+                Record::Object { object, kind, meta, identity, .. } => {
+                    self.identities.insert(object, identity);
                     let mut inode = Fs::inode(kind, meta.mtime_sec.cast_unsigned());
                     inode.mode = meta.permissions;
                     inode.target = payload.to_vec();
@@ -49,6 +54,7 @@ impl Backup {
                 Record::Write { object, offset } => {
                     let data = &mut self.objects.get_mut(&object).expect("known").data;
                     let end = offset as usize + payload.len();
+                    self.written += payload.len();
                     if data.len() < end {
                         data.resize(end, 0);
                     }
@@ -76,6 +82,31 @@ impl Backup {
             }
         }
         checkpoint
+    }
+
+    /// The highest number of an object that there ever was.
+    pub(super) fn highest(&self) -> ObjectId {
+        self.identities.last_key_value().map_or(ObjectId(0), |(object, _)| *object)
+    }
+
+    /// Its state, as the one who goes on for an agent without its ring gets it.
+    pub(super) fn catalog(&self) -> Vec<CatalogObject> {
+        let line = |(object, inode): (&ObjectId, &Inode)| CatalogObject {
+            object: *object,
+            identity: self.identities[object],
+            kind: inode.kind,
+            device: 0,
+            meta: Meta { permissions: inode.mode, mtime_sec: inode.mtime.cast_signed(), ..Meta::default() },
+            size: inode.data.len() as u64,
+            xattrs: Vec::new(),
+            target: inode.target.clone().into(),
+            entries: self
+                .entries
+                .range((*object, Vec::new())..(object.next(), Vec::new()))
+                .map(|((_, name), child)| (Name::new(name).expect("a name"), *child))
+                .collect(),
+        };
+        self.objects.iter().map(line).collect()
     }
 
     pub(super) fn dump(&self) -> Vec<String> {

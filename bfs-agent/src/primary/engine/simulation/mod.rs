@@ -9,9 +9,9 @@ mod memory;
 mod requests;
 mod world;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use bfs_common::record::{ChainHash, CheckpointId, Epoch, ObjectId, Sequence};
+use bfs_common::record::{ChainHash, CheckpointId, Epoch, FileKind, PathBytes, Sequence};
 
 use super::host::Host;
 use super::model::{FileSystems, Model};
@@ -19,8 +19,67 @@ use super::outbox::Outbox;
 use super::{Engine, Request, Stop};
 use backup::Backup;
 use border::Border;
-use fs::ROOT;
+use fs::{Fs, ROOT};
 use world::World;
+
+/// An agent that begins without the ring of one before, and what stands then: what the backup has already is
+/// not sent again.
+fn begin(world: &mut World, border: Border, backup: &Backup, last: CheckpointId) -> (Engine, Fs) {
+    world.ring.clear();
+    world.stop().unwrap();
+    world.ring.clear();
+    world.go();
+    let base = world.fs.clone();
+    world.done.clear();
+    world.known = backup.objects.iter().map(|(object, inode)| (*object, inode.data.clone())).collect();
+    let mut file_systems = FileSystems::default();
+    file_systems.add(8, 8, 0);
+    let roots = [(PathBytes::new(Path::new("/r")), backup.root)];
+    let roots = if backup.next > 0 { &roots[..] } else { &[] };
+    let mut model = Model::from_catalog(backup.highest(), file_systems, roots, backup.catalog());
+    model.filter = border.filter();
+    let mut engine = Engine::new(model, Outbox::new(Sequence(backup.next), ChainHash::START), last);
+    engine.compare_blocks(world::BLOCK);
+    let root = world.stat_of(ROOT).unwrap();
+    engine.begin_epoch(Epoch(last.0 + 1), [0; 16], false, world.now());
+    engine.set_roots(vec![(PathBuf::from("/r"), root)]);
+    engine.suspect_everything(world.now());
+    engine.suspect_events_before(world.now());
+    let mapped: Vec<u64> = world.memory.maps.keys().copied().collect();
+    for file in mapped {
+        engine.note_mapped(world::inode_id(file), world).unwrap();
+    }
+    (engine, base)
+}
+
+/// What a program leaves alone is not sent again by the next agent.
+#[test]
+fn what_the_backup_has_is_not_sent_again() {
+    let mut world = World::new(1, 1, 0);
+    for file in 0..3 {
+        let mut inode = Fs::inode(FileKind::Regular, 1);
+        inode.links = 1;
+        inode.data = (0..30).map(|n| n + file).collect();
+        world.fs.inodes.insert(100 + u64::from(file), inode);
+        let root = world.fs.inodes.get_mut(&ROOT).unwrap();
+        root.entries.insert(vec![b'a' + file], 100 + u64::from(file));
+    }
+    let mut backup = Backup::default();
+    let mut sent = Vec::new();
+    for round in 0..2 {
+        let (mut engine, _) = begin(&mut world, Border::Everything, &backup, CheckpointId(round));
+        let request = Request { tag: String::new(), trigger: "manual", wall_ns: 0, stop: Stop::IfNeeded };
+        engine.checkpoint(&mut world, &request).unwrap();
+        for (batch, _) in std::mem::take(&mut world.shipped) {
+            backup.apply(&batch);
+        }
+        assert_eq!(backup.dump(), world.fs.dump(&|_, _| true));
+        sent.push(std::mem::take(&mut backup.written));
+        // Unseen, and with the same size.
+        world.fs.inodes.get_mut(&101).unwrap().data[9] = 77;
+    }
+    assert_eq!(sent, [90, 4]);
+}
 
 fn run(seed: u64) -> (u32, u32) {
     let mut world = World::new(seed, 1 + (seed % 4) as usize, 250);
@@ -28,28 +87,11 @@ fn run(seed: u64) -> (u32, u32) {
     for _ in 0..200 {
         world.step();
     }
-    world.ring.clear();
-    world.stop().unwrap();
-    world.ring.clear();
-    world.go();
-    world.stops = 0;
-    let base = world.fs.clone();
-    world.done.clear();
-    world.asynchronous = seed.is_multiple_of(3);
-    let border = Border::of(seed);
-    let mut model = Model::new(ObjectId(0), FileSystems::default());
-    model.filter = border.filter();
-    let mut engine = Engine::new(model, Outbox::new(Sequence(0), ChainHash::START), CheckpointId(0));
-    let root = world.stat_of(ROOT).unwrap();
-    engine.begin_epoch(Epoch(1), [0; 16], false, world.now());
-    engine.set_roots(vec![(PathBuf::from("/r"), root)]);
-    engine.suspect_everything(world.now());
-    engine.suspect_events_before(world.now());
-    let mapped: Vec<u64> = world.memory.maps.keys().copied().collect();
-    for file in mapped {
-        engine.note_mapped(world::inode_id(file), &mut world).unwrap();
-    }
     let mut backup = Backup::default();
+    let border = Border::of(seed);
+    let (mut engine, mut base) = begin(&mut world, border, &backup, CheckpointId(0));
+    world.stops = 0;
+    world.asynchronous = seed.is_multiple_of(3);
     let mut checkpoints = 0;
     while world.calls_left > 0 || checkpoints < 2 {
         for _ in 0..world.random.next(60) {
@@ -96,6 +138,13 @@ fn run(seed: u64) -> (u32, u32) {
             differ(&want, &got),
             world.done.iter().rev().take(24).map(|d| format!("\n  {d:?}")).collect::<String>()
         );
+        // The agent and what it had captured are gone, and another begins, while the program goes on.
+        if checkpoints == 2 && !world.asynchronous && seed.is_multiple_of(2) {
+            for _ in 0..world.random.next(100) {
+                world.step();
+            }
+            (engine, base) = begin(&mut world, border, &backup, taken.checkpoint);
+        }
     }
     (checkpoints, world.stops)
 }

@@ -1,12 +1,12 @@
 //! The simulated kernel: tasks in calls, the ring, and what the engine reads.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, InodeId, PathEvent, flag, kind};
-use bfs_common::record::{FileKind, Meta, Name};
+use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 
 use super::fs::{At, Call, Done, Effect, Fs, ROOT};
 use super::memory::Memory;
@@ -14,6 +14,7 @@ use super::requests::Flying;
 use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
 use crate::primary::engine::resolve::Start;
+use crate::primary::engine::same::{Known, digest};
 use crate::tree::Xattrs;
 
 /// A small random generator (xorshift64*), so that a seed reproduces.
@@ -53,7 +54,12 @@ pub(super) struct World {
     pub(super) asynchronous: bool,
     pub(super) flying: Vec<Flying>,
     pub(super) memory: Memory,
+    /// What the destination had when the agent began.
+    pub(super) known: BTreeMap<ObjectId, Vec<u8>>,
 }
+
+/// Bytes of a block that has a digest of its own.
+pub(super) const BLOCK: u64 = 4;
 
 pub(super) fn inode_id(ino: u64) -> InodeId {
     InodeId { ino, dev: 8, generation: ino as u32 }
@@ -76,6 +82,7 @@ impl World {
             stops: 0,
             asynchronous: false,
             flying: Vec::new(),
+            known: BTreeMap::new(),
             memory: Memory {
                 used: seed.is_multiple_of(2),
                 tells: !seed.is_multiple_of(5),
@@ -373,6 +380,15 @@ impl Host for World {
     fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError> {
         self.step();
         Ok(self.stat_of(inode.ino).map(|_| Vec::new()))
+    }
+
+    fn known(&mut self, object: ObjectId) -> Known {
+        self.step();
+        if self.random.next(3) == 0 {
+            return Known::NotYet;
+        }
+        let data = self.known.get(&object);
+        data.map_or(Known::Nothing, |data| Known::Digests(data.chunks(BLOCK as usize).map(digest).collect()))
     }
 
     fn read(
