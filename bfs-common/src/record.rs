@@ -235,6 +235,9 @@ mod serde_bytes_compat {
     }
 }
 
+/// Trigger of a checkpoint that is not wanted any longer than the replayer's floor keeps it.
+pub const DISCARDED: &str = "discarded";
+
 /// Why a checkpoint was taken, and what its caller wants to find it by.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointLabel {

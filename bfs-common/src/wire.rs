@@ -228,6 +228,9 @@ pub struct GroupStatus {
     pub open_gaps: u64,
     /// Whether an agent is connected.
     pub attached: bool,
+    /// The primary's files are being brought back to this checkpoint: until that is done they are between
+    /// two states.
+    pub rolling_back: Option<CheckpointId>,
     /// What is wrong, if anything is.
     pub trouble: Option<String>,
 }

@@ -212,7 +212,7 @@ fn back_and_forth(program: &dyn Program, name: &str) {
 
     let mut moments = Random::new(given_seed().unwrap_or(20_261_121));
     let (path, backup) = (world.place.data.display().to_string(), world.destination());
-    for round in 0..rounds(3, 40) {
+    for round in 0..rounds(3, 60) {
         let (to, copy) = if round % 2 == 0 { (&number, &then) } else { (&last, &end) };
         let mut killed = 0;
         loop {
@@ -243,6 +243,9 @@ fn back_and_forth(program: &dyn Program, name: &str) {
                 killed += 1;
                 let seen = ["", "journal", "detached"].map(|name| folder.join(name).exists());
                 eprintln!("killed after {wait:?}: staging, intent, all aside: {seen:?}");
+                // Both sides know that the files are between two states.
+                let said = &world.replayer_status().unwrap()["rolling_back"];
+                assert!(!seen[1] || said.as_u64() == to.parse().ok(), "{said}");
                 continue;
             }
             let output = child.wait_with_output().unwrap();
@@ -251,8 +254,54 @@ fn back_and_forth(program: &dyn Program, name: &str) {
         }
         equal(copy, &world.place.data, &format!("back to checkpoint {to} after {killed} kills"));
         equal(copy, &world.backup(), "the backup");
+        assert!(world.replayer_status().unwrap()["rolling_back"].is_null());
         nothing_is_left(&world);
     }
+}
+
+#[test]
+fn what_still_runs_is_ended_and_what_others_did_goes_back_if_asked_for() {
+    let mut world = World::new("rollback-all", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    shell("echo theirs > theirs; echo ours > ours; touch -d 2001-02-03 theirs", &world.place.data);
+    let then = world.scratch.join("then");
+    copy::exact(&world.place.data, &then).unwrap();
+    // One ends when it is told to, one does not; both hold a file.
+    let first = "exec 3>>ours; sh -c 'exec sleep 1000' & \
+                 sh -c 'trap \"\" TERM; while :; do sleep 0.05; done' & echo changed > ours";
+    let options = ["--kill-descendants", "--include-foreign"];
+    let (child, go) = held(&world, &options, first, "true");
+    fs::write(world.place.data.join("theirs"), "changed by somebody else").unwrap();
+    fs::write(world.place.data.join("new"), "made by somebody else").unwrap();
+    fs::write(go, "").unwrap();
+    let done = child.wait_with_output().unwrap();
+    assert_eq!(done.status.code(), Some(1), "{}", said(&done));
+    let text = said(&done);
+    assert!(text.contains("brought back too (changed by others)") && text.contains("/theirs"), "{text}");
+    equal(&then, &world.place.data, &text);
+    equal(&then, &world.backup(), "the backup");
+}
+
+/// What a dead agent's program still does is ended; the state before going back is not kept for long.
+#[test]
+fn the_program_of_a_dead_agent_is_ended_and_the_present_state_discarded() {
+    let mut world = World::new("rollback-stop", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    shell("echo 1 > file", &world.place.data);
+    let then = world.scratch.join("then");
+    copy::exact(&world.place.data, &then).unwrap();
+    let (mut child, _go) = held(&world, &[], "exec 3>>file; echo 2 >&3", "true");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let refused = agent(&world, "rollback", &["--to", "tag:before run"]);
+    assert_eq!(refused.status.code(), Some(71), "{}", said(&refused));
+    let done = agent(&world, "rollback", &["--to", "tag:before run", "--stop", "--discard"]);
+    assert!(done.status.success(), "{}", said(&done));
+    equal(&then, &world.place.data, &said(&done));
+    let mut command = Command::new(bfs_tests::world::binary("bfs-replayer"));
+    command.args(["generations", "--json", "--group", &world.group, "--store"]).arg(&world.store);
+    let kept = String::from_utf8(command_ok(&mut command).unwrap().stdout).unwrap();
+    assert!(kept.contains("discarded") && !kept.contains("before rollback"), "{kept}");
 }
 
 #[test]

@@ -81,6 +81,8 @@ pub struct Gate {
     pub roots: Vec<(PathBytes, ObjectId)>,
     /// The boot of the last epoch.
     pub boot_id: [u8; 16],
+    /// The primary's files are being brought back to this checkpoint.
+    pub rolling_back: Option<CheckpointId>,
     /// The objects that live.
     kinds: Kinds,
     /// Chain hashes of the last records, the newest last.
@@ -99,7 +101,17 @@ impl Gate {
         kinds: Kinds,
     ) -> Self {
         let window = VecDeque::from([position.chain]);
-        Self { position, checkpoint, highest_object, gaps: HashSet::new(), roots, boot_id, kinds, window }
+        Self {
+            position,
+            checkpoint,
+            highest_object,
+            gaps: HashSet::new(),
+            roots,
+            boot_id,
+            rolling_back: None,
+            kinds,
+            window,
+        }
     }
 
     /// Decides about the next record of an agent that holds `epoch`; when it is taken, the gate
@@ -195,10 +207,14 @@ impl Gate {
                 }
                 self.position.epoch = epoch;
                 self.boot_id = *boot_id;
+                // An agent finishes that before anything else.
+                self.rolling_back = None;
                 if !complete {
                     self.open_gap(&GapScope::Everything);
                 }
             }
+            Record::RollbackIntent { to } => self.rolling_back = Some(*to),
+            Record::RollbackDone { .. } => self.rolling_back = None,
             Record::Object { object, .. } => {
                 if *object <= self.highest_object {
                     return bad(format!("object number {object} was given before"));

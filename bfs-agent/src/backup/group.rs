@@ -472,6 +472,7 @@ impl Group {
             .map(|(checkpoint, row)| Kept {
                 checkpoint,
                 tagged: !row.label.tag.is_empty(),
+                discarded: row.label.trigger == bfs_common::record::DISCARDED,
                 held: held.contains_key(&checkpoint),
             })
             .collect();
@@ -559,6 +560,7 @@ impl Group {
             pending_records: state.pending.0,
             open_gaps: state.gate.gaps.len() as u64,
             attached: state.slot.is_some(),
+            rolling_back: state.gate.rolling_back,
             trouble: state.log_trouble.clone().or_else(|| state.apply_trouble.clone()).or(full),
         }
     }

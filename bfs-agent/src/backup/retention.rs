@@ -34,6 +34,8 @@ pub struct Kept {
     pub checkpoint: CheckpointId,
     /// It has a tag.
     pub tagged: bool,
+    /// Whoever took it does not want to keep it.
+    pub discarded: bool,
     /// Somebody reads it.
     pub held: bool,
 }
@@ -47,8 +49,10 @@ impl Retention {
         let mut gone = Vec::new();
         for (index, one) in all.iter().enumerate().rev() {
             let left = &mut left[usize::from(one.tagged)];
-            let wanted = *left > 0 && !short;
-            *left = left.saturating_sub(1);
+            let wanted = *left > 0 && !short && !one.discarded;
+            if !one.discarded {
+                *left = left.saturating_sub(1);
+            }
             if index < floor && !wanted && !one.held {
                 gone.push(one.checkpoint);
             }
@@ -67,6 +71,7 @@ mod tests {
             .map(|n| Kept {
                 checkpoint: CheckpointId(n),
                 tagged: tagged.contains(&n),
+                discarded: false,
                 held: held.contains(&n),
             })
             .collect()
@@ -82,6 +87,16 @@ mod tests {
         assert_eq!(gone(retention, &all(&[], &[]), false), [1, 2, 3, 4, 5, 6, 7]);
         assert_eq!(gone(retention, &all(&[2, 9], &[4]), false), [1, 3, 5, 6]);
         assert_eq!(gone(retention, &all(&[1, 2, 3, 4], &[]), false), [1, 5, 6, 7]);
+    }
+
+    #[test]
+    fn what_is_not_wanted_goes_first_and_takes_nobody_s_place() {
+        let mut all = all(&[], &[]);
+        for index in [2, 6, 9] {
+            all[index].discarded = true;
+        }
+        assert_eq!(gone(Retention { keep: 5, floor: 1 }, &all, false), [1, 2, 3, 7]);
+        assert_eq!(gone(Retention { keep: 5, floor: 4 }, &all, false), [1, 2, 3]);
     }
 
     #[test]

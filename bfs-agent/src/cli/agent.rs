@@ -21,7 +21,7 @@ use crate::primary::engine::filter::Filter;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
 use crate::primary::schedule::{Schedule, parse_size, parse_time};
-use crate::primary::session::{self, SessionOptions, Whom};
+use crate::primary::session::{self, GoingBack, SessionOptions, Whom};
 use crate::primary::{preflight, stop::guard};
 
 /// Exit statuses, for `--help`.
@@ -77,6 +77,13 @@ enum Command {
         /// ends with anything but 0, bring everything below --path back to that
         #[arg(long)]
         rollback_on_failure: bool,
+        /// Processes that the command started and that still run when it has failed are ended, first by
+        /// SIGTERM, after 5 s by SIGKILL; without this they are waited for
+        #[arg(long, requires = "rollback_on_failure")]
+        kill_descendants: bool,
+        /// Bring back also what other processes changed
+        #[arg(long, requires = "rollback_on_failure")]
+        include_foreign: bool,
         /// The command and its arguments
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
@@ -207,6 +214,17 @@ enum Command {
         /// Only list what would be done
         #[arg(long)]
         dry_run: bool,
+        /// End the processes that an agent of this group followed which is dead: first by SIGTERM, after
+        /// 5 s by SIGKILL
+        #[arg(long)]
+        stop: bool,
+        /// Do not keep the present state: its checkpoint goes as soon as the last ones that are always
+        /// kept (`serve --keep-min`) are newer
+        #[arg(long)]
+        discard: bool,
+        /// Bring back also what nobody followed
+        #[arg(long)]
+        include_foreign: bool,
     },
     /// Take a last checkpoint, and end the agent (never the program)
     ///
@@ -402,8 +420,9 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             .map_err(|e| Failure::new(Kind::Other, format!("cannot give the signals back: {e}"), ""))
     };
     match command {
-        Command::Run { options, rollback_on_failure, command } => {
-            let options = SessionOptions { rollback_on_failure, ..options.check()? };
+        Command::Run { options, rollback_on_failure, kill_descendants, include_foreign, command } => {
+            let going_back = GoingBack { discard: false, include_foreign, end_processes: kill_descendants };
+            let options = SessionOptions { rollback_on_failure, going_back, ..options.check()? };
             if rollback_on_failure {
                 options.no_filter("--rollback-on-failure")?;
             }
@@ -457,8 +476,9 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             asks(inherited)?;
             commands::verify(&target, timeout)
         }
-        Command::Rollback { options, to, dry_run } => {
-            let options = options.check()?;
+        Command::Rollback { options, to, dry_run, stop, discard, include_foreign } => {
+            let going_back = GoingBack { discard, include_foreign, end_processes: stop };
+            let options = SessionOptions { going_back, ..options.check()? };
             options.no_filter("rollback")?;
             session::rollback(options, to, dry_run, &inherited)
         }
@@ -531,6 +551,7 @@ impl Options {
             filter,
             final_wait: self.final_wait,
             rollback_on_failure: false,
+            going_back: GoingBack::default(),
             inline_max: self.inline_max,
             ring_bytes: self.ring_bytes,
         })

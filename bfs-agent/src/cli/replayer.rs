@@ -307,6 +307,10 @@ fn table(groups: &[GroupStatus]) -> String {
         if g.open_gaps > 0 {
             let _ = writeln!(out, "  suspect     {} places are not exact yet", g.open_gaps);
         }
+        if let Some(to) = g.rolling_back {
+            let _ =
+                writeln!(out, "  ROLLING BACK the primary to checkpoint {to}: its next agent finishes it");
+        }
         if let Some(trouble) = &g.trouble {
             let _ = writeln!(out, "  TROUBLE     {trouble}");
         }

@@ -15,6 +15,7 @@ pub fn status(status: &Status) -> String {
         State::Starting => "starting",
         State::Copying => "copying what exists",
         State::Following => "following",
+        State::RollingBack => "rolling back: bringing the files back to a checkpoint",
         State::Stopped => "the program is stopped for a checkpoint",
         State::Ending => "ending",
         State::Refused => "REFUSED by the replayer: nothing more is sent",

@@ -175,6 +175,8 @@ pub enum State {
     Following,
     /// The selected processes stand.
     Stopped,
+    /// Bringing files back to a checkpoint.
+    RollingBack,
     /// Waiting for the last checkpoint.
     Ending,
     /// Refused by the replayer: nothing more is sent.

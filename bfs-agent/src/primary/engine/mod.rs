@@ -352,6 +352,11 @@ impl Engine {
         self.stats.ops += 1;
     }
 
+    /// Puts a record into the stream that changes nothing of the model; gives its number.
+    pub fn say(&mut self, record: &Record) -> bfs_common::record::Sequence {
+        self.out.push(record, b"")
+    }
+
     /// What the destination has is asked for until the first checkpoint: blocks of this many bytes that
     /// are read and are there already are not sent.
     pub fn compare_blocks(&mut self, bytes: u64) {

@@ -29,6 +29,8 @@ pub struct Plan {
     pub removed: Vec<PathBuf>,
     /// Paths that others changed, which are left as they are.
     pub foreign: Vec<PathBuf>,
+    /// Paths that others changed, which are brought back too.
+    pub theirs: Vec<PathBuf>,
     /// Where each object of the checkpoint stands.
     pub paths: HashMap<ObjectId, PathBuf>,
     /// All inodes that are changed, bytes that have to be compared apart.
@@ -133,8 +135,19 @@ impl<'a> Planner<'a> {
             })
     }
 
+    fn is_known(&self, inode: InodeId) -> bool {
+        self.objects.contains_key(&inode) || (self.origin.known)(inode)
+    }
+
     fn ours(&self, inode: InodeId) -> bool {
-        self.origin.include_foreign || self.objects.contains_key(&inode) || (self.origin.known)(inode)
+        self.origin.include_foreign || self.is_known(inode)
+    }
+
+    /// Others changed this, and it is brought back all the same.
+    fn note_theirs(&mut self, path: &std::path::Path) {
+        if self.origin.include_foreign {
+            self.plan.theirs.push(path.into());
+        }
     }
 
     /// Entries of the directories of the checkpoint.
@@ -158,6 +171,9 @@ impl<'a> Planner<'a> {
                     continue;
                 }
                 let path = path.join(name.as_os_str());
+                if !node.changed || !self.is_known(*what) {
+                    self.note_theirs(&path);
+                }
                 let foreign = !self.ours(*what) || !(node.changed || self.origin.include_foreign);
                 match (foreign, wanted.contains_key(name)) {
                     (true, true) => self.in_the_way.push(path),
@@ -178,6 +194,9 @@ impl<'a> Planner<'a> {
                 if inode.is_some() && !node.changed && !self.origin.include_foreign {
                     self.plan.foreign.push(path.join(name.as_os_str()));
                     continue;
+                }
+                if inode.is_some() && !node.changed {
+                    self.note_theirs(&path.join(name.as_os_str()));
                 }
                 self.plan.attach.push((object, name.clone(), what));
                 changes = true;
@@ -242,6 +261,10 @@ impl<'a> Planner<'a> {
                 self.plan.foreign.push(self.plan.paths[&object].clone());
                 continue;
             }
+            if (attributes || bytes) && !node.changed {
+                let path = self.plan.paths[&object].clone();
+                self.note_theirs(&path);
+            }
             // A directory that is moved gets its times again, too.
             if attributes || moved.contains(&object) {
                 self.plan.attributes.insert(object);
@@ -253,6 +276,8 @@ impl<'a> Planner<'a> {
         }
         self.plan.foreign.sort();
         self.plan.foreign.dedup();
+        self.plan.theirs.sort();
+        self.plan.theirs.dedup();
         self.plan.removed.sort();
     }
 }

@@ -35,6 +35,8 @@ pub struct Summary {
     pub removed: Vec<PathBuf>,
     /// What others changed: it is left.
     pub foreign: Vec<PathBuf>,
+    /// What others changed: it is brought back with the rest.
+    pub theirs: Vec<PathBuf>,
     /// Bytes that are written.
     pub bytes: u64,
 }
@@ -131,6 +133,7 @@ impl Work<'_> {
         let mut summary = Summary {
             removed: self.plan.removed.clone(),
             foreign: self.plan.foreign.clone(),
+            theirs: self.plan.theirs.clone(),
             ..Summary::default()
         };
         for (object, compared) in changed {

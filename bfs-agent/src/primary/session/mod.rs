@@ -58,6 +58,8 @@ pub struct SessionOptions {
     pub final_wait: Duration,
     /// `run`: when the command fails, everything is brought back to what it was before.
     pub rollback_on_failure: bool,
+    /// How files are brought back.
+    pub going_back: GoingBack,
     /// Longest write whose bytes travel through the ring; `None` for the built-in choice.
     pub inline_max: Option<u64>,
     /// Size of the ring; `None` for the built-in choice.
@@ -79,6 +81,17 @@ impl SessionOptions {
             "restore what is needed with `bfs-replayer restore`",
         ))
     }
+}
+
+/// How files are brought back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GoingBack {
+    /// The present state is no checkpoint that is kept longer than the floor.
+    pub discard: bool,
+    /// What others changed is brought back too.
+    pub include_foreign: bool,
+    /// Selected processes that still run are ended.
+    pub end_processes: bool,
 }
 
 /// Runs a command and replicates what it does; returns the exit status of the whole.

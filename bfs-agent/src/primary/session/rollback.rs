@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use bfs_common::record::{CheckpointId, FileKind, GapScope};
+use bfs_common::record::{CheckpointId, DISCARDED, FileKind, GapScope, Record};
 use bfs_common::wire::Digests;
 
 use super::begin::Ground;
@@ -14,9 +14,12 @@ use super::work::{Work, reached};
 use super::{SessionOptions, cannot};
 use crate::generation::{At, Client, OpenError, time_text};
 use crate::net::Destination;
+use crate::primary::capture::Probes;
+use crate::primary::capture::probes::group_dir;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::control::WaitFor;
 use crate::primary::engine::Stop;
+use crate::primary::engine::host::HostError;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::{Inherited, Signals};
 use crate::primary::reader::{Reader, Root};
@@ -27,6 +30,10 @@ use crate::primary::rollback::{RollbackError, apply, busy, scan};
 
 /// Paths of each kind that are shown.
 const SHOWN: usize = 20;
+
+/// How long processes have for ending by themselves when they are told to, and for dying.
+const TERM_WAIT: Duration = Duration::from_secs(5);
+const KILL_WAIT: Duration = Duration::from_secs(5);
 
 /// Between two looks at something that is waited for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -150,17 +157,50 @@ impl Work {
         self.checkpoint_reaching("before run", "start", WaitFor::Confirmed, None)
     }
 
-    /// Waits until no selected process is left.
+    /// Waits until no selected process is left, or ends them if that is wanted.
     pub(super) fn wait_for_descendants(&mut self) -> bool {
+        let signals: &[_] = if self.options.going_back.end_processes {
+            &[(Some(libc::SIGTERM), TERM_WAIT), (Some(libc::SIGKILL), KILL_WAIT)]
+        } else {
+            &[(None, self.options.final_wait)]
+        };
+        for (signal, wait) in signals {
+            if let Some(signal) = signal {
+                send(&self.link.probes, *signal);
+            }
+            let deadline = Instant::now() + *wait;
+            while Instant::now() < deadline {
+                self.turn();
+                if self.link.probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty()) {
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// Puts a record about going back into the stream, and waits until it is durable on the backup.
+    fn say_durably(&mut self, record: &Record) -> Result<(), Failure> {
+        let sequence = self.engine.say(record);
         let deadline = Instant::now() + self.options.final_wait;
+        let failed = |e: HostError| Failure::new(Kind::GivenUp, e.to_string(), "");
+        self.engine.flush(&mut self.link).map_err(failed)?;
         loop {
-            self.turn();
-            if self.link.probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty()) {
-                return true;
+            let progress = self.link.shipper.progress();
+            if progress.durable.sequence >= sequence {
+                return Ok(());
+            }
+            if let Some(refusal) = &progress.refusal {
+                return Err(Failure::new(Kind::Refused, format!("the replayer refuses: {refusal}"), ""));
             }
             if Instant::now() >= deadline {
-                return false;
+                return Err(Failure::new(
+                    Kind::Timeout,
+                    "the backup does not answer",
+                    "look at the replayer",
+                ));
             }
+            let _ = self.link.shipper.wait_change(progress.version, Instant::now() + LOOK);
         }
     }
 
@@ -178,8 +218,11 @@ impl Work {
     /// [`Failure`]; [`Kind::RollbackUnfinished`] when files were changed already.
     pub(super) fn roll_back(&mut self, to: CheckpointId, dry_run: bool) -> Result<Summary, Failure> {
         let limit = Some(self.options.final_wait);
+        self.state = crate::primary::control::State::RollingBack;
         let mut step = Step::begin();
-        self.checkpoint_reaching("before rollback", "rollback", WaitFor::Applied, limit)?;
+        let (tag, trigger) =
+            if self.options.going_back.discard { ("", DISCARDED) } else { ("before rollback", "rollback") };
+        self.checkpoint_reaching(tag, trigger, WaitFor::Applied, limit)?;
         step.ended("the present state is a checkpoint, applied");
         let mut client = self.reader_client()?;
         let group = self.options.group.clone();
@@ -194,7 +237,10 @@ impl Work {
         let local = scan::scan(&reader, &roots, &journal::folder_name(&group))?;
         step.ended("what is there is known");
         let model = self.engine.model();
-        let origin = Origin { known: &|inode| model.find(inode).is_some(), include_foreign: false };
+        let origin = Origin {
+            known: &|inode| model.find(inode).is_some(),
+            include_foreign: self.options.going_back.include_foreign,
+        };
         let device_of = |id: &bfs_common::record::Identity| {
             let here = |r: &&Root| r.file_system == id.file_system && r.subvolume == id.subvolume;
             roots.iter().find(here).map(|r| r.stat.inode.dev)
@@ -248,15 +294,21 @@ impl Work {
             return Err(RollbackError::Busy(users).into());
         }
         step.ended("nobody uses it");
+        // Both sides know of the intent before the first file changes.
+        if let Err(failure) = self.say_durably(&Record::RollbackIntent { to }) {
+            self.clear_away(&folders, false, summary);
+            return Err(failure);
+        }
         journal.write(folders.first())?;
         step.ended("the intent is written");
         let unfinished = |e: RollbackError| {
-            let hint = format!("`bfs-agent rollback --group {group}` with the same options finishes it");
+            let hint = format!("this finishes it: {}", self.command_line(None));
             Failure::new(Kind::RollbackUnfinished, e.to_string(), hint)
         };
         apply::finish(&journal, &reader, &roots, &folders).map_err(unfinished)?;
         step.ended("done and compared");
         self.suspect_changes(&journal, &roots);
+        self.engine.say(&Record::RollbackDone { to });
         Ok(summary)
     }
 
@@ -314,6 +366,9 @@ pub fn rollback(
     // What is begun is ended: signals wait.
     let _signals = Signals::start(inherited, |_| {}).map_err(|e| cannot("read signals", &e))?;
     let ground = Ground::open(options, false)?;
+    if ground.options.going_back.end_processes {
+        end_left_over(&ground.options.group)?;
+    }
     let interrupted = ground.rolled_back;
     let probes = ground.load_probes(None)?;
     let state = State::new(&ground.options, "rollback", Selection::Processes(Vec::new()));
@@ -336,7 +391,60 @@ pub fn rollback(
     Ok(0)
 }
 
+/// Sends a signal to all selected processes.
+fn send(probes: &Probes, signal: i32) {
+    for process in probes.selected_processes().unwrap_or_default() {
+        // SAFETY: a system call without pointers. One that ended meanwhile is an error that says nothing.
+        unsafe { libc::kill(process as i32, signal) };
+    }
+}
+
+/// Ends what an agent of the group followed that is dead itself.
+fn end_left_over(group: &str) -> Result<(), Failure> {
+    let Ok(probes) = Probes::adopt(&group_dir(group)) else { return Ok(()) };
+    for (signal, wait) in [(libc::SIGTERM, TERM_WAIT), (libc::SIGKILL, KILL_WAIT)] {
+        send(&probes, signal);
+        let deadline = Instant::now() + wait;
+        while Instant::now() < deadline {
+            if probes.selected_tasks()?.is_empty() {
+                return Ok(());
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+    let left = probes.selected_processes()?;
+    Err(Failure::new(Kind::GivenUp, format!("processes do not end: {left:?}"), "end them, then try again"))
+}
+
 impl Work {
+    /// The command that brings the files back, for a shell. Without a checkpoint: that finishes what was begun.
+    fn command_line(&self, to: Option<CheckpointId>) -> String {
+        use std::fmt::Write;
+        let options = &self.options;
+        let mut line = format!("bfs-agent rollback --group {}", options.group);
+        let mut add = |name: &str, value: &str| {
+            // Writing to a string does not fail.
+            let _ = write!(line, " {name} {}", quoted(value));
+        };
+        for root in &options.roots {
+            add("--path", &root.display().to_string());
+        }
+        let backup = match &options.backup {
+            Destination::Dir(store) => {
+                format!("dir:{}", std::path::absolute(store).unwrap_or_else(|_| store.clone()).display())
+            }
+            other => other.to_string(),
+        };
+        add("--backup", &backup);
+        if let Some(secret) = &options.secret_file {
+            add("--secret-file", &secret.display().to_string());
+        }
+        if let Some(to) = to {
+            add("--to", &to.to_string());
+        }
+        line
+    }
+
     fn find_and_roll_back(
         &mut self,
         to: Option<At>,
@@ -380,24 +488,11 @@ pub(super) fn after_failure(work: &mut Work, to: CheckpointId, status: u8) -> u8
         }
         Err(failure) => failure,
     };
-    let paths: Vec<String> =
-        work.options.roots.iter().map(|r| format!("--path {}", quoted(&r.display().to_string()))).collect();
-    let secret = work.options.secret_file.as_ref();
-    let secret = secret.map(|s| format!(" --secret-file {}", quoted(&s.display().to_string())));
-    let backup = match &work.options.backup {
-        Destination::Dir(store) => {
-            format!("dir:{}", std::path::absolute(store).unwrap_or_else(|_| store.clone()).display())
-        }
-        other => other.to_string(),
-    };
     eprintln!(
         "bfs-agent: the command ended with {status}, and the files could NOT be brought back: {why}\n  \
-         {}\n  what to do: bfs-agent rollback --group {} {} --backup {}{} --to {to}",
+         {}\n  what to do: {}",
         why.hint,
-        work.options.group,
-        paths.join(" "),
-        quoted(&backup),
-        secret.unwrap_or_default(),
+        work.command_line(Some(to)),
     );
     Kind::RollbackUnfinished.exit_status()
 }
@@ -425,6 +520,7 @@ fn report(summary: &Summary, to: CheckpointId, wall_ns: Option<i64>, dry_run: bo
     list("made again", &summary.made);
     list("removed   ", &summary.removed);
     list("left alone (changed by others)", &summary.foreign);
+    list("brought back too (changed by others)", &summary.theirs);
     let when = wall_ns.map(|ns| format!(" ({})", time_text(ns))).unwrap_or_default();
     let how = if dry_run { "would be" } else { "were" };
     let _ = write!(

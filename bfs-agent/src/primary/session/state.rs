@@ -91,6 +91,7 @@ impl State {
             final_wait: Duration::from_millis(self.final_wait_ms),
             // Who goes on is not the command's parent: it does not learn how the command ends.
             rollback_on_failure: false,
+            going_back: super::GoingBack::default(),
             inline_max: self.inline_max,
             ring_bytes: self.ring_bytes,
         })
