@@ -5,14 +5,17 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use self::stage::{Child, Map, Stage, ok};
 use super::{Place, Program, workload};
+
+mod stage;
 
 const PAGE: usize = 4096;
 /// Pages of most files.
@@ -94,150 +97,6 @@ impl Steps {
     }
 }
 
-struct Stage {
-    talk: BufReader<UnixStream>,
-    row: &'static str,
-    data: PathBuf,
-    aux: PathBuf,
-}
-
-impl Stage {
-    fn say(&mut self, quiet: bool, what: &str) -> Result<()> {
-        let line = format!("{}|{}: {what}\n", if quiet { "quiet" } else { "open" }, self.row);
-        self.talk.get_mut().write_all(line.as_bytes())?;
-        let mut answer = String::new();
-        ensure!(self.talk.read_line(&mut answer)? > 0, "the test is gone");
-        Ok(())
-    }
-
-    /// A step whose checkpoint may need a stop.
-    fn step(&mut self, what: &str) -> Result<()> {
-        self.say(false, what)
-    }
-
-    /// A step after which nobody maps anything.
-    fn quiet(&mut self, what: &str) -> Result<()> {
-        self.say(true, what)
-    }
-
-    fn path(&self) -> PathBuf {
-        self.data.join(self.row)
-    }
-
-    /// The file of the row, with bytes in it that are on the disk.
-    fn file(&self, pages: usize) -> Result<File> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(self.path())?;
-        file.write_all_at(&vec![b'z'; pages * PAGE], 0)?;
-        file.sync_all()?;
-        Ok(file)
-    }
-
-    /// A file outside with bytes to read.
-    fn source(&self, byte: u8) -> Result<PathBuf> {
-        let path = self.aux.join("source");
-        fs::write(&path, vec![byte; 4 * PAGE])?;
-        File::open(&path)?.sync_all()?;
-        Ok(path)
-    }
-}
-
-/// A mapping, gone at the end of the row.
-struct Map {
-    start: *mut u8,
-    len: usize,
-}
-
-impl Map {
-    fn new(file: &File, pages: usize, prot: i32, flags: i32) -> Result<Self> {
-        let len = pages * PAGE;
-        // SAFETY: a new mapping, wherever the kernel likes.
-        let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED | flags, file.as_raw_fd(), 0)
-        };
-        ensure!(start != libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
-        Ok(Self { start: start.cast(), len })
-    }
-
-    fn at(&self, page: usize) -> *mut u8 {
-        assert!(page * PAGE < self.len);
-        self.start.wrapping_add(page * PAGE)
-    }
-
-    fn store(&self, page: usize, byte: u8) {
-        for i in 0..16 {
-            // SAFETY: within the mapping, which is writable when this is called.
-            unsafe { self.at(page).add(i * 100).write_volatile(byte) };
-        }
-    }
-
-    fn load(&self, page: usize) -> u8 {
-        // SAFETY: within the mapping.
-        unsafe { self.at(page).read_volatile() }
-    }
-
-    fn sync(&self, flags: i32) -> Result<()> {
-        // SAFETY: the mapping's own range.
-        ok(unsafe { libc::msync(self.start.cast(), self.len, flags) }, "msync").map(drop)
-    }
-
-    fn advise(&self, page: usize, pages: usize, advice: i32) -> Result<()> {
-        // SAFETY: within the mapping, which holds nothing that this program relies on.
-        ok(unsafe { libc::madvise(self.at(page).cast(), pages * PAGE, advice) }, "madvise").map(drop)
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: the mapping's own range, which nobody uses after this.
-        unsafe { libc::munmap(self.start.cast(), self.len) };
-    }
-}
-
-fn ok(result: i32, what: &str) -> Result<i32> {
-    ensure!(result >= 0, "{what}: {}", std::io::Error::last_os_error());
-    Ok(result)
-}
-
-/// A child that does one thing after the other: whenever it is told to, it says when it is done.
-struct Child {
-    pid: i32,
-    talk: UnixStream,
-}
-
-impl Child {
-    fn new(acts: &[&dyn Fn()]) -> Result<Self> {
-        let (mut ours, mut theirs) = UnixStream::pair()?;
-        // SAFETY: this program has one thread; the child only does what is given and ends.
-        let pid = ok(unsafe { libc::fork() }, "fork")?;
-        if pid == 0 {
-            drop(ours);
-            for act in acts {
-                let mut byte = [0];
-                if std::io::Read::read(&mut theirs, &mut byte).ok() != Some(1) {
-                    break;
-                }
-                act();
-                let _ = theirs.write_all(b"x");
-            }
-            // SAFETY: ends the child at once.
-            unsafe { libc::_exit(0) };
-        }
-        let _ = &mut ours;
-        Ok(Self { pid, talk: ours })
-    }
-
-    fn act(&mut self) -> Result<()> {
-        self.talk.write_all(b"x")?;
-        std::io::Read::read_exact(&mut self.talk, &mut [0]).context("the child is gone")
-    }
-
-    fn end(self) -> Result<()> {
-        drop(self.talk);
-        // SAFETY: waits for our own child.
-        ok(unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) }, "waitpid").map(drop)
-    }
-}
-
 type Row = (&'static str, fn(&mut Stage) -> Result<()>);
 
 /// All rows.
@@ -265,13 +124,15 @@ const ROWS: &[Row] = &[
     ("large-folios", large_folios),
     ("sparse", sparse),
     ("remove", remove),
+    ("remap-file-pages", remap_file_pages),
+    ("userfaultfd", userfaultfd),
     ("tmpfile", tmpfile),
     ("moved-in", moved_in),
     ("mapped-again", mapped_again),
 ];
 
 /// Those that depend on the file system, more than on the kind that it is of (with a device or without).
-const BY_FILE_SYSTEM: [&str; 9] = [
+const BY_FILE_SYSTEM: [&str; 11] = [
     "store",
     "load-first",
     "msync-sync",
@@ -281,6 +142,8 @@ const BY_FILE_SYSTEM: [&str; 9] = [
     "large-folios",
     "sparse",
     "remove",
+    "remap-file-pages",
+    "userfaultfd",
 ];
 
 /// Runs the rows.
@@ -609,6 +472,56 @@ fn remove(s: &mut Stage) -> Result<()> {
     s.step("a hole was punched")?;
     map.store(11, b'2');
     s.step("stored into the hole")
+}
+
+/// The kernel makes further mappings of the file out of it, which no mmap(2) tells of.
+fn remap_file_pages(s: &mut Stage) -> Result<()> {
+    let file = s.file(PAGES)?;
+    let map = Map::new(&file, PAGES, RW, 0)?;
+    drop(file);
+    // SAFETY: the mapping's own range; what is mapped there is only stored into.
+    ok(unsafe { libc::remap_file_pages(map.at(2).cast(), 2 * PAGE, 0, 20, 0) }, "remap_file_pages")?;
+    s.step("two pages are others now")?;
+    map.store(2, b'1');
+    map.store(3, b'1');
+    s.step("stored into these")?;
+    map.store(3, b'2');
+    map.store(20, b'3');
+    s.step("stored again, and through the first mapping")
+}
+
+/// UFFDIO_COPY puts a page into the file where none is yet. Files on a disk do not take part.
+fn userfaultfd(s: &mut Stage) -> Result<()> {
+    /// `linux/userfaultfd.h`: `_IOWR(0xaa, 0x3f)`, `(0xaa, 0x00)`, `(0xaa, 0x03)`.
+    const API: libc::Ioctl = 0xc018_aa3f;
+    const REGISTER: libc::Ioctl = 0xc020_aa00;
+    const COPY: libc::Ioctl = 0xc028_aa03;
+    let file = s.file(0)?;
+    file.set_len((PAGES * PAGE) as u64)?;
+    let map = Map::new(&file, PAGES, RW, 0)?;
+    // SAFETY: no memory is handed in.
+    let fault = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) } as i32;
+    // SAFETY: a descriptor of our own that nobody else has.
+    let fault = unsafe { File::from_raw_fd(ok(fault, "userfaultfd")?) };
+    let start = map.start.addr() as u64;
+    let mut api = [0xaa_u64, 0, 0];
+    let mut register = [start, map.len as u64, 1, 0];
+    // SAFETY: structs of the sizes that the numbers say.
+    unsafe {
+        ok(libc::ioctl(fault.as_raw_fd(), API, &raw mut api), "UFFDIO_API")?;
+        if libc::ioctl(fault.as_raw_fd(), REGISTER, &raw mut register) < 0 {
+            return Ok(());
+        }
+    }
+    for (page, byte) in [(3_u64, b'1'), (4, b'2')] {
+        let bytes = [byte; PAGE];
+        let mut copy = [start + page * PAGE as u64, bytes.as_ptr().addr() as u64, PAGE as u64, 0, 0];
+        // SAFETY: as above; the pages are there.
+        ok(unsafe { libc::ioctl(fault.as_raw_fd(), COPY, &raw mut copy) }, "UFFDIO_COPY")?;
+        s.step("a page was put there")?;
+    }
+    drop(map);
+    s.quiet("unmapped")
 }
 
 fn tmpfile(s: &mut Stage) -> Result<()> {
