@@ -4,6 +4,7 @@
 //! installed yet.
 
 mod bench;
+mod checkpoints;
 mod demo;
 mod ebpf;
 mod kernels;
@@ -77,6 +78,15 @@ enum Bench {
     Sustained,
     /// How long it takes to bring files back, when little of much was changed.
     Rollback,
+    /// How many checkpoints need a stop of the program, and how long it stands then.
+    Checkpoints {
+        /// Checkpoints for each workload.
+        #[arg(long, default_value_t = 1000)]
+        count: u64,
+        /// Files that lie beside, untouched: one run for each number.
+        #[arg(long, value_delimiter = ',', default_value = "10000,1000000")]
+        files: Vec<u64>,
+    },
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -101,6 +111,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Task::Bench { what: Bench::Sustained } => sustained::sustained()?,
         Task::Bench { what: Bench::Rollback } => rollback::rollback()?,
+        Task::Bench { what: Bench::Checkpoints { count, files } } => checkpoints::checkpoints(count, &files)?,
         Task::Tidy => tidy::tidy()?,
     }
     Ok(ExitCode::SUCCESS)

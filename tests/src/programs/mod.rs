@@ -19,6 +19,7 @@ pub mod scripts;
 pub mod sequences;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
+pub mod steady;
 pub mod stores;
 pub mod tools;
 pub mod unpack;
@@ -182,13 +183,13 @@ fn getppid_ns(count: u64) -> f64 {
     started.elapsed().as_nanos() as f64 / count as f64
 }
 
-/// Runs a subcommand of `bfs-workload`: NAME DATA AUX [WRITER or COUNT].
+/// Runs a subcommand of `bfs-workload`: NAME DATA AUX [WRITER, COUNT or RATE].
 ///
 /// # Errors
 /// What the program met, or a command line that is none.
 pub fn main(args: &[String]) -> Result<()> {
     let [name, data, aux, rest @ ..] = args else {
-        anyhow::bail!("usage: bfs-workload NAME DATA AUX [WRITER or COUNT]");
+        anyhow::bail!("usage: bfs-workload NAME DATA AUX [WRITER, COUNT or RATE]");
     };
     let place = Place { data: data.into(), aux: aux.into() };
     if name == "rows" {
@@ -202,6 +203,8 @@ pub fn main(args: &[String]) -> Result<()> {
         "ladder" => ladder::run(&place, writer),
         "racing-buffer" => racing::run(&place),
         "stores" => stores::run(&place),
+        "steady" => steady::run(&place, writer.context("RATE is missing")?, false),
+        "steady-mapped" => steady::run(&place, writer.context("RATE is missing")?, true),
         name if name.starts_with("requests-") => requests::run(&place, name),
         "random-names" => names::run(&place, writer),
         "sequences" => sequences::run(&place),

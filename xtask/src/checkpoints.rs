@@ -1,0 +1,154 @@
+//! `cargo xtask bench checkpoints`: how many checkpoints needed a stop of the program, and how long it stood
+//! then, while it makes 10,000 calls a second; beside little and beside much that it does not touch, and with
+//! little and with much written between two checkpoints.
+//!
+//! How long the program stood counts from the first thread that stopped to the last that was let go, as the
+//! agent measures it. Writes target/bench/checkpoints.json.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bfs_tests::exercise;
+use bfs_tests::watch::until;
+use bfs_tests::world::{Transport, World, binary, number_named};
+use serde_json::json;
+
+use crate::demo::release_binaries;
+use crate::shell::target;
+
+/// Calls a second.
+const RATE: u64 = 10_000;
+
+struct Load {
+    name: &'static str,
+    /// Whether it stores into a shared mapping all the time.
+    mapped: bool,
+    /// Time between two checkpoints.
+    every: Duration,
+}
+
+const LOADS: [Load; 3] = [
+    Load { name: "calls, each 100 ms", mapped: false, every: Duration::from_millis(100) },
+    Load { name: "calls, each 1 s", mapped: false, every: Duration::from_secs(1) },
+    Load { name: "calls and mapped stores", mapped: true, every: Duration::from_millis(100) },
+];
+
+/// Takes `count` checkpoints (a tenth of them where they are rarer) beside each of these numbers of files.
+pub fn checkpoints(count: u64, files: &[u64]) -> Result<()> {
+    ensure!(count > 0, "--count must be at least 1");
+    release_binaries()?;
+    println!(
+        "{:<24} {:>9} {:>11} {:>8} {:>8} {:>9} {:>9} {:>9}  settled p50/p99",
+        "workload", "files", "checkpoints", "late", "stopped", "p50", "p99", "max"
+    );
+    let mut results = Vec::new();
+    for files in files {
+        for load in &LOADS {
+            let count = if load.every >= Duration::from_secs(1) { count.div_ceil(10) } else { count };
+            let done = measure(load, *files, count).with_context(|| load.name.to_owned())?;
+            println!(
+                "{:<24} {files:>9} {:>11} {:>8} {:>8} {:>6.1} ms {:>6.1} ms {:>6.1} ms  {:.0}/{:.0} ms",
+                load.name,
+                done.taken,
+                done.late,
+                done.stopped,
+                done.stood_us[0] as f64 / 1e3,
+                done.stood_us[1] as f64 / 1e3,
+                done.stood_us[2] as f64 / 1e3,
+                done.settled_ms[0],
+                done.settled_ms[1],
+            );
+            results.push(json!({
+                "workload": load.name, "files": files, "checkpoints": done.taken, "late": done.late,
+                "stopped": done.stopped, "stood_us_p50_p99_max": done.stood_us,
+                "settled_ms_p50_p99": done.settled_ms,
+            }));
+        }
+    }
+    let folder = target().join("bench");
+    fs::create_dir_all(&folder)?;
+    let path = folder.join("checkpoints.json");
+    fs::write(&path, serde_json::to_string_pretty(&results)?)?;
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+struct Done {
+    taken: u64,
+    late: u64,
+    stopped: u64,
+    /// p50, p99, longest.
+    stood_us: [u64; 3],
+    /// From the command to the sealed checkpoint: p50, p99.
+    settled_ms: [f64; 2],
+}
+
+fn measure(load: &Load, files: u64, count: u64) -> Result<Done> {
+    let mut world = World::new("checkpoints", Transport::Unix)?;
+    populate(&world.place.data.join("untouched"), files)?;
+    world.checkpoints(&format!("every={}ms", load.every.as_millis()));
+    world.start_replayer()?;
+    let mut line = vec![binary("bfs-workload").display().to_string()];
+    line.push(if load.mapped { "steady-mapped" } else { "steady" }.to_owned());
+    line.extend([&world.place.data, &world.place.aux].map(|p| p.display().to_string()));
+    line.push(RATE.to_string());
+    world.run(&line)?;
+    world.checkpoint()?;
+    let before = Counted::of(&world)?;
+    let limit = load.every * 20 * u32::try_from(count)?;
+    let mut settled = Vec::new();
+    let now = until("the checkpoints", limit, || {
+        let asked = Instant::now();
+        world.checkpoint_until("sealed").ok()?;
+        settled.push(asked.elapsed().as_secs_f64() * 1e3);
+        std::thread::sleep(load.every * 5);
+        let now = Counted::of(&world).ok()?;
+        (now.taken >= before.taken + count).then_some(now)
+    })?;
+    let status = world.status()?;
+    let stood = |name: &str| number_named(&status["stops"], &[name]).with_context(|| format!("no {name}"));
+    let stood_us = [stood("p50_us")?, stood("p99_us")?, stood("max_us")?];
+    ensure!(world.finish()?.success(), "the program failed");
+    exercise::equal(&world)?;
+    settled.sort_by(f64::total_cmp);
+    let at = |percent: usize| settled[(settled.len() * percent / 100).min(settled.len() - 1)];
+    Ok(Done {
+        taken: now.taken - before.taken,
+        late: now.late - before.late,
+        stopped: now.stopped - before.stopped,
+        stood_us,
+        settled_ms: [at(50), at(99)],
+    })
+}
+
+struct Counted {
+    taken: u64,
+    late: u64,
+    stopped: u64,
+}
+
+impl Counted {
+    fn of(world: &World) -> Result<Self> {
+        let status = world.status()?;
+        let of = |name: &str| number_named(&status, &[name]).with_context(|| format!("no {name}"));
+        Ok(Self {
+            taken: of("checkpoints_taken")?,
+            late: of("checkpoints_late")?,
+            stopped: of("checkpoints_stopped")?,
+        })
+    }
+}
+
+/// Small files, a thousand to a folder.
+fn populate(folder: &Path, files: u64) -> Result<()> {
+    for n in 0..files {
+        let below = folder.join((n / 1000).to_string());
+        if n % 1000 == 0 {
+            fs::create_dir_all(&below)?;
+        }
+        fs::write(below.join(n.to_string()), n.to_string())?;
+    }
+    Ok(())
+}
