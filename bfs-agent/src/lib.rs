@@ -2,12 +2,13 @@
 //!
 //! The two roles, [`primary`] and [`backup`], know each other only through the records of
 //! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication)
-//! [`tree`] (files and attributes) and [`generation`] (reading checkpoints that are kept). [`cli`] holds the two command lines; the binaries
-//! are thin.
+//! [`tree`] (files and attributes), [`generation`] (reading checkpoints that are kept) and [`service`] (the service
+//! manager). [`cli`] holds the two command lines; the binaries are thin.
 
 pub mod backup;
 pub mod cli;
 pub mod generation;
 pub mod net;
 pub mod primary;
+pub mod service;
 pub mod tree;

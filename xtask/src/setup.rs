@@ -16,7 +16,7 @@ const BPF_LINKER: &str = "0.13.0";
 pub type Tool = (&'static str, &'static str, &'static str);
 
 /// What every build and test needs.
-const PROGRAMS: [Tool; 17] = [
+const PROGRAMS: [Tool; 18] = [
     ("cc", "gcc libc6-dev", "compiles the SQLite of the tests"),
     ("git", "git", "a program that the tests replicate"),
     ("tar", "tar", "a program that the tests replicate"),
@@ -30,6 +30,7 @@ const PROGRAMS: [Tool; 17] = [
     ("fio", "fio", "writes by io_uring and AIO, and checks the backup of it"),
     ("mkfs.btrfs", "btrfs-progs", "every way to change a file is tried on btrfs too"),
     ("stress-ng", "stress-ng", "a program that the tests replicate"),
+    ("systemd-analyze", "systemd", "checks the units that are installed with bfs"),
     ("rsync", "rsync", "a program that the tests replicate"),
     ("redis-server", "redis-server", "a program that the tests replicate"),
     ("db_bench", "rocksdb-tools", "a program that the tests replicate"),

@@ -249,6 +249,15 @@ impl ReplayerHandle {
         self.shared.status()
     }
 
+    /// Comes back when the workers have taken up a request for the status and answered it.
+    pub async fn answers(&self) {
+        let shared = self.shared.clone();
+        if let Some(runtime) = &self.runtime {
+            // A worker that panicked is replaced: what counts is that there is one.
+            let _ = runtime.spawn(async move { shared.status().len() }).await;
+        }
+    }
+
     /// The store's folder.
     #[must_use]
     pub fn store(&self) -> &Path {

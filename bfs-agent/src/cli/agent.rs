@@ -107,6 +107,9 @@ enum Command {
         /// longer selected
         #[arg(long, value_name = "DIR", conflicts_with = "pid")]
         cgroup: Option<PathBuf>,
+        /// Where an agent of this group died, go on as `resume` does, with its options: for service managers
+        #[arg(long)]
+        resume: bool,
         /// Not in this version
         #[arg(long, hide = true)]
         everyone: bool,
@@ -412,6 +415,14 @@ fn later(what: &str, instead: &str) -> Failure {
     Failure::new(Kind::Usage, format!("{what} comes in a later version"), instead)
 }
 
+fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
+    logging();
+    preflight::check_user()?;
+    preflight::check_kernel()?;
+    preflight::check_namespace()?;
+    session::resume(group, inherited)
+}
+
 fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
     // Only what captures keeps the signals; a command that asks is ended by them as usual.
     let asks = |inherited: Inherited| {
@@ -428,7 +439,10 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             }
             session::run(options, command, inherited)
         }
-        Command::Attach { options, pid, cgroup, everyone } => {
+        Command::Attach { options, resume: true, .. } if session::is_left(&options.group.group) => {
+            resume(&options.group.group, inherited)
+        }
+        Command::Attach { options, pid, cgroup, everyone, resume: _ } => {
             let instead = "name processes with --pid, or a cgroup with --cgroup";
             if everyone {
                 return Err(later("attach --everyone", instead));
@@ -446,13 +460,7 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             };
             session::attach(options.check()?, &whom, &inherited)
         }
-        Command::Resume { group } => {
-            logging();
-            preflight::check_user()?;
-            preflight::check_kernel()?;
-            preflight::check_namespace()?;
-            session::resume(&group.group, inherited)
-        }
+        Command::Resume { group } => resume(&group.group, inherited),
         Command::Checkpoint { target, tag, wait, timeout, stopped: false, .. } => {
             asks(inherited)?;
             commands::checkpoint(&target, tag, wait.into(), timeout)

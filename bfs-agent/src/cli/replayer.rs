@@ -10,9 +10,10 @@ use bfs_common::wire::{Frame, GroupStatus};
 use clap::{Args, Parser, Subcommand};
 
 use crate::backup::retention::{self, Retention};
-use crate::backup::{BackupError, Replayer, ServeOptions, store};
+use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
 use crate::generation::At;
 use crate::net::{self, AddressError, ConnectError, Destination, Secret, SecretError};
+use crate::service::Service;
 
 /// How long `status` waits for an answer.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -251,12 +252,31 @@ fn serve(
     for address in handle.listening() {
         eprintln!("listening on {address}");
     }
+    let mut service = Service::of_environment();
+    service.ready("serving");
     let [terminate, interrupt] = &mut signals;
     runtime.block_on(async {
-        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            () = watched(&handle, &mut service) => {}
+        }
     });
+    service.stopping();
     drop(handle);
     Ok(())
+}
+
+/// Tells the service manager that the replayer answers, for as long as it does.
+async fn watched(handle: &ReplayerHandle, service: &mut Service) {
+    loop {
+        match service.every() {
+            None => std::future::pending::<()>().await,
+            Some(every) => tokio::time::sleep(every).await,
+        }
+        handle.answers().await;
+        service.alive();
+    }
 }
 
 fn status(owner: &Owner, json: bool) -> anyhow::Result<()> {

@@ -95,6 +95,7 @@ pub struct World {
     checkpoints: String,
     agent_options: Vec<String>,
     daemon_cpu: Option<usize>,
+    daemon_environment: Vec<(String, String)>,
     logs: PathBuf,
     replayer: Option<Child>,
     agent: Option<Child>,
@@ -170,6 +171,7 @@ impl World {
             checkpoints: "manual".to_owned(),
             agent_options: Vec::new(),
             daemon_cpu: None,
+            daemon_environment: Vec::new(),
             logs,
             replayer: None,
             agent: None,
@@ -194,6 +196,11 @@ impl World {
         self.daemon_cpu = Some(cpu);
     }
 
+    /// Agent and replayer that are started from now on have this in their environment.
+    pub fn daemon_environment(&mut self, name: &str, value: &str) {
+        self.daemon_environment.push((name.to_owned(), value.to_owned()));
+    }
+
     /// The command that starts a daemon, without its arguments.
     fn daemon(&self, name: &str) -> Result<Command> {
         let mut command = match self.daemon_cpu {
@@ -205,6 +212,7 @@ impl World {
                 command
             }
         };
+        command.envs(self.daemon_environment.iter().map(|(name, value)| (name, value)));
         self.leash.hold(&mut command)?;
         Ok(command)
     }

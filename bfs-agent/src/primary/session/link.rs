@@ -19,6 +19,7 @@ use crate::primary::engine::same::Known;
 use crate::primary::reader::Reader;
 use crate::primary::ship::{Full, Shipper};
 use crate::primary::stop::{Limits, Stopper};
+use crate::service::Service;
 use crate::tree::Xattrs;
 
 /// How long the engine waits for room at the shipper before it counts as detached: without a
@@ -51,6 +52,8 @@ pub struct Link {
     pub let_go: Option<String>,
     /// What the destination has, if it was asked.
     pub answers: Option<Answers>,
+    /// Who wants to know that the work goes on.
+    pub service: Service,
     seen: Counters,
     seen_misses: u64,
     released: u64,
@@ -69,6 +72,7 @@ impl Link {
             reached: Duration::ZERO,
             let_go: None,
             answers: None,
+            service: Service::default(),
             seen: Counters::default(),
             seen_misses: 0,
             released: 0,
@@ -109,6 +113,7 @@ impl Host for Link {
     }
 
     fn list(&mut self, directory: InodeId) -> Result<Option<Vec<Name>>, HostError> {
+        self.service.alive();
         self.reader.list(directory)
     }
 
@@ -130,7 +135,11 @@ impl Host for Link {
         range: Range<u64>,
         each: &mut dyn FnMut(Segment<'_>),
     ) -> Result<Option<()>, HostError> {
-        self.reader.read(inode, range, each)
+        let service = &mut self.service;
+        self.reader.read(inode, range, &mut |segment| {
+            service.alive();
+            each(segment);
+        })
     }
 
     fn outside_path(&mut self, directory: InodeId, start: &Start) -> Option<PathBuf> {
@@ -262,6 +271,7 @@ impl Host for Link {
     }
 
     fn pause(&mut self, time: Duration) {
+        self.service.alive();
         std::thread::sleep(time);
     }
 
@@ -269,6 +279,7 @@ impl Host for Link {
         for mut batch in batches {
             let mut since = (Instant::now(), self.shipper.progress().durable.sequence);
             loop {
+                self.service.alive();
                 match self.shipper.try_push(batch) {
                     Ok(()) => break,
                     Err(Full(back)) => batch = back,

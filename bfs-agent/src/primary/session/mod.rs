@@ -30,6 +30,7 @@ use super::stop::freezer::Freezer;
 use super::stop::guard::Guard;
 use super::stop::ptrace::Ptrace;
 use crate::net::Destination;
+use crate::service::Service;
 use begin::Ground;
 pub use rollback::rollback;
 use state::{Selection, State};
@@ -226,6 +227,12 @@ pub fn attach(options: SessionOptions, whom: &Whom, inherited: &Inherited) -> Re
     follow_processes(work, &group, inherited, cgroup.map(|c| c.directory))
 }
 
+/// Whether an agent of this group died and left something to go on with.
+#[must_use]
+pub fn is_left(group: &str) -> bool {
+    Probes::are_pinned(&group_dir(group)) && matches!(State::read(group), Ok(Some(_)))
+}
+
 /// Goes on for an agent that died, with the configuration in the group's state file.
 ///
 /// # Errors
@@ -285,6 +292,8 @@ fn follow_processes(
     })
     .map_err(|e| cannot("read signals", &e))?;
     let probes = Probes::adopt(&group_dir(group))?;
+    work.link.service = Service::of_environment();
+    work.link.service.ready(&format!("group {group} is followed"));
     work.follow(|| {
         asked.load(Ordering::Relaxed)
             || match &cgroup {
@@ -292,6 +301,7 @@ fn follow_processes(
                 None => probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty()),
             }
     });
+    work.link.service.stopping();
     let ending = work.finish();
     work.close();
     Ok(final_status(0, &ending, group))

@@ -183,6 +183,7 @@ impl Work {
 
     /// One turn of the loop.
     pub(super) fn turn(&mut self) {
+        self.link.service.alive();
         self.take_commands();
         self.answer_waiters();
         if self.detached.is_some() {
