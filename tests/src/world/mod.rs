@@ -29,6 +29,7 @@ use crate::watch::{SOON, until};
 
 mod cleanup;
 mod commands;
+mod power;
 
 pub use commands::{Dropped, number_in, number_named};
 
