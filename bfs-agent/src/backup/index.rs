@@ -178,6 +178,20 @@ impl Index {
         Ok(Self { db })
     }
 
+    /// Whether its own checksums fit, all of them.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is beyond that.
+    pub fn is_sound(&mut self) -> Result<bool, BackupError> {
+        match self.db.check_integrity() {
+            Ok(sound) => Ok(sound),
+            Err(redb::DatabaseError::Storage(redb::StorageError::Corrupted(why))) => {
+                Err(BackupError::corrupt("index.redb", why))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// All groups by name.
     ///
     /// # Errors

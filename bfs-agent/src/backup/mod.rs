@@ -1,6 +1,7 @@
 //! The role of the backup host: receive, log, confirm, apply.
 
 pub mod apply;
+pub mod check;
 pub mod connection;
 pub mod digests;
 pub mod error;

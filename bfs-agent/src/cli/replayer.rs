@@ -44,6 +44,8 @@ pub enum Exit {
     Refused = 17,
     /// The peer speaks another protocol or version.
     Protocol = 18,
+    /// `check` found damage.
+    Damaged = 19,
 }
 
 const EXIT_HELP: &str = "\
@@ -59,7 +61,8 @@ Exit status:
   15  the secret file is missing, readable by others, or too short
   16  no replayer answers
   17  the replayer refused, or is not the one that was meant
-  18  the peer speaks another protocol or version";
+  18  the peer speaks another protocol or version
+  19  check: something is damaged (each is listed)";
 
 #[derive(Debug, Parser)]
 #[command(
@@ -136,6 +139,24 @@ command.")]
         #[arg(value_name = "DEST")]
         to: PathBuf,
     },
+    /// Look for damage in a store that nobody owns, without the primary
+    #[command(after_help = "\
+Examples:
+  bfs-replayer check --store /backup/store
+  bfs-replayer check --store /backup/store --read-data
+Each line names what does not fit, and the checkpoints that need it. Nothing is changed. The bytes of the tree have
+no checksums: --read-data finds what the disk cannot read.")]
+    Check {
+        /// Folder of the store
+        #[arg(long, value_name = "DIR")]
+        store: PathBuf,
+        /// Read every byte of the tree and of the before-images
+        #[arg(long)]
+        read_data: bool,
+        /// As given to `serve`
+        #[arg(long, value_name = "DIR")]
+        allow_root: Vec<PathBuf>,
+    },
     /// Show how the groups of a store stand
     Status {
         #[command(flatten)]
@@ -189,6 +210,11 @@ pub fn main() -> ExitCode {
         }
         Command::Generations { from, json } => giveback::generations(&from, json),
         Command::Restore { from, at, path, to } => giveback::restore(&from, &at, path.as_deref(), &to),
+        Command::Check { store, read_data, allow_root } => match check(&store, read_data, &allow_root) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::from(Exit::Damaged as u8),
+            Err(error) => Err(error),
+        },
         Command::Status { owner, json } => status(&owner, json),
     };
     match result {
@@ -277,6 +303,31 @@ async fn watched(handle: &ReplayerHandle, service: &mut Service) {
         handle.answers().await;
         service.alive();
     }
+}
+
+/// False when something is damaged.
+fn check(store: &Path, read_data: bool, allowed: &[PathBuf]) -> anyhow::Result<bool> {
+    let report = crate::backup::check::check(store, read_data, allowed)?;
+    for problem in &report.problems {
+        println!("{problem}");
+    }
+    for group in &report.between {
+        println!(
+            "group {group}: a checkpoint is half applied, so its tree was not looked at: start the replayer"
+        );
+    }
+    println!(
+        "{} records, {} lines of before-images, {} objects, {} bytes read: {}",
+        report.records,
+        report.lines,
+        report.objects,
+        report.bytes,
+        match report.problems.len() {
+            0 => "nothing is damaged".to_owned(),
+            n => format!("{n} damaged"),
+        }
+    );
+    Ok(report.problems.is_empty())
 }
 
 fn status(owner: &Owner, json: bool) -> anyhow::Result<()> {

@@ -1,0 +1,458 @@
+//! Scrubbing a store without the primary: nothing is changed, everything that does not fit is named, with
+//! the checkpoints that cannot be given out any more.
+//!
+//! - The index: its own checksums.
+//! - The log: headers, checksums, numbers and chain hashes of all records and commits, over all segments.
+//!   What a crash left behind the last commit of the newest segment is no damage.
+//! - Before-images, from the oldest checkpoint to the tree: every line; with `read_data` every byte too.
+//! - The tree, and what is aside or kept: that each object stands where the index says, with its type, size,
+//!   attributes and entries, and that nothing else stands there; with `read_data` every byte is read. The
+//!   store has no checksums of these bytes: a wrong byte under a right time of modification is not found.
+//!
+//! The store must have no owner: the lock is taken. A step that was begun and is not complete leaves the
+//! tree between two checkpoints; then it is not looked at, and the report says so.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CStr;
+use std::fmt;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use bfs_common::record::{CheckpointId, FileKind, Name, ObjectId, Record};
+use bfs_common::wire::Position;
+use rustix::fs::OFlags;
+
+use super::apply::{Area, CrashPoint, Step};
+use super::error::BackupError;
+use super::generations::Past;
+use super::images::{self, Blocks};
+use super::index::{Base, GroupRow, Index, Node, Place, View};
+use super::log::segment::{Item, SegmentReader, Tail};
+use super::log::{segment_path, segments};
+use super::plan::Plan;
+use super::store::{self, Store};
+use crate::tree;
+
+/// Objects taken from the index at once.
+const AT_ONCE: usize = 1024;
+/// Bytes read at once.
+const READ_BYTES: usize = 256 << 10;
+
+/// Something that does not fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The group; empty for the whole store.
+    pub group: String,
+    /// The file, or the object and where it stands.
+    pub what: String,
+    /// What is wrong, and where in it.
+    pub why: String,
+    /// Kept checkpoints that need it.
+    pub generations: Vec<CheckpointId>,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.group.is_empty() {
+            write!(f, "group {}: ", self.group)?;
+        }
+        write!(f, "{}: {}", self.what, self.why)?;
+        match (self.generations.first(), self.generations.last()) {
+            (Some(first), Some(last)) if first != last => {
+                write!(f, "; {} checkpoints from {first} to {last} need it", self.generations.len())
+            }
+            (Some(only), _) => write!(f, "; checkpoint {only} needs it"),
+            _ => write!(f, "; no checkpoint that is kept needs it"),
+        }
+    }
+}
+
+/// What was looked at, and what was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What does not fit.
+    pub problems: Vec<Problem>,
+    /// Records of logs.
+    pub records: u64,
+    /// Lines of before-images.
+    pub lines: u64,
+    /// Objects of trees.
+    pub objects: u64,
+    /// Bytes of trees and images that were read.
+    pub bytes: u64,
+    /// Groups whose tree was not looked at, for a step is not complete.
+    pub between: Vec<String>,
+}
+
+/// Scrubs a store. `allowed` are the folders outside that `serve --allow-root` has.
+///
+/// # Errors
+/// When the store cannot be opened, or looking fails in another way than by finding damage.
+pub fn check(path: &Path, read_data: bool, allowed: &[PathBuf]) -> Result<Report, BackupError> {
+    store::check_format(path)?;
+    let store = Store::open(path)?;
+    let mut report = Report::default();
+    if !store.path().join("index.redb").exists() {
+        return Err(BackupError::corrupt(store.path().join("index.redb"), "is missing"));
+    }
+    let mut index = Index::open(store.path())?;
+    if !index.is_sound()? {
+        report.problems.push(Problem {
+            group: String::new(),
+            what: store.path().join("index.redb").display().to_string(),
+            why: "its checksums do not fit".into(),
+            generations: Vec::new(),
+        });
+    }
+    for (name, row) in index.groups()? {
+        let maps = row.maps.clone();
+        let area = Area::open(&store, &name, &maps, allowed)?;
+        let generations = index.generations(row.number)?.into_iter().map(|(number, _)| number).collect();
+        let (index, log) = (&index, store.group_dir("log", &name)?);
+        let mut group = Group { name, row, index, area, log, generations, read_data, report: &mut report };
+        group.check_log()?;
+        group.check_images()?;
+        group.check_tree()?;
+    }
+    Ok(report)
+}
+
+struct Group<'a> {
+    name: String,
+    row: GroupRow,
+    index: &'a Index,
+    area: Area,
+    log: PathBuf,
+    /// Kept checkpoints, the oldest first.
+    generations: Vec<CheckpointId>,
+    read_data: bool,
+    report: &'a mut Report,
+}
+
+impl Group<'_> {
+    fn problem(&mut self, what: impl fmt::Display, why: impl fmt::Display, generations: Vec<CheckpointId>) {
+        let (group, what, why) = (self.name.clone(), what.to_string(), why.to_string());
+        self.report.problems.push(Problem { group, what, why, generations });
+    }
+
+    /// Damage becomes a problem, what else goes wrong an error.
+    fn damage(&mut self, error: BackupError, generations: Vec<CheckpointId>) -> Result<(), BackupError> {
+        match error {
+            BackupError::Corrupt { path, why } => self.problem(path.display(), why, generations),
+            BackupError::Io { path, error, .. } if error.kind() == std::io::ErrorKind::NotFound => {
+                self.problem(path.display(), "is missing", generations);
+            }
+            BackupError::Io { what, path, error } if error.raw_os_error() == Some(libc::EIO) => {
+                self.problem(path.display(), format!("cannot {what} it: {error}"), generations);
+            }
+            BackupError::Foreign(why) => self.problem("the tree", why, generations),
+            other => return Err(other),
+        }
+        Ok(())
+    }
+
+    /// Checkpoints that are kept are in the tree and its images: they need no log.
+    fn check_log(&mut self) -> Result<(), BackupError> {
+        let numbers = match segments(&self.log) {
+            Ok(numbers) => numbers,
+            Err(error) => return self.damage(error, Vec::new()),
+        };
+        let mut at: Option<Position> = None;
+        for (index, number) in numbers.iter().enumerate() {
+            match self.check_segment(*number, at, index + 1 == numbers.len()) {
+                Ok(after) => at = Some(after),
+                Err(error) => {
+                    at = None;
+                    self.damage(error, Vec::new())?;
+                }
+            }
+        }
+        let applied = self.row.applied.sequence;
+        if let Some(at) = at.filter(|at| at.sequence < applied) {
+            let why = format!("ends at record {}, but {applied} was applied", at.sequence);
+            self.problem(self.log.clone().display(), why, Vec::new());
+        }
+        Ok(())
+    }
+
+    fn check_segment(
+        &mut self,
+        number: u64,
+        before: Option<Position>,
+        newest: bool,
+    ) -> Result<Position, BackupError> {
+        let path = segment_path(&self.log, number);
+        let bad = |why: String| BackupError::corrupt(&path, why);
+        let mut reader = SegmentReader::open(&self.log, number, self.row.id)?;
+        let mut here = reader.header.before;
+        if before.is_some_and(|b| (b.sequence, b.chain) != (here.sequence, here.chain)) {
+            return Err(bad("does not go on where the segment before it ends".into()));
+        }
+        loop {
+            match reader.next_or_tail()? {
+                Ok(Item::Record(found)) => {
+                    let sequence = found.encoded.sequence;
+                    if sequence != here.sequence.next() {
+                        return Err(bad(format!("record {sequence} stands behind {}", here.sequence)));
+                    }
+                    here.chain = found.encoded.chain(here.chain);
+                    here.sequence = sequence;
+                    if let Record::EpochBegin { epoch, .. } = found.record {
+                        here.epoch = epoch;
+                    }
+                    let applied: Position = self.row.applied.into();
+                    if sequence == applied.sequence && here.chain != applied.chain {
+                        return Err(bad(format!("record {sequence} is not the one that was applied")));
+                    }
+                    self.report.records += 1;
+                }
+                Ok(Item::Commit { sequence, chain, end }) => {
+                    if (sequence, chain) != (here.sequence, here.chain) {
+                        return Err(bad(format!("the commit that ends at byte {end} does not fit")));
+                    }
+                }
+                Err(Tail::Clean) => return Ok(here),
+                Err(Tail::Torn { at, why }) => {
+                    let synced = reader.synced.is_none_or(|synced| at < synced);
+                    if !newest || synced || reader.commit_behind(at)? {
+                        return Err(bad(format!("at byte {at}: {why}")));
+                    }
+                    return Ok(here);
+                }
+            }
+        }
+    }
+
+    /// A checkpoint needs the images of all steps from it on.
+    fn check_images(&mut self) -> Result<(), BackupError> {
+        let dir = self.area.images().to_path_buf();
+        let Some(mut at) = self.generations.first().copied() else { return Ok(()) };
+        while at < self.row.checkpoint {
+            let needs: Vec<_> = self.generations.iter().copied().filter(|g| *g <= at).collect();
+            let (mut blocks, mut bad) = (Blocks::new(&dir), Vec::new());
+            let (mut lines, mut bytes, mut buffer) = (0, 0, Vec::new());
+            let read_data = self.read_data;
+            let read = images::read(&dir, self.row.id, at, |line, block| {
+                lines += 1;
+                if read_data && block.len > 0 {
+                    match blocks.read(block, &mut buffer) {
+                        Ok(()) => bytes += u64::from(block.len),
+                        Err(BackupError::Corrupt { path, why }) => bad.push((path, line, why)),
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(())
+            });
+            self.report.lines += lines;
+            self.report.bytes += bytes;
+            for (path, line, why) in bad {
+                let of = match line {
+                    images::Line::Bytes(object, offset) => {
+                        format!("{} (object {object}, from byte {offset} on)", path.display())
+                    }
+                    _ => path.display().to_string(),
+                };
+                self.problem(of, why, needs.clone());
+            }
+            match read {
+                Ok(to) if to > at => at = to,
+                Ok(_) => {
+                    self.problem(images::path(&dir, at).display(), "its step ends where it begins", needs);
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.damage(error, needs)?;
+                    // Where its step ends is not known: the next one that there is.
+                    let next = self.generations.iter().copied().find(|g| *g > at);
+                    let Some(next) = next.filter(|next| images::path(&dir, *next).exists()) else {
+                        return Ok(());
+                    };
+                    at = next;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_tree(&mut self) -> Result<(), BackupError> {
+        if self.index.plan(self.row.number)?.is_some() {
+            self.report.between.push(self.name.clone());
+            return Ok(());
+        }
+        let view = self.index.view(self.row.number)?;
+        let mut found: BTreeMap<ObjectId, Vec<String>> = BTreeMap::new();
+        let mut from = ObjectId(0);
+        loop {
+            let some = view.objects(from, AT_ONCE)?;
+            for (object, node) in &some {
+                let wrong = self.check_object(&view, *object, node)?;
+                if !wrong.is_empty() {
+                    found.insert(*object, wrong);
+                }
+            }
+            match some.last() {
+                Some((last, _)) => from = last.next(),
+                None => break,
+            }
+        }
+        if found.is_empty() {
+            return Ok(());
+        }
+        let needs = self.who_needs(&found.keys().copied().collect())?;
+        for (object, wrong) in found {
+            let what = format!("object {object}{}", place_of(&view, object)?);
+            self.problem(what, wrong.join(", "), needs.get(&object).cloned().unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    /// What is wrong with the file of an object.
+    fn check_object(
+        &mut self,
+        view: &View,
+        object: ObjectId,
+        node: &Node,
+    ) -> Result<Vec<String>, BackupError> {
+        self.report.objects += 1;
+        let (plan, mut never) = (Plan::default(), CrashPoint::default());
+        let mut step = Step::new(&self.area, view, &plan, &mut never);
+        let readable = matches!(node.kind, FileKind::Regular | FileKind::Directory);
+        let fd = match step.open(object, if readable { OFlags::RDONLY } else { OFlags::PATH }) {
+            Ok(fd) => fd,
+            Err(BackupError::Foreign(why)) => return Ok(vec![why]),
+            Err(BackupError::Io { what, error, .. }) => {
+                return Ok(vec![format!("cannot {what} it: {error}")]);
+            }
+            Err(error) => return Err(error),
+        };
+        drop(step);
+        let failed = |error: std::io::Error| vec![format!("cannot be read: {error}")];
+        let now = match tree::stat_fd(fd.as_fd()) {
+            Ok(now) => now,
+            Err(error) => return Ok(failed(error)),
+        };
+        let mut wrong = Vec::new();
+        let mut meta = now.meta;
+        if node.kind == FileKind::Symlink {
+            // They mean nothing (symlink(7)).
+            meta.permissions = node.meta.permissions;
+            if tree::readlink(fd.as_fd()).is_ok_and(|target| target[..] != node.target[..]) {
+                wrong.push("leads elsewhere".to_owned());
+            }
+        }
+        if meta != node.meta {
+            wrong.push("mode, owner or time of modification are others".to_owned());
+        }
+        if node.kind == FileKind::Regular && now.size != node.size {
+            wrong.push(format!("has {} bytes instead of {}", now.size, node.size));
+        }
+        match tree::xattrs(fd.as_fd()) {
+            Ok(xattrs) => {
+                let same = xattrs.len() == node.xattrs.len()
+                    && xattrs.iter().zip(&node.xattrs).all(|(a, b)| a.0 == b.0 && a.1[..] == b.1[..]);
+                if !same {
+                    wrong.push("extended attributes are others".to_owned());
+                }
+            }
+            Err(error) => wrong.extend(failed(error)),
+        }
+        if node.kind == FileKind::Directory {
+            wrong.extend(self.check_entries(view, object, &fd)?);
+        } else if node.kind == FileKind::Regular && self.read_data {
+            wrong.extend(self.read(&File::from(fd)));
+        }
+        Ok(wrong)
+    }
+
+    /// What is wrong with the names in a directory.
+    fn check_entries(
+        &self,
+        view: &View,
+        object: ObjectId,
+        directory: &std::os::fd::OwnedFd,
+    ) -> Result<Vec<String>, BackupError> {
+        let failed = |error: rustix::io::Errno| vec![format!("cannot be read: {error}")];
+        let names = match rustix::fs::Dir::read_from(directory) {
+            Ok(names) => names,
+            Err(error) => return Ok(failed(error)),
+        };
+        let mut wanted: BTreeMap<Name, ObjectId> = view.entries(object)?.into_iter().collect();
+        let mut wrong = Vec::new();
+        for entry in names {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) => return Ok(failed(error)),
+            };
+            let Some(name) = Name::new(CStr::to_bytes(entry.file_name())) else { continue };
+            match wanted.remove(&name) {
+                None => wrong.push(format!("has {name:?}, which nobody put there")),
+                Some(child) => {
+                    let known = view.node(child)?.map(|node| node.ino);
+                    if known != Some(entry.ino()) {
+                        wrong.push(format!("{name:?} is another file than object {child}"));
+                    }
+                }
+            }
+        }
+        wrong.extend(wanted.into_keys().map(|name| format!("lacks {name:?}")));
+        Ok(wrong)
+    }
+
+    /// Reads all of a file; what cannot be read.
+    fn read(&mut self, file: &File) -> Option<String> {
+        let mut buffer = vec![0; READ_BYTES];
+        let mut at = 0;
+        loop {
+            match file.read_at(&mut buffer, at) {
+                Ok(0) => return None,
+                Ok(len) => {
+                    at += len as u64;
+                    self.report.bytes += len as u64;
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Some(format!("cannot be read at byte {at}: {error}")),
+            }
+        }
+    }
+
+    /// Which kept checkpoints have these objects. Of some of them before-images may have all that is wrong
+    /// now; that is not told apart.
+    fn who_needs(
+        &self,
+        objects: &BTreeSet<ObjectId>,
+    ) -> Result<BTreeMap<ObjectId, Vec<CheckpointId>>, BackupError> {
+        let mut needs: BTreeMap<ObjectId, Vec<CheckpointId>> = BTreeMap::new();
+        for generation in &self.generations {
+            // With damaged images nobody can tell: then it is named there.
+            let Ok(past) = Past::open(&self.area, self.index, &self.row, &self.name, *generation) else {
+                continue;
+            };
+            for object in objects {
+                if past.node(*object)?.is_some() {
+                    needs.entry(*object).or_default().push(*generation);
+                }
+            }
+        }
+        Ok(needs)
+    }
+}
+
+/// Where an object stands on the primary, for people.
+fn place_of(view: &View, object: ObjectId) -> Result<String, BackupError> {
+    let (mut at, mut names) = (object, Vec::new());
+    loop {
+        match view.node(at)?.and_then(|node| node.places.into_iter().next()) {
+            Some(Place::Entry(directory, name)) if names.len() < 4096 => {
+                names.push(name);
+                at = directory;
+            }
+            Some(Place::Root(root)) => {
+                let below: PathBuf = names.iter().rev().map(|name| name.as_os_str()).collect();
+                return Ok(format!(" ({})", root.as_path().join(below).display()));
+            }
+            _ => return Ok(String::new()),
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! A store is scrubbed without the primary: what is sound is called sound, what was spoiled is named, with
+//! the checkpoints that need it.
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use bfs_agent::backup::check::{Problem, Report, check};
+use bfs_agent::backup::{BackupError, Replayer, ServeOptions};
+use bfs_common::record::*;
+
+#[allow(dead_code, reason = "made for more than is tested here")]
+#[path = "replayer/client.rs"]
+mod client;
+
+use client::*;
+
+/// Four checkpoints of two files, a directory and a symlink; and something behind the last.
+async fn made(store: &Path) {
+    let options = ServeOptions { store: store.into(), ..ServeOptions::default() };
+    let replayer = Replayer::start(options).unwrap();
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    for object in [2, 3] {
+        agent.object(object, FileKind::Regular, 0o600, b"");
+        agent.entry(1, &format!("file{object}"), object);
+        agent.write(object, 0, &[object as u8; 100_000]);
+    }
+    agent.object(4, FileKind::Directory, 0o755, b"");
+    agent.entry(1, "folder", 4);
+    agent.object(5, FileKind::Symlink, 0o777, b"target");
+    agent.entry(4, "link", 5);
+    for n in 1..=4 {
+        agent.write(2, n * 1000, b"overwritten");
+        agent.checkpoint().await;
+    }
+    agent.write(3, 5, b"pending");
+    agent.flush().await;
+    drop(agent);
+    drop(replayer);
+}
+
+fn found(store: &Path) -> Report {
+    check(store, true, &[]).unwrap()
+}
+
+fn numbers(problem: &Problem) -> Vec<u64> {
+    problem.generations.iter().map(|c| c.0).collect()
+}
+
+/// Spoils a byte for as long as `look` takes.
+fn spoiled(path: &Path, at: u64, look: impl FnOnce()) {
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let times = file.metadata().unwrap().modified().unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+    look();
+    file.write_all_at(&byte, at).unwrap();
+    file.set_modified(times).unwrap();
+}
+
+fn only(folder: PathBuf) -> PathBuf {
+    std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).min().unwrap()
+}
+
+#[tokio::test]
+async fn damage_is_named_with_what_needs_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    made(&store).await;
+    let sound = found(&store);
+    assert_eq!(sound.problems, []);
+    assert_eq!(sound.objects, 5);
+    assert!(sound.records > 10 && sound.lines >= 6 && sound.bytes > 200_000, "{sound:?}");
+
+    // Every part of the log: header, records, commits.
+    let log = only(store.join("log/g"));
+    let length = std::fs::metadata(&log).unwrap().len();
+    for at in [9, 20, 50, 150, length / 2, length - 30, length - 1] {
+        spoiled(&log, at, || {
+            let report = found(&store);
+            assert_eq!(report.problems.len(), 1, "byte {at} of {length}: {:?}", report.problems);
+            let problem = &report.problems[0];
+            assert!(problem.what.contains("/log/g/"), "{problem}");
+            assert_eq!(numbers(problem), [0; 0], "what is applied needs no log");
+        });
+    }
+    // The images of the step from checkpoint 2: the checkpoints up to it need them.
+    let image = store.join("images/g/00000000000000000002.img");
+    let length = std::fs::metadata(&image).unwrap().len();
+    for at in (0..length).step_by(61) {
+        spoiled(&image, at, || {
+            let report = found(&store);
+            assert_eq!(report.problems.len(), 1, "byte {at} of {length}: {:?}", report.problems);
+            assert!(report.problems[0].what.contains("002.img"), "{}", report.problems[0]);
+            assert_eq!(numbers(&report.problems[0]), [1, 2], "{}", report.problems[0]);
+        });
+    }
+    let away = store.join("images/away");
+    std::fs::rename(&image, &away).unwrap();
+    assert!(found(&store).problems[0].why.contains("missing"));
+    std::fs::rename(&away, &image).unwrap();
+    // The tree.
+    let root = store.join("tree/g").join(ROOT.trim_start_matches('/'));
+    spoiled(&root.join("file3"), 7, || {
+        let report = found(&store);
+        let text = report.problems[0].to_string();
+        assert!(report.problems.len() == 1 && text.contains("/data/app/file3"), "{text}");
+        assert_eq!(numbers(&report.problems[0]), [1, 2, 3, 4], "{text}");
+    });
+    std::fs::write(root.join("folder/more"), "").unwrap();
+    let problems = found(&store).problems;
+    assert!(problems.iter().any(|p| p.why.contains("nobody put there")), "{problems:?}");
+    std::fs::remove_file(root.join("folder/more")).unwrap();
+    std::fs::remove_file(root.join("folder/link")).unwrap();
+    let problems = found(&store).problems;
+    assert!(problems.iter().any(|p| p.why.contains("lacks")), "{problems:?}");
+    assert!(problems.iter().any(|p| p.what.contains("object 5")), "{problems:?}");
+}
+
+/// What a crash left behind the last commit is no damage; the store of somebody else is left alone.
+#[tokio::test]
+async fn a_torn_tail_is_no_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    made(&store).await;
+    let log = only(store.join("log/g"));
+    let file = std::fs::File::options().append(true).open(&log).unwrap();
+    std::io::Write::write_all(&mut &file, &[7; 100]).unwrap();
+    assert_eq!(found(&store).problems, []);
+    let _owner = Replayer::start(ServeOptions { store: store.clone(), ..ServeOptions::default() }).unwrap();
+    assert!(matches!(check(&store, false, &[]), Err(BackupError::InUse { .. })));
+    let none = check(dir.path(), false, &[]);
+    assert!(matches!(none, Err(BackupError::NoStore(_))));
+}
