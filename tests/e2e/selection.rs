@@ -1,11 +1,16 @@
-//! Whom the agent follows: cgroups, and tasks that are moved in and out of them.
+//! Whom the agent follows: cgroups, and tasks that are moved in and out of them; descriptors that are handed over;
+//! programs that have something open when they are attached to; several agents for the same files.
 
 use std::fs;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
+use std::thread;
 
 use bfs_tests::exercise;
+use bfs_tests::programs::names::RandomNames;
+use bfs_tests::programs::puppet::Puppet;
 use bfs_tests::watch::{SOON, until};
-use bfs_tests::world::{Transport, World};
+use bfs_tests::world::{FileSystem, How, Transport, World, rounds};
 
 /// Appends to files of its own and makes further ones in children, from the moment that `$2/go-NAME` is
 /// there; says so with `$2/at-work-NAME`.
@@ -93,4 +98,160 @@ fn a_cgroup_that_the_agent_is_in_or_that_is_none_is_refused() {
         assert_eq!(done.status.code(), Some(64), "{said}");
         assert!(said.contains(why), "{said}");
     }
+}
+
+/// A world whose program is a puppet, not followed yet unless `followed`.
+fn puppet(world: &mut World, followed: bool) -> Puppet {
+    world.start_replayer().unwrap();
+    let (command, listener) = Puppet::prepare(&world.place).unwrap();
+    if followed { world.run(&command) } else { world.start_program(&command) }.unwrap();
+    Puppet::new(&listener).unwrap()
+}
+
+/// A checkpoint, after which both sides are equal.
+fn equal_after(world: &World, what: &str) {
+    world.checkpoint().unwrap();
+    exercise::equal(world).unwrap_or_else(|e| panic!("after {what:?}: {e:#}"));
+}
+
+#[test]
+fn descriptors_are_handed_out_of_the_selection_and_into_it() {
+    let mut world = World::new("handed", Transport::Unix).unwrap();
+    let mut puppet = puppet(&mut world, true);
+    puppet.does("open 1 shared").unwrap();
+    puppet.does("write 1 ours-1").unwrap();
+    puppet.does("open 2 other").unwrap();
+    equal_after(&world, "the beginning");
+
+    // What is written through a descriptor that was handed out is not seen; what the program itself writes goes
+    // where it went, though the position was moved by somebody who is not followed.
+    let mut theirs = puppet.gives(1).unwrap();
+    theirs.write_all(b"theirs").unwrap();
+    puppet.does("write 1 ours-2").unwrap();
+    theirs.seek(SeekFrom::Start(3)).unwrap();
+    puppet.does("write 1 X").unwrap();
+    world.checkpoint().unwrap();
+    let [here, there] =
+        [&world.place.data, &world.backup()].map(|tree| fs::read(tree.join("shared")).unwrap());
+    assert_eq!(here, b"ourX-1theirsours-2");
+    assert_eq!((here.len(), &here[..6], &here[12..]), (there.len(), &there[..6], &there[12..]));
+    // It is shown, never taken for equal.
+    let verified = world.agent_command(&["verify"], SOON).unwrap();
+    assert_eq!(verified.status.code(), Some(i32::from(here != there)), "{verified:?}");
+    // Whatever makes the agent read the file brings it.
+    puppet.does("map 1").unwrap();
+    equal_after(&world, "the file was mapped");
+
+    // What a followed process writes through a descriptor that it was given is followed.
+    let given = fs::File::options().append(true).open(world.place.data.join("other")).unwrap();
+    puppet.takes(3, &given).unwrap();
+    drop(given);
+    puppet.does("write 3 by the program").unwrap();
+    equal_after(&world, "a descriptor was taken");
+    puppet.does("end").unwrap_err();
+    assert!(world.finish().unwrap().success());
+}
+
+#[test]
+fn a_program_is_attached_to_with_all_that_it_has_open() {
+    for file_system in [None, Some(FileSystem::Tmpfs)] {
+        let mut world = World::new("attached-open", Transport::Unix).unwrap();
+        if let Some(file_system) = file_system {
+            world.mount(file_system).unwrap();
+        }
+        fs::create_dir(world.place.data.join("sub")).unwrap();
+        let mut puppet = puppet(&mut world, false);
+        for what in [
+            "open 1 positioned",
+            "write 1 0123456789",
+            "seek 1 4",
+            "append 2 log",
+            "write 2 early",
+            "open 3 deleted",
+            "write 3 something",
+            "unlink deleted",
+            "open 4 mapped",
+            "write 4 0123456789012345678901234567890123456789",
+            "map 4",
+            "store 4 3 before",
+            "close 4",
+            "open 5 sub/inside",
+            "cd sub",
+        ] {
+            puppet.does(what).unwrap();
+        }
+        world.attach().unwrap();
+        equal_after(&world, "the first copy");
+        for what in [
+            "write 1 XY",
+            "write 2 late",
+            "write 3 more of what nobody sees",
+            "store 4 20 after",
+            "store 4 20 again",
+            "open 6 relative",
+            "write 6 by a working directory",
+            "rename ../positioned ../renamed",
+            "write 1 Z",
+            "seek 1 100000",
+            "write 1 far",
+            "rename ../sub ../moved",
+            "write 5 in what was moved",
+            "open 7 also",
+            "write 7 in what was moved",
+            "seek 3 0",
+            "write 3 ends with the last descriptor",
+            "close 3",
+        ] {
+            puppet.does(what).unwrap();
+            equal_after(&world, what);
+        }
+        assert!(!world.backup().join("deleted").exists());
+        puppet.does("end").unwrap_err();
+        assert!(world.finish().unwrap().success());
+    }
+}
+
+/// Two agents for the same program and files: the first one of `run`, so it stops by the cgroup that it made.
+fn two_groups(name: &str, second: impl Fn(&World) -> Vec<String>) {
+    let [mut one, mut two] =
+        ["one", "two"].map(|n| World::new(&format!("{name}-{n}"), Transport::Unix).unwrap());
+    two.place = one.place.clone();
+    one.start(&RandomNames, How::Run).unwrap();
+    two.start_replayer().unwrap();
+    let whom = second(&one);
+    two.attach_to(&whom.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+    thread::scope(|scope| {
+        for world in [&one, &two] {
+            scope.spawn(move || {
+                for index in 0..rounds(4, 60) {
+                    if index % 2 == 0 {
+                        exercise::stopped(world, index).unwrap();
+                    } else {
+                        exercise::cut(world, &RandomNames, index).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    assert!(one.finish().unwrap().success());
+    two.stop_agent().unwrap();
+    for world in [&one, &two] {
+        exercise::equal(world).unwrap();
+    }
+}
+
+#[test]
+fn two_groups_have_the_same_files_and_stop_the_same_cgroup() {
+    two_groups("same-cgroup", |one| {
+        let line = fs::read_to_string(format!("/proc/{}/cgroup", one.program_pid().unwrap())).unwrap();
+        let path = line.lines().find_map(|l| l.strip_prefix("0::")).unwrap();
+        let name = Path::new(path).file_name().unwrap();
+        let cgroup = Path::new(&one.leash_cgroup()).join(name);
+        vec!["--cgroup".to_owned(), cgroup.display().to_string()]
+    });
+}
+
+#[test]
+fn two_groups_have_the_same_files_and_stop_in_different_ways() {
+    two_groups("same-files", |one| vec!["--pid".to_owned(), one.program_pid().unwrap().to_string()]);
 }

@@ -12,6 +12,7 @@ pub mod append;
 pub mod fio;
 pub mod ladder;
 pub mod names;
+pub mod puppet;
 pub mod racing;
 pub mod requests;
 pub mod rewrite;
@@ -208,6 +209,7 @@ pub fn main(args: &[String]) -> Result<()> {
         name if name.starts_with("requests-") => requests::run(&place, name),
         "random-names" => names::run(&place, writer),
         "sequences" => sequences::run(&place),
+        "puppet" => puppet::run(&place),
         #[cfg(feature = "sqlite")]
         "sqlite-journal" => sqlite::run(&place, sqlite::Mode::Journal, writer),
         #[cfg(feature = "sqlite")]

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use bfs_common::abi::InodeId;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::link::{Link, probes_failed};
 use super::work::Work;
@@ -52,7 +53,8 @@ fn look(link: &Link, process: u32) -> Result<Option<Vec<InodeId>>, HostError> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let fd: OwnedFd = match rustix::fs::openat(CWD, &path, flags, Mode::empty()) {
             Ok(fd) => fd,
-            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            // The mapping has gone, or the process.
+            Err(Errno::NOENT | Errno::SRCH) => return Ok(None),
             Err(e) => return Err(failed(e.into())),
         };
         let mode = rustix::fs::fstat(&fd).map_err(|e| failed(e.into()))?.st_mode;

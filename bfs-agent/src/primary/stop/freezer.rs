@@ -5,6 +5,9 @@
 //! freezes on its way back to user mode, so a frozen cgroup has no call in flight but those that
 //! the kernel counts as frozen (a vfork parent, ptrace stops). A frozen cgroup stays frozen after
 //! its freezer is gone, which is why each stop is announced to the [`Guard`] first.
+//!
+//! Several agents can have the same cgroup. Each locks its directory (flock(2)) for as long as its stop lasts:
+//! else one would let go those whom the other one takes for standing.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -13,14 +16,24 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::guard::Guard;
 use super::{Limits, StopError, Stopped, Stopper};
+
+/// Between two looks whether another agent's stop has ended.
+const TURN: Duration = Duration::from_millis(1);
+
+/// How long tasks may take to be frozen again.
+const STRAY: Duration = Duration::from_millis(500);
 
 /// A cgroup that can be frozen.
 #[derive(Debug)]
 pub struct Freezer {
     directory: PathBuf,
+    /// The directory, to lock it.
+    lock: File,
     events: File,
     guard: Guard,
     since: Option<(Instant, Limits)>,
@@ -104,7 +117,8 @@ impl Freezer {
             .watch_cgroup(directory)
             .map_err(|e| StopError::system("write", "the pipe to the guard process", e))?;
         let directory = directory.to_owned();
-        Ok(Self { directory, events, guard, since: None, own, frozen_before: false })
+        let lock = File::open(&directory).map_err(|e| StopError::system("open", directory.display(), e))?;
+        Ok(Self { directory, lock, events, guard, since: None, own, frozen_before: false })
     }
 
     /// The cgroup's directory (for the state file of the group).
@@ -149,12 +163,46 @@ impl Freezer {
         fs::read_to_string(self.directory.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
     }
 
+    /// Whether nobody thawed it. Tasks that a tracer lets go, or that are killed, leave the frozen state for a
+    /// moment, in the kernel: `get_signal()` in kernel/signal.c takes them back before they could run.
+    fn still_frozen(&mut self) -> Result<bool, StopError> {
+        let limits = Limits { reach: STRAY, stand: Duration::ZERO };
+        match self.wait_frozen(Instant::now(), limits, true) {
+            Err(StopError::Late { .. }) => Ok(false),
+            frozen => frozen.map(|()| true),
+        }
+    }
+
     fn write_freeze(&self, value: &str) -> Result<(), StopError> {
         let file = self.directory.join("cgroup.freeze");
         fs::write(&file, value).map_err(|e| StopError::system("write", file.display(), e))
     }
 
+    /// Waits until no other agent stops this cgroup.
+    fn take_turn(&mut self, since: Instant, limits: Limits) -> Result<(), StopError> {
+        loop {
+            match flock(&self.lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(()),
+                Err(Errno::WOULDBLOCK | Errno::INTR) if since.elapsed() < limits.reach => {
+                    std::thread::sleep(TURN);
+                }
+                Err(Errno::WOULDBLOCK | Errno::INTR) => {
+                    let waiting = "another agent, which has stopped the same cgroup".into();
+                    return Err(StopError::Late { limit_ms: limits.reach.as_millis(), waiting });
+                }
+                Err(e) => return Err(StopError::system("lock", self.directory.display(), e.into())),
+            }
+        }
+    }
+
     fn thaw(&mut self) -> Result<(), StopError> {
+        let thawed = self.thaw_own();
+        let unlocked = flock(&self.lock, FlockOperation::Unlock)
+            .map_err(|e| StopError::system("unlock", self.directory.display(), e.into()));
+        thawed.and(unlocked)
+    }
+
+    fn thaw_own(&mut self) -> Result<(), StopError> {
         if self.frozen_before {
             return Ok(());
         }
@@ -168,12 +216,14 @@ impl Freezer {
 
     /// Waits until `frozen 1` stands in cgroup.events. The kernel notifies pollers of that file
     /// (kernel/cgroup/cgroup.c, cgroup_file_notify), so nothing is asked in a loop.
-    fn wait_frozen(&mut self, since: Instant, limits: Limits) -> Result<(), StopError> {
+    /// `again`: they stood already.
+    fn wait_frozen(&mut self, since: Instant, limits: Limits, again: bool) -> Result<(), StopError> {
         loop {
             if self.frozen()? {
                 return Ok(());
             }
-            let Some(left) = limits.reach.checked_sub(since.elapsed()) else {
+            let left = limits.reach.checked_sub(since.elapsed()).filter(|_| !again || self.freezes());
+            let Some(left) = left else {
                 return Err(StopError::Late { limit_ms: limits.reach.as_millis(), waiting: self.waiting() });
             };
             let timeout = rustix::event::Timespec {
@@ -182,7 +232,7 @@ impl Freezer {
             };
             let mut fds = [PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::PRI)];
             match poll(&mut fds, Some(&timeout)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => return Err(StopError::system("poll", self.directory.display(), e.into())),
             }
         }
@@ -214,13 +264,16 @@ impl Stopper for Freezer {
             return Err(StopError::Already);
         }
         let since = Instant::now();
+        self.take_turn(since, limits)?;
         self.frozen_before = !self.own && self.freezes();
         if !self.frozen_before {
-            self.guard
-                .stopping(limits.stand)
-                .map_err(|e| StopError::system("write", "the pipe to the guard process", e))?;
+            let said = self.guard.stopping(limits.stand);
+            if let Err(e) = said {
+                self.thaw()?;
+                return Err(StopError::system("write", "the pipe to the guard process", e));
+            }
         }
-        let stopped = self.write_freeze("1").and_then(|()| self.wait_frozen(since, limits));
+        let stopped = self.write_freeze("1").and_then(|()| self.wait_frozen(since, limits, false));
         if let Err(error) = stopped {
             self.thaw()?;
             return Err(error);
@@ -230,12 +283,12 @@ impl Stopper for Freezer {
     }
 
     fn standing(&mut self) -> bool {
-        self.since.is_some() && self.frozen().unwrap_or(false)
+        self.since.is_some() && self.still_frozen().unwrap_or(false)
     }
 
     fn go(&mut self) -> Result<Duration, StopError> {
         let Some((since, limits)) = self.since.take() else { return Ok(Duration::ZERO) };
-        let stood = self.frozen();
+        let stood = self.still_frozen();
         self.thaw()?;
         if stood? {
             Ok(since.elapsed())
