@@ -7,7 +7,7 @@
 use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_probe_read_kernel};
 use bfs_common::abi::{DEVICES_MAX, InodeAttr, InodeId};
 
-use crate::maps::{DENTRY_BLOCK, FILE_BLOCK, INODE_BLOCK, Scratch, off, setting};
+use crate::maps::{DENTRY_BLOCK, DEVICES, FILE_BLOCK, INODE_BLOCK, Scratch, off, setting};
 
 /// `S_IFMT` and the types that are followed (`include/uapi/linux/stat.h`).
 const S_IFMT: u32 = 0o170_000;
@@ -377,12 +377,32 @@ pub fn in_scope(dev: u32) -> bool {
     while i < DEVICES_MAX {
         let device = setting!(devices, i);
         if device == 0 {
-            return false;
+            break;
         }
         if device == dev {
             return true;
         }
         i += 1;
     }
-    false
+    came_later(dev) != 0
+}
+
+/// The same of those that came while the probes ran. Not a part of the caller: the first look mostly finds it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn came_later(dev: u32) -> i32 {
+    let Some(devices) = DEVICES.get(0) else { return 0 };
+    let mut i = 0;
+    while i < DEVICES_MAX {
+        // SAFETY: within the array. The agent may be writing it: one number is written at once.
+        let device = unsafe { core::ptr::read_volatile(&raw const devices[i]) };
+        if device == 0 {
+            return 0;
+        }
+        if device == dev {
+            return 1;
+        }
+        i += 1;
+    }
+    0
 }

@@ -49,6 +49,10 @@ pub static COUNTERS: PerCpuArray<[u64; counter::COUNT as usize]> = PerCpuArray::
 #[map]
 pub static META: Array<[u64; 4]> = Array::with_max_entries(1, 0);
 
+/// Further devices with subtrees in scope, which came while the probes ran; 0 ends the list.
+#[map]
+pub static DEVICES: Array<[u32; DEVICES_MAX]> = Array::with_max_entries(1, 0);
+
 /// Working memory; one entry per hook, because on kernels where probes can be preempted only
 /// runs of the same probe exclude each other.
 #[map]

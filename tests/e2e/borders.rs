@@ -9,7 +9,7 @@ use bfs_tests::oracle;
 use bfs_tests::programs::names::RandomNames;
 use bfs_tests::random::printed_seed;
 use bfs_tests::watch::{SOON, until};
-use bfs_tests::world::{How, Transport, World, rounds};
+use bfs_tests::world::{FileSystem, How, Transport, World, rounds};
 
 /// The words of a shell that runs a script with the directories of the world, as `World::spawn_shell` has them.
 fn shell(world: &World, script: &str) -> Vec<String> {
@@ -151,11 +151,34 @@ done";
 
 #[test]
 fn a_directory_is_added_and_removed_while_the_program_works() {
-    let mut world = World::new("paths", Transport::Unix).unwrap();
+    let world = World::new("paths", Transport::Unix).unwrap();
     let more = world.root().join("more");
     fs::create_dir(&more).unwrap();
+    added_and_removed(world, &more, TWO);
+}
+
+/// The same with a second directory on a file system that nobody looked at before: no links across.
+const TWO_FILE_SYSTEMS: &str = "\
+mkdir \"$3/sub\"; echo early > \"$3/sub/early\"; echo early > \"$1/linked\"; : > \"$2/ready\"; i=0
+while [ ! -e \"$2/stop\" ]; do
+    i=$((i + 1)); echo $i >> \"$1/before\"; echo $i >> \"$3/after\"
+    mv \"$3/sub\" \"$3/sub-$i\"; mv \"$3/sub-$i\" \"$3/sub\"
+    (echo $i > \"$3/made\"; mv \"$3/made\" \"$3/sub/moved\"; chmod 600 \"$3/sub/moved\")
+done";
+
+#[test]
+fn a_directory_of_another_file_system_is_added_and_removed() {
+    let mut world = World::new("paths-other", Transport::Unix).unwrap();
+    // The first one is on a mount of its own, the second beside it.
+    world.mount(FileSystem::Tmpfs).unwrap();
+    let more = world.root().join("more");
+    fs::create_dir(&more).unwrap();
+    added_and_removed(world, &more, TWO_FILE_SYSTEMS);
+}
+
+fn added_and_removed(mut world: World, more: &Path, script: &str) {
     world.start_replayer().unwrap();
-    let mut line = shell(&world, TWO);
+    let mut line = shell(&world, script);
     line.push(more.display().to_string());
     world.run(&line).unwrap();
     world.checkpoint().unwrap();
@@ -164,7 +187,7 @@ fn a_directory_is_added_and_removed_while_the_program_works() {
         let copies = [0, 1].map(|which| world.scratch.join(format!("copy-{index}-{which}")));
         let script = "cp -a \"$0\" \"$1\" && cp -a \"$2\" \"$3\"";
         let mut words = ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
-        let paths = [&world.place.data, &copies[0], &more, &copies[1]];
+        let paths = [&world.place.data, &copies[0], more, &copies[1]];
         words.extend(paths.map(|path| path.display().to_string()));
         world.checkpoint_stopped(&words).unwrap();
         copies
@@ -219,7 +242,7 @@ fn directories_that_cannot_be_added_or_removed_are_refused() {
         (["add", inside.as_str()], "overlap"),
         (["add", own.as_str()], "overlap"),
         (["add", "/nowhere"], "/nowhere"),
-        (["add", "/dev/shm"], "another file system"),
+        (["add", "/proc"], "/proc"),
         (["remove", own.as_str()], "the last"),
         (["remove", inside.as_str()], "not among"),
     ] {

@@ -261,7 +261,7 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum PathCommand {
-    /// Replicate a further directory, with everything below it, on a file system that is replicated already
+    /// Replicate a further directory, with everything below it
     Add(PathChange),
     /// Replicate a directory no longer: it is not in the next checkpoint, and stays in those before
     Remove(PathChange),

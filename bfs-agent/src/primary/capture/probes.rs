@@ -42,7 +42,8 @@ const DIRECT_IO: &str = "direct_io";
 /// The same.
 const WRITABLE: &str = "writable_mappings";
 const QUERIES: [&str; 2] = [DIRECT_IO, WRITABLE];
-const MAPS: [&str; 8] = ["RING", "TASKS", "REQUESTS", "RINGS", "SUSPECTS", "MAPPED", "COUNTERS", "META"];
+const MAPS: [&str; 9] =
+    ["RING", "TASKS", "REQUESTS", "RINGS", "SUSPECTS", "MAPPED", "COUNTERS", "META", "DEVICES"];
 
 /// Largest [`LoadOptions::inline_max`]: what the loop over chunks in the probe can take.
 pub const INLINE_MAX: u32 = 1 << 21;
@@ -146,6 +147,7 @@ pub struct Probes {
     requests: OwnedFd,
     direct_io: OwnedFd,
     suspects: OwnedFd,
+    devices: OwnedFd,
     counters: OwnedFd,
     writable_mappings: OwnedFd,
     mapped: MappedFiles,
@@ -229,6 +231,7 @@ impl Probes {
             requests: open("REQUESTS")?,
             direct_io: open(DIRECT_IO)?,
             suspects: open("SUSPECTS")?,
+            devices: open("DEVICES")?,
             counters: open("COUNTERS")?,
             writable_mappings: open(WRITABLE)?,
             mapped: MappedFiles::new(open("MAPPED")?, meta)?,
@@ -256,6 +259,23 @@ impl Probes {
     /// Ends the capture: no more records, nothing for a successor.
     pub fn unpin(self) -> Result<(), CaptureError> {
         Self::clear(&self.pin_dir)
+    }
+
+    /// Looks at a further device from now on. What is going on there has no start that was seen.
+    pub fn add_device(&self, dev: u32) -> Result<(), CaptureError> {
+        let failed = || kernel("cannot change which file systems are looked at");
+        let entries = sys::entries::<u32, [u32; DEVICES_MAX]>(self.devices.as_fd(), 1, false);
+        let mut devices = entries.map_err(failed())?.first().map_or([0; DEVICES_MAX], |entry| entry.1);
+        if devices.contains(&dev) {
+            return Ok(());
+        }
+        let Some(free) = devices.iter_mut().find(|device| **device == 0) else {
+            return Err(CaptureError::Options(format!(
+                "{DEVICES_MAX} file systems were added already, which is the most that can be"
+            )));
+        };
+        *free = dev;
+        sys::update(self.devices.as_fd(), &0u32, &devices, 0).map_err(failed())
     }
 
     /// Follows a task, and what it forks from now on. (A task that has ended meanwhile is let go.)

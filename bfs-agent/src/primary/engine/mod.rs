@@ -325,6 +325,11 @@ impl Engine {
         object
     }
 
+    /// Makes a device known: see [`FileSystems`](model::FileSystems).
+    pub fn add_file_system(&mut self, dev: u32, file_system: u128, subvolume: u64) {
+        self.model.file_systems.add(dev, file_system, subvolume);
+    }
+
     /// A further subtree belongs to the group from the next checkpoint on; `false` when it does already, by
     /// another path.
     pub fn add_root(&mut self, path: PathBuf, stat: &Stat) -> bool {

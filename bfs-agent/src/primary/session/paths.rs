@@ -1,16 +1,20 @@
 //! Subtrees that are added and removed while a session works.
 //!
-//! Only on file systems that the probes look at already: there every call was recorded all along, so a new
-//! subtree is simply suspect as a whole, and the next checkpoint has it. The state file never names a subtree
-//! that the stream has not: whoever finds one there that is new reads it whole, one that is gone is let go.
+//! On a file system that the probes look at already every call was recorded all along, so a new subtree is simply
+//! suspect as a whole, and the next checkpoint has it. On another one the probes look first; then the processes
+//! stand for a moment, so that what they were in has ended; then it is the same. Whoever finds a subtree in the
+//! state file that the stream has not reads it whole, and lets one go that is not there any more.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::link::probes_failed;
 use super::work::{Awaited, Work};
 use crate::primary::control::{FailureKind, Replies, Reply, WaitFor};
 use crate::primary::engine::Stop;
+use crate::primary::engine::host::{Host, HostError};
 use crate::primary::preflight;
+use crate::primary::reader::Root;
 
 /// How a change is refused: what is wrong, and what to do.
 type Refused = (String, &'static str);
@@ -62,10 +66,12 @@ impl Work {
             .add_root(&path)
             .map_err(|e| (e.to_string(), "choose a directory on ext4, xfs, btrfs or tmpfs"))?;
         if !self.engine.model().is_device_of_roots(root.stat.inode.dev) {
-            return Err((
-                format!("{shown} lies on another file system than what is replicated"),
-                "give it a session of its own: `bfs-agent attach --group OTHER --path DIR ...`",
-            ));
+            self.look_at(&root).map_err(|why| {
+                (
+                    format!("{shown} lies on another file system: {why}"),
+                    "try again, or give it a --group of its own",
+                )
+            })?;
         }
         if !self.engine.add_root(root.path, &root.stat) {
             return Err((
@@ -75,6 +81,17 @@ impl Work {
         }
         self.options.roots.push(path);
         self.write_roots()
+    }
+
+    /// Has the probes look at another file system.
+    fn look_at(&mut self, root: &Root) -> Result<(), HostError> {
+        self.link.probes.add_device(root.stat.inode.dev).map_err(probes_failed)?;
+        self.link.stop()?;
+        self.link.go();
+        self.engine.add_file_system(root.stat.inode.dev, root.file_system, root.subvolume);
+        self.find_mapped()?;
+        self.expect_asynchronous();
+        Ok(())
     }
 
     fn remove_path(&mut self, path: &Path) -> Result<(), Refused> {
