@@ -73,7 +73,9 @@ impl Engine {
         }
         let (mut act, way) = interpret(&self.model, host, event);
         let span = span_of(event);
-        if way.winding && way.entries.iter().any(|(d, n)| self.doubtful_entry(*d, n, span)) {
+        let astray = way.entries.iter().any(|(d, n)| self.doubtful_entry(*d, n, span))
+            || way.above.iter().any(|(d, n)| self.is_dirty_entry(*d, n));
+        if way.winding && astray {
             self.stats.ambiguous += 1;
             act = Act::Everything;
         }
@@ -319,8 +321,12 @@ impl Engine {
         self.doubtful_entry(*directory, name, span)
     }
 
-    fn doubtful_entry(&self, directory: ObjectId, name: &Name, span: Span) -> bool {
+    fn is_dirty_entry(&self, directory: ObjectId, name: &Name) -> bool {
         self.dirty.get(directory).is_some_and(|d| d.rescan.is_some() || d.entries.contains_key(name))
+    }
+
+    fn doubtful_entry(&self, directory: ObjectId, name: &Name, span: Span) -> bool {
+        self.is_dirty_entry(directory, name)
             || self.reads.after(&Thing::Entry(directory, name.clone()), span.start_ns)
     }
 

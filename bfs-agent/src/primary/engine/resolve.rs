@@ -79,6 +79,9 @@ enum At {
 struct Aside {
     directory: ObjectId,
     below: Vec<Vec<u8>>,
+    /// How many of them, the last ones, the path itself named. The others are where a directory stands by now:
+    /// of moves in what is left out nobody knows, so what is above it then may have been another one.
+    named: usize,
 }
 
 /// What paths went through in the model on their way to their places.
@@ -86,6 +89,8 @@ struct Aside {
 pub struct Way {
     /// Entries that were followed, but for the last ones.
     pub entries: Vec<(ObjectId, Name)>,
+    /// Entries that `..` led back from.
+    pub above: Vec<(ObjectId, Name)>,
     /// There was a symlink or a `..` on it, or it led out of the set: should the model be behind at one
     /// of the entries, it led somewhere else altogether.
     pub winding: bool,
@@ -142,7 +147,7 @@ impl Walk<'_> {
                 At::Outside(path) => self.step_outside(path, &component, !last || follow)?,
                 At::Inside(directory) if component == b".." => Step::To(self.above(directory)?),
                 At::Inside(directory) => self.step_inside(directory, &component, last, follow)?,
-                At::Aside(aside) if component == b".." => Step::To(self.back_from(aside)),
+                At::Aside(aside) if component == b".." => Step::To(self.back_from(aside)?),
                 At::Aside(aside) => self.step_aside(aside, component, !last || follow)?,
             };
             at = match next {
@@ -193,14 +198,14 @@ impl Walk<'_> {
         let Some(name) = Name::new(component) else { return Err(Place::Outside) };
         let verdict = self.model.verdict(directory, &name);
         if verdict == Verdict::LeftOut {
-            let aside = Aside { directory, below: Vec::new() };
+            let aside = Aside { directory, below: Vec::new(), named: 0 };
             return self.step_aside(aside, component.to_vec(), !last || follow);
         }
         if verdict == Verdict::IfDirectory
             && (!last || follow)
             && self.model.entry(directory, &name).is_none()
             && let Seen::Symlink(target) =
-                self.look_aside(&Aside { directory, below: vec![component.to_vec()] })
+                self.look_aside(&Aside { directory, below: vec![component.to_vec()], named: 1 })
         {
             self.way.winding = true;
             return Ok(Step::Symlink { target, from: At::Inside(directory) });
@@ -228,10 +233,12 @@ impl Walk<'_> {
     /// One component further, below an entry that is left out. `follow`: where a symlink or a mount leads counts.
     fn step_aside(&mut self, mut to: Aside, component: Vec<u8>, follow: bool) -> Result<Step, Place> {
         to.below.push(component);
+        to.named += 1;
         match if follow { self.look_aside(&to) } else { Seen::Nothing } {
             Seen::Symlink(target) => {
                 self.way.winding = true;
                 to.below.pop();
+                to.named -= 1;
                 Ok(Step::Symlink { target, from: Self::at(to) })
             }
             Seen::Directory(inode) if let Some(object) = self.model.find(inode) => {
@@ -244,13 +251,14 @@ impl Walk<'_> {
     }
 
     /// What `..` is there.
-    fn back_from(&mut self, mut aside: Aside) -> At {
+    fn back_from(&mut self, mut aside: Aside) -> Result<At, Place> {
         self.way.winding = true;
         let top = self.path_of(&aside).is_some_and(|path| self.is_root(&path));
         if !top {
+            aside.named = aside.named.checked_sub(1).ok_or(Place::Unknown)?;
             aside.below.pop();
         }
-        Self::at(aside)
+        Ok(Self::at(aside))
     }
 
     fn at(aside: Aside) -> At {
@@ -345,7 +353,9 @@ impl Walk<'_> {
         if self.host.is_bound(object.inode) {
             return Err(Place::Unknown);
         }
-        object.links.first().map(|l| At::Inside(l.0)).ok_or(Place::Unknown)
+        let (above, name) = object.links.first().ok_or(Place::Unknown)?;
+        self.way.above.push((*above, name.clone()));
+        Ok(At::Inside(*above))
     }
 
     /// Whether this path outside is the root directory of the process: nothing is above it.
@@ -368,7 +378,7 @@ impl Walk<'_> {
             if self.model.verdict(at, &name) == Verdict::LeftOut {
                 let names = std::iter::once(component).chain(below);
                 let below = names.map(|c| c.as_os_str().as_bytes().to_vec()).collect();
-                return Ok(At::Aside(Aside { directory: at, below }));
+                return Ok(At::Aside(Aside { directory: at, below, named: 0 }));
             }
             let is_directory = |o: &ObjectId| self.model.kind(*o) == Some(FileKind::Directory);
             // What the model has at the end of the path is another one.
