@@ -74,9 +74,14 @@ fn an_agent_that_was_killed_is_followed_by_one_that_goes_on() {
     world.attach_to(&whom).unwrap();
     manager.hear_until("READY=1");
     let mut writer = world
-        .spawn_shell("i=0; while [ ! -e \"$2/stop\" ]; do i=$((i + 1)); echo $i >> \"$1/log\"; done")
+        .spawn_shell(
+            "while [ ! -e \"$2/go\" ]; do sleep 0.01; done
+             i=0; while [ ! -e \"$2/stop\" ]; do i=$((i + 1)); echo $i >> \"$1/log\"; done",
+        )
         .unwrap();
+    // What it did before it is in there nobody would follow.
     std::fs::write(cgroup.join("cgroup.procs"), writer.id().to_string()).unwrap();
+    std::fs::write(world.place.aux.join("go"), "").unwrap();
     world.checkpoint().unwrap();
     manager.watch(WITHIN);
     let captured = world.status_number(&["records"]).unwrap();

@@ -83,9 +83,11 @@ pub fn cut(world: &World, program: &dyn Program, index: usize) -> Result<u64> {
 /// The same, and whether the program got on meanwhile.
 fn cut_at_work(world: &World, program: &dyn Program, index: usize) -> Result<(u64, bool)> {
     let before = program.progress(&world.place.data)?;
+    let active = program.activity(&world.place)?;
     let number = world.checkpoint()?;
     let at = world.scratch.join(format!("cut-{index}"));
     copy::exact(&world.backup(), &at)?;
+    let worked = program.activity(&world.place)? != active;
     let after = program.progress(&world.place.data)?;
     let found = program.progress(&at)?;
     // What could be seen before the checkpoint was asked for had begun: it is covered.
@@ -96,7 +98,7 @@ fn cut_at_work(world: &World, program: &dyn Program, index: usize) -> Result<(u6
     let wrong = program.check(&at, &world.place)?;
     ensure!(wrong.is_empty(), "checkpoint {number} (cut):\n{}", wrong.join("\n"));
     fs::remove_dir_all(&at)?;
-    Ok((number, after > before))
+    Ok((number, worked))
 }
 
 /// The backup equals the primary, which rests.

@@ -86,6 +86,14 @@ pub trait Program: Sync {
         size_optional(&tree.join("marks"))
     }
 
+    /// What differs from one moment to a later one while the program works.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    fn activity(&self, place: &Place) -> Result<u64> {
+        self.progress(&place.data)
+    }
+
     /// What is wrong with a tree that a checkpoint left. The check may write to it: it gets a copy.
     ///
     /// # Errors
@@ -140,6 +148,10 @@ impl Program for BesideMuch<'_> {
 
     fn progress(&self, tree: &Path) -> Result<u64> {
         self.0.progress(tree)
+    }
+
+    fn activity(&self, place: &Place) -> Result<u64> {
+        self.0.activity(place)
     }
 
     fn check(&self, tree: &Path, place: &Place) -> Result<Vec<String>> {

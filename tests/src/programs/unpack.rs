@@ -38,6 +38,14 @@ impl Program for Unpack {
         marks_hold(place, "unpacked 1")
     }
 
+    /// Between two marks are seconds: directories of the tree come and go meanwhile.
+    fn activity(&self, place: &Place) -> Result<u64> {
+        let trees = fs::read_dir(&place.data)?.flatten();
+        let there = trees.filter_map(|tree| fs::read_dir(tree.path().join("src")).ok());
+        let there: usize = there.map(Iterator::count).sum();
+        Ok(self.progress(&place.data)? * 1_000 + there as u64)
+    }
+
     fn check(&self, tree: &Path, place: &Place) -> Result<Vec<String>> {
         match last_mark(tree)? {
             Some((mark, round)) if mark == "unpacked" => {
