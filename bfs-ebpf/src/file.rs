@@ -106,7 +106,7 @@ extern "C" fn emit_file(scratch: *mut Scratch) -> i32 {
     0
 }
 
-/// The same for a write whose place is known, with its data.
+/// The same for a write whose place is known, with its data; the caller has stamped it.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn emit_written(scratch: *mut Scratch) -> i32 {
@@ -116,7 +116,6 @@ extern "C" fn emit_written(scratch: *mut Scratch) -> i32 {
     // SAFETY: the verifier checks the pointer that the probe hands in.
     let scratch = unsafe { &mut *scratch };
     let event = &mut scratch.file_record.event;
-    stamp(&mut event.header);
     event.header.kind = kind::WRITE;
     // From here on it is a `WriteEvent`, whose offset stands here (asserted beside it).
     event.parent.id.ino = event.file_offset;

@@ -7,7 +7,9 @@
 use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_probe_read_kernel};
 use bfs_common::abi::{DEVICES_MAX, InodeAttr, InodeId};
 
-use crate::maps::{DENTRY_BLOCK, DEVICES, FILE_BLOCK, INODE_BLOCK, Scratch, off, setting};
+use crate::maps::{
+    DENTRY_BLOCK, DEVICES, FILE_BLOCK, FOREIGN_DESCRIPTORS, INODE_BLOCK, Scratch, off, setting,
+};
 
 /// `S_IFMT` and the types that are followed (`include/uapi/linux/stat.h`).
 const S_IFMT: u32 = 0o170_000;
@@ -86,6 +88,13 @@ pub fn memory_is_shared() -> bool {
 pub fn uses_io_uring() -> bool {
     // SAFETY: a member of the task.
     off!(task_io_uring) != 0 && unsafe { !field::<*const u8>(task(), off!(task_io_uring)).is_null() }
+}
+
+/// Whether any process took a descriptor of another one.
+#[inline(always)]
+pub fn descriptors_were_taken() -> bool {
+    // SAFETY: a global word; it only ever goes from 0 to 1.
+    unsafe { core::ptr::read_volatile(&raw const FOREIGN_DESCRIPTORS) != 0 }
 }
 
 /// Whether more than one task uses the memory.

@@ -16,7 +16,7 @@ use bfs_tests::world::{Transport, World, binary, command_ok};
 use serde_json::{Value, json};
 
 use crate::demo::release_binaries;
-use crate::shell::target;
+use crate::shell::write_report;
 
 const PROGRAM_CPU: usize = 0;
 const DAEMON_CPU: usize = 1;
@@ -101,12 +101,7 @@ pub fn overhead(pairs: usize, filter: Option<&str>) -> Result<()> {
         "pairs": pairs, "overhead": results,
         "stranger_syscall_ns": stranger.map(|(without, with)| json!({"without": without, "with": with})),
     });
-    let folder = target().join("bench");
-    fs::create_dir_all(&folder)?;
-    let path = folder.join("overhead.json");
-    fs::write(&path, serde_json::to_string_pretty(&report)?)?;
-    println!("written to {}", path.display());
-    Ok(())
+    write_report("overhead", report)
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {

@@ -16,7 +16,7 @@ use bfs_tests::world::{Transport, World, binary, number_named};
 use serde_json::json;
 
 use crate::demo::release_binaries;
-use crate::shell::target;
+use crate::shell::write_report;
 
 /// Calls a second.
 const RATE: u64 = 10_000;
@@ -67,12 +67,7 @@ pub fn checkpoints(count: u64, files: &[u64]) -> Result<()> {
             }));
         }
     }
-    let folder = target().join("bench");
-    fs::create_dir_all(&folder)?;
-    let path = folder.join("checkpoints.json");
-    fs::write(&path, serde_json::to_string_pretty(&results)?)?;
-    println!("written to {}", path.display());
-    Ok(())
+    write_report("checkpoints", results)
 }
 
 struct Done {

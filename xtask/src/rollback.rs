@@ -17,7 +17,7 @@ use bfs_tests::{copy, oracle};
 use serde_json::json;
 
 use crate::demo::release_binaries;
-use crate::shell::target;
+use crate::shell::write_report;
 
 /// Most that one rollback may take.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -54,12 +54,7 @@ pub fn rollback() -> Result<()> {
             results.push(json!({"change": name, "how": how, "seconds": seconds, "baseline_s": baseline}));
         }
     }
-    let folder = target().join("bench");
-    fs::create_dir_all(&folder)?;
-    let path = folder.join("rollback.json");
-    fs::write(&path, serde_json::to_string_pretty(&results)?)?;
-    println!("written to {}", path.display());
-    Ok(())
+    write_report("rollback", results)
 }
 
 /// The disk alone: the same program writes the same bytes into another copy of the tree, and they are synced.

@@ -15,7 +15,7 @@ use bfs_tests::world::{Dropped, Transport, World};
 use serde_json::json;
 
 use crate::demo::release_binaries;
-use crate::shell::target;
+use crate::shell::write_report;
 
 /// Longest that a workload may take.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -74,12 +74,7 @@ pub fn sustained() -> Result<()> {
         }));
     }
     println!("what was dropped was read from the files: the backup was equal in each case");
-    let folder = target().join("bench");
-    fs::create_dir_all(&folder)?;
-    let path = folder.join("sustained.json");
-    fs::write(&path, serde_json::to_string_pretty(&results)?)?;
-    println!("written to {}", path.display());
-    Ok(())
+    write_report("sustained", results)
 }
 
 struct Done {

@@ -35,8 +35,6 @@ use super::plan::Plan;
 use super::store::{self, Store};
 use crate::tree;
 
-/// Objects taken from the index at once.
-const AT_ONCE: usize = 1024;
 /// Bytes read at once.
 const READ_BYTES: usize = 256 << 10;
 
@@ -283,20 +281,13 @@ impl Group<'_> {
         }
         let view = self.index.view(self.row.number)?;
         let mut found: BTreeMap<ObjectId, Vec<String>> = BTreeMap::new();
-        let mut from = ObjectId(0);
-        loop {
-            let some = view.objects(from, AT_ONCE)?;
-            for (object, node) in &some {
-                let wrong = self.check_object(&view, *object, node)?;
-                if !wrong.is_empty() {
-                    found.insert(*object, wrong);
-                }
+        view.each(|object, node| {
+            let wrong = self.check_object(&view, object, node)?;
+            if !wrong.is_empty() {
+                found.insert(object, wrong);
             }
-            match some.last() {
-                Some((last, _)) => from = last.next(),
-                None => break,
-            }
-        }
+            Ok(true)
+        })?;
         if found.is_empty() {
             return Ok(());
         }

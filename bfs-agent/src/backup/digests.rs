@@ -25,8 +25,6 @@ use crate::tree;
 const FRAME_BYTES: usize = 1 << 20;
 /// Bytes read at once: whole blocks.
 const READ_BYTES: usize = 256 << 10;
-/// Objects taken from the index at once.
-const AT_ONCE: usize = 1024;
 
 /// Sends the digests of the files as they are after a record. `send` gives up with false.
 ///
@@ -53,23 +51,15 @@ pub fn digests(
     let mut step = Step::new(&group.area, &view, &nothing, &mut never);
     let mut lines = Lines { lines: Vec::new(), bytes: 0, send };
     let mut buffer = vec![0; READ_BYTES];
-    let mut from = ObjectId(0);
-    loop {
-        let some = view.objects(from, AT_ONCE)?;
-        for (object, node) in &some {
-            if node.kind != FileKind::Regular || node.size == 0 || touched.contains_key(object) {
-                continue;
-            }
-            if !of_file(&mut step, *object, node.size, &mut buffer, &mut lines)? {
-                return Ok(());
-            }
+    let all = view.each(|object, node| {
+        if node.kind != FileKind::Regular || node.size == 0 || touched.contains_key(&object) {
+            return Ok(true);
         }
-        match some.last() {
-            Some((last, _)) => from = last.next(),
-            None => break,
-        }
+        of_file(&mut step, object, node.size, &mut buffer, &mut lines)
+    })?;
+    if all {
+        lines.end();
     }
-    lines.end();
     Ok(())
 }
 
@@ -96,7 +86,7 @@ fn of_file(
         file.read_exact_at(&mut buffer[..len], at).map_err(failed)?;
         let mut digests = Vec::with_capacity(len / DIGEST_BLOCK as usize * DIGEST_BYTES + DIGEST_BYTES);
         for block in buffer[..len].chunks(DIGEST_BLOCK as usize) {
-            digests.extend_from_slice(&blake3::hash(block).as_bytes()[..DIGEST_BYTES]);
+            digests.extend_from_slice(&tree::block_digest(block));
         }
         if !lines.add(object, digests) {
             return Ok(false);

@@ -21,6 +21,7 @@ use super::images::{self, BLOCK, BlockRef, Blocks, Line};
 use super::index::{Base, GenerationRow, GroupRow, Index, Node, View};
 use super::plan::Plan;
 use super::read::lines_of;
+use crate::tree;
 
 /// Bytes of content in a frame.
 const CONTENT_BYTES: usize = 1 << 20;
@@ -187,19 +188,8 @@ impl<'a> Past<'a> {
         &self,
         each: &mut dyn FnMut(ObjectId, &Node) -> Result<bool, BackupError>,
     ) -> Result<bool, BackupError> {
-        const AT_ONCE: usize = 1024;
-        let mut from = ObjectId(0);
-        loop {
-            let some = self.view.objects(from, AT_ONCE)?;
-            for (object, node) in &some {
-                if !self.nodes.contains_key(object) && !each(*object, node)? {
-                    return Ok(false);
-                }
-            }
-            match some.last() {
-                Some((last, _)) => from = last.next(),
-                None => break,
-            }
+        if !self.view.each(|object, node| Ok(self.nodes.contains_key(&object) || each(object, node)?))? {
+            return Ok(false);
         }
         for (object, node) in &self.nodes {
             if let Some(node) = node
@@ -241,15 +231,10 @@ impl<'a> Past<'a> {
                     return Ok(false);
                 }
             }
-            if let Some(Piece::Block(block, skip)) = piece {
-                self.blocks.read(block, &mut buffer)?;
-                let from = skip as usize;
-                let Some(bytes) = buffer.get(from..from + (end - start) as usize) else {
-                    return Err(BackupError::corrupt(self.area.images(), "a block is too short"));
-                };
-                if !each(start, bytes) {
-                    return Ok(false);
-                }
+            if let Some(Piece::Block(block, skip)) = piece
+                && !each(start, self.blocks.part(block, skip, end - start, &mut buffer)?)
+            {
+                return Ok(false);
             }
             at = end;
         }
@@ -257,23 +242,15 @@ impl<'a> Past<'a> {
     }
 
     fn digest(&mut self, object: ObjectId, size: u64) -> Result<[u8; 32], BackupError> {
-        static ZEROS: [u8; BLOCK] = [0; BLOCK];
         let mut hasher = blake3::Hasher::new();
         let mut done = 0;
-        let zeros = |hasher: &mut blake3::Hasher, done: &mut u64, to: u64| {
-            while *done < to {
-                let len = (to - *done).min(BLOCK as u64);
-                hasher.update(&ZEROS[..len as usize]);
-                *done += len;
-            }
-        };
         self.content(object, size, &mut |at, bytes| {
-            zeros(&mut hasher, &mut done, at);
+            tree::hash_zeros(&mut hasher, at.saturating_sub(done));
             hasher.update(bytes);
-            done += bytes.len() as u64;
+            done = at + bytes.len() as u64;
             true
         })?;
-        zeros(&mut hasher, &mut done, size);
+        tree::hash_zeros(&mut hasher, size.saturating_sub(done));
         Ok(*hasher.finalize().as_bytes())
     }
 
@@ -355,11 +332,7 @@ impl<'a> Past<'a> {
                     Piece::Zero if !frame(start, end - start, false, Vec::new()) => return Ok(()),
                     Piece::Zero => {}
                     Piece::Block(block, skip) => {
-                        self.blocks.read(block, &mut buffer)?;
-                        let from = skip as usize;
-                        let Some(bytes) = buffer.get(from..from + (end - start) as usize) else {
-                            return Err(BackupError::corrupt(self.area.images(), "a block is too short"));
-                        };
+                        let bytes = self.blocks.part(block, skip, end - start, &mut buffer)?;
                         if waiting.1.is_empty() {
                             waiting.0 = start;
                         }

@@ -254,6 +254,23 @@ impl Blocks {
         }
         Ok(())
     }
+
+    /// Reads a block and checks it; gives `len` bytes of it, without the first `skip`.
+    ///
+    /// # Errors
+    /// If it cannot be read, is damaged, or too short.
+    pub fn part<'a>(
+        &mut self,
+        block: BlockRef,
+        skip: u64,
+        len: u64,
+        into: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8], BackupError> {
+        self.read(block, into)?;
+        let from = skip as usize;
+        into.get(from..from + len as usize)
+            .ok_or_else(|| BackupError::corrupt(&self.dir, "a block is too short"))
+    }
 }
 
 #[cfg(test)]

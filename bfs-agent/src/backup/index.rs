@@ -32,6 +32,9 @@ const KEPT: TableDefinition<(u32, u64), u64> = TableDefinition::new("kept");
 /// Memory for the index's pages.
 const CACHE_BYTES: usize = 64 << 20;
 
+/// Objects that are unpacked at once.
+const AT_ONCE: usize = 1024;
+
 /// A group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupRow {
@@ -462,11 +465,31 @@ impl View {
         Ok(())
     }
 
-    /// Objects in the order of their numbers, from `from` on, at most `limit`.
+    /// All objects in the order of their numbers; false if `each` gave up.
     ///
     /// # Errors
-    /// If the index fails.
-    pub fn objects(&self, from: ObjectId, limit: usize) -> Result<Vec<(ObjectId, Node)>, BackupError> {
+    /// If the index fails, or what `each` says.
+    pub fn each(
+        &self,
+        mut each: impl FnMut(ObjectId, &Node) -> Result<bool, BackupError>,
+    ) -> Result<bool, BackupError> {
+        let mut from = ObjectId(0);
+        loop {
+            let some = self.objects(from, AT_ONCE)?;
+            for (object, node) in &some {
+                if !each(*object, node)? {
+                    return Ok(false);
+                }
+            }
+            match some.last() {
+                Some((last, _)) => from = last.next(),
+                None => return Ok(true),
+            }
+        }
+    }
+
+    /// Objects in the order of their numbers, from `from` on, at most `limit`.
+    fn objects(&self, from: ObjectId, limit: usize) -> Result<Vec<(ObjectId, Node)>, BackupError> {
         let range = self.objects.range((self.group, from.0)..=(self.group, u64::MAX))?;
         let mut found = Vec::new();
         for line in range.take(limit) {

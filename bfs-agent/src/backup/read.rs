@@ -145,22 +145,12 @@ fn walk_objects(
     plan: &Plan,
     each: &mut dyn FnMut(ObjectId, &Node) -> Result<bool, BackupError>,
 ) -> Result<bool, BackupError> {
-    const AT_ONCE: usize = 1024;
-    let mut from = ObjectId(0);
-    loop {
-        let some = view.objects(from, AT_ONCE)?;
-        for (object, node) in &some {
-            let node = plan.objects.get(object).map_or(Some(node), |t| t.after.as_ref());
-            if let Some(node) = node
-                && !each(*object, node)?
-            {
-                return Ok(false);
-            }
-        }
-        match some.last() {
-            Some((last, _)) => from = last.next(),
-            None => break,
-        }
+    let walked = view.each(|object, node| {
+        let node = plan.objects.get(&object).map_or(Some(node), |t| t.after.as_ref());
+        node.map_or(Ok(true), |node| each(object, node))
+    });
+    if !walked? {
+        return Ok(false);
     }
     for (object, touched) in &plan.objects {
         if let (None, Some(node)) = (&touched.before, &touched.after)

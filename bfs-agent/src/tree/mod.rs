@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
 use bfs_common::record::{FileKind, Meta};
+use bfs_common::wire::DIGEST_BYTES;
 use bytes::Bytes;
 use rustix::fs::{AtFlags, Stat};
 use rustix::io::Errno;
@@ -241,6 +242,24 @@ pub fn ranges_digest(fd: BorrowedFd<'_>, ranges: &[(u64, u64)]) -> io::Result<[u
         }
     }
     Ok(*hasher.finalize().as_bytes())
+}
+
+/// What tells the blocks of files apart: the first [`DIGEST_BYTES`] of their blake3.
+#[must_use]
+pub fn block_digest(bytes: &[u8]) -> [u8; DIGEST_BYTES] {
+    let mut digest = [0; DIGEST_BYTES];
+    digest.copy_from_slice(&blake3::hash(bytes).as_bytes()[..DIGEST_BYTES]);
+    digest
+}
+
+/// Hashes so many zeros.
+pub fn hash_zeros(hasher: &mut blake3::Hasher, mut len: u64) {
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    while len > 0 {
+        let some = len.min(ZEROS.len() as u64);
+        hasher.update(&ZEROS[..some as usize]);
+        len -= some;
+    }
 }
 
 /// blake3 of some bytes: the content of a symlink in a manifest, and with no bytes that of a

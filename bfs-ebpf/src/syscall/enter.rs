@@ -287,7 +287,8 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
         && kernel::object_links(scratch) != 0
         && !btrfs
         && !file.shared
-        && !kernel::uses_io_uring();
+        && !kernel::uses_io_uring()
+        && !kernel::descriptors_were_taken();
     state.known_file = if keep { address } else { 0 };
     state.known_sb = kernel::object_sb(scratch);
     state.known_end = u64::MAX;

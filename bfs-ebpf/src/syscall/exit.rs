@@ -10,7 +10,7 @@ use crate::{
     aio,
     calls::{CALLS, CLASS, class, nr},
     file, kernel,
-    maps::{FOREIGN_DESCRIPTORS, SCRATCH, SCRATCH_EXIT, Scratch, count},
+    maps::{SCRATCH, SCRATCH_EXIT, Scratch, count},
     path, task, write,
 };
 
@@ -240,15 +240,13 @@ fn go_on(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64, scratch: &
     let (address, table_shared) = kernel::file_of(state.known_fd);
     let file = kernel::read_file(scratch, address, table_shared);
     kernel::read_inode(scratch, file.inode);
-    // SAFETY: a global word; it only ever goes from 0 to 1.
-    let foreign = unsafe { core::ptr::read_volatile(&raw const FOREIGN_DESCRIPTORS) };
     let appends = file.flags & write::O_APPEND != 0;
     if address != state.known_file
         || kernel::object_sb(scratch) != state.known_sb
         || kernel::object_id(scratch, state.inode.dev) != state.inode
         || !kernel::object_is_file(scratch)
         || appends != (state.known_flags & slot::APPEND != 0)
-        || foreign != 0
+        || kernel::descriptors_were_taken()
     {
         return lost_sight(state, address, file.inode, scratch);
     }
@@ -350,6 +348,7 @@ fn written(scratch: &mut Scratch, state: &mut TaskState, file: &kernel::File, fl
     let event = &mut scratch.file_record.event;
     if flags & flag::OFFSET_UNKNOWN == 0 {
         event.header.flags = flags;
+        file::stamp(&mut event.header);
         write::data(scratch, state);
         file::emit_write(scratch);
         return;

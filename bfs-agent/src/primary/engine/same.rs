@@ -8,20 +8,14 @@
 use std::ops::Range;
 
 use bfs_common::record::ObjectId;
+use bfs_common::wire::DIGEST_BYTES;
 use foldhash::HashMap;
 
 use super::ranges::RangeSet;
+use crate::tree::block_digest;
 
-/// The digest of a block: the first half of its blake3.
-pub type Digest = [u8; 16];
-
-/// The digest of some bytes.
-#[must_use]
-pub fn digest(bytes: &[u8]) -> Digest {
-    let mut digest = Digest::default();
-    digest.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
-    digest
-}
+/// The digest of a block: [`block_digest`].
+pub type Digest = [u8; DIGEST_BYTES];
 
 /// What is known of the blocks of a file.
 #[derive(Debug, PartialEq, Eq)]
@@ -91,7 +85,7 @@ impl Same {
         known.is_some_and(|known| {
             start.is_multiple_of(self.block)
                 && !changed.intersects(&(start..start.saturating_add(self.block)))
-                && *known == digest(bytes)
+                && *known == block_digest(bytes)
         })
     }
 }
@@ -105,7 +99,7 @@ mod tests {
         let (mut same, file) = (Same::new(4), ObjectId(1));
         same.changed(file, 9..10);
         assert!(!same.has(file));
-        same.put(file, [&b"abcd"[..], b"efgh", b"ijkl", b"mn"].map(digest).to_vec());
+        same.put(file, [&b"abcd"[..], b"efgh", b"ijkl", b"mn"].map(block_digest).to_vec());
         assert!(same.has(file) && same.is(file, 0, b"abcd") && same.is(file, 12, b"mn"));
         assert!(!same.is(file, 8, b"ijkl"), "written before the digests came");
         assert!(!same.is(file, 0, b"abcx") && !same.is(file, 2, b"abcd") && !same.is(file, 16, b""));

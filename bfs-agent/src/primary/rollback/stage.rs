@@ -311,11 +311,11 @@ impl Work<'_> {
                 }
             };
             if bytes.is_empty() {
-                zeros(&mut current.hasher, current.size - current.at.min(current.size));
+                tree::hash_zeros(&mut current.hasher, current.size - current.at.min(current.size));
                 digests.insert(object, *current.hasher.finalize().as_bytes());
                 return Ok(());
             }
-            zeros(&mut current.hasher, at - current.at);
+            tree::hash_zeros(&mut current.hasher, at - current.at);
             current.hasher.update(bytes);
             current.file.write_all_at(bytes, at)?;
             current.at = at + bytes.len() as u64;
@@ -465,7 +465,7 @@ impl Comparison {
             read_up_to(&self.file, block, at)?;
             if block.iter().any(|b| *b != 0) {
                 self.differs(at, at + len);
-                zeros(&mut self.hasher, len);
+                tree::hash_zeros(&mut self.hasher, len);
             }
             at += len;
         }
@@ -478,15 +478,6 @@ impl Comparison {
         let differs = !self.ranges.is_empty() || self.now != self.size;
         let digest = Some(*self.hasher.finalize().as_bytes());
         differs.then_some(Compared { ranges: self.ranges, digest })
-    }
-}
-
-fn zeros(hasher: &mut blake3::Hasher, mut len: u64) {
-    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-    while len > 0 {
-        let some = len.min(ZEROS.len() as u64);
-        hasher.update(&ZEROS[..some as usize]);
-        len -= some;
     }
 }
 

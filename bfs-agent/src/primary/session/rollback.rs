@@ -282,7 +282,10 @@ impl Work {
                 && journal.detach.is_empty()
                 && journal.attach.is_empty())
         {
-            return Ok(self.clear_away(&folders, dry_run, summary));
+            if !dry_run {
+                clear_away(&folders);
+            }
+            return Ok(summary);
         }
         // Files that were compared and found equal do not count.
         let written: std::collections::BTreeSet<_> = journal.objects.iter().map(|w| w.key.ino).collect();
@@ -290,13 +293,13 @@ impl Work {
         let changed = plan.changed.iter().copied().chain(compared.filter(|i| written.contains(&i.ino)));
         let users = busy::users(changed, plan.moved.iter().copied());
         if !users.is_empty() {
-            self.clear_away(&folders, false, summary);
+            clear_away(&folders);
             return Err(RollbackError::Busy(users).into());
         }
         step.ended("nobody uses it");
         // Both sides know of the intent before the first file changes.
         if let Err(failure) = self.say_durably(&Record::RollbackIntent { to }) {
-            self.clear_away(&folders, false, summary);
+            clear_away(&folders);
             return Err(failure);
         }
         journal.write(folders.first())?;
@@ -310,17 +313,6 @@ impl Work {
         self.suspect_changes(&journal, &roots);
         self.engine.say(&Record::RollbackDone { to });
         Ok(summary)
-    }
-
-    fn clear_away(&self, folders: &Folders, dry_run: bool, summary: Summary) -> Summary {
-        if !dry_run {
-            for folder in folders.paths() {
-                if let Err(e) = journal::remove_folder(folder) {
-                    tracing::warn!("{e}");
-                }
-            }
-        }
-        summary
     }
 
     /// What we changed ourselves no probe has seen: it is read before the next checkpoint.
@@ -466,6 +458,15 @@ impl Work {
         let wall_ns = all.iter().find(|g| g.checkpoint == to).map_or(0, |g| g.label.wall_ns);
         let summary = self.roll_back(to, dry_run)?;
         Ok(report(&summary, to, Some(wall_ns), dry_run))
+    }
+}
+
+/// Nothing was changed: what was staged goes.
+fn clear_away(folders: &Folders) {
+    for folder in folders.paths() {
+        if let Err(e) = journal::remove_folder(folder) {
+            tracing::warn!("{e}");
+        }
     }
 }
 

@@ -14,8 +14,8 @@ use super::requests::Flying;
 use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
 use crate::primary::engine::resolve::Start;
-use crate::primary::engine::same::{Known, digest};
-use crate::tree::Xattrs;
+use crate::primary::engine::same::Known;
+use crate::tree::{Xattrs, block_digest};
 
 /// A small random generator (xorshift64*), so that a seed reproduces.
 pub(super) struct Random(u64);
@@ -388,7 +388,9 @@ impl Host for World {
             return Known::NotYet;
         }
         let data = self.known.get(&object);
-        data.map_or(Known::Nothing, |data| Known::Digests(data.chunks(BLOCK as usize).map(digest).collect()))
+        data.map_or(Known::Nothing, |data| {
+            Known::Digests(data.chunks(BLOCK as usize).map(block_digest).collect())
+        })
     }
 
     fn read(
