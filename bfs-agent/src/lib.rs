@@ -1,13 +1,15 @@
 //! The agent of the primary and the replayer of the backup, as a library.
 //!
 //! The two roles, [`primary`] and [`backup`], know each other only through the records of
-//! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication)
-//! [`tree`] (files and attributes), [`generation`] (reading checkpoints that are kept) and [`service`] (the service
-//! manager). [`cli`] holds the two command lines; the binaries are thin.
+//! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication),
+//! [`log`] (records in segments, durable), [`tree`] (files and attributes), [`generation`] (reading checkpoints
+//! that are kept) and [`service`] (the service manager). [`cli`] holds the two command lines; the binaries
+//! are thin.
 
 pub mod backup;
 pub mod cli;
 pub mod generation;
+pub mod log;
 pub mod net;
 pub mod primary;
 pub mod service;

@@ -29,10 +29,10 @@ use super::error::BackupError;
 use super::generations::Past;
 use super::images::{self, Blocks};
 use super::index::{Base, GroupRow, Index, Node, Place, View};
-use super::log::segment::{Item, SegmentReader, Tail};
-use super::log::{segment_path, segments};
 use super::plan::Plan;
 use super::store::{self, Store};
+use crate::log::segment::{Item, SegmentReader, Tail};
+use crate::log::{segment_path, segments};
 use crate::tree;
 
 /// Bytes read at once.
@@ -155,7 +155,7 @@ impl Group<'_> {
     fn check_log(&mut self) -> Result<(), BackupError> {
         let numbers = match segments(&self.log) {
             Ok(numbers) => numbers,
-            Err(error) => return self.damage(error, Vec::new()),
+            Err(error) => return self.damage(error.into(), Vec::new()),
         };
         let mut at: Option<Position> = None;
         for (index, number) in numbers.iter().enumerate() {

@@ -22,8 +22,8 @@ use super::gate::Marker;
 use super::generations::Past;
 use super::group::apply_step;
 use super::index::{Base, GroupRow, Index};
-use super::log::writer::{Batch, LogWriter};
 use super::store::Store;
+use crate::log::writer::{Batch, LogWriter};
 
 const GROUP: &str = "g";
 const ROOT: &str = "/r";
@@ -281,7 +281,8 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
     let mut row = GroupRow::new(1, GroupId([1; 16]), Vec::new());
     index.put_group(GROUP, &row).unwrap();
     let log_dir = store.group_dir("log", GROUP).unwrap();
-    let (mut log, _) = LogWriter::open(&log_dir, row.id, Position::START, |_| Ok(())).unwrap();
+    let (mut log, _) =
+        LogWriter::open(&log_dir, row.id, Position::START, |_| Ok::<_, BackupError>(())).unwrap();
     log.limit_segments(4096);
     let mut model = Model::new();
     let mut models = Vec::new();

@@ -16,9 +16,9 @@ use super::apply::{CrashPoint, Step};
 use super::error::BackupError;
 use super::group::Group;
 use super::index::View;
-use super::log::read_range;
 use super::plan::{Plan, plan};
 use super::target::Target;
+use crate::log::read_range;
 use crate::tree;
 
 /// About how many bytes of digests a frame gets.

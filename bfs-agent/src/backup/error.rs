@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use bfs_common::record::{CheckpointId, Sequence};
 
+use crate::log::LogError;
 use crate::net::AddressError;
 
 /// What can go wrong in a store.
@@ -120,6 +121,16 @@ impl BackupError {
 
     pub(crate) fn corrupt(path: impl AsRef<Path>, why: impl ToString) -> Self {
         Self::Corrupt { path: path.as_ref().into(), why: why.to_string() }
+    }
+}
+
+impl From<LogError> for BackupError {
+    fn from(error: LogError) -> Self {
+        match error {
+            LogError::Io { what, path, error } => Self::Io { what, path, error },
+            LogError::Corrupt { path, why } => Self::Corrupt { path, why },
+            LogError::OutOfOrder { dir, stands, follows } => Self::OutOfOrder { dir, stands, follows },
+        }
     }
 }
 

@@ -23,11 +23,11 @@ use super::gate::{Gate, Marker, Verdict};
 use super::generations::Past;
 use super::index::{GenerationRow, GroupRow, Index, Phase, PlanRow};
 use super::kinds::Kinds;
-use super::log::writer::{Batch, LogWriter};
-use super::log::{LogRecord, read_range};
 use super::plan::plan;
 use super::retention::{Kept, Retention};
 use super::target::Target;
+use crate::log::writer::{Batch, LogWriter};
+use crate::log::{LogRecord, read_range};
 
 /// Batches that wait for the log thread; each is a frame at most.
 const QUEUE: usize = 8;
@@ -148,7 +148,7 @@ fn open_log(log: &std::path::Path, row: &GroupRow, index: &Index) -> Result<Open
             steps.push_back(Taken { marker, bytes: pending.1 });
             pending = (0, 0);
         }
-        Ok(())
+        Ok::<_, BackupError>(())
     })?;
     if let Some((path, bytes)) = opened.cut {
         tracing::warn!("{}: {bytes} bytes of a torn batch were cut; it was never committed", path.display());
@@ -342,7 +342,7 @@ impl Group {
                     Ok(()) if batches.is_empty() => {}
                     Ok(()) => self.durable(log.durable()),
                     Err(error) => {
-                        self.log_failed(&error);
+                        self.log_failed(&error.into());
                         failed = true;
                     }
                 }
@@ -459,7 +459,7 @@ impl Group {
             p.confirmed = p.confirmed.max(tree.checkpoint);
         });
         retired?;
-        LogWriter::remove_applied(&self.log, tree.applied.sequence)
+        Ok(LogWriter::remove_applied(&self.log, tree.applied.sequence)?)
     }
 
     /// Drops the generations that are not to be kept. The caller holds the lock of the tree.

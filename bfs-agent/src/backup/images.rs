@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::BackupError;
 use super::index::Node;
-use super::store::sync_dir;
+use crate::log::sync_dir;
 
 const MAGIC: &[u8; 8] = b"bfsimg1\n";
 const VERSION: u32 = 1;
@@ -153,7 +153,7 @@ impl ImageWriter {
         let failed = BackupError::io("write", &self.path);
         let file = self.file.into_inner().map_err(|e| failed(e.into_error()))?;
         file.sync_data().map_err(BackupError::io("sync", &self.path))?;
-        sync_dir(self.path.parent().unwrap_or(&self.path))
+        Ok(sync_dir(self.path.parent().unwrap_or(&self.path))?)
     }
 }
 

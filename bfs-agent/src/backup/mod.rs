@@ -11,7 +11,6 @@ pub mod group;
 pub mod images;
 pub mod index;
 pub mod kinds;
-pub mod log;
 pub mod places;
 pub mod plan;
 pub mod read;

@@ -15,9 +15,9 @@ use rustix::fs::{Mode, OFlags};
 use super::error::BackupError;
 use super::group::Group;
 use super::index::{Base, Node, Place, View};
-use super::log::read_range;
 use super::plan::{Plan, plan};
 use super::target::Target;
+use crate::log::read_range;
 use crate::tree;
 
 /// About how long a frame gets.

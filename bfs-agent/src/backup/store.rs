@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 
 use super::error::BackupError;
+use crate::log::sync_dir;
 
 /// Format of the store that this release writes.
 pub const FORMAT: u32 = 1;
@@ -147,7 +148,7 @@ pub fn check_format(store: &Path) -> Result<(), BackupError> {
 
 fn make_dir(path: &Path) -> Result<(), BackupError> {
     match DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => sync_dir(path.parent().unwrap_or(path)),
+        Ok(()) => Ok(sync_dir(path.parent().unwrap_or(path))?),
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(BackupError::io("make", path)(error)),
     }
@@ -163,15 +164,7 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<(), BackupError> {
         fs::rename(&new, path)
     };
     write().map_err(BackupError::io("write", path))?;
-    sync_dir(path.parent().unwrap_or(path))
-}
-
-/// Syncs a directory: its entries survive a crash.
-///
-/// # Errors
-/// What the system says.
-pub fn sync_dir(path: &Path) -> Result<(), BackupError> {
-    File::open(path).and_then(|d| d.sync_all()).map_err(BackupError::io("sync", path))
+    Ok(sync_dir(path.parent().unwrap_or(path))?)
 }
 
 #[cfg(test)]

@@ -10,14 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use bfs_common::record::{FileKind, Identity, Meta, Name, ObjectId, PathBytes, Record};
 use bytes::Bytes;
 
-/// Bytes in the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LogRef {
-    /// Segment, by the sequence number of its first record.
-    pub segment: u64,
-    /// First byte in the segment's file.
-    pub offset: u64,
-}
+use crate::log::LogRef;
 
 /// Where the bytes of a range come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -45,11 +45,12 @@ use rustix::io::Errno;
 
 use super::error::BackupError;
 use super::index::{Base, Phase, Place, StepResult, View};
-use super::log::segment_path;
 use super::places::{self, RootPlace};
 use super::plan::{Plan, Touched};
 use super::store::Store;
-use super::target::{LogRef, Source};
+use super::target::Source;
+use crate::log::LogRef;
+use crate::log::segment_path;
 use crate::tree;
 
 /// Bytes copied at once from the log to a file.

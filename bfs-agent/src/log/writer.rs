@@ -15,10 +15,8 @@ use bfs_common::record::{GroupId, Record, Sequence};
 use bfs_common::wire::Position;
 use bytes::Bytes;
 
-use super::super::error::BackupError;
-use super::super::store::sync_dir;
 use super::segment::{self, COMMIT, HEADER, Header, Item, SegmentReader, Tail};
-use super::{LogRecord, segment_path, segments};
+use super::{LogError, LogRecord, segment_path, segments, sync_dir};
 
 /// A segment is ended when it is longer than this.
 pub const SEGMENT_BYTES: u64 = 64 << 20;
@@ -68,12 +66,12 @@ impl LogWriter {
     ///
     /// # Errors
     /// Damage, or what `each` says.
-    pub fn open(
+    pub fn open<E: From<LogError>>(
         dir: &Path,
         group: GroupId,
         applied: Position,
-        mut each: impl FnMut(LogRecord) -> Result<(), BackupError>,
-    ) -> Result<(Self, Opened), BackupError> {
+        mut each: impl FnMut(LogRecord) -> Result<(), E>,
+    ) -> Result<(Self, Opened), E> {
         remove_unborn(dir)?;
         let all = segments(dir)?;
         let mut opened = Opened::default();
@@ -91,11 +89,11 @@ impl LogWriter {
             let mut reader = SegmentReader::open(dir, *number, group)?;
             let mut here = expected.unwrap_or(reader.header.before);
             if here != reader.header.before {
-                return Err(BackupError::corrupt(&path, "does not go on where the segment before ended"));
+                return Err(LogError::corrupt(&path, "does not go on where the segment before ended").into());
             }
             if index == 0 && here.sequence > applied.sequence {
                 let why = format!("records after {} are missing before it", applied.sequence);
-                return Err(BackupError::corrupt(&path, why));
+                return Err(LogError::corrupt(&path, why).into());
             }
             let (mut end, mut committed) = (HEADER, HEADER);
             let tail = loop {
@@ -104,7 +102,7 @@ impl LogWriter {
                     Ok(Item::Commit { sequence, chain, end: after }) => {
                         if (sequence, chain) != (here.sequence, here.chain) {
                             let why = format!("at byte {end}: the commit is of record {sequence}");
-                            return Err(BackupError::corrupt(&path, why));
+                            return Err(LogError::corrupt(&path, why).into());
                         }
                         (end, committed) = (after, after);
                     }
@@ -114,7 +112,7 @@ impl LogWriter {
                                 "at byte {end}: record {} after {}",
                                 found.encoded.sequence, here.sequence
                             );
-                            return Err(BackupError::corrupt(&path, why));
+                            return Err(LogError::corrupt(&path, why).into());
                         }
                         if let Record::EpochBegin { epoch, .. } = &found.record {
                             here.epoch = *epoch;
@@ -124,7 +122,7 @@ impl LogWriter {
                         end = found.end;
                         if here.sequence == applied.sequence && here.chain != applied.chain {
                             let why = format!("record {} is not the one that was applied", here.sequence);
-                            return Err(BackupError::corrupt(&path, why));
+                            return Err(LogError::corrupt(&path, why).into());
                         }
                         if here.sequence > applied.sequence {
                             each(found)?;
@@ -139,30 +137,30 @@ impl LogWriter {
                     || matches!(why, CodecError::Head { .. })
                     || reader.commit_behind(*at)?)
             {
-                return Err(BackupError::corrupt(&path, format!("at byte {at}: {why}")));
+                return Err(LogError::corrupt(&path, format!("at byte {at}: {why}")).into());
             }
             if let Some(synced) = reader.synced.filter(|synced| *synced > end) {
                 let why = format!("ends at byte {end}, but {synced} bytes were synced");
-                return Err(BackupError::corrupt(&path, why));
+                return Err(LogError::corrupt(&path, why).into());
             }
             if last {
                 let file = OpenOptions::new().read(true).write(true).open(&path);
-                let file = file.map_err(BackupError::io("open", &path))?;
-                let length = file.metadata().map_err(BackupError::io("stat", &path))?.len();
+                let file = file.map_err(LogError::io("open", &path))?;
+                let length = file.metadata().map_err(LogError::io("stat", &path))?.len();
                 if length > end {
-                    file.set_len(end).map_err(BackupError::io("cut", &path))?;
+                    file.set_len(end).map_err(LogError::io("cut", &path))?;
                     opened.cut = Some((path.clone(), length - end));
                 }
                 if end > committed {
                     let commit = segment::encode_commit(*number, end, &here);
-                    file.write_all_at(&commit, end).map_err(BackupError::io("write", &path))?;
+                    file.write_all_at(&commit, end).map_err(LogError::io("write", &path))?;
                     end += COMMIT as u64;
                 }
                 // What was found may only be in memory, left by a sync that failed: it counts once
                 // it was written and synced again.
                 let unsure = reader.synced.unwrap_or(HEADER);
-                write_again(&file, unsure, end).map_err(BackupError::io("write", &path))?;
-                file.sync_all().map_err(BackupError::io("sync", &path))?;
+                write_again(&file, unsure, end).map_err(LogError::io("write", &path))?;
+                file.sync_all().map_err(LogError::io("sync", &path))?;
                 writer.segment = Some(Open { file, number: *number, synced: end });
             }
             expected = Some(here);
@@ -170,7 +168,7 @@ impl LogWriter {
         if let Some(end) = expected {
             if end.sequence < applied.sequence {
                 let why = format!("ends at record {}, but {} was applied", end.sequence, applied.sequence);
-                return Err(BackupError::corrupt(dir, why));
+                return Err(LogError::corrupt(dir, why).into());
             }
             writer.durable = end;
         }
@@ -187,14 +185,14 @@ impl LogWriter {
     /// otherwise none of them counts.
     ///
     /// # Errors
-    /// [`BackupError::OutOfOrder`], [`BackupError::Io`]; the log then stands where it stood before.
-    pub fn append(&mut self, batches: &[Batch]) -> Result<(), BackupError> {
+    /// [`LogError::OutOfOrder`], [`LogError::Io`]; the log then stands where it stood before.
+    pub fn append(&mut self, batches: &[Batch]) -> Result<(), LogError> {
         let Some(Batch { after, .. }) = batches.last() else { return Ok(()) };
         let mut stands = self.durable;
         for batch in batches {
             let number = batch.bytes.get(8..16).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
             if batch.before != stands || number != Some(stands.sequence.next().0) {
-                return Err(BackupError::OutOfOrder {
+                return Err(LogError::OutOfOrder {
                     dir: self.dir.clone(),
                     stands: stands.sequence,
                     follows: batch.before.sequence,
@@ -218,7 +216,7 @@ impl LogWriter {
         }
     }
 
-    fn try_append(&mut self, batches: &[Batch]) -> Result<u64, BackupError> {
+    fn try_append(&mut self, batches: &[Batch]) -> Result<u64, LogError> {
         if self.segment.as_ref().is_none_or(|open| open.synced >= self.segment_bytes) {
             self.rotate()?;
         }
@@ -237,13 +235,13 @@ impl LogWriter {
             }
             Ok(at)
         };
-        let end = write().map_err(BackupError::io("write", &path))?;
-        open.file.sync_data().map_err(BackupError::io("sync", &path))?;
+        let end = write().map_err(LogError::io("write", &path))?;
+        open.file.sync_data().map_err(LogError::io("sync", &path))?;
         Ok(end)
     }
 
     /// Ends the segment and begins the next one.
-    fn rotate(&mut self) -> Result<(), BackupError> {
+    fn rotate(&mut self) -> Result<(), LogError> {
         self.seal()?;
         self.settle()?;
         let first = self.durable.sequence.next();
@@ -257,12 +255,12 @@ impl LogWriter {
     ///
     /// # Errors
     /// What the system says.
-    pub fn seal(&mut self) -> Result<(), BackupError> {
+    pub fn seal(&mut self) -> Result<(), LogError> {
         if let Some(open) = &self.segment {
             let path = segment_path(&self.dir, open.number);
             segment::note_synced(&open.file, open.synced)
                 .and_then(|()| open.file.sync_data())
-                .map_err(BackupError::io("sync", path))?;
+                .map_err(LogError::io("sync", path))?;
         }
         Ok(())
     }
@@ -279,11 +277,11 @@ impl LogWriter {
     ///
     /// # Errors
     /// What the system says; then it can be tried again.
-    pub fn settle(&mut self) -> Result<(), BackupError> {
+    pub fn settle(&mut self) -> Result<(), LogError> {
         if let Some(stump) = &self.stump {
             let path = segment_path(&self.dir, stump.number);
             let cut = stump.file.set_len(stump.synced).and_then(|()| stump.file.sync_all());
-            cut.map_err(BackupError::io("cut", path))?;
+            cut.map_err(LogError::io("cut", path))?;
             self.stump = None;
         }
         Ok(())
@@ -298,14 +296,14 @@ impl LogWriter {
     ///
     /// # Errors
     /// What the system says.
-    pub fn remove_applied(dir: &Path, applied: Sequence) -> Result<(), BackupError> {
+    pub fn remove_applied(dir: &Path, applied: Sequence) -> Result<(), LogError> {
         let all = segments(dir)?;
         for pair in all.windows(2) {
             if pair[1] > applied.0 + 1 {
                 break;
             }
             let path = segment_path(dir, pair[0]);
-            fs::remove_file(&path).map_err(BackupError::io("remove", &path))?;
+            fs::remove_file(&path).map_err(LogError::io("remove", &path))?;
         }
         Ok(())
     }
@@ -318,11 +316,11 @@ impl LogWriter {
 }
 
 /// Removes what a crash left of segments that never got their name, and so no record.
-fn remove_unborn(dir: &Path) -> Result<(), BackupError> {
-    for entry in fs::read_dir(dir).map_err(BackupError::io("read", dir))? {
-        let path = entry.map_err(BackupError::io("read", dir))?.path();
+fn remove_unborn(dir: &Path) -> Result<(), LogError> {
+    for entry in fs::read_dir(dir).map_err(LogError::io("read", dir))? {
+        let path = entry.map_err(LogError::io("read", dir))?.path();
         if path.extension().is_some_and(|e| e == "new") {
-            fs::remove_file(&path).map_err(BackupError::io("remove", &path))?;
+            fs::remove_file(&path).map_err(LogError::io("remove", &path))?;
         }
     }
     Ok(())
@@ -365,7 +363,7 @@ mod tests {
         writer.append(&[Batch { bytes: out.freeze(), before, after: position }]).unwrap();
     }
 
-    fn open(dir: &Path) -> Result<(LogWriter, Vec<u64>, Opened), BackupError> {
+    fn open(dir: &Path) -> Result<(LogWriter, Vec<u64>, Opened), LogError> {
         let mut seen = Vec::new();
         let each = |r: LogRecord| {
             seen.push(r.encoded.sequence.0);
@@ -397,7 +395,7 @@ mod tests {
         let mut some = Vec::new();
         super::super::read_range(dir.path(), GROUP, Sequence(7), Sequence(22), |r| {
             some.push(r.encoded.sequence.0);
-            Ok(())
+            Ok::<_, LogError>(())
         })
         .unwrap();
         assert_eq!(some, (8..=22).collect::<Vec<_>>());
@@ -416,7 +414,7 @@ mod tests {
         let bytes = out.freeze();
         for before in [Position { sequence: Sequence(4), ..before }, before, Position::START] {
             let error = writer.append(&[Batch { bytes: bytes.clone(), before, after: before }]).unwrap_err();
-            assert!(matches!(error, BackupError::OutOfOrder { .. }), "{error}");
+            assert!(matches!(error, LogError::OutOfOrder { .. }), "{error}");
         }
         append(&mut writer, 1);
         drop(writer);
@@ -460,7 +458,7 @@ mod tests {
         for cut in HEADER as usize..first {
             fs::write(&path, &whole[..cut]).unwrap();
             let error = open(dir.path()).unwrap_err();
-            assert!(matches!(error, BackupError::Corrupt { .. }), "cut at {cut}: {error}");
+            assert!(matches!(error, LogError::Corrupt { .. }), "cut at {cut}: {error}");
         }
         // Bytes 104..116 are the synced length (a torn one only loses the lower bound), the rest
         // up to 128 is zeros without meaning.
@@ -470,7 +468,7 @@ mod tests {
                 flipped[at] ^= 1 << bit;
                 fs::write(&path, &flipped).unwrap();
                 let error = open(dir.path()).unwrap_err();
-                assert!(matches!(error, BackupError::Corrupt { .. }), "byte {at}: {error}");
+                assert!(matches!(error, LogError::Corrupt { .. }), "byte {at}: {error}");
                 assert!(fs::read(&path).unwrap() == flipped, "byte {at}: the file was changed");
             }
         }
@@ -481,12 +479,12 @@ mod tests {
             fs::write(&path, &flipped).unwrap();
             match open(dir.path()) {
                 Ok((_, seen, _)) => assert_eq!(seen, [1, 2, 3, 4]),
-                Err(error) => assert!(matches!(error, BackupError::Corrupt { .. }), "byte {at}: {error}"),
+                Err(error) => assert!(matches!(error, LogError::Corrupt { .. }), "byte {at}: {error}"),
             }
         }
         // A segment that lost even its header had records: it has its name.
         fs::write(&path, &whole[..50]).unwrap();
-        assert!(matches!(open(dir.path()), Err(BackupError::Corrupt { .. })));
+        assert!(matches!(open(dir.path()), Err(LogError::Corrupt { .. })));
     }
 
     #[test]
@@ -504,7 +502,7 @@ mod tests {
         whole.extend_from_slice(&newer);
         fs::write(&path, &whole).unwrap();
         let error = open(dir.path()).unwrap_err();
-        assert!(matches!(error, BackupError::Corrupt { .. }), "{error}");
+        assert!(matches!(error, LogError::Corrupt { .. }), "{error}");
         assert!(fs::read(&path).unwrap() == whole);
     }
 
@@ -546,7 +544,7 @@ mod tests {
             let path = segment_path(dir.path(), gone);
             let kept = fs::read(&path).unwrap();
             fs::remove_file(&path).unwrap();
-            assert!(matches!(open(dir.path()), Err(BackupError::Corrupt { .. })));
+            assert!(matches!(open(dir.path()), Err(LogError::Corrupt { .. })));
             fs::write(&path, kept).unwrap();
         }
     }

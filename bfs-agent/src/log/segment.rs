@@ -39,9 +39,7 @@ use bfs_common::record::{ChainHash, Epoch, GroupId, Sequence};
 use bfs_common::wire::Position;
 use bytes::Bytes;
 
-use super::super::error::BackupError;
-use super::super::target::LogRef;
-use super::{LogRecord, segment_path};
+use super::{LogError, LogRecord, LogRef, segment_path};
 
 const MAGIC: [u8; 8] = *b"bfslog1\n";
 const VERSION: u32 = 1;
@@ -149,7 +147,7 @@ fn decode_commit(encoded: &Encoded, segment: u64, at: u64) -> Option<(Sequence, 
 ///
 /// # Errors
 /// What the system says.
-pub fn create(dir: &Path, header: &Header) -> Result<File, BackupError> {
+pub fn create(dir: &Path, header: &Header) -> Result<File, LogError> {
     let path = segment_path(dir, header.first.0);
     let new = path.with_extension("new");
     let make = || -> std::io::Result<File> {
@@ -160,7 +158,7 @@ pub fn create(dir: &Path, header: &Header) -> Result<File, BackupError> {
         std::fs::rename(&new, &path)?;
         Ok(file)
     };
-    make().map_err(BackupError::io("make", &path))
+    make().map_err(LogError::io("make", &path))
 }
 
 /// Notes in the header how many bytes are synced (durable with the next sync).
@@ -220,16 +218,16 @@ impl SegmentReader {
     /// Opens a segment and checks its header.
     ///
     /// # Errors
-    /// [`BackupError::Corrupt`] or what the system says.
-    pub fn open(dir: &Path, number: u64, group: GroupId) -> Result<Self, BackupError> {
+    /// [`LogError::Corrupt`] or what the system says.
+    pub fn open(dir: &Path, number: u64, group: GroupId) -> Result<Self, LogError> {
         let path = segment_path(dir, number);
-        let file = File::open(&path).map_err(BackupError::io("open", &path))?;
+        let file = File::open(&path).map_err(LogError::io("open", &path))?;
         let mut bytes = [0; HEADER as usize];
         file.read_exact_at(&mut bytes, 0)
-            .map_err(|_| BackupError::corrupt(&path, "is shorter than its header"))?;
-        let (header, synced) = Header::decode(&bytes).map_err(|why| BackupError::corrupt(&path, why))?;
+            .map_err(|_| LogError::corrupt(&path, "is shorter than its header"))?;
+        let (header, synced) = Header::decode(&bytes).map_err(|why| LogError::corrupt(&path, why))?;
         if header.group != group || header.first.0 != number {
-            return Err(BackupError::corrupt(&path, "belongs to another group or another place"));
+            return Err(LogError::corrupt(&path, "belongs to another group or another place"));
         }
         Ok(Self { file, path, number, header, synced, buffer: Bytes::new(), at: HEADER })
     }
@@ -237,15 +235,15 @@ impl SegmentReader {
     /// The next record; `None` at the end of the file.
     ///
     /// # Errors
-    /// [`BackupError::Corrupt`] for anything that is not a whole, sound record.
-    pub fn read(&mut self) -> Result<Option<LogRecord>, BackupError> {
+    /// [`LogError::Corrupt`] for anything that is not a whole, sound record.
+    pub fn read(&mut self) -> Result<Option<LogRecord>, LogError> {
         loop {
             match self.next_or_tail()? {
                 Ok(Item::Record(found)) => return Ok(Some(found)),
                 Ok(Item::Commit { .. }) => {}
                 Err(Tail::Clean) => return Ok(None),
                 Err(Tail::Torn { at, why }) => {
-                    return Err(BackupError::corrupt(&self.path, format!("at byte {at}: {why}")));
+                    return Err(LogError::corrupt(&self.path, format!("at byte {at}: {why}")));
                 }
             }
         }
@@ -255,7 +253,7 @@ impl SegmentReader {
     ///
     /// # Errors
     /// What the system says.
-    pub fn next_or_tail(&mut self) -> Result<Result<Item, Tail>, BackupError> {
+    pub fn next_or_tail(&mut self) -> Result<Result<Item, Tail>, LogError> {
         loop {
             match codec::take(&mut self.buffer) {
                 Ok(Some(encoded)) => {
@@ -290,7 +288,7 @@ impl SegmentReader {
     ///
     /// # Errors
     /// What the system says.
-    pub fn commit_behind(&mut self, from: u64) -> Result<bool, BackupError> {
+    pub fn commit_behind(&mut self, from: u64) -> Result<bool, LogError> {
         self.at = from;
         self.buffer = Bytes::new();
         // As long as a segment at most, and only after a crash.
@@ -307,7 +305,7 @@ impl SegmentReader {
     }
 
     /// Reads on behind what is in the buffer; false at the end of the file.
-    fn more(&mut self) -> Result<bool, BackupError> {
+    fn more(&mut self) -> Result<bool, LogError> {
         let have = self.buffer.len();
         let mut bytes = vec![0; have + CHUNK];
         bytes[..have].copy_from_slice(&self.buffer);
@@ -317,7 +315,7 @@ impl SegmentReader {
                 Ok(0) => break,
                 Ok(n) => len += n,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(BackupError::io("read", &self.path)(error)),
+                Err(error) => return Err(LogError::io("read", &self.path)(error)),
             }
         }
         bytes.truncate(len);
