@@ -16,12 +16,12 @@ use bfs_common::wire::Position;
 use bytes::BytesMut;
 use proptest::prelude::*;
 
-use super::apply::{Area, CrashPoint};
+use super::apply::{self, Area, CrashPoint};
 use super::error::BackupError;
 use super::gate::Marker;
 use super::generations::Past;
-use super::group::apply_step;
 use super::index::{Base, GroupRow, Index};
+use super::step::apply_step;
 use super::store::Store;
 use crate::log::writer::{Batch, LogWriter};
 
@@ -307,6 +307,8 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
                 Err(error) => panic!("{error}"),
             }
         };
+        let area = Area::open(&store, GROUP, &[], &[]).unwrap();
+        apply::clean(&area, &index.view(row.number).unwrap()).unwrap();
         model.compare(TOP, &store.path().join("tree/g/r"));
         for left in ["stage", "aside"] {
             assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");

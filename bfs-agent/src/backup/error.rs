@@ -67,7 +67,7 @@ pub enum BackupError {
     },
     /// The index failed.
     #[error("the store's index failed: {0}")]
-    Index(#[from] Box<redb::Error>),
+    Index(Box<redb::Error>),
     /// The tree is not what the applier left.
     #[error("{0}: the tree in the store was changed by something else than the replayer")]
     Foreign(String),

@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+
+mod applying;
 
 use bfs_common::codec;
 use bfs_common::record::{CheckpointId, CheckpointLabel, Epoch, GroupId, PathBytes, Record, Sequence};
@@ -17,17 +18,15 @@ use bfs_common::wire::{GenerationLine, GroupStatus, Position, Refusal};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use super::apply::{self, Area, CrashPoint, Step};
+use super::apply::Area;
 use super::error::BackupError;
 use super::gate::{Gate, Marker, Verdict};
 use super::generations::Past;
-use super::index::{GenerationRow, GroupRow, Index, Phase, PlanRow};
+use super::index::{GenerationRow, GroupRow, Index};
 use super::kinds::Kinds;
-use super::plan::plan;
-use super::retention::{Kept, Retention};
-use super::target::Target;
+use super::retention::Retention;
+use crate::log::LogRecord;
 use crate::log::writer::{Batch, LogWriter};
-use crate::log::{LogRecord, read_range};
 
 /// Batches that wait for the log thread; each is a frame at most.
 const QUEUE: usize = 8;
@@ -38,8 +37,6 @@ pub const UNAPPLIED_MAX: u64 = 16 << 30;
 /// Nothing is taken with less room than this, or than a twentieth of a small file system: the
 /// applier needs some to go on.
 const FREE_MIN: u64 = 256 << 20;
-/// How long the applier waits before it tries a step again that failed.
-const RETRY: Duration = Duration::from_secs(5);
 
 /// What agents are told of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +75,9 @@ pub struct State {
     applying: bool,
     log_trouble: Option<String>,
     apply_trouble: Option<String>,
+    /// Files that nobody needs may be left: from before the start, or after a failure.
+    untidy: bool,
+    tidy_trouble: Option<String>,
     pending: (u64, u64),
     stop: bool,
 }
@@ -179,9 +179,6 @@ impl Group {
         unapplied_max: u64,
         retention: Retention,
     ) -> Result<Arc<Self>, BackupError> {
-        if let Some((oldest, _)) = index.generations(row.number)?.first() {
-            area.sweep(&index.view(row.number)?, *oldest)?;
-        }
         let (writer, gate, steps, pending) = open_log(&log, &row, &index)?;
         let confirmed = steps.back().map_or(row.checkpoint, |s| s.marker.checkpoint);
         let progress = Progress { durable: gate.position, confirmed, applied: row.checkpoint, refuses: None };
@@ -194,6 +191,8 @@ impl Group {
             applying: false,
             log_trouble: None,
             apply_trouble: None,
+            untidy: true,
+            tidy_trouble: None,
             pending,
             stop: false,
         };
@@ -235,12 +234,6 @@ impl Group {
     /// The state.
     pub fn state(&self) -> MutexGuard<'_, State> {
         locked(&self.state)
-    }
-
-    /// Its short number in the store.
-    #[must_use]
-    pub fn number(&self) -> u32 {
-        self.number
     }
 
     /// Identity and maps, which never change.
@@ -385,7 +378,8 @@ impl Group {
 
     /// After a failure: back to the last record that was synced, and on in a new segment.
     fn reopen(&self, failed: &mut LogWriter) -> Result<(), BackupError> {
-        let row = locked(&self.tree);
+        let mut row = locked(&self.tree);
+        *row = self.index.group(&self.name)?;
         failed.settle()?;
         let (mut log, gate, steps, pending) = open_log(&self.log, &row, &self.index)?;
         let (durable, known) = (gate.position, failed.durable());
@@ -407,83 +401,6 @@ impl Group {
         self.progress.send_modify(|p| p.refuses = None);
         self.durable(durable);
         Ok(())
-    }
-
-    fn run_apply(&self) {
-        loop {
-            {
-                let mut state = self.state();
-                loop {
-                    if state.stop {
-                        return;
-                    }
-                    let durable = self.progress.borrow().durable.sequence;
-                    if state.steps.front().is_some_and(|s| s.marker.position.sequence <= durable) {
-                        break;
-                    }
-                    state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
-                }
-                state.applying = true;
-            }
-            let result = self.apply_next(&mut CrashPoint::default());
-            let mut state = self.state();
-            state.applying = false;
-            match result {
-                Ok(()) => state.apply_trouble = None,
-                Err(error) => {
-                    tracing::error!("group {}: a checkpoint cannot be applied: {error}", self.name);
-                    state.apply_trouble = Some(format!("a checkpoint cannot be applied: {error}"));
-                    // Records that become durable meanwhile change nothing about it.
-                    let waited = self.wake.wait_timeout_while(state, RETRY, |state| !state.stop);
-                    drop(waited.unwrap_or_else(PoisonError::into_inner));
-                }
-            }
-        }
-    }
-
-    /// Does the step to the next durable marker.
-    fn apply_next(&self, crash: &mut CrashPoint) -> Result<(), BackupError> {
-        let mut tree = locked(&self.tree);
-        let Some(marker) = self.state().steps.front().map(|s| s.marker.clone()) else { return Ok(()) };
-        let row = apply_step(&self.name, &tree, &self.index, &self.area, &self.log, marker, crash)?;
-        *tree = row;
-        let mut state = self.state();
-        while state.steps.front().is_some_and(|s| s.marker.checkpoint <= tree.checkpoint) {
-            state.steps.pop_front();
-        }
-        state.applied = (tree.checkpoint, tree.label.clone());
-        drop(state);
-        let retired = self.retire(&tree);
-        self.progress.send_modify(|p| {
-            p.applied = tree.checkpoint;
-            p.confirmed = p.confirmed.max(tree.checkpoint);
-        });
-        retired?;
-        Ok(LogWriter::remove_applied(&self.log, tree.applied.sequence)?)
-    }
-
-    /// Drops the generations that are not to be kept. The caller holds the lock of the tree.
-    fn retire(&self, row: &GroupRow) -> Result<(), BackupError> {
-        let held = locked(&self.held);
-        let kept: Vec<Kept> = self
-            .index
-            .generations(row.number)?
-            .into_iter()
-            .map(|(checkpoint, row)| Kept {
-                checkpoint,
-                tagged: !row.label.tag.is_empty(),
-                discarded: row.label.trigger == bfs_common::record::DISCARDED,
-                held: held.contains_key(&checkpoint),
-            })
-            .collect();
-        let short = self.free().is_some_and(|(free, reserve)| free < reserve * 2);
-        let gone = self.retention.gone(&kept, short);
-        if gone.is_empty() {
-            return Ok(());
-        }
-        let (oldest, objects) = self.index.drop_generations(row.number, &gone)?;
-        self.area.drop_kept(&objects)?;
-        self.area.drop_images(oldest)
     }
 
     /// Gives a generation to `read`. It stays until [`Self::release`].
@@ -561,7 +478,12 @@ impl Group {
             open_gaps: state.gate.gaps.len() as u64,
             attached: state.slot.is_some(),
             rolling_back: state.gate.rolling_back,
-            trouble: state.log_trouble.clone().or_else(|| state.apply_trouble.clone()).or(full),
+            trouble: state
+                .log_trouble
+                .clone()
+                .or_else(|| state.apply_trouble.clone())
+                .or(full)
+                .or_else(|| state.tidy_trouble.clone()),
         }
     }
 
@@ -607,68 +529,4 @@ fn take_all(
         }
     }
     if seen == count { Ok(()) } else { Err(bad(format!("{seen} in the frame, {count} announced"))) }
-}
-
-/// Does one step: from the applied checkpoint to this marker, or goes on with one that was begun.
-pub(super) fn apply_step(
-    name: &str,
-    row: &GroupRow,
-    index: &Index,
-    area: &Area,
-    log: &std::path::Path,
-    marker: Marker,
-    crash: &mut CrashPoint,
-) -> Result<GroupRow, BackupError> {
-    let begun = index.plan(row.number)?;
-    let (to, phase) = begun.as_ref().map_or((marker, None), |plan| (plan.to.clone(), Some(plan.phase)));
-    let mut target = Target::default();
-    let (mut highest, mut boot_id) = (row.highest_object, row.boot_id);
-    read_range(log, row.id, row.applied.sequence, to.position.sequence, |found| {
-        match &found.record {
-            Record::Object { object, .. } => highest = highest.max(*object),
-            Record::EpochBegin { boot_id: id, .. } => boot_id = *id,
-            _ => {}
-        }
-        target
-            .fold(found.record, &found.payload, found.at)
-            .map_err(|e| BackupError::Stream(format!("record {}: {e}", found.encoded.sequence)))
-    })?;
-    let view = index.view(row.number)?;
-    let plan = plan(&view, &row.roots, &target)?;
-    let mut plan_row = begun.unwrap_or_else(|| PlanRow {
-        from: row.checkpoint,
-        to: to.clone(),
-        phase: Phase::Planned,
-        // There is nothing before the first checkpoint.
-        imaged: row.checkpoint > CheckpointId(0),
-    });
-    if phase.is_none() {
-        // Left by the step before, if it crashed after its transaction.
-        apply::clean(area, &view)?;
-        if plan_row.imaged {
-            Step::new(area, &view, &plan, crash).take_images(
-                area.images(),
-                row.id,
-                row.checkpoint,
-                to.checkpoint,
-            )?;
-        }
-        index.put_plan(row.number, &plan_row)?;
-    }
-    let result = Step::new(area, &view, &plan, crash).run(phase.unwrap_or(Phase::Planned), || {
-        plan_row.phase = Phase::Detached;
-        index.put_plan(row.number, &plan_row)
-    })?;
-    let row = index.finish(name, &result, plan_row.imaged, |row| {
-        row.applied = to.position;
-        row.checkpoint = to.checkpoint;
-        row.label = to.label;
-        row.highest_object = highest;
-        row.boot_id = boot_id;
-        if let Some(roots) = target.roots {
-            row.roots = roots;
-        }
-    })?;
-    apply::clean(area, &index.view(row.number)?)?;
-    Ok(row)
 }

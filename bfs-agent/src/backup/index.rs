@@ -3,8 +3,14 @@
 //! One transaction moves the applied position together with every object and entry that the step
 //! changed, so the index is at a checkpoint at every moment. The same transaction makes the step's
 //! end a generation, and says that the images of the step give the one before.
+//!
+//! After a failed read, write or sync the database takes nothing until it is opened again, and what it then
+//! holds is the state before or after the transaction that failed. So it is closed at once, the next who needs
+//! it opens it, and whoever was told of a failure must read again where it stands.
 
-use std::path::Path;
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
 
 use bfs_common::record::{
     CheckpointId, CheckpointLabel, Epoch, FileKind, GroupId, Identity, Meta, Name, ObjectId, PathBytes,
@@ -16,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::BackupError;
 use super::gate::{Marker, PositionRow};
+use crate::log::{sync_dir, write_again};
 
 const GROUPS: TableDefinition<&str, &[u8]> = TableDefinition::new("groups");
 /// (group number, object) -> Node
@@ -28,6 +35,9 @@ const PLANS: TableDefinition<u32, &[u8]> = TableDefinition::new("plans");
 const GENERATIONS: TableDefinition<(u32, u64), &[u8]> = TableDefinition::new("generations");
 /// (group number, object) -> the last checkpoint that had it: its file is kept
 const KEPT: TableDefinition<(u32, u64), u64> = TableDefinition::new("kept");
+
+/// How many tables there are.
+const TABLES: usize = 6;
 
 /// Memory for the index's pages.
 const CACHE_BYTES: usize = 64 << 20;
@@ -146,7 +156,15 @@ pub struct StepResult {
 /// The index of a store.
 #[derive(Debug)]
 pub struct Index {
-    db: Database,
+    path: PathBuf,
+    db: RwLock<Open>,
+}
+
+/// The database, and how often it was opened. `None` after a failure.
+#[derive(Debug)]
+struct Open {
+    db: Option<Database>,
+    times: u64,
 }
 
 fn pack<T: Serialize>(value: &T) -> Vec<u8> {
@@ -164,21 +182,55 @@ impl Index {
     /// If it is damaged or cannot be written.
     pub fn open(store: &Path) -> Result<Self, BackupError> {
         let path = store.join("index.redb");
-        let db = redb::Builder::new().set_cache_size(CACHE_BYTES).create(&path).map_err(|e| match e {
-            redb::DatabaseError::Storage(redb::StorageError::Corrupted(why)) => {
-                BackupError::corrupt(&path, why)
+        if !path.try_exists().map_err(BackupError::io("find", &path))? {
+            // As a whole or not at all: one that was only begun is no database.
+            let new = path.with_extension("new");
+            match std::fs::remove_file(&new) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(BackupError::io("remove", &new)(error));
+                }
+                _ => {}
             }
-            other => other.into(),
-        })?;
-        let write = db.begin_write()?;
-        write.open_table(GROUPS)?;
-        write.open_table(OBJECTS)?;
-        write.open_table(ENTRIES)?;
-        write.open_table(PLANS)?;
-        write.open_table(GENERATIONS)?;
-        write.open_table(KEPT)?;
-        write.commit()?;
-        Ok(Self { db })
+            drop(open(&new)?);
+            std::fs::rename(&new, &path).map_err(BackupError::io("make", &path))?;
+            sync_dir(store)?;
+        }
+        let db = open(&path)?;
+        Ok(Self { path, db: RwLock::new(Open { db: Some(db), times: 1 }) })
+    }
+
+    /// Works with the database, opened again if it had failed. If it fails it is closed.
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, BackupError>) -> Result<T, BackupError> {
+        let mut guard = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        if guard.db.is_none() {
+            drop(guard);
+            let mut closed = self.db.write().unwrap_or_else(PoisonError::into_inner);
+            if closed.db.is_none() {
+                // What it has may be in memory only, left by a sync that failed: it counts once it was
+                // written and synced again.
+                rewritten(&self.path)?;
+                // While somebody still holds a view of the one that failed, this says that it is open.
+                closed.db = Some(open(&self.path)?);
+                closed.times += 1;
+            }
+            drop(closed);
+            guard = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        }
+        let Some(db) = &guard.db else {
+            // It failed again, for somebody else, between the two locks.
+            return Err(BackupError::Index(Box::new(redb::Error::PreviousIo)));
+        };
+        let (times, result) = (guard.times, work(db));
+        drop(guard);
+        if let Err(BackupError::Index(error)) = &result
+            && matches!(**error, redb::Error::Io(_) | redb::Error::PreviousIo | redb::Error::DatabaseClosed)
+        {
+            let mut open = self.db.write().unwrap_or_else(PoisonError::into_inner);
+            if open.times == times {
+                open.db = None;
+            }
+        }
+        result
     }
 
     /// Whether its own checksums fit, all of them.
@@ -186,7 +238,9 @@ impl Index {
     /// # Errors
     /// If it cannot be read, or is beyond that.
     pub fn is_sound(&mut self) -> Result<bool, BackupError> {
-        match self.db.check_integrity() {
+        let open = self.db.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(db) = &mut open.db else { return Err(redb::StorageError::PreviousIo.into()) };
+        match db.check_integrity() {
             Ok(sound) => Ok(sound),
             Err(redb::DatabaseError::Storage(redb::StorageError::Corrupted(why))) => {
                 Err(BackupError::corrupt("index.redb", why))
@@ -200,14 +254,24 @@ impl Index {
     /// # Errors
     /// If the index fails.
     pub fn groups(&self) -> Result<Vec<(String, GroupRow)>, BackupError> {
-        let read = self.db.begin_read()?;
-        let table = read.open_table(GROUPS)?;
-        let mut found = Vec::new();
-        for line in table.iter()? {
-            let (name, row) = line?;
-            found.push((name.value().to_owned(), unpack("group", row.value())?));
-        }
-        Ok(found)
+        self.with(|db| {
+            let read = db.begin_read()?;
+            let table = read.open_table(GROUPS)?;
+            let mut found = Vec::new();
+            for line in table.iter()? {
+                let (name, row) = line?;
+                found.push((name.value().to_owned(), unpack("group", row.value())?));
+            }
+            Ok(found)
+        })
+    }
+
+    /// A group's row as it is now.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn group(&self, name: &str) -> Result<GroupRow, BackupError> {
+        self.with(|db| group_row(&db.begin_read()?.open_table(GROUPS)?, name))
     }
 
     /// Puts a group in, durably.
@@ -215,9 +279,11 @@ impl Index {
     /// # Errors
     /// If the index fails.
     pub fn put_group(&self, name: &str, row: &GroupRow) -> Result<(), BackupError> {
-        let write = self.db.begin_write()?;
-        write.open_table(GROUPS)?.insert(name, &pack(row)[..])?;
-        Ok(write.commit()?)
+        self.with(|db| {
+            let write = db.begin_write()?;
+            write.open_table(GROUPS)?.insert(name, &pack(row)[..])?;
+            Ok(write.commit()?)
+        })
     }
 
     /// Grants the next epoch, durably.
@@ -225,16 +291,18 @@ impl Index {
     /// # Errors
     /// If the index fails; then none is granted.
     pub fn grant(&self, name: &str) -> Result<Epoch, BackupError> {
-        let write = self.db.begin_write()?;
-        let epoch = {
-            let mut table = write.open_table(GROUPS)?;
-            let mut row = group_row(&table, name)?;
-            row.granted = row.granted.next();
-            table.insert(name, &pack(&row)[..])?;
-            row.granted
-        };
-        write.commit()?;
-        Ok(epoch)
+        self.with(|db| {
+            let write = db.begin_write()?;
+            let epoch = {
+                let mut table = write.open_table(GROUPS)?;
+                let mut row = group_row(&table, name)?;
+                row.granted = row.granted.next();
+                table.insert(name, &pack(&row)[..])?;
+                row.granted
+            };
+            write.commit()?;
+            Ok(epoch)
+        })
     }
 
     /// The step of a group that was begun and is not complete.
@@ -242,9 +310,11 @@ impl Index {
     /// # Errors
     /// If the index fails.
     pub fn plan(&self, group: u32) -> Result<Option<PlanRow>, BackupError> {
-        let read = self.db.begin_read()?;
-        let table = read.open_table(PLANS)?;
-        table.get(group)?.map(|row| unpack("plan", row.value())).transpose()
+        self.with(|db| {
+            let read = db.begin_read()?;
+            let table = read.open_table(PLANS)?;
+            table.get(group)?.map(|row| unpack("plan", row.value())).transpose()
+        })
     }
 
     /// Notes a plan or its next phase, durably.
@@ -252,9 +322,11 @@ impl Index {
     /// # Errors
     /// If the index fails.
     pub fn put_plan(&self, group: u32, plan: &PlanRow) -> Result<(), BackupError> {
-        let write = self.db.begin_write()?;
-        write.open_table(PLANS)?.insert(group, &pack(plan)[..])?;
-        Ok(write.commit()?)
+        self.with(|db| {
+            let write = db.begin_write()?;
+            write.open_table(PLANS)?.insert(group, &pack(plan)[..])?;
+            Ok(write.commit()?)
+        })
     }
 
     /// Ends a step: objects, entries, applied position, generations and the end of the plan in
@@ -270,53 +342,58 @@ impl Index {
         imaged: bool,
         update: impl FnOnce(&mut GroupRow),
     ) -> Result<GroupRow, BackupError> {
-        let write = self.db.begin_write()?;
-        let row = {
-            let mut groups = write.open_table(GROUPS)?;
-            let mut row = group_row(&groups, name)?;
-            let mut generations = write.open_table(GENERATIONS)?;
-            let mut kept = write.open_table(KEPT)?;
-            if imaged {
-                let before = (row.number, row.checkpoint.0);
-                if generations.get(before)?.is_none() {
-                    // Applied by a release that kept none.
-                    let (label, roots) = (row.label.clone(), row.roots.clone());
-                    generations
-                        .insert(before, &pack(&GenerationRow { label, roots, changed: 0, bytes: 0 })[..])?;
+        self.with(|db| {
+            let write = db.begin_write()?;
+            let row = {
+                let mut groups = write.open_table(GROUPS)?;
+                let mut row = group_row(&groups, name)?;
+                let mut generations = write.open_table(GENERATIONS)?;
+                let mut kept = write.open_table(KEPT)?;
+                if imaged {
+                    let before = (row.number, row.checkpoint.0);
+                    if generations.get(before)?.is_none() {
+                        // Applied by a release that kept none.
+                        let (label, roots) = (row.label.clone(), row.roots.clone());
+                        generations.insert(
+                            before,
+                            &pack(&GenerationRow { label, roots, changed: 0, bytes: 0 })[..],
+                        )?;
+                    }
+                    for object in &result.kept {
+                        kept.insert((row.number, object.0), row.checkpoint.0)?;
+                    }
+                } else {
+                    let all = (row.number, 0)..=(row.number, u64::MAX);
+                    generations.retain_in(all.clone(), |_, _| false)?;
+                    kept.retain_in(all, |_, _| false)?;
                 }
-                for object in &result.kept {
-                    kept.insert((row.number, object.0), row.checkpoint.0)?;
+                update(&mut row);
+                let (changed, bytes) = result.extent;
+                let newest =
+                    GenerationRow { label: row.label.clone(), roots: row.roots.clone(), changed, bytes };
+                generations.insert((row.number, row.checkpoint.0), &pack(&newest)[..])?;
+                groups.insert(name, &pack(&row)[..])?;
+                let mut objects = write.open_table(OBJECTS)?;
+                for (object, node) in &result.objects {
+                    match node {
+                        Some(node) => objects.insert((row.number, object.0), &pack(node)[..])?,
+                        None => objects.remove((row.number, object.0))?,
+                    };
                 }
-            } else {
-                let all = (row.number, 0)..=(row.number, u64::MAX);
-                generations.retain_in(all.clone(), |_, _| false)?;
-                kept.retain_in(all, |_, _| false)?;
-            }
-            update(&mut row);
-            let (changed, bytes) = result.extent;
-            let newest = GenerationRow { label: row.label.clone(), roots: row.roots.clone(), changed, bytes };
-            generations.insert((row.number, row.checkpoint.0), &pack(&newest)[..])?;
-            groups.insert(name, &pack(&row)[..])?;
-            let mut objects = write.open_table(OBJECTS)?;
-            for (object, node) in &result.objects {
-                match node {
-                    Some(node) => objects.insert((row.number, object.0), &pack(node)[..])?,
-                    None => objects.remove((row.number, object.0))?,
-                };
-            }
-            let mut entries = write.open_table(ENTRIES)?;
-            for (directory, name, object) in &result.entries {
-                let key = (row.number, directory.0, name.as_bytes());
-                match object {
-                    Some(object) => entries.insert(key, object.0)?,
-                    None => entries.remove(key)?,
-                };
-            }
-            write.open_table(PLANS)?.remove(row.number)?;
-            row
-        };
-        write.commit()?;
-        Ok(row)
+                let mut entries = write.open_table(ENTRIES)?;
+                for (directory, name, object) in &result.entries {
+                    let key = (row.number, directory.0, name.as_bytes());
+                    match object {
+                        Some(object) => entries.insert(key, object.0)?,
+                        None => entries.remove(key)?,
+                    };
+                }
+                write.open_table(PLANS)?.remove(row.number)?;
+                row
+            };
+            write.commit()?;
+            Ok(row)
+        })
     }
 
     /// The generations of a group, the oldest first.
@@ -324,14 +401,16 @@ impl Index {
     /// # Errors
     /// If the index fails.
     pub fn generations(&self, group: u32) -> Result<Vec<(CheckpointId, GenerationRow)>, BackupError> {
-        let read = self.db.begin_read()?;
-        let table = read.open_table(GENERATIONS)?;
-        let mut found = Vec::new();
-        for line in table.range((group, 0)..=(group, u64::MAX))? {
-            let (key, row) = line?;
-            found.push((CheckpointId(key.value().1), unpack("generation", row.value())?));
-        }
-        Ok(found)
+        self.with(|db| {
+            let read = db.begin_read()?;
+            let table = read.open_table(GENERATIONS)?;
+            let mut found = Vec::new();
+            for line in table.range((group, 0)..=(group, u64::MAX))? {
+                let (key, row) = line?;
+                found.push((CheckpointId(key.value().1), unpack("generation", row.value())?));
+            }
+            Ok(found)
+        })
     }
 
     /// Drops generations. Returns the oldest that is left, and the objects whose files were kept
@@ -344,28 +423,30 @@ impl Index {
         group: u32,
         drop: &[CheckpointId],
     ) -> Result<(CheckpointId, Vec<ObjectId>), BackupError> {
-        let write = self.db.begin_write()?;
-        let mut gone = Vec::new();
-        let oldest = {
-            let mut generations = write.open_table(GENERATIONS)?;
-            for checkpoint in drop {
-                generations.remove((group, checkpoint.0))?;
-            }
-            let oldest = match generations.range((group, 0)..=(group, u64::MAX))?.next() {
-                Some(line) => line?.0.value().1,
-                None => u64::MAX,
-            };
-            let all = (group, 0)..=(group, u64::MAX);
-            write.open_table(KEPT)?.retain_in(all, |(_, object), last| {
-                if last < oldest {
-                    gone.push(ObjectId(object));
+        self.with(|db| {
+            let write = db.begin_write()?;
+            let mut gone = Vec::new();
+            let oldest = {
+                let mut generations = write.open_table(GENERATIONS)?;
+                for checkpoint in drop {
+                    generations.remove((group, checkpoint.0))?;
                 }
-                last >= oldest
-            })?;
-            CheckpointId(oldest)
-        };
-        write.commit()?;
-        Ok((oldest, gone))
+                let oldest = match generations.range((group, 0)..=(group, u64::MAX))?.next() {
+                    Some(line) => line?.0.value().1,
+                    None => u64::MAX,
+                };
+                let all = (group, 0)..=(group, u64::MAX);
+                write.open_table(KEPT)?.retain_in(all, |(_, object), last| {
+                    if last < oldest {
+                        gone.push(ObjectId(object));
+                    }
+                    last >= oldest
+                })?;
+                CheckpointId(oldest)
+            };
+            write.commit()?;
+            Ok((oldest, gone))
+        })
     }
 
     /// A view of one group's objects that does not change while it is held.
@@ -373,14 +454,48 @@ impl Index {
     /// # Errors
     /// If the index fails.
     pub fn view(&self, group: u32) -> Result<View, BackupError> {
-        let read = self.db.begin_read()?;
-        Ok(View {
-            objects: read.open_table(OBJECTS)?,
-            entries: read.open_table(ENTRIES)?,
-            kept: read.open_table(KEPT)?,
-            group,
+        self.with(|db| {
+            let read = db.begin_read()?;
+            Ok(View {
+                objects: read.open_table(OBJECTS)?,
+                entries: read.open_table(ENTRIES)?,
+                kept: read.open_table(KEPT)?,
+                group,
+            })
         })
     }
+}
+
+/// Writes the file once more as it is, durably.
+fn rewritten(path: &Path) -> Result<(), BackupError> {
+    let again = || -> std::io::Result<()> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        write_again(&file, 0, file.metadata()?.len())?;
+        file.sync_all()
+    };
+    again().map_err(BackupError::io("write", path))
+}
+
+/// Opens or makes the file; a table that is missing is made.
+fn open(path: &Path) -> Result<Database, BackupError> {
+    let db = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|e| match e {
+        redb::DatabaseError::Storage(redb::StorageError::Corrupted(why)) => BackupError::corrupt(path, why),
+        other => other.into(),
+    })?;
+    let write = db.begin_write()?;
+    if write.list_tables()?.count() == TABLES {
+        // Nothing is written: a full disk does not keep a replayer from its start.
+        write.abort()?;
+        return Ok(db);
+    }
+    write.open_table(GROUPS)?;
+    write.open_table(OBJECTS)?;
+    write.open_table(ENTRIES)?;
+    write.open_table(PLANS)?;
+    write.open_table(GENERATIONS)?;
+    write.open_table(KEPT)?;
+    write.commit()?;
+    Ok(db)
 }
 
 fn group_row(

@@ -16,6 +16,7 @@ pub mod plan;
 pub mod read;
 pub mod retention;
 pub mod serve;
+mod step;
 pub mod store;
 pub mod target;
 

@@ -133,19 +133,14 @@ impl Shared {
         if groups.len() >= GROUPS_MAX {
             return Err(Refusal::Store(format!("it holds {GROUPS_MAX} groups already")));
         }
-        let number = groups.values().map(|g| g.number()).max().map_or(1, |n| n + 1);
-        let row = GroupRow::new(number, id, maps.to_vec());
         let make = || -> Result<Arc<Group>, BackupError> {
+            // By the index: it may have one that could not be opened, and so got no record.
+            let rows = self.index.groups()?;
+            let begun = rows.iter().find(|(known, _)| known == name).map(|(_, row)| row.number);
+            let highest = rows.iter().map(|(_, row)| row.number).max().unwrap_or(0);
+            let row = GroupRow::new(begun.unwrap_or(highest + 1), id, maps.to_vec());
             self.index.put_group(name, &row)?;
-            open_group(
-                &self.store,
-                &self.index,
-                name,
-                row.clone(),
-                &self.allowed,
-                self.unapplied_max,
-                self.retention,
-            )
+            open_group(&self.store, &self.index, name, row, &self.allowed, self.unapplied_max, self.retention)
         };
         let group = make().map_err(|e| Refusal::Store(e.to_string()))?;
         groups.insert(name.into(), group.clone());

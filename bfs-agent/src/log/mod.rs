@@ -15,6 +15,7 @@ pub mod writer;
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bfs_common::codec::Encoded;
@@ -164,6 +165,22 @@ pub fn read_range<E: From<LogError>>(
     }
     if next <= to {
         return Err(LogError::corrupt(dir, format!("the log ends before record {next}")).into());
+    }
+    Ok(())
+}
+
+/// Writes the bytes of a range once more as they are: after a failed sync they may be in
+/// memory only, and count when they were written and synced again.
+///
+/// # Errors
+/// What the system says.
+pub fn write_again(file: &File, mut from: u64, to: u64) -> std::io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    while from < to {
+        let len = (to - from).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..len], from)?;
+        file.write_all_at(&buffer[..len], from)?;
+        from += len as u64;
     }
     Ok(())
 }

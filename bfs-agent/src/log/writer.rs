@@ -16,7 +16,7 @@ use bfs_common::wire::Position;
 use bytes::Bytes;
 
 use super::segment::{self, COMMIT, HEADER, Header, Item, SegmentReader, Tail};
-use super::{LogError, LogRecord, segment_path, segments, sync_dir};
+use super::{LogError, LogRecord, segment_path, segments, sync_dir, write_again};
 
 /// A segment is ended when it is longer than this.
 pub const SEGMENT_BYTES: u64 = 64 << 20;
@@ -322,18 +322,6 @@ fn remove_unborn(dir: &Path) -> Result<(), LogError> {
         if path.extension().is_some_and(|e| e == "new") {
             fs::remove_file(&path).map_err(LogError::io("remove", &path))?;
         }
-    }
-    Ok(())
-}
-
-/// Writes the bytes of a range once more as they are.
-fn write_again(file: &File, mut from: u64, to: u64) -> std::io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
-    while from < to {
-        let len = (to - from).min(buffer.len() as u64) as usize;
-        file.read_exact_at(&mut buffer[..len], from)?;
-        file.write_all_at(&buffer[..len], from)?;
-        from += len as u64;
     }
     Ok(())
 }

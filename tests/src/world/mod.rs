@@ -23,6 +23,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
+use crate::faults::Faults;
 use crate::leash::Leash;
 use crate::programs::{Place, Program};
 use crate::watch::{SOON, until};
@@ -98,6 +99,7 @@ pub struct World {
     daemon_cpu: Option<usize>,
     daemon_environment: Vec<(String, String)>,
     logs: PathBuf,
+    faults: Option<Faults>,
     replayer: Option<Child>,
     agent: Option<Child>,
     /// The program, when the test itself started it.
@@ -174,6 +176,7 @@ impl World {
             daemon_cpu: None,
             daemon_environment: Vec::new(),
             logs,
+            faults: None,
             replayer: None,
             agent: None,
             program: None,
@@ -200,6 +203,17 @@ impl World {
     /// Agent and replayer that are started from now on have this in their environment.
     pub fn daemon_environment(&mut self, name: &str, value: &str) {
         self.daemon_environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Calls of the replayers that are started from now on fail as these say.
+    pub fn replayer_faults(&mut self, faults: Faults) {
+        self.faults = Some(faults);
+    }
+
+    /// What [`World::replayer_faults`] was given.
+    #[must_use]
+    pub fn faults(&self) -> Option<&Faults> {
+        self.faults.as_ref()
     }
 
     /// The command that starts a daemon, without its arguments.
@@ -335,13 +349,13 @@ impl World {
         let mut line = vec!["serve".to_owned(), "--store".to_owned(), self.store.display().to_string()];
         line.extend(["--listen".to_owned(), self.destination()]);
         line.extend(self.secret());
-        let mut child = self
-            .daemon("bfs-replayer")?
-            .args(&line)
-            .stdin(Stdio::null())
-            .stdout(self.log("replayer.log")?)
-            .stderr(self.log("replayer.log")?)
-            .spawn()?;
+        let mut command = self.daemon("bfs-replayer")?;
+        command.args(&line).stdin(Stdio::null());
+        command.stdout(self.log("replayer.log")?).stderr(self.log("replayer.log")?);
+        if let Some(faults) = &mut self.faults {
+            faults.hold(&mut command)?;
+        }
+        let mut child = command.spawn()?;
         let reached = until("the replayer", SOON, || {
             if let Ok(Some(status)) = child.try_wait() {
                 return Some(Err(anyhow::anyhow!("the replayer ended with {status}")));
