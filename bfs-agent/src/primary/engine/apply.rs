@@ -13,7 +13,7 @@ use super::interpret::{
     Act, CAPABILITY, Thing, has_capability, interpret, meta_of, object_at, span_of, touches,
 };
 use super::model::NewObject;
-use super::recent::Span;
+use super::recent::{SLACK_NS, Span};
 use super::resolve::Place;
 use super::{Chunks, Engine, Snapshot};
 
@@ -448,6 +448,7 @@ impl Engine {
             Act::Touch { object } => self.suspect_object(object, span.end_ns),
             Act::Suspect { place, also } => {
                 self.suspect_multiple(span.end_ns);
+                self.aside_ns = self.aside_ns.max(span.end_ns);
                 for place in [Some(place), also].into_iter().flatten() {
                     self.parent_after(&place, None, span);
                     self.suspect_entry(&place, true);
@@ -471,6 +472,13 @@ impl Engine {
             }
             Act::Link { object, source, place, parent_attr } => {
                 self.multiple.extend(object);
+                // Who changed something by a name outside just then may have used this one.
+                if let Some(object) = object
+                    && place.is_outside(&self.model)
+                    && self.aside_ns >= span.start_ns.saturating_sub(SLACK_NS)
+                {
+                    self.suspect_object(object, span.end_ns);
+                }
                 self.parent_after(&place, parent_attr.as_ref(), span);
                 if let Place::Entry(directory, name) = &place {
                     if source.is_some_and(|source| self.doubtful(&source, span)) {

@@ -20,9 +20,10 @@ use super::Engine;
 use super::crossing::Crossing;
 use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
 use super::interpret::{interpret, span_of};
+use super::recent::CLOCK_SLACK_NS;
 
 /// Cuts that are tried before the processes are stopped.
-const TRIES: u32 = 12;
+const TRIES: u32 = 32;
 /// Of these, how many clean what is mapped.
 const TRIES_MAPPED: u32 = 3;
 /// Rounds of reading ahead of the cut, while there is much to read.
@@ -44,10 +45,6 @@ const AHEAD_THINGS: usize = 64;
 const DEFERRED_MAX: usize = 200_000;
 /// Bytes of their records.
 const DEFERRED_BYTES_MAX: usize = 64 << 20;
-
-/// How far the clocks of two CPUs may be apart (`ktime_get_mono_fast_ns`, kernel/time/timekeeping.c:
-/// a change of frequency shows on one CPU a moment later, by microseconds at most).
-const CLOCK_SLACK_NS: u64 = 10_000;
 
 /// Calls that last longer are looked at: some wait for ever and change nothing.
 const IDLE_NS_MIN: u64 = 5_000_000;
@@ -347,6 +344,7 @@ impl Engine {
     fn try_cut(&mut self, host: &mut dyn Host) -> Result<Tried, CheckpointError> {
         self.drain(host)?;
         let t = host.now();
+        self.settle_attributes(host)?;
         let crossing = match self.wait_covered(host, t)? {
             Waited::Ended(crossing) => crossing,
             Waited::TooMuch => return Ok(again("much is held back")),
@@ -377,6 +375,7 @@ impl Engine {
         }
         // Also taking in a covered call can read (the inode of a new directory).
         if !self.dirty.is_empty() || self.reads.any_since(t) {
+            self.settle_attributes(host)?;
             self.settle(host, false)?;
             let read_until = host.now();
             if !self.wait_reading(host, read_until)? {

@@ -139,6 +139,19 @@ impl DirtySet {
         ids
     }
 
+    /// Up to `max` objects of which attributes are dirty, and not all of it; the last ones first.
+    #[must_use]
+    pub fn attributes(&self, max: usize) -> Vec<ObjectId> {
+        let mut since: Vec<_> = self
+            .objects
+            .iter()
+            .filter(|(_, d)| !d.whole)
+            .filter_map(|(o, d)| Some((d.meta_since?, *o)))
+            .collect();
+        since.sort_unstable_by(|a, b| b.cmp(a));
+        since.into_iter().take(max).map(|(_, object)| object).collect()
+    }
+
     /// Puts back what could not be settled.
     pub fn put(&mut self, object: ObjectId, dirty: Dirty) {
         if !dirty.is_empty() {

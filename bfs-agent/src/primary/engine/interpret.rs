@@ -9,7 +9,6 @@ use bfs_common::abi::{Event, FileEvent, InodeAttr, PathEvent, flag, kind};
 use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 use smallvec::SmallVec;
 
-use super::filter::Verdict;
 use super::host::Host;
 use super::model::Model;
 use super::recent::Span;
@@ -567,25 +566,17 @@ impl Act {
 }
 
 impl Act {
-    /// Whether the act changes something by a name outside, or brings in what had none inside: of what others do to
-    /// that by its name outside nobody knows.
+    /// Whether the act changes something by a name outside, brings in what had none inside, or gives what is inside
+    /// a name outside: of what others do by such a name nobody knows to what.
     #[must_use]
     pub fn reaches_outside(&self, model: &Model) -> bool {
-        let outside = |place: &Place| match place {
-            Place::Outside | Place::LeftOut(_) => true,
-            // Anything but a directory is left out there.
-            Place::Entry(directory, name) => {
-                model.verdict(*directory, name) == Verdict::IfDirectory
-                    && model.entry(*directory, name).is_none()
-            }
-            _ => false,
-        };
+        let outside = |place: &Place| place.is_outside(model);
         match self {
             Self::Suspect { place, also } => outside(place) || also.as_ref().is_some_and(outside),
             Self::Rename { from, to, exchange, .. } => {
                 outside(from) != outside(to) && (*exchange || outside(from))
             }
-            Self::Link { object, place, .. } => object.is_none() && !outside(place),
+            Self::Link { object, place, .. } => object.is_none() != outside(place),
             _ => false,
         }
     }

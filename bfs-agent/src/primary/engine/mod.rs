@@ -46,7 +46,7 @@ use interpret::Thing;
 use mapped::Mapped;
 use model::{Model, NewObject};
 use outbox::Outbox;
-use recent::{Recent, SLACK_NS, Span};
+use recent::{CLOCK_SLACK_NS, Recent, SLACK_NS, Span};
 use same::Same;
 
 /// Attributes of an object as a probe or a read saw them; the latest counts.
@@ -107,7 +107,7 @@ impl Reads {
 
     /// Whether the thing was read after `start_ns`, or too close before to tell.
     fn after(&self, thing: &Thing, start_ns: u64) -> bool {
-        let late = |read: Option<&u64>| read.is_some_and(|r| r.saturating_add(SLACK_NS) >= start_ns);
+        let late = |read: Option<&u64>| read.is_some_and(|r| r.saturating_add(CLOCK_SLACK_NS) >= start_ns);
         if self.adopted(start_ns) {
             return true;
         }
@@ -132,7 +132,7 @@ impl Reads {
 
     /// Whether something was read at or after `t`, or too close before to tell.
     fn any_since(&self, t: u64) -> bool {
-        self.latest.saturating_add(SLACK_NS) >= t
+        self.latest.saturating_add(CLOCK_SLACK_NS) >= t
     }
 
     /// All that was read.
@@ -235,6 +235,8 @@ pub struct Engine {
     standing: bool,
     /// Objects that were seen with more than one name.
     multiple: HashSet<ObjectId>,
+    /// When the last call ended that changed something by a name outside.
+    aside_ns: u64,
     begun: begun::Begun,
     /// Asynchronous writes that nobody told us of may be in flight, until a stop was made.
     restless: bool,
@@ -278,6 +280,7 @@ impl Engine {
             mapped: Mapped::default(),
             standing: false,
             multiple,
+            aside_ns: 0,
             begun: begun::Begun::default(),
             restless: false,
             lingering: false,

@@ -12,6 +12,12 @@ use foldhash::{HashMap, HashMapExt};
 /// Stamps closer than this are not told apart.
 pub const SLACK_NS: u64 = 50_000;
 
+/// How far the clocks of two CPUs may be apart (`ktime_get_mono_fast_ns`, kernel/time/timekeeping.c:
+/// a change of frequency shows on one CPU a moment later, by microseconds at most). Where two stamps each
+/// stand right at what they tell (the start of a call, the end of a look of the agent's own), this is all that
+/// can be wrong with their order.
+pub const CLOCK_SLACK_NS: u64 = 10_000;
+
 /// When a call ran and who made it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Span {

@@ -43,6 +43,20 @@ impl Place {
             Self::Object(_) | Self::Outside | Self::LeftOut(_) | Self::Unknown => None,
         }
     }
+
+    /// Whether what stands there is not in the set.
+    #[must_use]
+    pub fn is_outside(&self, model: &Model) -> bool {
+        match self {
+            Self::Outside | Self::LeftOut(_) => true,
+            // Anything but a directory is left out there.
+            Self::Entry(directory, name) => {
+                model.verdict(*directory, name) == Verdict::IfDirectory
+                    && model.entry(*directory, name).is_none()
+            }
+            _ => false,
+        }
+    }
 }
 
 /// As the kernel: more symlinks than this are `ELOOP` (`MAXSYMLINKS`, include/linux/namei.h).

@@ -27,6 +27,10 @@ struct Left {
     /// Direct I/O is in flight.
     restless: Vec<(ObjectId, Dirty)>,
 }
+
+/// Objects whose attributes are read before anything else.
+const ATTRIBUTES_FIRST: usize = 16;
+
 /// Events that are taken in between two reads.
 const EVENTS_AHEAD: usize = 1024;
 
@@ -113,6 +117,21 @@ impl Engine {
             self.dirty.put(object, dirty);
         }
         settled
+    }
+
+    /// Reads attributes that are dirty, of a few objects. Those of a directory change with every name in it:
+    /// they are read right behind the instant of a cut, so that little can come in between, and before
+    /// anything that takes longer.
+    pub(super) fn settle_attributes(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        for object in self.dirty.attributes(ATTRIBUTES_FIRST) {
+            let Some(inode) = self.model.get(object).map(|o| o.inode) else { continue };
+            if let Some(stat) = host.stat(inode)? {
+                let now = host.now();
+                self.reads.meta(object, now);
+                self.saw_stat(object, &stat, now);
+            }
+        }
+        Ok(())
     }
 
     fn settle_all(&mut self, host: &mut dyn Host, ahead: bool, left: &mut Left) -> Result<(), HostError> {
