@@ -1,9 +1,9 @@
 //! `cargo xtask bench overhead`: what replication costs a program, as the ratio of its time with and
 //! without, in pairs one after the other, so that whatever the machine does beside hits both.
 //!
-//! The program is pinned to core 0, agent and replayer to core 1 (two machines would not share a
-//! core); then each workload once unpinned, for the record. Prints a table, and writes
-//! target/bench/overhead.json.
+//! The program is pinned to core 0, agent and replayer to core 1, and the store stands in memory: two machines
+//! would share neither a core nor a disk. Then each workload once unpinned and with the store on the program's
+//! disk, for the record. Prints a table, and writes target/bench/overhead.json.
 
 use std::fs;
 use std::path::Path;
@@ -48,6 +48,9 @@ const WORKLOADS: [Workload; 5] = [
     Workload { name: "SQLite inserts", aim: 1.05, script: "\"$3\" sqlite-inserts \"$1\" \"$2\" 1500" },
     Workload { name: "unpack a source tree", aim: 1.15, script: "tar -xpf \"$2/src.tar\" -C \"$1\"" },
 ];
+
+/// Room for the store: the most that a workload writes, in the log and in the tree, and as much again.
+const STORE_MEBIBYTES: u64 = 5 << 10;
 
 /// The dearest that a syscall of a stranger may become, in ns.
 const STRANGER_AIM_NS: f64 = 130.0;
@@ -123,6 +126,7 @@ fn measure(
     let mut world = World::new("bench", Transport::Tcp)?;
     if pinned {
         world.pin_daemons(DAEMON_CPU);
+        world.store_apart(STORE_MEBIBYTES)?;
     }
     world.checkpoints("every=1s");
     let (begin, end) = (world.place.aux.join("begin"), world.place.aux.join("end"));

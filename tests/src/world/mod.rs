@@ -284,6 +284,16 @@ impl World {
         Ok(())
     }
 
+    /// Puts the replayer's store on a file system of its own, in memory: neither its writes nor its syncs
+    /// disturb the disk that the program uses, as on another machine.
+    ///
+    /// # Errors
+    /// When it cannot be mounted.
+    pub fn store_apart(&mut self, mebibytes: u64) -> Result<()> {
+        fs::create_dir(&self.store)?;
+        self.mount_at(FileSystem::Tmpfs, mebibytes, self.store.clone())
+    }
+
     /// What the daemons said.
     #[must_use]
     pub fn logs(&self) -> &Path {
