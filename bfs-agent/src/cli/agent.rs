@@ -6,6 +6,7 @@
 
 mod commands;
 mod show;
+mod spool;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
@@ -172,13 +173,17 @@ enum Command {
     ///
     /// Example:
     ///   bfs-agent flush --timeout 5m
+    ///
+    /// Where no agent of the group runs any more, what it left in its spool is sent.
     #[command(verbatim_doc_comment)]
     Flush {
         #[command(flatten)]
         target: Target,
-        /// How long to wait
+        /// How long to wait for an agent that runs
         #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
         timeout: Duration,
+        #[command(flatten)]
+        spool: spool::Place,
     },
     /// Take a checkpoint and compare the files of both sides, byte by byte
     ///
@@ -318,6 +323,8 @@ struct Options {
     /// How long to wait for the last checkpoint
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
     final_wait: Duration,
+    #[command(flatten)]
+    spool: spool::Spool,
     /// Longest write whose bytes travel through the ring
     #[arg(long, value_name = "SIZE", hide = true, value_parser = parse_size)]
     inline_max: Option<u64>,
@@ -473,9 +480,9 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             asks(inherited)?;
             commands::status(&target, json)
         }
-        Command::Flush { target, timeout } => {
+        Command::Flush { target, timeout, spool } => {
             asks(inherited)?;
-            commands::flush(&target, timeout)
+            commands::flush(&target, timeout, &spool.options())
         }
         Command::Verify { repair: true, .. } => {
             Err(later("verify --repair", "without --repair each difference is listed"))
@@ -545,6 +552,8 @@ impl Options {
         let filter = Filter::new(&self.include, &self.exclude).map_err(|why| {
             Failure::new(Kind::Usage, why, "write --exclude '*.tmp', or --exclude 'cache/**' for a path")
         })?;
+        let spool = self.spool.options();
+        preflight::check_spool(&spool, &self.group.group, &roots)?;
         preflight::check_user()?;
         preflight::check_kernel()?;
         preflight::check_namespace()?;
@@ -558,6 +567,7 @@ impl Options {
             socket: self.socket,
             filter,
             final_wait: self.final_wait,
+            spool,
             rollback_on_failure: false,
             going_back: GoingBack::default(),
             inline_max: self.inline_max,

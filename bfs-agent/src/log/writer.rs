@@ -308,8 +308,13 @@ impl LogWriter {
         Ok(())
     }
 
-    /// For tests: shorter segments.
-    #[cfg(test)]
+    /// The segment that is written, and how many bytes of it are synced.
+    #[must_use]
+    pub fn segment(&self) -> Option<(u64, u64)> {
+        self.segment.as_ref().map(|open| (open.number, open.synced))
+    }
+
+    /// Segments end at this length.
     pub fn limit_segments(&mut self, bytes: u64) {
         self.segment_bytes = bytes;
     }

@@ -12,5 +12,6 @@ pub mod rollback;
 pub mod schedule;
 pub mod session;
 pub mod ship;
+pub mod spool;
 pub mod stop;
 pub mod verify;

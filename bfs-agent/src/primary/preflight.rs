@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::failure::{Failure, Kind};
+use super::spool::{self, SpoolOptions};
 use crate::net::Destination;
 
 /// Where the kernel shows its types.
@@ -97,6 +98,30 @@ pub fn check_roots(paths: &[PathBuf], backup: &Destination) -> Result<Vec<PathBu
         }
     }
     Ok(roots)
+}
+
+/// Whether the spool lies outside of the subtrees, as far as paths tell.
+///
+/// # Errors
+/// [`Kind::Path`].
+pub fn check_spool(spool: &SpoolOptions, group: &str, roots: &[PathBuf]) -> Result<(), Failure> {
+    if spool.bytes_max == 0 {
+        return Ok(());
+    }
+    match overlapping(&real_place(&spool::folder(spool, group)), roots) {
+        Some(root) => Err(spool_inside(spool, root)),
+        None => Ok(()),
+    }
+}
+
+/// The refusal of a spool in what is replicated.
+#[must_use]
+pub fn spool_inside(spool: &SpoolOptions, root: &Path) -> Failure {
+    Failure::new(
+        Kind::Path,
+        format!("--path {} overlaps the spool in {}", root.display(), spool.directory.display()),
+        "give another folder with --spool DIR, outside of every --path, or none with --spool-size 0",
+    )
 }
 
 /// The one of the subtrees that a further one lies in, or the other way round.

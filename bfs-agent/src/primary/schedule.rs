@@ -105,6 +105,7 @@ pub fn parse_time(text: &str) -> Result<Duration, ScheduleError> {
         "s" => 1000,
         "m" => 60_000,
         "h" => 3_600_000,
+        "d" => 24 * 3_600_000,
         _ => return Err(bad()),
     };
     let ms = number.parse::<u64>().ok().and_then(|n| n.checked_mul(ms_per_unit)).ok_or_else(bad)?;

@@ -263,6 +263,22 @@ impl World {
         self.directory.as_ref().expect("taken only when dropped").path()
     }
 
+    /// What agents are given as `--spool`.
+    #[must_use]
+    pub fn spool(&self) -> PathBuf {
+        self.root().join("spool")
+    }
+
+    /// Makes the folder of the spool a small ext4 of its own.
+    ///
+    /// # Errors
+    /// When it cannot be made or mounted.
+    pub fn mount_spool(&mut self, mebibytes: u64) -> Result<()> {
+        let at = self.spool();
+        fs::create_dir(&at)?;
+        self.mount_at(FileSystem::Ext4, mebibytes, at)
+    }
+
     /// Makes the replicated directory a small ext4 of its own.
     ///
     /// # Errors
@@ -416,11 +432,15 @@ impl World {
     /// # Errors
     /// When none runs.
     pub fn pause_agent(&self, stand: bool) -> Result<()> {
-        let pid = self.agent.as_ref().context("no agent runs")?.id();
-        let signal = if stand { libc::SIGSTOP } else { libc::SIGCONT };
-        // SAFETY: a system call without pointers; the child was not waited for, so the number is its own.
-        ensure!(unsafe { libc::kill(pid as i32, signal) } == 0, "the agent cannot be signalled");
-        Ok(())
+        pause(self.agent.as_ref().context("no agent runs")?, stand)
+    }
+
+    /// Makes the replayer stand (SIGSTOP), or go on.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn pause_replayer(&self, stand: bool) -> Result<()> {
+        pause(self.replayer.as_ref().context("no replayer runs")?, stand)
     }
 
     fn start_agent(&mut self, arguments: &[String]) -> Result<()> {
@@ -442,6 +462,7 @@ impl World {
             .to_vec();
         line.extend([self.place.data.display().to_string(), "--backup".to_owned(), self.destination()]);
         line.extend(self.secret());
+        line.extend(["--spool".to_owned(), self.spool().display().to_string()]);
         line.extend(self.agent_options.iter().cloned());
         line
     }
@@ -656,6 +677,13 @@ impl World {
         ensure!(status.success(), "the agent ended with {status}");
         Ok(())
     }
+}
+
+fn pause(child: &Child, stand: bool) -> Result<()> {
+    let signal = if stand { libc::SIGSTOP } else { libc::SIGCONT };
+    // SAFETY: a system call without pointers; the child was not waited for, so the number is its own.
+    ensure!(unsafe { libc::kill(child.id() as i32, signal) } == 0, "{} cannot be signalled", child.id());
+    Ok(())
 }
 
 /// Runs a command that must succeed.

@@ -9,6 +9,8 @@ use super::{PathChange, Target, show};
 use crate::primary::control::{Client, FailureKind, Reply, Request, VerifyReport, WaitFor, default_socket};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::{self, Inherited};
+use crate::primary::session;
+use crate::primary::spool::SpoolOptions;
 
 /// Beyond the exit statuses of failures: what verify found.
 const DIFFERENT: u8 = 1;
@@ -126,14 +128,18 @@ pub(super) fn status(target: &Target, json: bool) -> Result<u8, Failure> {
     }
 }
 
-pub(super) fn flush(target: &Target, timeout: Duration) -> Result<u8, Failure> {
-    match ask(target, &Request::Flush { timeout_ms: milliseconds(timeout) })? {
-        Reply::Flushed { durable, confirmed } => {
-            print(&format!("durable on the backup up to record {durable}; checkpoint {confirmed} confirmed"));
-            Ok(0)
-        }
-        other => Err(unexpected(&other)),
-    }
+pub(super) fn flush(target: &Target, timeout: Duration, spool: &SpoolOptions) -> Result<u8, Failure> {
+    let (durable, confirmed) = match ask(target, &Request::Flush { timeout_ms: milliseconds(timeout) }) {
+        Ok(Reply::Flushed { durable, confirmed }) => (durable, confirmed),
+        Ok(other) => return Err(unexpected(&other)),
+        Err(failure) if failure.kind == Kind::NoAgent => match session::flush(spool, &target.group.group)? {
+            Some(progress) => (progress.durable.sequence, progress.confirmed),
+            None => return Err(failure),
+        },
+        Err(failure) => return Err(failure),
+    };
+    print(&format!("durable on the backup up to record {durable}; checkpoint {confirmed} confirmed"));
+    Ok(0)
 }
 
 pub(super) fn verify(target: &Target, timeout: Duration) -> Result<u8, Failure> {
@@ -186,17 +192,21 @@ pub(super) fn paths(target: &Target) -> Result<u8, Failure> {
 
 pub(super) fn stop(target: &Target, timeout: Duration) -> Result<u8, Failure> {
     match ask(target, &Request::Stop { timeout_ms: milliseconds(timeout) })? {
-        Reply::Ended { checkpoint, reached: Some(WaitFor::Confirmed | WaitFor::Applied) } => {
+        Reply::Ended { checkpoint, reached: Some(WaitFor::Confirmed | WaitFor::Applied), .. } => {
             print(&format!("stopped; checkpoint {checkpoint} is confirmed"));
             Ok(0)
         }
+        Reply::Ended { checkpoint, send_by: Some(command), .. } => Err(Failure::new(
+            Kind::NotConfirmed,
+            format!(
+                "stopped; the last checkpoint ({checkpoint}) is only sealed: in the spool, not on the backup"
+            ),
+            format!("when the replayer is there again: {command}"),
+        )),
         Reply::Ended { checkpoint, .. } => Err(Failure::new(
             Kind::NotConfirmed,
             format!("stopped, but the last checkpoint ({checkpoint}) is not confirmed by the backup"),
-            format!(
-                "start the replayer again, then `bfs-agent resume --group {}`, then `bfs-agent flush`",
-                target.group.group
-            ),
+            "start the replayer, and the agent with the same --group and --backup: what is missing is copied then",
         )),
         other => Err(unexpected(&other)),
     }

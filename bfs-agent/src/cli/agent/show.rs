@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::primary::control::{CheckpointStatus, State, Status, VerifyReport};
+use crate::primary::control::{CheckpointStatus, SpoolStatus, State, Status, VerifyReport};
 
 /// A status for people, first what matters most.
 #[must_use]
@@ -36,6 +36,12 @@ pub fn status(status: &Status) -> String {
         if let Some(refusal) = &destination.refusal {
             line("", format!("refused: {refusal}"));
         }
+    }
+    if let Some(text) = spool(&status.spool) {
+        line("spool", text);
+    }
+    if let Some(trouble) = &status.spool.trouble {
+        line("", format!("it takes nothing now: {trouble}; records wait in memory"));
     }
     line("sealed", checkpoint(&status.sealed));
     line("confirmed", checkpoint(&status.confirmed));
@@ -104,6 +110,25 @@ pub fn status(status: &Status) -> String {
     }
     text.truncate(text.trim_end().len());
     text
+}
+
+/// What only the spool has, where there is anything or it is in trouble.
+fn spool(spool: &SpoolStatus) -> Option<String> {
+    let folder = spool.folder.as_ref().filter(|_| spool.records > 0 || spool.trouble.is_some())?;
+    let mut text = format!(
+        "{} records, {} of at most {} in {}",
+        spool.records,
+        size(spool.disk_bytes),
+        size(spool.bytes_max),
+        folder.display()
+    );
+    if let Some(age) = spool.oldest_ms {
+        let _ = write!(text, ", the oldest {} s of at most {} s", age / 1000, spool.oldest_ms_max / 1000);
+    }
+    if let Some(left) = spool.left_ms {
+        let _ = write!(text, "; being sent, {} and about {} s left", size(spool.bytes), left.div_ceil(1000));
+    }
+    Some(text)
 }
 
 fn checkpoint(checkpoint: &CheckpointStatus) -> String {

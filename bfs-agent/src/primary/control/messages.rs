@@ -116,6 +116,8 @@ pub enum Reply {
         checkpoint: CheckpointId,
         /// Where that has come to; `None` when not even all of it is durable.
         reached: Option<WaitFor>,
+        /// Where it is sealed: the command that sends it.
+        send_by: Option<String>,
     },
     /// It was not done.
     Failed {
@@ -217,6 +219,31 @@ pub struct DestinationStatus {
     pub refusal: Option<String>,
 }
 
+/// The spool in the status.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpoolStatus {
+    /// Its folder; `None` where there is to be none.
+    pub folder: Option<PathBuf>,
+    /// Records that only it has.
+    pub records: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// What it needs on the disk.
+    pub disk_bytes: u64,
+    /// How much that may be.
+    pub bytes_max: u64,
+    /// Age of what is oldest in it.
+    pub oldest_ms: Option<u64>,
+    /// How old that may get.
+    pub oldest_ms_max: u64,
+    /// It takes no more, because of one of its bounds.
+    pub is_full: bool,
+    /// Why it takes nothing now.
+    pub trouble: Option<String>,
+    /// While it is being sent: how long that will take.
+    pub left_ms: Option<u64>,
+}
+
 /// What was counted since the agent's start. `reserve_failed` to `compat` come from the probes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
@@ -282,6 +309,8 @@ pub struct Status {
     pub schedule: String,
     /// Where the stream goes.
     pub destinations: Vec<DestinationStatus>,
+    /// What is kept for a destination that is away.
+    pub spool: SpoolStatus,
     /// The agent's epoch.
     pub epoch: Epoch,
     /// The last checkpoint whose records are all durable somewhere.

@@ -1,18 +1,18 @@
 //! Starting a session: control socket, file systems, destination, probes, model.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use bfs_common::record::{CheckpointId, PathBytes};
+use bfs_common::record::CheckpointId;
 use bfs_common::wire::DIGEST_BLOCK;
 
 use super::known::Answers;
 use super::state::{self, State};
 use super::work::Work;
-use super::{SessionOptions, link, rollback};
+use super::{SessionOptions, left, link, rollback};
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
-use crate::net::{Destination, Secret};
+use crate::net::Secret;
 use crate::primary::capture::probes::group_dir;
 use crate::primary::capture::{CaptureError, LoadOptions, Probes};
 use crate::primary::clock::monotonic_ns;
@@ -23,13 +23,13 @@ use crate::primary::engine::model::{FileSystems, Model};
 use crate::primary::engine::outbox::Outbox;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::reader::{Reader, ReaderError, Root};
-use crate::primary::ship::{ShipOptions, Shipper, Welcome, network};
+use crate::primary::ship::{Shipper, Welcome};
 use crate::primary::stop::{StopError, Stopper};
 
 /// Most bytes of records that wait in memory for the destination.
-const RETAIN_BYTES_MAX: usize = 512 << 20;
+pub(super) const RETAIN_BYTES_MAX: usize = 512 << 20;
 /// How long the first connection may take.
-const START_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const START_LIMIT: Duration = Duration::from_secs(10);
 /// How long the catalogue of a store may take.
 const CATALOG_LIMIT: Duration = Duration::from_secs(300);
 /// Writes up to this size are copied in the probe where that is exact. Beyond, the copy costs the
@@ -52,6 +52,8 @@ pub struct Ground {
     boot_id: [u8; 16],
     /// A rollback that was not finished was, to this checkpoint.
     pub rolled_back: Option<CheckpointId>,
+    /// The spool that the agent before relied on is not there, or cannot be sent.
+    spool_lost: bool,
     /// The replayer of a `dir:` destination.
     local: Option<Arc<ReplayerHandle>>,
 }
@@ -120,34 +122,12 @@ impl Ground {
         for path in &options.roots {
             roots.push(reader.add_root(path)?);
         }
+        left::check_place(&options.spool, &options.group, &reader, &roots)?;
         let rolled_back = rollback::finish_interrupted(&options.group, &reader, &roots)?;
         let boot_id = state::boot_id().map_err(|e| other("cannot read the boot id", e))?;
-        let mut local = None;
-        let connect = match &options.backup {
-            Destination::Dir(store) => {
-                let handle = Arc::new(open_store(store)?);
-                local = Some(Arc::clone(&handle));
-                let connect: crate::primary::ship::Connect = Arc::new(move || {
-                    let handle = Arc::clone(&handle);
-                    Box::pin(async move { Ok(handle.connect_local()) })
-                });
-                connect
-            }
-            destination => network(destination.clone(), secret(&options)?),
-        };
-        let (shipper, welcome) = Shipper::start(ShipOptions {
-            connect,
-            group: options.group.clone(),
-            group_id: state::group_id(&options.group),
-            boot_id,
-            epoch: None,
-            take_over: successor,
-            maps: options.maps.iter().map(|(a, b)| (PathBytes::new(a), PathBytes::new(b))).collect(),
-            retain_bytes_max: RETAIN_BYTES_MAX,
-            start_limit: START_LIMIT,
-        })
-        .map_err(|e| {
-            let mut failure = Failure::from(e);
+        let (connect, local) = left::connector(&options.backup, options.secret_file.as_ref())?;
+        let address = left::address(&options, boot_id);
+        let unreachable = |mut failure: Failure| {
             failure.message = format!("--backup {}: {}", options.backup, failure.message);
             if failure.hint.is_empty() {
                 failure.hint = "try another --backup or --group, or look at the replayer: \
@@ -155,8 +135,27 @@ impl Ground {
                     .into();
             }
             failure
-        })?;
-        Ok(Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, rolled_back, local })
+        };
+        let taken = left::take_spool(&options, &address, &connect).map_err(unreachable)?;
+        let left::Taken { spool, sent } = taken;
+        // What the ring was released for is gone then.
+        let spool_lost = !sent && state::relies_on_spool(&options.group);
+        let ship = left::ship_options(connect, &address, successor);
+        let (shipper, welcome) =
+            Shipper::start(ship, spool, None).map_err(|e| unreachable(Failure::from(e)))?;
+        Ok(Self {
+            options,
+            server,
+            inbound,
+            reader,
+            roots,
+            shipper,
+            welcome,
+            boot_id,
+            rolled_back,
+            spool_lost,
+            local,
+        })
     }
 
     /// Loads the probes; with a cgroup its tasks are selected as they are born or moved. What an agent
@@ -195,8 +194,7 @@ impl Ground {
         state: &State,
         complete: bool,
     ) -> Result<Work, Failure> {
-        let Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, rolled_back, local } =
-            self;
+        let Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, local, .. } = self;
         let mut file_systems = FileSystems::default();
         for root in &roots {
             file_systems.add(root.stat.inode.dev, root.file_system, root.subvolume);
@@ -209,8 +207,11 @@ impl Ground {
         };
         model.filter = options.filter.clone();
         // No probe saw what was brought back.
-        let complete =
-            complete && rolled_back.is_none() && welcome.boot_id == boot_id && welcome.highest_object.0 > 0;
+        let complete = complete
+            && self.rolled_back.is_none()
+            && !self.spool_lost
+            && welcome.boot_id == boot_id
+            && welcome.highest_object.0 > 0;
         let out = Outbox::new(welcome.position.sequence, welcome.position.chain);
         let mut engine = Engine::new(model, out, welcome.confirmed);
         let mut answers = None;
@@ -232,14 +233,14 @@ impl Ground {
         // What stands in the ring by now is in what was read or in the catalogue, or not.
         engine.suspect_events_before(now);
         state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;
-        let mut link = link::Link::new(probes, reader, shipper, stopper);
+        let mut link = link::Link::new(&options.group, probes, reader, shipper, stopper);
         link.answers = answers;
         Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.clone(), local))
     }
 }
 
-fn secret(options: &SessionOptions) -> Result<Option<Secret>, Failure> {
-    let Some(file) = &options.secret_file else { return Ok(None) };
+pub(super) fn secret(file: Option<&PathBuf>) -> Result<Option<Secret>, Failure> {
+    let Some(file) = file else { return Ok(None) };
     Secret::from_file(file).map(Some).map_err(|e| {
         Failure::new(
             Kind::Usage,
@@ -249,7 +250,7 @@ fn secret(options: &SessionOptions) -> Result<Option<Secret>, Failure> {
     })
 }
 
-fn open_store(store: &Path) -> Result<ReplayerHandle, Failure> {
+pub(super) fn open_store(store: &Path) -> Result<ReplayerHandle, Failure> {
     let options = ServeOptions { store: store.to_owned(), ..ServeOptions::default() };
     Replayer::start(options).map_err(|e| {
         Failure::new(

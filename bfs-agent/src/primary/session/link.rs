@@ -10,6 +10,7 @@ use bfs_common::abi::{InodeId, TASKS_MAX, counter};
 use bfs_common::record::{Name, ObjectId};
 
 use super::known::Answers;
+use super::state;
 use crate::primary::capture::Probes;
 use crate::primary::capture::probes::Counters;
 use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
@@ -54,6 +55,9 @@ pub struct Link {
     pub answers: Option<Answers>,
     /// Who wants to know that the work goes on.
     pub service: Service,
+    group: String,
+    /// A successor needs what the spool has.
+    relies_on_spool: bool,
     seen: Counters,
     seen_misses: u64,
     released: u64,
@@ -61,8 +65,16 @@ pub struct Link {
 
 impl Link {
     /// Ties them together. What the probes lost before counts as lost now.
-    pub fn new(probes: Probes, reader: Reader, shipper: Shipper, stopper: Option<Box<dyn Stopper>>) -> Self {
+    pub fn new(
+        group: &str,
+        probes: Probes,
+        reader: Reader,
+        shipper: Shipper,
+        stopper: Option<Box<dyn Stopper>>,
+    ) -> Self {
         Self {
+            group: group.into(),
+            relies_on_spool: state::relies_on_spool(group),
             probes,
             reader,
             shipper,
@@ -81,8 +93,19 @@ impl Link {
 
     /// Gives back the ring space of what is durable.
     pub fn release_ring(&mut self) {
-        let durable = self.shipper.progress().released_ring_position;
-        if let Some(position) = durable.filter(|p| *p > self.released) {
+        let progress = self.shipper.progress();
+        let spooled = progress.spool.records > 0;
+        if spooled != self.relies_on_spool {
+            match state::rely_on_spool(&self.group, spooled) {
+                Ok(()) => self.relies_on_spool = spooled,
+                // The ring keeps it then.
+                Err(e) if spooled => {
+                    return tracing::warn!("cannot note in /run/bfs that there is a spool: {e}");
+                }
+                Err(_) => {}
+            }
+        }
+        if let Some(position) = progress.released_ring_position.filter(|p| *p > self.released) {
             self.probes.ring().release(position);
             self.released = position;
         }
@@ -277,7 +300,7 @@ impl Host for Link {
 
     fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError> {
         for mut batch in batches {
-            let mut since = (Instant::now(), self.shipper.progress().durable.sequence);
+            let mut since = (Instant::now(), self.shipper.progress().sealed);
             loop {
                 self.service.alive();
                 match self.shipper.try_push(batch) {
@@ -285,10 +308,12 @@ impl Host for Link {
                     Err(Full(back)) => batch = back,
                 }
                 let progress = self.shipper.progress();
-                if progress.durable.sequence > since.1 {
-                    since = (Instant::now(), progress.durable.sequence);
+                if progress.sealed > since.1 {
+                    since = (Instant::now(), progress.sealed);
                 }
-                if since.0.elapsed() >= ROOM_WAIT[usize::from(progress.connected)] {
+                let may_move =
+                    progress.connected || (self.shipper.has_spool() && progress.spool.trouble.is_none());
+                if since.0.elapsed() >= ROOM_WAIT[usize::from(may_move)] {
                     return Err(HostError::Detached(progress.retained_bytes as u64));
                 }
                 let _ =

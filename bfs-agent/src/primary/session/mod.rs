@@ -2,6 +2,7 @@
 
 mod begin;
 mod known;
+mod left;
 mod link;
 mod mapped;
 mod paths;
@@ -25,6 +26,7 @@ use super::engine::filter::Filter;
 use super::failure::{Failure, Kind};
 use super::process::{Held, Inherited, Signals, exit_status, hold, tree_of};
 use super::schedule::Schedule;
+use super::spool::SpoolOptions;
 use super::stop::Stopper;
 use super::stop::freezer::Freezer;
 use super::stop::guard::Guard;
@@ -32,6 +34,7 @@ use super::stop::ptrace::Ptrace;
 use crate::net::Destination;
 use crate::service::Service;
 use begin::Ground;
+pub use left::flush;
 pub use rollback::rollback;
 use state::{Selection, State};
 use work::Ending;
@@ -57,6 +60,8 @@ pub struct SessionOptions {
     pub filter: Filter,
     /// How long the last checkpoint is waited for.
     pub final_wait: Duration,
+    /// Where records go that the backup cannot take.
+    pub spool: SpoolOptions,
     /// `run`: when the command fails, everything is brought back to what it was before.
     pub rollback_on_failure: bool,
     /// How files are brought back.
@@ -313,6 +318,15 @@ fn final_status(command: u8, ending: &Ending, group: &str) -> u8 {
         return command;
     }
     let why = ending.why.as_deref().map(|w| format!(" ({w})")).unwrap_or_default();
+    if let Some(send_by) = &ending.send_by {
+        eprintln!(
+            "bfs-agent: the last checkpoint ({}) of group {group:?} is only sealed: it is in the spool, not on \
+             the backup{why}\n  what to do: when the replayer is there again: {send_by}\n  or run with the same \
+             --group and --backup again, which sends it first",
+            ending.checkpoint
+        );
+        return if command == 0 { Kind::NotConfirmed.exit_status() } else { command };
+    }
     eprintln!(
         "bfs-agent: the last checkpoint of group {group:?} is not confirmed by the backup{why}\n  \
          what to do: start the replayer and run with the same --group and --backup again; \

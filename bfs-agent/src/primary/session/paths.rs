@@ -8,6 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::left;
 use super::link::probes_failed;
 use super::work::{Awaited, Work};
 use crate::primary::control::{FailureKind, Replies, Reply, WaitFor};
@@ -65,6 +66,12 @@ impl Work {
             .reader
             .add_root(&path)
             .map_err(|e| (e.to_string(), "choose a directory on ext4, xfs, btrfs or tmpfs"))?;
+        let spool = &self.options.spool;
+        preflight::check_spool(spool, &self.options.group, std::slice::from_ref(&path))
+            .and_then(|()| {
+                left::check_place(spool, &self.options.group, &self.link.reader, std::slice::from_ref(&root))
+            })
+            .map_err(|failure| (failure.message, "give another directory"))?;
         if !self.engine.model().is_device_of_roots(root.stat.inode.dev) {
             self.look_at(&root).map_err(|why| {
                 (

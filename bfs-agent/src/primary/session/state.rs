@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SessionOptions;
 use crate::primary::engine::filter::Filter;
+use crate::primary::spool::SpoolOptions;
 
 /// Where the state files lie: gone with the boot, like the probes that they describe.
 const DIRECTORY: &str = "/run/bfs";
@@ -40,6 +41,8 @@ pub struct State {
     #[serde(default)]
     exclude: Vec<String>,
     final_wait_ms: u64,
+    #[serde(default)]
+    spool: SpoolOptions,
     inline_max: Option<u64>,
     ring_bytes: Option<u64>,
     /// Events were thrown away: a successor cannot go on, it has to copy everything.
@@ -66,6 +69,7 @@ impl State {
             include: options.filter.texts().0.to_vec(),
             exclude: options.filter.texts().1.to_vec(),
             final_wait_ms: options.final_wait.as_millis() as u64,
+            spool: options.spool.clone(),
             inline_max: options.inline_max,
             ring_bytes: options.ring_bytes,
             incomplete: false,
@@ -89,6 +93,7 @@ impl State {
             socket: self.socket.clone(),
             filter: Filter::new(&self.include, &self.exclude)?,
             final_wait: Duration::from_millis(self.final_wait_ms),
+            spool: self.spool.clone(),
             // Who goes on is not the command's parent: it does not learn how the command ends.
             rollback_on_failure: false,
             going_back: super::GoingBack::default(),
@@ -131,6 +136,36 @@ impl State {
     /// Removes it at a clean end.
     pub fn remove(group: &str) {
         let _ = fs::remove_file(path(group));
+        let _ = fs::remove_file(relies(group));
+    }
+}
+
+fn relies(group: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(format!("spooled-{group}"))
+}
+
+/// Whether ring space was released for what only the spool has: without the spool a successor cannot go on.
+#[must_use]
+pub fn relies_on_spool(group: &str) -> bool {
+    relies(group).exists()
+}
+
+/// Notes whether it does.
+///
+/// # Errors
+/// What the system says.
+pub fn rely_on_spool(group: &str, relied: bool) -> io::Result<()> {
+    if relied {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
+        fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(relies(group))
+            .map(drop)
+    } else {
+        fs::remove_file(relies(group))
     }
 }
 

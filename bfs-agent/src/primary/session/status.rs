@@ -1,10 +1,16 @@
 //! What a session tells about itself.
 
+use std::time::Duration;
+
 use bfs_common::abi::counter;
 use bfs_common::record::{CheckpointId, Sequence};
 
 use super::work::{Mark, Work};
-use crate::primary::control::{CheckpointStatus, Counters, DestinationStatus, State, Status, StopTimes};
+use crate::primary::control::{
+    CheckpointStatus, Counters, DestinationStatus, SpoolStatus, State, Status, StopTimes,
+};
+use crate::primary::ship::SpoolProgress;
+use crate::primary::spool::folder;
 
 impl Work {
     /// How the session stands.
@@ -19,7 +25,7 @@ impl Work {
                 tag: mark.map(|m| m.tag.clone()).unwrap_or_default(),
             }
         };
-        let sealed = mark_of(&|m| m.sequence <= progress.durable.sequence)
+        let sealed = mark_of(&|m| m.sequence <= progress.sealed)
             .map_or(progress.confirmed, |m| m.checkpoint.max(progress.confirmed));
         let last_sequence = self.engine.last_sequence();
         let refusal = progress.refusal.as_ref().map(ToString::to_string);
@@ -47,6 +53,7 @@ impl Work {
                 last_error: progress.last_error.clone(),
                 refusal: refusal.clone(),
             }],
+            spool: self.spool_status(&progress.spool),
             epoch: self.epoch,
             sealed: checkpoint(sealed),
             confirmed: checkpoint(progress.confirmed),
@@ -84,6 +91,24 @@ impl Work {
         }
     }
 
+    fn spool_status(&self, spool: &SpoolProgress) -> SpoolStatus {
+        let options = &self.options.spool;
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let folder = (options.bytes_max > 0).then(|| folder(options, &self.options.group));
+        SpoolStatus {
+            folder,
+            records: spool.records,
+            bytes: spool.bytes,
+            disk_bytes: spool.disk_bytes,
+            bytes_max: options.bytes_max,
+            oldest_ms: spool.oldest.map(milliseconds),
+            oldest_ms_max: milliseconds(options.time_max),
+            is_full: spool.is_full,
+            trouble: spool.trouble.clone(),
+            left_ms: spool.left.map(milliseconds),
+        }
+    }
+
     fn why_not_confirmed(
         &self,
         progress: &crate::primary::ship::Progress,
@@ -99,6 +124,9 @@ impl Work {
         if !progress.connected && progress.durable.sequence < last {
             let why = progress.last_error.as_deref().unwrap_or("no connection");
             return Some(format!("not connected to the replayer: {why}"));
+        }
+        if progress.spool.records > 0 {
+            return Some("what the spool holds is sent first".into());
         }
         if self.tally.taken == 0 {
             return Some("the first copy is not complete".into());

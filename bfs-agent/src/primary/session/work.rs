@@ -18,6 +18,7 @@ use crate::primary::control::{
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::{CheckpointError, Engine, RECENT_NS, Request, Stop, Taken};
 use crate::primary::ship::Progress;
+use crate::primary::spool::DIRECTORY;
 use crate::primary::stop::Limits;
 use crate::primary::verify;
 
@@ -30,6 +31,8 @@ const FLUSH_SOON: Duration = Duration::from_millis(10);
 const CARE_EVERY: Duration = Duration::from_millis(200);
 /// How long the end of `run` waits for the backup's files once the checkpoint is confirmed.
 const APPLIED_WAIT: Duration = Duration::from_secs(10);
+/// How long it waits for the spool, where that is to keep what the backup did not take in time.
+const SEALED_WAIT: Duration = Duration::from_secs(10);
 /// Events that are taken in before the loop looks at anything else.
 const EVENTS_AT_ONCE: usize = 4096;
 /// Between two looks at an empty ring of the usual size; a small one is full sooner.
@@ -91,6 +94,8 @@ pub struct Ending {
     pub reached: Option<WaitFor>,
     /// Why it is not confirmed.
     pub why: Option<String>,
+    /// Where it is sealed: the command that sends it.
+    pub send_by: Option<String>,
 }
 
 /// A session at work.
@@ -590,19 +595,21 @@ impl Work {
             std::thread::sleep(Duration::from_millis(50));
             taken = self.checkpoint(String::new(), "end", Stop::IfNeeded);
         }
-        let mut ending = Ending { checkpoint: self.engine.last_checkpoint(), reached: None, why };
+        let checkpoint = self.engine.last_checkpoint();
+        let mut ending = Ending { checkpoint, reached: None, why, send_by: None };
         if let Ok(taken) = taken {
             ending = self.wait_end(&taken, deadline);
         }
         self.answer_waiters();
         if let Some((replies, _)) = asked {
-            replies.send(Reply::Ended { checkpoint: ending.checkpoint, reached: ending.reached });
+            let Ending { checkpoint, reached, send_by, .. } = ending.clone();
+            replies.send(Reply::Ended { checkpoint, reached, send_by });
         }
         ending
     }
 
     fn wait_end(&mut self, taken: &Taken, mut deadline: Instant) -> Ending {
-        let mut confirmed = false;
+        let (mut confirmed, mut sealing) = (false, false);
         loop {
             let progress = self.link.shipper.progress();
             let reached = reached(taken.checkpoint, taken.sequence, &progress);
@@ -611,15 +618,37 @@ impl Work {
                 deadline = deadline.min(Instant::now() + APPLIED_WAIT);
             }
             let over = Instant::now() >= deadline || progress.refusal.is_some();
-            if reached == Some(WaitFor::Applied) || over {
+            // A backup that is slow has its time; then the rest is kept for it.
+            if over
+                && reached.is_none()
+                && !sealing
+                && progress.refusal.is_none()
+                && self.link.shipper.has_spool()
+            {
+                sealing = true;
+                self.link.shipper.seal();
+                deadline = Instant::now() + SEALED_WAIT;
+                continue;
+            }
+            if reached == Some(WaitFor::Applied) || over || (sealing && reached.is_some()) {
                 let why = progress.refusal.map(|r| r.to_string()).or(progress.last_error);
-                return Ending { checkpoint: taken.checkpoint, reached, why };
+                let send_by = (reached == Some(WaitFor::Sealed)).then(|| self.send_by());
+                return Ending { checkpoint: taken.checkpoint, reached, why, send_by };
             }
             self.take_commands();
             self.answer_waiters();
             let _ =
                 self.link.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(50));
         }
+    }
+
+    /// The command that sends what the spool holds when this agent has ended.
+    fn send_by(&self) -> String {
+        let mut command = format!("bfs-agent flush --group {}", self.options.group);
+        if self.options.spool.directory != Path::new(DIRECTORY) {
+            command.push_str(&format!(" --spool {}", self.options.spool.directory.display()));
+        }
+        command
     }
 
     /// Ends the capture: nothing is left for a successor.
@@ -639,7 +668,7 @@ pub(super) fn reached(checkpoint: CheckpointId, marker: Sequence, progress: &Pro
         Some(WaitFor::Applied)
     } else if progress.confirmed >= checkpoint {
         Some(WaitFor::Confirmed)
-    } else if progress.durable.sequence >= marker {
+    } else if progress.sealed >= marker {
         Some(WaitFor::Sealed)
     } else {
         None

@@ -7,11 +7,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bfs_common::wire::{Frame, Refusal};
+use bfs_common::record::Sequence;
+use bfs_common::wire::{Frame, Position, Refusal};
 use tokio::time::Instant;
 
-use super::{Shared, ShipError, ShipOptions, Welcome};
+use super::{Batch, Next, Shared, ShipError, ShipOptions, Welcome};
 use crate::net::{ConnectError, Connection, FrameError, FrameReader, FrameWriter};
+use crate::primary::spool::Reader;
 
 /// Between two pings.
 const PING_EVERY: Duration = Duration::from_secs(1);
@@ -19,6 +21,8 @@ const PING_EVERY: Duration = Duration::from_secs(1);
 const DEAD_AFTER: Duration = Duration::from_millis(4500);
 /// For the answer to Hello.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// About how much is read from the spool at once.
+const SPOOLED_BYTES: usize = 1 << 20;
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
@@ -143,6 +147,7 @@ async fn read(shared: &Shared, reader: &mut FrameReader) -> ShipError {
 
 async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
     let mut ping_at = Instant::now();
+    let mut spool = None;
     loop {
         let sent: Result<(), FrameError> = async {
             if Instant::now() >= ping_at {
@@ -158,10 +163,19 @@ async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
         if let Err(error) = sent {
             return error.into();
         }
-        let Some(batch) = shared.next_batch() else {
-            // A notification that came since is kept, so nothing is missed.
-            let _ = tokio::time::timeout_at(ping_at, shared.wake.notified()).await;
-            continue;
+        let batch = match shared.next_to_send() {
+            Next::Batch(batch) => batch,
+            Next::Spooled { after, claimed, to } => {
+                match from_spool(shared, &mut spool, after, claimed, to).await {
+                    Ok(batch) => batch,
+                    Err(error) => return error,
+                }
+            }
+            Next::Nothing => {
+                // A notification that came since is kept, so nothing is missed.
+                let _ = tokio::time::timeout_at(ping_at, shared.wake.notified()).await;
+                continue;
+            }
         };
         let frame = Frame::Records { first: batch.first, count: batch.count };
         if let Err(error) = writer.send(&frame, &batch.bytes).await {
@@ -169,4 +183,33 @@ async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
         }
         shared.sent(&batch);
     }
+}
+
+/// The next batch out of the spool; it counts as sent. Reading may wait for the disk, so another thread does
+/// it.
+async fn from_spool(
+    shared: &Shared,
+    spool: &mut Option<Reader>,
+    after: Sequence,
+    claimed: Option<Position>,
+    to: Sequence,
+) -> Result<Batch, ShipError> {
+    let Some((dir, group)) = shared.spool.clone() else { return Err(ShipError::Unexpected) };
+    let durable = shared.durable();
+    let reader = spool.take().filter(|reader| reader.at().0 == after && claimed.is_none());
+    let read = tokio::task::spawn_blocking(move || -> Result<_, ShipError> {
+        let mut reader = match reader {
+            Some(reader) => reader,
+            None => Reader::open(&dir, group, after, durable)?,
+        };
+        if claimed.is_some_and(|claimed| (claimed.sequence, claimed.chain) != reader.at()) {
+            return Err(Refusal::Fork { at: after }.into());
+        }
+        let batch = reader.read(to, SPOOLED_BYTES)?;
+        Ok((reader, batch))
+    });
+    let (reader, batch) = read.await.map_err(|e| ShipError::Start(std::io::Error::other(e)))??;
+    shared.sent_spooled(&batch, claimed.map(|_| reader.passed()));
+    *spool = Some(reader);
+    Ok(batch)
 }

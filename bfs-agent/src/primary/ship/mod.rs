@@ -2,28 +2,35 @@
 //!
 //! A [`Shipper`] has a thread with an event loop of its own; the engine, which is not async, hands
 //! batches over with [`Shipper::try_push`] and looks at [`Shipper::progress`]. What is not durable
-//! at the destination is retained, bounded; a lost connection is made again, for ever, and the
-//! stream goes on behind the destination's last durable record. What can not be healed by trying
+//! at the destination is retained, bounded, in memory and behind that in the spool; a lost connection is
+//! made again, for ever, and the stream goes on behind the destination's last durable record. What can not be healed by trying
 //! again (a fork, a newer agent) stands in [`Progress::refusal`], and then nothing more is sent.
 
+mod keeper;
+mod leftover;
 mod link;
 mod queue;
 mod remote;
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bfs_common::record::{CheckpointId, Epoch, GapScope, GroupId, ObjectId, PathBytes};
+use bfs_common::record::{CheckpointId, Epoch, GapScope, GroupId, ObjectId, PathBytes, Sequence};
 use bfs_common::wire::{CatalogObject, Frame, Position, Refusal};
 use tokio::sync::Notify;
 
+pub use keeper::SpoolProgress;
+pub use leftover::send_left;
 pub use queue::{BATCHES_MAX, BODY_MAX, Batch};
 pub use remote::{Connect, ConnectFuture, Manifest, Remote, RemoteError, network};
 
+use crate::log::LogError;
 use crate::net::{ConnectError, FrameError};
-use queue::Queue;
+use crate::primary::spool::{Left, Spool};
+use queue::{Next, Queue};
 
 /// Answers that wait to be written; a peer that makes more of them is not served.
 const ANSWERS_MAX: usize = 64;
@@ -93,6 +100,9 @@ pub enum ShipError {
     /// The replayer says nothing any more.
     #[error("the replayer was silent for {0} s")]
     Silent(u64),
+    /// What was kept cannot be read.
+    #[error("what is to be sent cannot be read from the spool: {0}")]
+    Spool(#[from] LogError),
     /// Refused, by the replayer or, seeing its position, by us.
     #[error("refused: {0}")]
     Refused(#[from] Refusal),
@@ -122,7 +132,11 @@ pub struct Progress {
     pub applied: CheckpointId,
     /// Ring space up to here holds nothing that is not durable.
     pub released_ring_position: Option<u64>,
-    /// Bytes of records that are retained.
+    /// The last record that is durable, there or in the spool.
+    pub sealed: Sequence,
+    /// How the spool stands; all zero without one.
+    pub spool: SpoolProgress,
+    /// Bytes of records that are retained in memory.
     pub retained_bytes: usize,
     /// Bytes of records sent, resent ones included.
     pub sent_bytes: u64,
@@ -147,6 +161,7 @@ pub struct Shipper {
     shared: Arc<Shared>,
     remote: Remote,
     thread: Option<JoinHandle<()>>,
+    keeper: Option<JoinHandle<Spool>>,
 }
 
 /// What the engine's side and the shipper's thread share.
@@ -154,6 +169,10 @@ pub struct Shipper {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// There may be something for the spool.
+    keeper: Condvar,
+    /// Where the spool is.
+    spool: Option<(PathBuf, GroupId)>,
     /// There is something to write.
     wake: Notify,
     ended: tokio::sync::watch::Sender<bool>,
@@ -165,6 +184,10 @@ struct State {
     welcome: Option<Welcome>,
     first_error: Option<ShipError>,
     queue: Queue,
+    /// When something became durable, or there was nothing to wait for.
+    moved: Instant,
+    /// Everything goes into the spool that is not durable.
+    seal: bool,
     answers: VecDeque<Frame>,
     ping: (u64, Instant),
     catalog: Catalog,
@@ -178,12 +201,22 @@ enum Catalog {
 }
 
 impl Shipper {
-    /// Connects, and returns when the destination has welcomed this group.
+    /// Connects, and returns when the destination has welcomed this group. What an agent before `left` in
+    /// the spool is sent, and nothing else can be.
     ///
     /// # Errors
     /// [`ShipError`]: at the start every failure is final, for the user is there to be told.
-    pub fn start(options: ShipOptions) -> Result<(Self, Welcome), ShipError> {
-        let shared = Arc::new(Shared::new(options.retain_bytes_max));
+    pub fn start(
+        options: ShipOptions,
+        spool: Option<Spool>,
+        left: Option<&Left>,
+    ) -> Result<(Self, Welcome), ShipError> {
+        let mut shared = Shared::new(options.retain_bytes_max);
+        shared.spool = spool.as_ref().map(|spool| (spool.log().to_owned(), spool.group()));
+        if let Some(left) = left {
+            shared.change(|state| state.queue = Queue::left(left.begin, left.end, left.bytes));
+        }
+        let shared = Arc::new(shared);
         let remote = Remote::new(Arc::clone(&options.connect));
         let limit = options.start_limit;
         let runtime =
@@ -193,13 +226,24 @@ impl Shipper {
             .name("bfs-ship".into())
             .spawn(move || runtime.block_on(link::run(theirs, options)))
             .map_err(ShipError::Start)?;
-        let shipper = Self { shared, remote, thread: Some(thread) };
+        let mut shipper = Self { shared, remote, thread: Some(thread), keeper: None };
+        let welcome = shipper.first_welcome(limit)?;
+        if let Some(mut spool) = spool {
+            spool.set_epoch(welcome.epoch);
+            let theirs = Arc::clone(&shipper.shared);
+            let keeper = std::thread::Builder::new().name("bfs-spool".into());
+            let keeper = keeper.spawn(move || keeper::run(&theirs, spool)).map_err(ShipError::Start)?;
+            shipper.keeper = Some(keeper);
+        }
+        Ok((shipper, welcome))
+    }
+
+    fn first_welcome(&self, limit: Duration) -> Result<Welcome, ShipError> {
         let deadline = Instant::now() + limit;
-        let mut state = shipper.shared.lock();
+        let mut state = self.shared.lock();
         loop {
             if let Some(welcome) = state.welcome.clone() {
-                drop(state);
-                return Ok((shipper, welcome));
+                return Ok(welcome);
             }
             if let Some(error) = state.first_error.take() {
                 return Err(error);
@@ -208,7 +252,7 @@ impl Shipper {
             if left.is_zero() {
                 return Err(ShipError::Timeout(limit.as_secs()));
             }
-            state = shipper.shared.wait(state, left);
+            state = self.shared.wait(state, left);
         }
     }
 
@@ -226,7 +270,35 @@ impl Shipper {
         state.progress.retained_bytes = state.queue.bytes();
         drop(state);
         self.shared.wake.notify_one();
+        self.shared.keeper.notify_one();
         Ok(())
+    }
+
+    /// Everything that is not durable goes into the spool from now on.
+    pub fn seal(&self) {
+        self.shared.lock().seal = true;
+        self.shared.keeper.notify_one();
+    }
+
+    /// Whether there is a spool.
+    #[must_use]
+    pub fn has_spool(&self) -> bool {
+        self.shared.spool.is_some()
+    }
+
+    /// Ends, and gives the spool back.
+    #[must_use]
+    pub fn end(mut self) -> Option<Spool> {
+        self.stop()
+    }
+
+    fn stop(&mut self) -> Option<Spool> {
+        self.shared.ended.send_replace(true);
+        self.shared.keeper.notify_one();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        self.keeper.take()?.join().ok()
     }
 
     /// Ring space up to here holds nothing beyond what was pushed so far: it may be released as
@@ -295,10 +367,7 @@ impl Shipper {
 
 impl Drop for Shipper {
     fn drop(&mut self) {
-        self.shared.ended.send_replace(true);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.stop();
     }
 }
 
@@ -311,6 +380,8 @@ impl Shared {
             confirmed: CheckpointId(0),
             applied: CheckpointId(0),
             released_ring_position: None,
+            sealed: Sequence(0),
+            spool: SpoolProgress::default(),
             retained_bytes: 0,
             sent_bytes: 0,
             reconnects: 0,
@@ -324,11 +395,15 @@ impl Shared {
                 welcome: None,
                 first_error: None,
                 queue: Queue::new(Position::START, bytes_max),
+                moved: Instant::now(),
+                seal: false,
                 answers: VecDeque::new(),
                 ping: (0, Instant::now()),
                 catalog: Catalog::None,
             }),
             changed: Condvar::new(),
+            keeper: Condvar::new(),
+            spool: None,
             wake: Notify::new(),
             ended: tokio::sync::watch::Sender::new(false),
         }
@@ -348,13 +423,20 @@ impl Shared {
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let result = change(&mut state);
-        let State { progress, queue, .. } = &mut *state;
+        let State { progress, queue, moved, .. } = &mut *state;
         progress.version += 1;
+        let waits = queue.bytes() > 0 || queue.is_left();
+        if progress.durable != queue.durable() || !waits {
+            *moved = Instant::now();
+        }
         progress.durable = queue.durable();
+        progress.sealed = queue.sealed();
+        (progress.spool.records, progress.spool.bytes) = queue.in_spool();
         progress.released_ring_position = queue.released();
         progress.retained_bytes = queue.bytes();
         drop(state);
         self.changed.notify_all();
+        self.keeper.notify_one();
         result
     }
 
@@ -380,7 +462,11 @@ impl Shared {
                 state.queue.reconnected(welcome.position)?;
                 state.progress.reconnects += 1;
             } else {
-                state.queue.begin(welcome.position);
+                if state.queue.is_left() {
+                    state.queue.begin_left(welcome.position)?;
+                } else {
+                    state.queue.begin(welcome.position, welcome.epoch);
+                }
                 state.welcome = Some(welcome.clone());
             }
             state.answers.clear();
@@ -464,8 +550,23 @@ impl Shared {
         });
     }
 
-    fn next_batch(&self) -> Option<Batch> {
+    fn next_to_send(&self) -> Next {
         self.lock().queue.next_to_send()
+    }
+
+    /// What was read from the spool goes to the destination. Where the spool has what that claimed, it was
+    /// `passed` over.
+    fn sent_spooled(&self, batch: &Batch, passed: Option<u64>) {
+        self.change(|state| {
+            if let Some(bytes) = passed {
+                state.queue.claim_holds(bytes);
+            }
+            state.queue.sent_spooled(batch);
+        });
+    }
+
+    fn durable(&self) -> Sequence {
+        self.lock().queue.durable().sequence
     }
 
     fn sent(&self, batch: &Batch) {

@@ -1,13 +1,18 @@
 //! What was handed over and is not durable at the destination yet. Pure: no I/O, no clock.
 //!
-//! The queue is bounded in bytes and in batches. It remembers how far the present connection was
-//! served, so that nothing is sent twice on it, and after a reconnect it goes on exactly behind
-//! the destination's last durable record, which it checks by the chain hash.
+//! ```text
+//! durable at the destination | in the spool | in memory |
+//!                        durable         spool.end    pushed
+//! ```
+//! Either part may be empty. Memory is bounded in bytes and in batches. Its oldest batches go into the
+//! spool, and are then read from there. The queue remembers how far the present connection was served, so
+//! that nothing is sent twice on it, and after a reconnect it goes on exactly behind the destination's last
+//! durable record, which it checks by the chain hash; where only the spool can tell, that is asked.
 
 use std::collections::VecDeque;
 
 use bfs_common::codec;
-use bfs_common::record::{ChainHash, Sequence};
+use bfs_common::record::{ChainHash, Epoch, Sequence};
 use bfs_common::wire::{Position, Refusal};
 
 pub use super::super::engine::outbox::Batch;
@@ -44,17 +49,60 @@ impl Batch {
     }
 }
 
-/// Batches that are not durable yet.
+/// What a connection gets next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// This batch.
+    Batch(Batch),
+    /// Records of the spool behind this position, the last of them being `to`.
+    Spooled {
+        /// What was sent before, with its chain hash where that is to be checked against the spool.
+        after: Sequence,
+        /// The destination says that it has this; it counts when the spool has the same.
+        claimed: Option<Position>,
+        /// The last one that the spool has.
+        to: Sequence,
+    },
+    /// There is nothing to send, or too much is on its way.
+    Nothing,
+}
+
+/// A batch that was sent on this connection.
+#[derive(Clone, Copy, Debug)]
+struct Flying {
+    last: Sequence,
+    chain: ChainHash,
+    bytes: u64,
+}
+
+/// What stands in the spool and is not durable at the destination.
+#[derive(Clone, Copy, Debug)]
+struct Spooled {
+    end: Position,
+    bytes: u64,
+}
+
+/// Records that are not durable at the destination yet: first those in the spool, behind them those
+/// in memory.
 #[derive(Debug)]
 pub struct Queue {
-    batches: VecDeque<Batch>,
+    /// Behind the spool, if that has any.
+    memory: VecDeque<Batch>,
     bytes: usize,
     bytes_max: usize,
+    spool: Option<Spooled>,
+    /// The destination's position at the first connection, and the epoch that begins behind it.
+    begin: (Position, Epoch),
     /// What the destination has made durable.
     durable: Position,
+    /// What it says to have made durable, in the middle of the spool.
+    claimed: Option<Position>,
     /// The last record handed over, and the chain hash after it.
     pushed: (Sequence, ChainHash),
-    /// Index of the first batch that was not sent on this connection.
+    /// The last record sent on this connection.
+    sent: Sequence,
+    flying: VecDeque<Flying>,
+    /// Index in `memory` of the first batch that was not sent on this connection.
     next: usize,
     released: Option<u64>,
 }
@@ -64,23 +112,54 @@ impl Queue {
     #[must_use]
     pub fn new(durable: Position, bytes_max: usize) -> Self {
         Self {
-            batches: VecDeque::new(),
+            memory: VecDeque::new(),
             bytes: 0,
             bytes_max,
+            spool: None,
+            begin: (durable, durable.epoch),
             durable,
+            claimed: None,
             pushed: (durable.sequence, durable.chain),
+            sent: durable.sequence,
+            flying: VecDeque::new(),
             next: 0,
             released: None,
         }
     }
 
-    /// Sets where the destination stands at the first connection.
+    /// What an agent before left in its spool: the records behind `begin`, up to `end`.
+    #[must_use]
+    pub fn left(begin: Position, end: Position, bytes: u64) -> Self {
+        let spool = Some(Spooled { end, bytes });
+        let pushed = (end.sequence, end.chain);
+        Self { spool, pushed, begin: (begin, end.epoch), ..Self::new(begin, 0) }
+    }
+
+    /// Whether the spool has anything to send.
+    #[must_use]
+    pub fn is_left(&self) -> bool {
+        self.spool.is_some()
+    }
+
+    /// The first connection for what an agent before left. That may have sent more than it had in its spool.
+    ///
+    /// # Errors
+    /// As [`Queue::reconnected`].
+    pub fn begin_left(&mut self, position: Position) -> Result<(), Refusal> {
+        if position.sequence > self.pushed.0 && position.epoch == self.begin.1 {
+            *self = Self::new(position, self.bytes_max);
+            return Ok(());
+        }
+        self.reconnected(position)
+    }
+
+    /// Sets where the destination stands at the first connection, and the epoch of what comes.
     ///
     /// # Panics
     /// When something was handed over before.
-    pub fn begin(&mut self, position: Position) {
-        assert!(self.batches.is_empty() && self.pushed.0 == Sequence(0), "begun twice");
-        *self = Self::new(position, self.bytes_max);
+    pub fn begin(&mut self, position: Position, epoch: Epoch) {
+        assert!(self.memory.is_empty() && self.pushed.0 == Sequence(0), "begun twice");
+        *self = Self { begin: (position, epoch), ..Self::new(position, self.bytes_max) };
     }
 
     /// Takes a batch, or gives it back when the bound is reached. An empty queue takes any.
@@ -90,8 +169,8 @@ impl Queue {
     pub fn push(&mut self, batch: Batch) -> Result<(), Batch> {
         assert!(batch.count > 0, "an empty batch");
         assert_eq!(batch.first, self.pushed.0.next(), "batches follow each other");
-        let full = self.bytes + batch.bytes.len() > self.bytes_max || self.batches.len() >= BATCHES_MAX;
-        if full && !self.batches.is_empty() {
+        let full = self.bytes + batch.bytes.len() > self.bytes_max || self.memory.len() >= BATCHES_MAX;
+        if full && !self.memory.is_empty() {
             return Err(batch);
         }
         self.bytes += batch.bytes.len();
@@ -102,17 +181,49 @@ impl Queue {
             let cut = if batch.bytes.len() > BODY_MAX { first_part(&batch) } else { batch.last() };
             let (head, tail) = batch.split_if_needed(cut, before);
             before = head.chain_after;
-            self.batches.push_back(head);
+            self.memory.push_back(head);
             rest = tail;
         }
         Ok(())
     }
 
-    /// The next batch for this connection. It counts as sent.
-    pub fn next_to_send(&mut self) -> Option<Batch> {
-        let batch = self.batches.get(self.next)?.clone();
+    /// What this connection gets next. A batch counts as sent.
+    pub fn next_to_send(&mut self) -> Next {
+        if self.flying.len() >= BATCHES_MAX {
+            return Next::Nothing;
+        }
+        if let Some(spool) = self.spool.filter(|spool| self.sent < spool.end.sequence) {
+            return Next::Spooled { after: self.sent, claimed: self.claimed, to: spool.end.sequence };
+        }
+        let Some(batch) = self.memory.get(self.next).cloned() else { return Next::Nothing };
         self.next += 1;
-        Some(batch)
+        self.flies(&batch);
+        Next::Batch(batch)
+    }
+
+    /// The spool has what the destination claims; `bytes` of it were not known to be durable there.
+    pub fn claim_holds(&mut self, bytes: u64) {
+        if let Some(claimed) = self.claimed.take() {
+            self.durable = claimed;
+            self.left_the_spool(bytes);
+        }
+    }
+
+    /// A batch from the spool goes to the destination.
+    ///
+    /// # Panics
+    /// When it does not follow what was sent.
+    pub fn sent_spooled(&mut self, batch: &Batch) {
+        assert_eq!(batch.first, self.sent.next(), "the spool is sent in order");
+        self.flies(batch);
+        // The spool may have taken what this connection was sent from memory meanwhile.
+        self.next = self.memory.partition_point(|b| b.last() <= self.sent);
+    }
+
+    fn flies(&mut self, batch: &Batch) {
+        self.sent = batch.last();
+        let bytes = batch.bytes.len() as u64;
+        self.flying.push_back(Flying { last: batch.last(), chain: batch.chain_after, bytes });
     }
 
     /// The destination says what is durable.
@@ -120,20 +231,18 @@ impl Queue {
     /// # Errors
     /// What makes going on impossible: a fork, or a position that was never sent.
     pub fn acknowledged(&mut self, position: Position) -> Result<(), Refusal> {
-        if position.sequence < self.durable.sequence || position.sequence > self.pushed.0 {
+        if position.sequence < self.durable.sequence || position.sequence > self.sent {
             return Err(Refusal::Gap { have: self.durable.sequence, got: position.sequence });
         }
-        while self.batches.front().is_some_and(|b| b.last() <= position.sequence) {
-            let Some(batch) = self.batches.pop_front() else { break };
-            self.bytes -= batch.bytes.len();
-            self.next = self.next.saturating_sub(1);
-            self.released = batch.ring_position.or(self.released);
-            if batch.last() == position.sequence && batch.chain_after != position.chain {
+        while let Some(sent) = self.flying.pop_front_if(|sent| sent.last <= position.sequence) {
+            if sent.last == position.sequence && sent.chain != position.chain {
                 return Err(Refusal::Fork { at: position.sequence });
             }
-            self.durable = Position { sequence: batch.last(), chain: batch.chain_after, ..position };
+            self.left_the_spool(sent.bytes);
+            self.durable = Position { sequence: sent.last, chain: sent.chain, ..position };
         }
         self.durable.epoch = position.epoch;
+        self.forget_durable();
         Ok(())
     }
 
@@ -142,30 +251,128 @@ impl Queue {
     /// # Errors
     /// As [`Queue::acknowledged`]; also when the destination lost what it had acknowledged.
     pub fn reconnected(&mut self, position: Position) -> Result<(), Refusal> {
-        self.next = 0;
-        self.acknowledged(position)?;
-        let fork = Refusal::Fork { at: position.sequence };
-        if self.durable.sequence == position.sequence {
-            return if self.durable.chain == position.chain { Ok(()) } else { Err(fork) };
+        self.flying.clear();
+        self.claimed = None;
+        let at = position.sequence;
+        if at < self.durable.sequence || at > self.pushed.0 {
+            return Err(Refusal::Gap { have: self.durable.sequence, got: at });
         }
-        // In the middle of a batch: its durable part goes.
-        let Some(batch) = self.batches.pop_front() else { return Err(fork) };
-        let whole = batch.bytes.len();
-        match batch.split_after(position.sequence, self.durable.chain) {
-            Some((head, Some(tail))) if head.chain_after == position.chain => {
-                self.bytes -= whole - tail.bytes.len();
-                self.batches.push_front(tail);
-                self.durable = position;
-                Ok(())
+        if let Some(spool) = self.spool
+            && self.durable.sequence < at
+            && at < spool.end.sequence
+        {
+            // Only the spool can tell.
+            self.claimed = Some(position);
+        } else {
+            let chain = match self.spool {
+                Some(spool) if spool.end.sequence == at => Some(spool.end.chain),
+                _ if self.durable.sequence == at => Some(self.durable.chain),
+                _ => self.cut_memory(at),
+            };
+            if chain != Some(position.chain) {
+                return Err(Refusal::Fork { at });
             }
-            _ => Err(fork),
+            self.durable = position;
+            self.forget_durable();
         }
+        self.sent = at;
+        self.next = self.memory.partition_point(|b| b.last() <= at);
+        Ok(())
+    }
+
+    /// The chain hash after a record in memory; a batch that goes on behind it is cut there.
+    fn cut_memory(&mut self, at: Sequence) -> Option<ChainHash> {
+        let index = self.memory.partition_point(|b| b.last() < at);
+        let before = match index.checked_sub(1) {
+            Some(before) => self.memory[before].chain_after,
+            None => self.spool.map_or(self.durable.chain, |spool| spool.end.chain),
+        };
+        let (head, tail) = self.memory.get(index)?.clone().split_after(at, before)?;
+        let chain = head.chain_after;
+        self.memory[index] = head;
+        if let Some(tail) = tail {
+            self.memory.insert(index + 1, tail);
+        }
+        Some(chain)
+    }
+
+    /// What the destination has goes.
+    fn forget_durable(&mut self) {
+        if self.spool.is_some_and(|spool| spool.end.sequence <= self.durable.sequence) {
+            self.spool = None;
+        }
+        self.forget_memory(self.durable.sequence);
+    }
+
+    fn forget_memory(&mut self, up_to: Sequence) {
+        while let Some(batch) = self.memory.pop_front_if(|b| b.last() <= up_to) {
+            self.bytes -= batch.bytes.len();
+            self.next = self.next.saturating_sub(1);
+            self.released = batch.ring_position.or(self.released);
+        }
+    }
+
+    fn left_the_spool(&mut self, bytes: u64) {
+        if let Some(spool) = &mut self.spool {
+            spool.bytes = spool.bytes.saturating_sub(bytes);
+        }
+    }
+
+    /// Where the spool goes on, and what it takes next: the oldest batches in memory, about as many bytes.
+    #[must_use]
+    pub fn to_spool(&self, bytes_max: usize) -> Option<(Position, Vec<Batch>)> {
+        let first = self.memory.front()?.first;
+        let before = match self.spool {
+            Some(spool) => spool.end,
+            None => self.durable,
+        };
+        debug_assert_eq!(before.sequence.next(), first, "the spool is followed by memory");
+        let mut bytes = 0;
+        let fits = |batch: &&Batch| {
+            let first = bytes == 0;
+            bytes += batch.bytes.len();
+            first || bytes <= bytes_max
+        };
+        Some((before, self.memory.iter().take_while(fits).cloned().collect()))
+    }
+
+    /// The position after a record of this queue.
+    #[must_use]
+    pub fn position(&self, sequence: Sequence, chain: ChainHash) -> Position {
+        let (begin, epoch) = self.begin;
+        let epoch = if sequence <= begin.sequence { begin.epoch } else { epoch };
+        Position { epoch, sequence, chain }
+    }
+
+    /// These batches, from [`Queue::to_spool`], are durable in the spool.
+    pub fn spooled(&mut self, batches: &[Batch]) {
+        let Some(last) = batches.last() else { return };
+        let end = self.position(last.last(), last.chain_after);
+        let bytes = batches.iter().map(|b| b.bytes.len() as u64).sum::<u64>();
+        let before = self.spool.map_or(0, |spool| spool.bytes);
+        self.spool = Some(Spooled { end, bytes: before + bytes });
+        self.forget_memory(end.sequence);
+        // What came back in the meantime.
+        self.forget_durable();
     }
 
     /// Durable at the destination, at a batch's end.
     #[must_use]
     pub fn durable(&self) -> Position {
         self.durable
+    }
+
+    /// The last record that is durable, there or in the spool.
+    #[must_use]
+    pub fn sealed(&self) -> Sequence {
+        self.spool.map_or(self.durable.sequence, |spool| spool.end.sequence)
+    }
+
+    /// Records and bytes that only the spool has.
+    #[must_use]
+    pub fn in_spool(&self) -> (u64, u64) {
+        let Some(spool) = self.spool else { return (0, 0) };
+        (spool.end.sequence.0 - self.durable.sequence.0, spool.bytes)
     }
 
     /// Ring space up to here holds nothing that is not durable.
@@ -176,13 +383,13 @@ impl Queue {
 
     /// Ring space up to here holds nothing beyond what was pushed so far.
     pub fn note_position(&mut self, position: u64) {
-        match self.batches.back_mut() {
+        match self.memory.back_mut() {
             Some(last) => last.ring_position = last.ring_position.max(Some(position)),
             None => self.released = self.released.max(Some(position)),
         }
     }
 
-    /// Bytes that are retained.
+    /// Bytes that are in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -212,118 +419,5 @@ fn first_part(batch: &Batch) -> Sequence {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-    use bfs_common::record::{Epoch, ObjectId, Record};
-    use bytes::BytesMut;
-
-    /// Batches of records with payloads of these lengths, behind `(sequence, chain)`.
-    pub fn batch(after: &mut (Sequence, ChainHash), lengths: &[usize]) -> Batch {
-        let mut bytes = BytesMut::new();
-        let first = after.0.next();
-        for length in lengths {
-            let start = bytes.len();
-            after.0 = after.0.next();
-            let record = Record::Write { object: ObjectId(1), offset: after.0.0 };
-            codec::encode(&mut bytes, after.0, &record, &vec![7; *length]);
-            after.1 = codec::chain(after.1, &bytes[start..]);
-        }
-        Batch {
-            first,
-            count: lengths.len() as u32,
-            bytes: bytes.freeze(),
-            ring_position: Some(after.0.0 * 100),
-            chain_after: after.1,
-        }
-    }
-
-    fn start() -> (Sequence, ChainHash) {
-        (Sequence(0), ChainHash::START)
-    }
-
-    fn position(at: (Sequence, ChainHash)) -> Position {
-        Position { epoch: Epoch(1), sequence: at.0, chain: at.1 }
-    }
-
-    #[test]
-    fn the_bound_gives_the_batch_back() {
-        let mut queue = Queue::new(Position::START, 1000);
-        let mut at = start();
-        queue.push(batch(&mut at, &[2000])).unwrap();
-        let first = at;
-        let second = batch(&mut at, &[10]);
-        assert_eq!(queue.push(second.clone()), Err(second.clone()));
-        queue.acknowledged(position(first)).unwrap();
-        assert_eq!((queue.bytes(), queue.released()), (0, Some(100)));
-        queue.push(second).unwrap();
-    }
-
-    #[test]
-    fn a_large_batch_is_cut_between_records() {
-        let mut queue = Queue::new(Position::START, 1 << 30);
-        let mut at = start();
-        let whole = batch(&mut at, &[1 << 20; 9]);
-        queue.push(whole.clone()).unwrap();
-        let mut parts = Vec::new();
-        while let Some(part) = queue.next_to_send() {
-            assert!(part.bytes.len() <= BODY_MAX);
-            parts.push(part);
-        }
-        assert_eq!(parts.len(), 3);
-        assert_eq!(parts.concat_bytes(), whole.bytes);
-        assert_eq!(parts[2].chain_after, whole.chain_after);
-        assert_eq!(parts[0].ring_position, None);
-        assert_eq!(parts[2].ring_position, whole.ring_position);
-        let middle = Position { epoch: Epoch(1), sequence: parts[0].last(), chain: parts[0].chain_after };
-        queue.acknowledged(middle).unwrap();
-        assert_eq!(queue.released(), None, "the ring is held until all of it is durable");
-    }
-
-    trait Concat {
-        fn concat_bytes(&self) -> Vec<u8>;
-    }
-    impl Concat for Vec<Batch> {
-        fn concat_bytes(&self) -> Vec<u8> {
-            self.iter().flat_map(|b| b.bytes.to_vec()).collect()
-        }
-    }
-
-    #[test]
-    fn after_a_reconnect_exactly_the_rest_is_sent() {
-        let mut queue = Queue::new(Position::START, 1 << 20);
-        let mut at = start();
-        let first = batch(&mut at, &[1, 2]);
-        let mut inside = at;
-        let second = batch(&mut at, &[3, 4, 5]);
-        batch(&mut inside, &[3]);
-        queue.push(first).unwrap();
-        queue.push(second.clone()).unwrap();
-        while queue.next_to_send().is_some() {}
-        queue.reconnected(position(inside)).unwrap();
-        let resent = queue.next_to_send().unwrap();
-        assert_eq!((resent.first, resent.count), (Sequence(4), 2));
-        assert!(second.bytes.ends_with(&resent.bytes));
-        assert_eq!(queue.next_to_send(), None);
-        assert_eq!(queue.released(), Some(200));
-        queue.acknowledged(position(at)).unwrap();
-        assert_eq!((queue.bytes(), queue.released()), (0, Some(500)));
-    }
-
-    #[test]
-    fn a_fork_and_a_loss_are_noticed() {
-        let mut queue = Queue::new(Position::START, 1 << 20);
-        let mut at = start();
-        queue.push(batch(&mut at, &[1, 2])).unwrap();
-        let good = at;
-        let other = Position { chain: ChainHash([9; 32]), ..position(good) };
-        assert_eq!(queue.acknowledged(other), Err(Refusal::Fork { at: Sequence(2) }));
-
-        let mut queue = Queue::new(position(good), 1 << 20);
-        queue.push(batch(&mut at, &[1])).unwrap();
-        assert!(matches!(queue.reconnected(Position::START), Err(Refusal::Gap { .. })));
-        let ahead = Position { sequence: Sequence(9), ..position(at) };
-        assert!(matches!(queue.acknowledged(ahead), Err(Refusal::Gap { .. })));
-        let inside = Position { sequence: Sequence(2), chain: ChainHash([1; 32]), epoch: Epoch(1) };
-        assert_eq!(queue.reconnected(inside), Err(Refusal::Fork { at: Sequence(2) }));
-    }
-}
+#[path = "queue_tests.rs"]
+pub(super) mod tests;

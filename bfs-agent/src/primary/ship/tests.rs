@@ -6,6 +6,7 @@ use bfs_common::codec;
 use bfs_common::record::{ChainHash, Sequence};
 
 use crate::net::{Connection, local_pair};
+use crate::primary::spool::{Address, SpoolOptions};
 use std::sync::mpsc;
 
 /// The replayer's ends of the connections, in the order in which the shipper makes them.
@@ -110,7 +111,7 @@ impl Script {
 
 fn started(first: Frame) -> (Shipper, Script, mpsc::Receiver<Connection>) {
     let (connect, ends) = replayer();
-    let starting = std::thread::spawn(move || Shipper::start(options(connect)).unwrap());
+    let starting = std::thread::spawn(move || Shipper::start(options(connect), None, None).unwrap());
     let (script, epoch) = Script::accept(&ends, first);
     assert_eq!(epoch, None);
     let (shipper, welcome) = starting.join().unwrap();
@@ -199,7 +200,7 @@ fn a_busy_store_is_tried_again_but_not_at_the_start() {
     until(&shipper, |p| p.connected && p.reconnects == 1);
 
     let (connect, ends) = replayer();
-    let starting = std::thread::spawn(move || Shipper::start(options(connect)));
+    let starting = std::thread::spawn(move || Shipper::start(options(connect), None, None));
     let _script = Script::accept(&ends, busy());
     assert!(matches!(starting.join().unwrap(), Err(ShipError::Refused(Refusal::Busy { .. }))));
 }
@@ -242,4 +243,120 @@ fn a_silent_peer_is_left() {
     assert!(since.elapsed() < Duration::from_secs(6));
     assert!(shipper.progress().last_error.unwrap().contains("silent"));
     drop(script);
+}
+
+/// A spool of its own, and where it is.
+fn spool(bytes_max: u64) -> (tempfile::TempDir, SpoolOptions, Spool) {
+    let dir = tempfile::tempdir().unwrap();
+    let options = SpoolOptions { directory: dir.path().into(), bytes_max, ..SpoolOptions::default() };
+    let spool = Spool::open(options.clone(), Address::new("g", GroupId([1; 16]), [2; 16])).unwrap();
+    (dir, options, spool)
+}
+
+fn started_with(spool: Spool) -> (Shipper, Script, mpsc::Receiver<Connection>) {
+    let (connect, ends) = replayer();
+    let starting = std::thread::spawn(move || Shipper::start(options(connect), Some(spool), None).unwrap());
+    let (script, _) = Script::accept(&ends, welcome(position(BEGIN)));
+    (starting.join().unwrap().0, script, ends)
+}
+
+#[test]
+fn what_a_destination_that_is_away_misses_is_kept_and_sent_when_it_is_back() {
+    let (dir, _, spool) = spool(1 << 20);
+    let (shipper, script, ends) = started_with(spool);
+    drop(script);
+    drop(Script::accept(&ends, Frame::Refused(Refusal::Busy { name: "g".into() })));
+    let mut at = BEGIN;
+    for _ in 0..20 {
+        // More than memory may hold.
+        let mut next = batch(&mut at, &[500, 500]);
+        while let Err(Full(back)) = shipper.try_push(next) {
+            next = back;
+            let _ = shipper.wait_change(shipper.progress().version, Instant::now() + Duration::from_secs(1));
+        }
+    }
+    let progress = until(&shipper, |p| p.sealed == at.0);
+    assert_eq!((progress.durable.sequence, progress.spool.records), (Sequence(0), 40));
+    assert_eq!(progress.released_ring_position, Some(4000), "the ring is free for what is durable here");
+    assert!(progress.spool.bytes > 20_000 && progress.spool.oldest.is_some());
+
+    // It has some of it already: the middle of a batch.
+    let mut known = BEGIN;
+    batch(&mut known, &[500, 500]);
+    batch(&mut known, &[500]);
+    let (mut script, _) = Script::accept(&ends, welcome(position(known)));
+    shipper.try_push(batch(&mut at, &[10])).unwrap();
+    let mut next = known.0.0;
+    while next < at.0.0 {
+        for number in script.records() {
+            next += 1;
+            assert_eq!(number, next);
+        }
+    }
+    script.ack(at);
+    let progress = until(&shipper, |p| p.spool.records == 0 && p.spool.disk_bytes == 0);
+    assert_eq!((progress.durable.sequence, progress.sealed, progress.retained_bytes), (at.0, at.0, 0));
+    drop(shipper);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "an empty spool leaves nothing behind");
+}
+
+#[test]
+fn what_an_agent_left_is_sent_in_its_epoch_and_a_fork_is_not() {
+    for fork in [false, true] {
+        let (_dir, options_of_spool, spool) = spool(1 << 20);
+        let (shipper, script, _ends) = started_with(spool);
+        drop(script);
+        let mut at = BEGIN;
+        let mut middle = BEGIN;
+        shipper.try_push(batch(&mut at, &[10, 20])).unwrap();
+        batch(&mut middle, &[10]);
+        shipper.try_push(batch(&mut at, &[30])).unwrap();
+        until(&shipper, |p| p.sealed == at.0);
+        drop(shipper);
+
+        let address = Address::new("g", GroupId([1; 16]), [2; 16]);
+        let mut spool = Spool::open(options_of_spool, address).unwrap();
+        let left = spool.left().unwrap().unwrap();
+        assert_eq!(
+            (left.begin.sequence, left.end, left.address.epoch),
+            (Sequence(0), position(at), Epoch(5))
+        );
+        let (connect, ends) = replayer();
+        let ship = ShipOptions { epoch: Some(left.address.epoch), ..options(connect) };
+        let sending = std::thread::spawn(move || send_left(ship, spool, &left, |_| {}));
+        if fork {
+            middle.1 = ChainHash([7; 32]);
+        }
+        let (mut script, epoch) = Script::accept(&ends, welcome(position(middle)));
+        assert_eq!(epoch, Some(Epoch(5)));
+        if fork {
+            let refused = sending.join().unwrap().unwrap_err();
+            assert!(matches!(refused, ShipError::Refused(Refusal::Fork { at: Sequence(1) })), "{refused}");
+            continue;
+        }
+        assert_eq!(script.records(), [2, 3]);
+        script.ack(at);
+        let (spool, progress) = sending.join().unwrap().unwrap();
+        assert_eq!(progress.durable.sequence, at.0);
+        assert!(spool.unwrap().left().unwrap().is_none());
+    }
+}
+
+#[test]
+fn a_spool_at_its_bound_says_so_and_memory_is_what_is_left() {
+    let (_dir, _, spool) = spool(3000);
+    let (shipper, script, ends) = started_with(spool);
+    drop(script);
+    let mut at = BEGIN;
+    shipper.try_push(batch(&mut at, &[2000])).unwrap();
+    let first = at;
+    until(&shipper, |p| p.sealed == first.0);
+    shipper.try_push(batch(&mut at, &[3000])).unwrap();
+    let progress = until(&shipper, |p| p.spool.is_full);
+    assert!(progress.spool.trouble.unwrap().contains("as much as it may"));
+    assert_eq!(progress.sealed, first.0);
+    let (mut script, _) = Script::accept(&ends, welcome(position(BEGIN)));
+    assert_eq!((script.records(), script.records()), (vec![1], vec![2]));
+    script.ack(at);
+    until(&shipper, |p| p.durable.sequence == at.0 && !p.spool.is_full && p.spool.trouble.is_none());
 }
