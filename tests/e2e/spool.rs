@@ -5,8 +5,8 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use bfs_tests::exercise;
-use bfs_tests::programs::BesideMuch;
 use bfs_tests::programs::append::AppendWriters;
+use bfs_tests::programs::{BesideMuch, Program};
 use bfs_tests::random::{Random, given_seed};
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{How, Transport, World, command_ok, number_named, rounds};
@@ -204,8 +204,12 @@ fn a_spool_that_is_lost_with_the_agent_costs_a_comparison_and_no_change() {
     exercise::equal(&world).unwrap();
 }
 
-/// Where the spool can take no more, that is said, memory takes the rest, and nothing is lost.
-fn no_room(mut world: World, expected: &str) {
+/// Where the spool's disk is full, that is said, memory takes the rest, and nothing is lost.
+#[test]
+fn a_spool_on_a_full_disk() {
+    let mut world = World::new("spool-full", Transport::Unix).unwrap();
+    world.mount_spool(4).unwrap();
+    let expected = "No space left on device";
     world.start_replayer().unwrap();
     world.run(&shell(&world, BUSY)).unwrap();
     world.checkpoint().unwrap();
@@ -234,18 +238,55 @@ fn no_room(mut world: World, expected: &str) {
     exercise::equal(&world).unwrap();
 }
 
+/// Past the bound of the spool only what is touched is noted; when the backup is back that is read, by the same
+/// agent or by its successor, and nothing else.
 #[test]
-fn a_spool_at_its_bound() {
+fn past_its_bound_the_spool_keeps_what_was_touched() {
     let mut world = World::new("spool-bound", Transport::Unix).unwrap();
     world.agent_options(&["--spool-size", "1M"]);
-    no_room(world, "as much as it may");
-}
-
-#[test]
-fn a_spool_on_a_full_disk() {
-    let mut world = World::new("spool-full", Transport::Unix).unwrap();
-    world.mount_spool(4).unwrap();
-    no_room(world, "No space left on device");
+    let program = &BesideMuch(&AppendWriters);
+    world.start(program, How::Run).unwrap();
+    world.checkpoint().unwrap();
+    let sent = |world: &World| world.status_number(&["stream_bytes"]).unwrap();
+    let mut before = sent(&world);
+    for killed in [false, true] {
+        world.kill_replayer().unwrap();
+        let noting = |world: &World| spool_of(world)["notes_only"].as_bool().unwrap();
+        until("the spool to be full", SOON, || noting(&world).then_some(())).unwrap();
+        let refused = world.agent_command(&["checkpoint", "--wait", "sealed"], SOON).unwrap();
+        assert_eq!(refused.status.code(), Some(73), "{refused:?}");
+        let shown = world.agent_command(&["status"], SOON).unwrap();
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        assert!(shown.contains("what is touched is noted"), "{shown}");
+        // It goes on, and costs next to nothing.
+        let (disk, lines) =
+            (spool_of(&world)["disk_bytes"].as_u64().unwrap(), program.activity(&world.place).unwrap());
+        until("the program to go on", SOON, || {
+            (program.activity(&world.place).unwrap() > lines + 2000).then_some(())
+        })
+        .unwrap();
+        let grown = spool_of(&world)["disk_bytes"].as_u64().unwrap() - disk;
+        assert!(grown < 64 << 10, "{grown} bytes for notes");
+        if killed {
+            world.kill_agent().unwrap();
+            before = 0;
+        }
+        world.start_replayer().unwrap();
+        if killed {
+            world.resume().unwrap();
+        }
+        until("bytes to be sent again", SOON, || (!noting(&world)).then_some(())).unwrap();
+        exercise::cut(&world, program, usize::from(killed)).unwrap();
+        let own = BesideMuch::own_bytes(&world.place).unwrap();
+        let again = sent(&world) - before;
+        assert!(
+            again < BesideMuch::BYTES / 8 + 3 * own,
+            "{again} bytes, of {own} in use: that is a new copy"
+        );
+    }
+    exercise::stopped(&world, 2).unwrap();
+    world.finish().unwrap();
+    exercise::equal(&world).unwrap();
 }
 
 #[test]

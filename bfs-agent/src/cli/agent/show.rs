@@ -43,6 +43,9 @@ pub fn status(status: &Status) -> String {
     if let Some(trouble) = &status.spool.trouble {
         line("", format!("it takes nothing now: {trouble}; records wait in memory"));
     }
+    if status.spool.notes_only {
+        line("", "no room for bytes: what is touched is noted, and read when the backup is back".into());
+    }
     line("sealed", checkpoint(&status.sealed));
     line("confirmed", checkpoint(&status.confirmed));
     line("applied", checkpoint(&status.applied));

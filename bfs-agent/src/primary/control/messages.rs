@@ -238,6 +238,8 @@ pub struct SpoolStatus {
     pub oldest_ms_max: u64,
     /// It takes no more, because of one of its bounds.
     pub is_full: bool,
+    /// There is no room: instead of bytes only what is touched is noted, and read when the backup is back.
+    pub notes_only: bool,
     /// Why it takes nothing now.
     pub trouble: Option<String>,
     /// While it is being sent: how long that will take.

@@ -399,7 +399,7 @@ impl Engine {
                     }
                 }
                 let whole = self.dirty.get(object).is_some_and(|d| d.whole);
-                if inline && !ambiguous && self.write_inline(object, &range, event) {
+                if inline && !ambiguous && !self.noting && self.write_inline(object, &range, event) {
                     // Of a mapped file it is not known whether a store came later.
                     if !whole && !self.mapped.has(object) {
                         self.dirty.range_exact(object, range);

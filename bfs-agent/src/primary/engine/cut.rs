@@ -539,7 +539,11 @@ impl Engine {
             self.suspect_events_before(host.now());
         }
         self.out.close(self.position);
-        host.ship(self.out.take())?;
+        match host.ship(self.out.take()) {
+            // The marker was taken; what comes next hears of it again.
+            Ok(()) | Err(HostError::NoRoom(_)) => {}
+            Err(e) => return Err(e.into()),
+        }
         self.suspect_unfollowed(host.now());
         Ok(Taken {
             checkpoint,

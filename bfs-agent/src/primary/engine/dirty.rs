@@ -55,6 +55,8 @@ pub struct DirtySet {
     objects: HashMap<ObjectId, Dirty>,
     unannounced: HashSet<ObjectId>,
     gap_open: bool,
+    /// What the stream names as suspect since it was last said to be repaired.
+    named: HashSet<GapScope>,
     /// Every object was put in, with all that it has.
     all: bool,
     /// Objects that came or were taken out since.
@@ -254,12 +256,23 @@ impl DirtySet {
             }
             scopes.extend(dirty.entries.keys().map(|name| GapScope::Entry(object, name.clone())));
         }
+        // A gap stays open until all are closed: naming it once is enough.
+        scopes.retain(|scope| {
+            let below = match scope {
+                GapScope::Object(object) | GapScope::Entry(object, _) => {
+                    self.named.contains(&GapScope::Subtree(*object))
+                }
+                _ => false,
+            };
+            !below && self.named.insert(scope.clone())
+        });
         self.gap_open |= !scopes.is_empty();
         scopes
     }
 
     /// Whether the stream has an open gap; it counts as closed from now on.
     pub fn close_gap(&mut self) -> bool {
+        self.named.clear();
         std::mem::take(&mut self.gap_open)
     }
 

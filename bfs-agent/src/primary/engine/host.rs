@@ -135,6 +135,10 @@ pub enum HostError {
     /// The destination is away and the bound of what is kept for it is reached.
     #[error("the destination is away and {0} bytes wait for it: detached")]
     Detached(u64),
+    /// The destination is away and there is no room for more bytes: from now on only what is touched is to be
+    /// noted. What was handed over was taken.
+    #[error("the backup is away and there is no room for what it misses: {0}")]
+    NoRoom(String),
     /// The probes cannot be read any more.
     #[error("the probes cannot be read: {0}")]
     Probes(String),
@@ -290,7 +294,7 @@ pub trait Host {
     /// destination makes progress.
     ///
     /// # Errors
-    /// [`HostError::Detached`] past the bound.
+    /// [`HostError::NoRoom`] where bytes are not to be sent on; [`HostError::Detached`] past the bound.
     fn ship(&mut self, batches: Vec<Batch>) -> Result<(), HostError>;
 
     /// Everything that was read from the ring up to here is in what was shipped.

@@ -250,6 +250,8 @@ pub struct Engine {
     /// What was handed over of it.
     flushed_position: Option<u64>,
     last_checkpoint: CheckpointId,
+    /// Nobody takes bytes now: only what is touched is noted.
+    noting: bool,
     /// Counters.
     pub stats: Stats,
 }
@@ -288,6 +290,7 @@ impl Engine {
             flushed_position: None,
             position: None,
             last_checkpoint,
+            noting: false,
             stats: Stats::default(),
         }
     }
@@ -517,13 +520,28 @@ impl Engine {
         self.mapped.silent()
     }
 
+    /// From now on only what is touched is noted: names and sizes go into the stream as always, of content and
+    /// attributes only that they are suspect. No checkpoint should be taken until that ends; the next one
+    /// reads what was noted.
+    pub fn note_only(&mut self, noting: bool) {
+        self.noting = noting;
+    }
+
+    /// See [`Engine::note_only`].
+    #[must_use]
+    pub fn is_noting(&self) -> bool {
+        self.noting
+    }
+
     /// Sends what has been collected. What is not exact is named in the stream first, so that
     /// the ring can be released.
     ///
     /// # Errors
     /// [`HostError::Detached`].
     pub fn flush(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
-        if self.deferred.is_empty() {
+        if self.noting {
+            self.note_snapshots();
+        } else if self.deferred.is_empty() {
             self.send_snapshots();
         }
         if self.deferred.is_empty() && self.dirty.is_empty() {
@@ -575,6 +593,15 @@ impl Engine {
     fn ship_full(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
         let batches = self.out.take();
         if batches.is_empty() { Ok(()) } else { host.ship(batches) }
+    }
+
+    /// Attributes that the stream does not have are suspect; a later look makes them exact again.
+    fn note_snapshots(&mut self) {
+        for (object, seen) in &self.snapshots {
+            if self.model.get(*object).is_some_and(|known| known.meta != seen.meta) {
+                self.dirty.meta(*object, seen.end_ns);
+            }
+        }
     }
 
     fn send_snapshots(&mut self) {

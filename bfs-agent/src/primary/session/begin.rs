@@ -26,8 +26,9 @@ use crate::primary::reader::{Reader, ReaderError, Root};
 use crate::primary::ship::{Shipper, Welcome};
 use crate::primary::stop::{StopError, Stopper};
 
-/// Most bytes of records that wait in memory for the destination.
-pub(super) const RETAIN_BYTES_MAX: usize = 512 << 20;
+/// Most bytes of records that wait in memory for the destination; twice as many with notes of what was
+/// touched.
+pub(super) const RETAIN_BYTES_MAX: usize = 256 << 20;
 /// How long the first connection may take.
 pub(super) const START_LIMIT: Duration = Duration::from_secs(10);
 /// How long the catalogue of a store may take.

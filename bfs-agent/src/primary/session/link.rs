@@ -55,6 +55,8 @@ pub struct Link {
     pub answers: Option<Answers>,
     /// Who wants to know that the work goes on.
     pub service: Service,
+    /// Only what is touched is handed over.
+    pub noting: bool,
     group: String,
     /// A successor needs what the spool has.
     relies_on_spool: bool,
@@ -73,6 +75,7 @@ impl Link {
         stopper: Option<Box<dyn Stopper>>,
     ) -> Self {
         Self {
+            noting: false,
             group: group.into(),
             relies_on_spool: state::relies_on_spool(group),
             probes,
@@ -303,7 +306,8 @@ impl Host for Link {
             let mut since = (Instant::now(), self.shipper.progress().sealed);
             loop {
                 self.service.alive();
-                match self.shipper.try_push(batch) {
+                let short = !self.noting && self.shipper.shortage().is_some();
+                match self.shipper.try_push(batch, short) {
                     Ok(()) => break,
                     Err(Full(back)) => batch = back,
                 }
@@ -321,7 +325,10 @@ impl Host for Link {
             }
         }
         self.release_ring();
-        Ok(())
+        match self.shipper.shortage().filter(|_| !self.noting) {
+            Some(why) => Err(HostError::NoRoom(why)),
+            None => Ok(()),
+        }
     }
 
     fn ship_position(&mut self, position: u64) {

@@ -104,6 +104,7 @@ impl Work {
             oldest_ms: spool.oldest.map(milliseconds),
             oldest_ms_max: milliseconds(options.time_max),
             is_full: spool.is_full,
+            notes_only: self.engine.is_noting(),
             trouble: spool.trouble.clone(),
             left_ms: spool.left.map(milliseconds),
         }
@@ -127,6 +128,9 @@ impl Work {
         }
         if progress.spool.records > 0 {
             return Some("what the spool holds is sent first".into());
+        }
+        if self.engine.is_noting() {
+            return Some("there is no room for what the backup misses: only what is touched is noted".into());
         }
         if self.tally.taken == 0 {
             return Some("the first copy is not complete".into());

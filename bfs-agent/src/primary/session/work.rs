@@ -203,6 +203,7 @@ impl Work {
         if self.last_care.elapsed() >= CARE_EVERY {
             self.last_care = Instant::now();
             self.link.probes.forward_log();
+            self.note_no_longer();
             self.engine.prune(monotonic_ns().saturating_sub(RECENT_NS));
             if let Err(e) = self.engine.take_losses(&mut self.link) {
                 self.host_failed(&e);
@@ -241,6 +242,9 @@ impl Work {
     fn host_failed(&mut self, error: &HostError) {
         self.last_error = Some(error.to_string());
         self.failing = Some(error.to_string());
+        if matches!(error, HostError::NoRoom(_)) {
+            self.note_only(true);
+        }
         if matches!(error, HostError::Detached(_)) && self.detached.is_none() {
             self.detached = Some(error.to_string());
             // From here on events are thrown away. Should that not be written down, nothing may
@@ -249,6 +253,21 @@ impl Work {
             if self.kept.write(&self.options.group).is_err() {
                 super::state::State::remove(&self.options.group);
             }
+        }
+    }
+
+    /// Whether the engine only notes what is touched.
+    fn note_only(&mut self, noting: bool) {
+        self.engine.note_only(noting);
+        self.link.noting = noting;
+        self.link.shipper.note_only(noting);
+    }
+
+    /// The backup is back and has what the spool held: what was noted can be read.
+    fn note_no_longer(&mut self) {
+        let progress = self.link.shipper.progress();
+        if self.engine.is_noting() && progress.connected && progress.spool.records == 0 {
+            self.note_only(false);
         }
     }
 
@@ -271,6 +290,10 @@ impl Work {
     }
 
     fn scheduled(&mut self, trigger: &'static str) {
+        if self.engine.is_noting() {
+            self.last_checkpoint = Instant::now();
+            return;
+        }
         // An idle group needs no new checkpoint.
         let idle = self.tally.taken > 0
             && self.engine.stats.ops == self.ops_at_checkpoint
@@ -292,6 +315,11 @@ impl Work {
     ) -> Result<Taken, CheckpointError> {
         if let Some(why) = &self.detached {
             return Err(HostError::Probes(why.clone()).into());
+        }
+        self.note_no_longer();
+        if self.engine.is_noting() {
+            let why = self.link.shipper.progress().spool.trouble.unwrap_or_else(|| "memory is full".into());
+            return Err(HostError::NoRoom(why).into());
         }
         let wall_ns = wall_ns();
         let request = Request { tag: tag.clone(), trigger, wall_ns, stop };

@@ -47,10 +47,32 @@ pub struct SpoolProgress {
     pub left: Option<Duration>,
 }
 
+/// A spool that takes nothing is short of room when so much waits in memory; less for a small one.
+const SHORT: usize = 32 << 20;
+/// The same without a spool.
+const SHORT_ALONE: usize = 192 << 20;
+
+/// Why nothing but notes of what was touched should be handed over, as long as the destination is away.
+pub(super) fn shortage(state: &State, spool_bytes_max: Option<u64>) -> Option<String> {
+    let progress = &state.progress;
+    let waits = state.queue.bytes();
+    if progress.connected {
+        return None;
+    }
+    match (spool_bytes_max, &progress.spool.trouble) {
+        (Some(bytes_max), Some(trouble)) => {
+            let short = usize::try_from(bytes_max / 16).unwrap_or(SHORT).min(SHORT);
+            (waits > short || progress.spool.is_full).then(|| trouble.clone())
+        }
+        (Some(_), None) => None,
+        (None, _) => (waits > SHORT_ALONE).then(|| format!("{} MiB wait in memory", waits >> 20)),
+    }
+}
+
 enum Job {
     Clear,
     Remove(Sequence),
-    Append(Position, Vec<Batch>),
+    Append(Position, Vec<Batch>, bool),
     End,
 }
 
@@ -64,13 +86,16 @@ struct Pace {
 /// Runs until the shipper ends; gives the spool back.
 pub(super) fn run(shared: &Arc<Shared>, mut spool: Spool) -> Spool {
     let mut again_at = Instant::now();
+    let mut noted = false;
     let mut pace = Pace { since: Instant::now(), bytes: 0 };
     loop {
-        let done = match next(shared, &spool, again_at, &mut pace) {
+        let job = next(shared, &spool, again_at, noted, &mut pace);
+        noted = matches!(job, Job::Append(.., true));
+        let done = match job {
             Job::End => return spool,
             Job::Clear => spool.clear(),
             Job::Remove(up_to) => spool.acknowledged(up_to),
-            Job::Append(before, batches) => append(shared, &mut spool, before, &batches),
+            Job::Append(before, batches, notes) => append(shared, &mut spool, before, &batches, notes),
         };
         if done.is_err() {
             again_at = Instant::now() + AGAIN_AFTER;
@@ -90,6 +115,7 @@ fn append(
     spool: &mut Spool,
     mut before: Position,
     batches: &[Batch],
+    notes: bool,
 ) -> Result<(), SpoolError> {
     let position = |batch: &Batch| shared.lock().queue.position(batch.last(), batch.chain_after);
     let mut lines = Vec::with_capacity(batches.len());
@@ -98,19 +124,20 @@ fn append(
         lines.push(writer::Batch { bytes: batch.bytes.clone(), before, after });
         before = after;
     }
-    spool.append(lines.first().map_or(before, |line| line.before), &lines)?;
+    spool.append(lines.first().map_or(before, |line| line.before), &lines, notes)?;
     shared.change(|state| state.queue.spooled(batches));
     shared.wake.notify_one();
     Ok(())
 }
 
 /// Waits for something to do.
-fn next(shared: &Shared, spool: &Spool, again_at: Instant, pace: &mut Pace) -> Job {
+fn next(shared: &Shared, spool: &Spool, again_at: Instant, noted: bool, pace: &mut Pace) -> Job {
     let mut state = shared.lock();
     loop {
         let now = Instant::now();
         look(&mut state, spool, pace, now);
-        let may = now >= again_at;
+        // What is only noted has room that was not there before.
+        let may = now >= again_at || state.notes != noted;
         if may && state.queue.in_spool().0 == 0 && !spool.is_empty() {
             return Job::Clear;
         }
@@ -125,7 +152,7 @@ fn next(shared: &Shared, spool: &Spool, again_at: Instant, pace: &mut Pace) -> J
             && wants(&state, now)
             && let Some((before, batches)) = state.queue.to_spool(AT_ONCE)
         {
-            return Job::Append(before, batches);
+            return Job::Append(before, batches, state.notes);
         }
         let wait = shared.keeper.wait_timeout(state, LOOK_EVERY);
         state = wait.unwrap_or_else(PoisonError::into_inner).0;

@@ -52,7 +52,8 @@ pub struct ShipOptions {
     pub take_over: bool,
     /// FROM=TO of `--map`.
     pub maps: Vec<(PathBytes, PathBytes)>,
-    /// Most bytes of records that are retained until they are durable.
+    /// Most bytes of records that are retained in memory until they are durable; twice as many when the last of
+    /// them only say what was touched.
     pub retain_bytes_max: usize,
     /// How long the first connection may take.
     pub start_limit: Duration,
@@ -173,6 +174,7 @@ struct Shared {
     keeper: Condvar,
     /// Where the spool is.
     spool: Option<(PathBuf, GroupId)>,
+    spool_bytes_max: Option<u64>,
     /// There is something to write.
     wake: Notify,
     ended: tokio::sync::watch::Sender<bool>,
@@ -188,6 +190,8 @@ struct State {
     moved: Instant,
     /// Everything goes into the spool that is not durable.
     seal: bool,
+    /// Only what is touched is handed over, no bytes.
+    notes: bool,
     answers: VecDeque<Frame>,
     ping: (u64, Instant),
     catalog: Catalog,
@@ -213,6 +217,7 @@ impl Shipper {
     ) -> Result<(Self, Welcome), ShipError> {
         let mut shared = Shared::new(options.retain_bytes_max);
         shared.spool = spool.as_ref().map(|spool| (spool.log().to_owned(), spool.group()));
+        shared.spool_bytes_max = spool.as_ref().map(|spool| spool.options().bytes_max);
         if let Some(left) = left {
             shared.change(|state| state.queue = Queue::left(left.begin, left.end, left.bytes));
         }
@@ -257,16 +262,17 @@ impl Shipper {
     }
 
     /// Hands a batch over. It must begin with the record after the last one handed over (or
-    /// after [`Welcome::position`]).
+    /// after [`Welcome::position`]). `last`: before nothing but notes come, and twice as much may be retained.
     ///
     /// # Errors
     /// [`Full`] gives it back when as much is retained as may be.
     ///
     /// # Panics
     /// When the batch does not follow the one before.
-    pub fn try_push(&self, batch: Batch) -> Result<(), Full> {
+    pub fn try_push(&self, batch: Batch, last: bool) -> Result<(), Full> {
         let mut state = self.shared.lock();
-        state.queue.push(batch).map_err(Full)?;
+        let twice = last || state.notes;
+        state.queue.push(batch, twice).map_err(Full)?;
         state.progress.retained_bytes = state.queue.bytes();
         drop(state);
         self.shared.wake.notify_one();
@@ -278,6 +284,18 @@ impl Shipper {
     pub fn seal(&self) {
         self.shared.lock().seal = true;
         self.shared.keeper.notify_one();
+    }
+
+    /// From now on only what is touched is handed over, or bytes again.
+    pub fn note_only(&self, notes: bool) {
+        self.shared.lock().notes = notes;
+        self.shared.keeper.notify_one();
+    }
+
+    /// Why nothing but that should be handed over now, if the destination is away and there is no room.
+    #[must_use]
+    pub fn shortage(&self) -> Option<String> {
+        keeper::shortage(&self.shared.lock(), self.shared.spool_bytes_max)
     }
 
     /// Whether there is a spool.
@@ -397,6 +415,7 @@ impl Shared {
                 queue: Queue::new(Position::START, bytes_max),
                 moved: Instant::now(),
                 seal: false,
+                notes: false,
                 answers: VecDeque::new(),
                 ping: (0, Instant::now()),
                 catalog: Catalog::None,
@@ -404,6 +423,7 @@ impl Shared {
             changed: Condvar::new(),
             keeper: Condvar::new(),
             spool: None,
+            spool_bytes_max: None,
             wake: Notify::new(),
             ended: tokio::sync::watch::Sender::new(false),
         }

@@ -162,14 +162,15 @@ impl Queue {
         *self = Self { begin: (position, epoch), ..Self::new(position, self.bytes_max) };
     }
 
-    /// Takes a batch, or gives it back when the bound is reached. An empty queue takes any.
+    /// Takes a batch, or gives it back when the bound (or twice the bound) is reached. An empty queue takes any.
     ///
     /// # Panics
     /// When the batch does not follow the one before, or its bytes are not that many records.
-    pub fn push(&mut self, batch: Batch) -> Result<(), Batch> {
+    pub fn push(&mut self, batch: Batch, twice: bool) -> Result<(), Batch> {
         assert!(batch.count > 0, "an empty batch");
         assert_eq!(batch.first, self.pushed.0.next(), "batches follow each other");
-        let full = self.bytes + batch.bytes.len() > self.bytes_max || self.memory.len() >= BATCHES_MAX;
+        let bytes_max = if twice { self.bytes_max * 2 } else { self.bytes_max };
+        let full = self.bytes + batch.bytes.len() > bytes_max || self.memory.len() >= BATCHES_MAX;
         if full && !self.memory.is_empty() {
             return Err(batch);
         }

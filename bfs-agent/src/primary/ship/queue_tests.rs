@@ -46,14 +46,14 @@ fn position(at: (Sequence, ChainHash)) -> Position {
 fn the_bound_gives_the_batch_back() {
     let mut queue = Queue::new(Position::START, 1000);
     let mut at = start();
-    queue.push(batch(&mut at, &[2000])).unwrap();
+    queue.push(batch(&mut at, &[2000]), false).unwrap();
     let first = at;
     let second = batch(&mut at, &[10]);
-    assert_eq!(queue.push(second.clone()), Err(second.clone()));
+    assert_eq!(queue.push(second.clone(), false), Err(second.clone()));
     next(&mut queue).unwrap();
     queue.acknowledged(position(first)).unwrap();
     assert_eq!((queue.bytes(), queue.released()), (0, Some(100)));
-    queue.push(second).unwrap();
+    queue.push(second, false).unwrap();
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn a_large_batch_is_cut_between_records() {
     let mut queue = Queue::new(Position::START, 1 << 30);
     let mut at = start();
     let whole = batch(&mut at, &[1 << 20; 9]);
-    queue.push(whole.clone()).unwrap();
+    queue.push(whole.clone(), false).unwrap();
     let mut parts = Vec::new();
     while let Some(part) = next(&mut queue) {
         assert!(part.bytes.len() <= BODY_MAX);
@@ -94,8 +94,8 @@ fn after_a_reconnect_exactly_the_rest_is_sent() {
     let mut inside = at;
     let second = batch(&mut at, &[3, 4, 5]);
     batch(&mut inside, &[3]);
-    queue.push(first).unwrap();
-    queue.push(second.clone()).unwrap();
+    queue.push(first, false).unwrap();
+    queue.push(second.clone(), false).unwrap();
     while next(&mut queue).is_some() {}
     queue.reconnected(position(inside)).unwrap();
     let resent = next(&mut queue).unwrap();
@@ -111,14 +111,14 @@ fn after_a_reconnect_exactly_the_rest_is_sent() {
 fn a_fork_and_a_loss_are_noticed() {
     let mut queue = Queue::new(Position::START, 1 << 20);
     let mut at = start();
-    queue.push(batch(&mut at, &[1, 2])).unwrap();
+    queue.push(batch(&mut at, &[1, 2]), false).unwrap();
     let good = at;
     next(&mut queue).unwrap();
     let other = Position { chain: ChainHash([9; 32]), ..position(good) };
     assert_eq!(queue.acknowledged(other), Err(Refusal::Fork { at: Sequence(2) }));
 
     let mut queue = Queue::new(position(good), 1 << 20);
-    queue.push(batch(&mut at, &[1])).unwrap();
+    queue.push(batch(&mut at, &[1]), false).unwrap();
     assert!(matches!(queue.reconnected(Position::START), Err(Refusal::Gap { .. })));
     let ahead = Position { sequence: Sequence(9), ..position(at) };
     assert!(matches!(queue.acknowledged(ahead), Err(Refusal::Gap { .. })));
@@ -181,7 +181,7 @@ impl Around {
                 let before = self.end();
                 let mut after = before;
                 let batch = batch(&mut after, &lengths);
-                if self.queue.push(batch.clone()).is_err() {
+                if self.queue.push(batch.clone(), false).is_err() {
                     return;
                 }
                 let (mut rest, mut chain) = (batch.bytes.clone(), before.1);

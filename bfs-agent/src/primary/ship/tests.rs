@@ -133,9 +133,9 @@ fn until(shipper: &Shipper, what: impl Fn(&Progress) -> bool) -> Progress {
 fn a_reconnect_resends_exactly_what_is_not_durable() {
     let (shipper, mut script, ends) = started(welcome(position(BEGIN)));
     let mut at = BEGIN;
-    shipper.try_push(batch(&mut at, &[10, 10])).unwrap();
+    shipper.try_push(batch(&mut at, &[10, 10]), false).unwrap();
     let first = at;
-    shipper.try_push(batch(&mut at, &[10])).unwrap();
+    shipper.try_push(batch(&mut at, &[10]), false).unwrap();
     assert_eq!(script.records(), [1, 2]);
     assert_eq!(script.records(), [3]);
     script.ack(first);
@@ -147,7 +147,7 @@ fn a_reconnect_resends_exactly_what_is_not_durable() {
     let (mut script, epoch) = Script::accept(&ends, welcome(position(first)));
     assert_eq!(epoch, Some(Epoch(5)), "the epoch is held over a reconnect");
     assert_eq!(script.records(), [3]);
-    shipper.try_push(batch(&mut at, &[10])).unwrap();
+    shipper.try_push(batch(&mut at, &[10]), false).unwrap();
     assert_eq!(script.records(), [4], "nothing is sent twice on one connection");
     script.ack(at);
     let progress = until(&shipper, |p| p.retained_bytes == 0);
@@ -158,13 +158,15 @@ fn a_reconnect_resends_exactly_what_is_not_durable() {
 fn the_bound_gives_the_batch_back_and_an_acknowledgement_makes_room() {
     let (shipper, mut script, _ends) = started(welcome(position(BEGIN)));
     let mut at = BEGIN;
-    shipper.try_push(batch(&mut at, &[3000])).unwrap();
+    shipper.try_push(batch(&mut at, &[3000]), false).unwrap();
     let first = at;
-    let Err(Full(second)) = shipper.try_push(batch(&mut at, &[3000])) else { panic!("beyond the bound") };
+    let Err(Full(second)) = shipper.try_push(batch(&mut at, &[3000]), false) else {
+        panic!("beyond the bound")
+    };
     assert_eq!(script.records(), [1]);
     script.ack(first);
     until(&shipper, |p| p.retained_bytes == 0);
-    shipper.try_push(second).unwrap();
+    shipper.try_push(second, false).unwrap();
     assert_eq!(script.records(), [2]);
 }
 
@@ -183,7 +185,7 @@ fn a_refusal_is_final() {
 fn a_fork_is_seen_by_the_agent_too() {
     let (shipper, script, ends) = started(welcome(position(BEGIN)));
     let mut at = BEGIN;
-    shipper.try_push(batch(&mut at, &[1, 1])).unwrap();
+    shipper.try_push(batch(&mut at, &[1, 1]), false).unwrap();
     drop(script);
     let _script = Script::accept(&ends, welcome(position((Sequence(1), ChainHash([3; 32])))));
     let progress = until(&shipper, |p| p.refusal.is_some());
@@ -270,7 +272,7 @@ fn what_a_destination_that_is_away_misses_is_kept_and_sent_when_it_is_back() {
     for _ in 0..20 {
         // More than memory may hold.
         let mut next = batch(&mut at, &[500, 500]);
-        while let Err(Full(back)) = shipper.try_push(next) {
+        while let Err(Full(back)) = shipper.try_push(next, false) {
             next = back;
             let _ = shipper.wait_change(shipper.progress().version, Instant::now() + Duration::from_secs(1));
         }
@@ -285,7 +287,7 @@ fn what_a_destination_that_is_away_misses_is_kept_and_sent_when_it_is_back() {
     batch(&mut known, &[500, 500]);
     batch(&mut known, &[500]);
     let (mut script, _) = Script::accept(&ends, welcome(position(known)));
-    shipper.try_push(batch(&mut at, &[10])).unwrap();
+    shipper.try_push(batch(&mut at, &[10]), false).unwrap();
     let mut next = known.0.0;
     while next < at.0.0 {
         for number in script.records() {
@@ -308,9 +310,9 @@ fn what_an_agent_left_is_sent_in_its_epoch_and_a_fork_is_not() {
         drop(script);
         let mut at = BEGIN;
         let mut middle = BEGIN;
-        shipper.try_push(batch(&mut at, &[10, 20])).unwrap();
+        shipper.try_push(batch(&mut at, &[10, 20]), false).unwrap();
         batch(&mut middle, &[10]);
-        shipper.try_push(batch(&mut at, &[30])).unwrap();
+        shipper.try_push(batch(&mut at, &[30]), false).unwrap();
         until(&shipper, |p| p.sealed == at.0);
         drop(shipper);
 
@@ -348,10 +350,10 @@ fn a_spool_at_its_bound_says_so_and_memory_is_what_is_left() {
     let (shipper, script, ends) = started_with(spool);
     drop(script);
     let mut at = BEGIN;
-    shipper.try_push(batch(&mut at, &[2000])).unwrap();
+    shipper.try_push(batch(&mut at, &[2000]), false).unwrap();
     let first = at;
     until(&shipper, |p| p.sealed == first.0);
-    shipper.try_push(batch(&mut at, &[3000])).unwrap();
+    shipper.try_push(batch(&mut at, &[3000]), false).unwrap();
     let progress = until(&shipper, |p| p.spool.is_full);
     assert!(progress.spool.trouble.unwrap().contains("as much as it may"));
     assert_eq!(progress.sealed, first.0);

@@ -34,6 +34,9 @@ pub const DIRECTORY: &str = "/var/lib/bfs/spool";
 /// Longest segment; a bound gets at least sixteen.
 const SEGMENT_BYTES_MAX: u64 = 64 << 20;
 
+/// This part of its room is for notes of what was touched, when the rest is full.
+const NOTES_SHARE: u64 = 8;
+
 /// What the user wants of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpoolOptions {
@@ -191,16 +194,20 @@ impl Spool {
         Ok((end.sequence > begin.sequence).then_some(Left { address, begin, end, bytes }))
     }
 
-    /// Appends batches that follow `before`, durably: what is there ends with that.
+    /// Appends batches that follow `before`, durably: what is there ends with that. `notes`: they only say what
+    /// was touched, so they may use the room that is kept for that, whatever the age of the rest.
     ///
     /// # Errors
     /// [`SpoolError`]; what was there before is there still.
-    pub fn append(&mut self, before: Position, batches: &[Batch]) -> Result<(), SpoolError> {
+    pub fn append(&mut self, before: Position, batches: &[Batch], notes: bool) -> Result<(), SpoolError> {
         let bytes = batches.iter().map(|b| b.bytes.len() as u64).sum::<u64>();
-        if self.bytes() + bytes > self.options.bytes_max {
-            return Err(SpoolError::Full(self.options.bytes_max >> 20));
+        let bytes_max = self.options.bytes_max;
+        let kept = if notes { 0 } else { bytes_max / NOTES_SHARE };
+        if self.bytes() + bytes > bytes_max - kept {
+            return Err(SpoolError::Full(bytes_max >> 20));
         }
-        if self.oldest().and_then(|at| at.elapsed().ok()).is_some_and(|age| age > self.options.time_max) {
+        let age = self.oldest().and_then(|at| at.elapsed().ok());
+        if !notes && age.is_some_and(|age| age > self.options.time_max) {
             return Err(SpoolError::Old(self.options.time_max));
         }
         if self.writer.is_none() {

@@ -31,7 +31,7 @@ fn a_spool_has_one_owner_and_leaves_nothing_when_it_is_empty() {
     let mut spool = open(dir.path(), 1 << 20).unwrap();
     assert!(matches!(open(dir.path(), 1 << 20), Err(SpoolError::InUse(_))));
     let first = batch(Position::START, 2, 10);
-    spool.append(Position::START, std::slice::from_ref(&first)).unwrap();
+    spool.append(Position::START, std::slice::from_ref(&first), false).unwrap();
     drop(spool);
     let mut spool = open(dir.path(), 1 << 20).unwrap();
     assert_eq!(spool.left().unwrap().unwrap().end, first.after);
@@ -53,7 +53,7 @@ fn records_are_read_back_from_anywhere_while_it_grows_and_shrinks() {
         while let Some(record) = codec::take(&mut bytes).unwrap() {
             chains.push(record.chain(*chains.last().unwrap()));
         }
-        spool.append(*at, std::slice::from_ref(&next)).unwrap();
+        spool.append(*at, std::slice::from_ref(&next), false).unwrap();
         *at = next.after;
     };
     grow(&mut spool, &mut at, &mut chains);
@@ -88,15 +88,24 @@ fn bounds_hold_and_what_was_there_stays() {
     let mut spool = open(dir.path(), 5000).unwrap();
     let first = batch(Position::START, 1, 3000);
     let second = batch(first.after, 1, 3000);
-    spool.append(Position::START, std::slice::from_ref(&first)).unwrap();
-    let full = spool.append(first.after, std::slice::from_ref(&second));
+    spool.append(Position::START, std::slice::from_ref(&first), false).unwrap();
+    let full = spool.append(first.after, std::slice::from_ref(&second), false);
     assert!(matches!(full, Err(SpoolError::Full(_))));
+    // Notes have room of their own.
+    let third = batch(first.after, 1, 1500);
+    assert!(matches!(
+        spool.append(first.after, std::slice::from_ref(&third), false),
+        Err(SpoolError::Full(_))
+    ));
+    spool.append(first.after, std::slice::from_ref(&third), true).unwrap();
+    let second = batch(third.after, 1, 3000);
+    let first = third;
     spool.options.bytes_max = 1 << 20;
     spool.options.time_max = Duration::ZERO;
-    let old = spool.append(first.after, std::slice::from_ref(&second));
+    let old = spool.append(first.after, std::slice::from_ref(&second), false);
     assert!(matches!(old, Err(SpoolError::Old(_))));
     spool.options.time_max = Duration::from_secs(60);
-    spool.append(first.after, std::slice::from_ref(&second)).unwrap();
+    spool.append(first.after, std::slice::from_ref(&second), false).unwrap();
     assert_eq!(spool.left().unwrap().unwrap().end, second.after);
 }
 
@@ -105,7 +114,7 @@ fn an_address_of_another_format_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut spool = open(dir.path(), 1 << 20).unwrap();
     let first = batch(Position::START, 1, 10);
-    spool.append(Position::START, &[first]).unwrap();
+    spool.append(Position::START, &[first], false).unwrap();
     let path = spool.dir().join("address");
     let text = fs::read_to_string(&path).unwrap();
     fs::write(&path, text.replace("\"format\": 1", "\"format\": 2")).unwrap();

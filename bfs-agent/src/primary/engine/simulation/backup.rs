@@ -9,6 +9,14 @@ use bfs_common::wire::CatalogObject;
 use super::fs::{Fs, Inode, ROOT};
 use crate::primary::engine::outbox::Batch;
 
+/// The records of a batch.
+pub(super) fn records(batch: &Batch) -> Vec<Record> {
+    let mut bytes = batch.bytes.clone();
+    let next =
+        || take(&mut bytes).expect("sound records").map(|encoded| encoded.decode().expect("records").0);
+    std::iter::from_fn(next).collect()
+}
+
 /// The state that records say.
 #[derive(Default)]
 pub(super) struct Backup {

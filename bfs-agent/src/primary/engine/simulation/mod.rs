@@ -11,7 +11,7 @@ mod world;
 
 use std::path::{Path, PathBuf};
 
-use bfs_common::record::{ChainHash, CheckpointId, Epoch, FileKind, PathBytes, Sequence};
+use bfs_common::record::{ChainHash, CheckpointId, Epoch, FileKind, PathBytes, Record, Sequence};
 
 use super::host::Host;
 use super::model::{FileSystems, Model};
@@ -96,6 +96,24 @@ fn run(seed: u64) -> (u32, u32) {
     while world.calls_left > 0 || checkpoints < 2 {
         for _ in 0..world.random.next(60) {
             world.step();
+        }
+        if seed % 5 == 1 && world.random.next(2) == 0 {
+            // The backup is away for long: nothing but notes until it is back.
+            engine.drain(&mut world).unwrap();
+            engine.flush(&mut world).unwrap();
+            engine.note_only(true);
+            let before = world.shipped.len();
+            for _ in 0..world.random.next(4) {
+                for _ in 0..world.random.next(60) {
+                    world.step();
+                }
+                engine.drain(&mut world).unwrap();
+                engine.flush(&mut world).unwrap();
+            }
+            engine.note_only(false);
+            let noted = world.shipped[before..].iter().flat_map(|(batch, _)| backup::records(batch));
+            let bytes = noted.filter(|r| matches!(r, Record::Write { .. } | Record::Meta { .. })).count();
+            assert_eq!(bytes, 0, "seed {seed}: neither content nor attributes while things are only noted");
         }
         if world.random.next(2) == 0 {
             engine.drain(&mut world).unwrap();
