@@ -5,6 +5,7 @@ mod known;
 mod left;
 mod link;
 mod mapped;
+mod notes;
 mod paths;
 mod requests;
 mod rollback;

@@ -18,7 +18,6 @@ use crate::primary::control::{
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::{CheckpointError, Engine, RECENT_NS, Request, Stop, Taken};
 use crate::primary::ship::Progress;
-use crate::primary::spool::DIRECTORY;
 use crate::primary::stop::Limits;
 use crate::primary::verify;
 
@@ -253,21 +252,6 @@ impl Work {
             if self.kept.write(&self.options.group).is_err() {
                 super::state::State::remove(&self.options.group);
             }
-        }
-    }
-
-    /// Whether the engine only notes what is touched.
-    fn note_only(&mut self, noting: bool) {
-        self.engine.note_only(noting);
-        self.link.noting = noting;
-        self.link.shipper.note_only(noting);
-    }
-
-    /// The backup is back and has what the spool held: what was noted can be read.
-    fn note_no_longer(&mut self) {
-        let progress = self.link.shipper.progress();
-        if self.engine.is_noting() && progress.connected && progress.spool.records == 0 {
-            self.note_only(false);
         }
     }
 
@@ -668,15 +652,6 @@ impl Work {
             let _ =
                 self.link.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(50));
         }
-    }
-
-    /// The command that sends what the spool holds when this agent has ended.
-    fn send_by(&self) -> String {
-        let mut command = format!("bfs-agent flush --group {}", self.options.group);
-        if self.options.spool.directory != Path::new(DIRECTORY) {
-            command.push_str(&format!(" --spool {}", self.options.spool.directory.display()));
-        }
-        command
     }
 
     /// Ends the capture: nothing is left for a successor.
