@@ -8,6 +8,9 @@ use foldhash::{HashMap, HashSet};
 
 use super::ranges::RangeSet;
 
+/// Ranges of a file that are told apart; beyond, it is read whole.
+const RANGES_MAX: usize = 1 << 16;
+
 /// What of one object has to be read from the file system.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dirty {
@@ -101,8 +104,14 @@ impl DirtySet {
 
     /// A range of a file.
     pub fn range(&mut self, object: ObjectId, range: Range<u64>) {
-        if !range.is_empty() {
-            self.at(object).ranges.insert(range);
+        if range.is_empty() {
+            return;
+        }
+        let dirty = self.at(object);
+        dirty.ranges.insert(range);
+        if dirty.ranges.count() > RANGES_MAX {
+            dirty.whole = true;
+            dirty.ranges = RangeSet::default();
         }
     }
 

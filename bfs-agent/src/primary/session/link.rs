@@ -100,12 +100,11 @@ impl Link {
         let spooled = progress.spool.records > 0;
         if spooled != self.relies_on_spool {
             match state::rely_on_spool(&self.group, spooled) {
-                Ok(()) => self.relies_on_spool = spooled,
                 // The ring keeps it then.
                 Err(e) if spooled => {
                     return tracing::warn!("cannot note in /run/bfs that there is a spool: {e}");
                 }
-                Err(_) => {}
+                _ => self.relies_on_spool = spooled,
             }
         }
         if let Some(position) = progress.released_ring_position.filter(|p| *p > self.released) {

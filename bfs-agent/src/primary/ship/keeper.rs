@@ -91,6 +91,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut spool: Spool) -> Spool {
     loop {
         let job = next(shared, &spool, again_at, noted, &mut pace);
         noted = matches!(job, Job::Append(.., true));
+        let appends = matches!(job, Job::Append(..));
         let done = match job {
             Job::End => return spool,
             Job::Clear => spool.clear(),
@@ -102,8 +103,13 @@ pub(super) fn run(shared: &Arc<Shared>, mut spool: Spool) -> Spool {
         }
         let disk_bytes = spool.bytes();
         shared.change(|state| {
+            // Room that was made helps only those who append next.
+            let heals = appends || state.progress.connected;
             let told = &mut state.progress.spool;
             told.disk_bytes = disk_bytes;
+            if done.is_ok() && !heals {
+                return;
+            }
             told.is_full = matches!(done, Err(SpoolError::Full(_) | SpoolError::Old(_)));
             told.trouble = done.err().map(|error| error.to_string());
         });

@@ -362,3 +362,28 @@ fn a_spool_at_its_bound_says_so_and_memory_is_what_is_left() {
     script.ack(at);
     until(&shipper, |p| p.durable.sequence == at.0 && !p.spool.is_full && p.spool.trouble.is_none());
 }
+
+/// A spool that fails when it begins goes on from where the stream is by then.
+#[test]
+fn a_spool_that_could_not_begin_begins_later() {
+    let (dir, _, spool) = spool(1 << 20);
+    let (shipper, mut script, ends) = started_with(spool);
+    // No segment can be made there.
+    let log = dir.path().join("g/log");
+    std::fs::remove_dir(&log).unwrap();
+    std::fs::write(&log, "").unwrap();
+    let mut at = BEGIN;
+    shipper.try_push(batch(&mut at, &[10]), false).unwrap();
+    assert_eq!(script.records(), [1]);
+    drop(script);
+    until(&shipper, |p| p.spool.trouble.is_some());
+    let (mut script, _) = Script::accept(&ends, welcome(position(BEGIN)));
+    assert_eq!(script.records(), [1]);
+    script.ack(at);
+    until(&shipper, |p| p.durable.sequence == at.0);
+    std::fs::remove_file(&log).unwrap();
+    std::fs::create_dir(&log).unwrap();
+    drop(script);
+    shipper.try_push(batch(&mut at, &[10]), false).unwrap();
+    until(&shipper, |p| p.sealed == at.0 && p.spool.trouble.is_none());
+}

@@ -258,10 +258,10 @@ impl Spool {
         Ok(())
     }
 
-    /// Whether it holds any segment.
+    /// Whether it can begin anywhere: it holds no segment, and none is being made.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.segments.is_empty()
+        self.segments.is_empty() && self.writer.is_none()
     }
 
     /// What its segments need on the disk.
