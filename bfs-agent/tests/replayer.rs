@@ -482,98 +482,205 @@ impl Drop for Small {
     }
 }
 
-async fn trouble(replayer: &ReplayerHandle) -> String {
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    loop {
-        if let Some(trouble) = replayer.status()[0].trouble.clone() {
-            return trouble;
-        }
-        assert!(std::time::Instant::now() < deadline, "no trouble in time");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+/// A store on a small disk, with generations that hold before-images of 2 MiB each; and what is free there.
+async fn on_a_small_disk(small: &Small) -> (ReplayerHandle, Agent) {
+    let retention = bfs_agent::backup::retention::Retention { keep: 64, floor: 2 };
+    let store = small.mount.join("store");
+    let replayer = Replayer::start(ServeOptions { store, retention, ..ServeOptions::default() }).unwrap();
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "a", 2);
+    for n in 1..=6 {
+        agent.write(2, 0, &vec![n; 1 << 20]);
+        agent.write(2, 1 << 20, &vec![n; 1 << 20]);
+        agent.checkpoint().await;
+    }
+    (replayer, agent)
+}
+
+impl Small {
+    fn free(&self) -> usize {
+        let now = rustix::fs::statvfs(&self.mount).unwrap();
+        (now.f_bavail * now.f_frsize) as usize
+    }
+
+    /// Somebody else uses all but so many bytes.
+    fn leave(&self, bytes: usize) {
+        std::fs::write(self.mount.join("ballast"), vec![1; self.free() - bytes]).unwrap();
+        rustix::fs::sync();
+    }
+
+    fn make_room(&self) {
+        std::fs::remove_file(self.mount.join("ballast")).unwrap();
     }
 }
 
+/// Sends `mib` MiB of a new file, and a checkpoint, as often as it is refused for want of room; whether it was
+/// applied in the end.
+async fn try_to_checkpoint(replayer: &ReplayerHandle, agent: Agent, mib: u64, tries: u32) -> (Agent, bool) {
+    let (epoch, checkpoint) = (agent.epoch, CheckpointId(agent.next_checkpoint));
+    let mut agent = agent;
+    let end = agent.position.sequence.0 + mib + 3;
+    for _ in 0..tries {
+        // Whatever it has of these, the rest follows.
+        while agent.position.sequence.0 < end {
+            let n = end - agent.position.sequence.0;
+            match n {
+                1 => {
+                    agent.put(Record::Checkpoint { checkpoint, label: CheckpointLabel::default() }, b"");
+                }
+                2 => agent.entry(1, "new", 3),
+                n if n == mib + 3 => agent.object(3, FileKind::Regular, 0o600, b""),
+                n => agent.write(3, (mib + 2 - n) << 20, &vec![7; 1 << 20]),
+            }
+            agent.flush().await;
+        }
+        loop {
+            match next(&mut agent.connection).await {
+                Frame::Ack { applied, .. } if applied >= checkpoint => {
+                    agent.next_checkpoint += 1;
+                    return (agent, true);
+                }
+                Frame::Ack { state: StoreState::Stuck, .. } => {
+                    panic!("what is confirmed finds no room: {:?}", replayer.status()[0])
+                }
+                Frame::Ack { confirmed, .. } => agent.confirmed = confirmed,
+                Frame::Refused(Refusal::Full(why)) => {
+                    assert!(why.contains("disk is full"), "{why}");
+                    break;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        let next_checkpoint = agent.next_checkpoint;
+        agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
+        agent.next_checkpoint = next_checkpoint;
+    }
+    (agent, false)
+}
+
 #[tokio::test]
-async fn a_full_store_loses_nothing_and_goes_on_when_there_is_room() {
+async fn generations_make_room_before_anything_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let small = Small::make(dir.path(), 48);
+    let small = Small::make(dir.path(), 64);
+    let (replayer, agent) = on_a_small_disk(&small).await;
+    let all = files(&small.mount.join("store/images/g"));
+    assert_eq!(all, 5);
+    // Log and tree need 12 MiB, the margin 3, the generations above the floor hold 6 to 8.
+    small.leave(12 << 20);
+    let (agent, applied) = try_to_checkpoint(&replayer, agent, 6, 10).await;
+    assert!(applied, "{:?}", replayer.status()[0]);
+    assert!(files(&small.mount.join("store/images/g")) <= 2, "the floor is 2");
+    assert_eq!(replayer.status()[0].state, StoreState::Ready);
+    let new = std::fs::read(tree(&small.mount.join("store")).join("new")).unwrap();
+    assert!(new == vec![7; 6 << 20]);
+    drop((agent, replayer));
+}
+
+#[tokio::test]
+async fn a_full_store_confirms_nothing_and_goes_on_when_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = Small::make(dir.path(), 64);
+    let (replayer, agent) = on_a_small_disk(&small).await;
+    let before = agent.next_checkpoint - 1;
+    small.leave(10 << 20);
+    let (agent, applied) = try_to_checkpoint(&replayer, agent, 14, 2).await;
+    assert!(!applied);
+    let status = replayer.status()[0].clone();
+    assert_eq!((status.state, status.confirmed.0, status.applied.0), (StoreState::Full, before, before));
+    println!("{}", status.trouble.unwrap());
+    let path = tree(&small.mount.join("store"));
+    assert!(!path.join("new").exists(), "nothing of it is seen");
+    assert_eq!(std::fs::read(path.join("a")).unwrap(), vec![6; 2 << 20]);
+    assert!(small.free() > 2 << 20, "the margin is left");
+    // It stays so over a restart, and goes on by itself when there is room.
     let store = small.mount.join("store");
-    let ballast: Vec<_> = (0..2).map(|n| small.mount.join(format!("ballast{n}"))).collect();
-    let unapplied_max = Some(8 << 20);
-    let options = ServeOptions { store: store.clone(), unapplied_max, ..ServeOptions::default() };
+    let epoch = agent.epoch;
+    drop((agent, replayer));
+    let replayer = serve(&store);
+    let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
+    agent.next_checkpoint = before + 1;
+    let status = replayer.status()[0].clone();
+    assert_eq!((status.state, status.durable), (StoreState::Full, agent.position.sequence));
+    small.make_room();
+    assert_eq!(replayer.status()[0].trouble, None);
+    // The records that it has are not sent again: it goes on behind them.
+    for mib in status.pending_records - 1..14 {
+        agent.write(3, mib << 20, &vec![7; 1 << 20]);
+    }
+    agent.entry(1, "new", 3);
+    agent.checkpoint().await;
+    assert!(std::fs::read(path.join("new")).unwrap() == vec![7; 14 << 20]);
+    drop((agent, replayer));
+}
+
+#[tokio::test]
+async fn bytes_that_are_written_again_and_again_need_room_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = Small::make(dir.path(), 64);
+    let (replayer, mut agent) = on_a_small_disk(&small).await;
+    small.leave(30 << 20);
+    let epoch = agent.epoch;
+    let next_checkpoint = agent.next_checkpoint;
+    // 16 MiB in the log, 1 in the tree and 1 of images: by their numbers they would need 48.
+    let mut written = 0;
+    while written < 16 {
+        let durable = agent.position;
+        agent.write(2, 0, &vec![written; 1 << 20]);
+        agent.flush().await;
+        match next(&mut agent.connection).await {
+            Frame::Ack { position, .. } => {
+                assert_eq!(position, agent.position);
+                written += 1;
+            }
+            Frame::Refused(Refusal::Full(_)) => {
+                agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
+                assert_eq!(agent.position, durable);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    agent.next_checkpoint = next_checkpoint;
+    agent.checkpoint().await;
+    assert_eq!(std::fs::read(tree(&small.mount.join("store")).join("a")).unwrap()[0], 15);
+    drop((agent, replayer));
+}
+
+#[tokio::test]
+async fn what_waits_for_a_checkpoint_is_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let options =
+        ServeOptions { store: store.clone(), pending_max: Some(4 << 20), ..ServeOptions::default() };
     let replayer = Replayer::start(options).unwrap();
     let mut agent = Agent::new(replayer.connect_local()).await;
     agent.root();
     agent.object(2, FileKind::Regular, 0o600, b"");
     agent.entry(1, "a", 2);
-    agent.write(2, 0, b"first");
     agent.checkpoint().await;
-    let free = || {
-        let now = rustix::fs::statvfs(&small.mount).unwrap();
-        (now.f_bavail * now.f_frsize) >> 20
-    };
-    // Room for the log of the next step and not for its files.
-    std::fs::write(&ballast[0], vec![1; (free() as usize - 14) << 20]).unwrap();
-    for mib in 0..8u64 {
-        agent.write(2, mib << 20, &vec![mib as u8 + 1; 1 << 20]);
-        agent.flush().await;
-    }
-    agent.repair();
-    let checkpoint = CheckpointId(2);
-    agent.put(Record::Checkpoint { checkpoint, label: CheckpointLabel::default() }, b"");
-    agent.next_checkpoint = 3;
-    agent.acked().await;
-    println!("applying: {}", trouble(&replayer).await);
     let epoch = agent.epoch;
-    agent.write(2, 0, b"more");
-    agent.flush().await;
-    let refused = refusal(&mut agent.connection).await;
-    // What the step that failed has taken may have left too little for the log as well.
-    let known =
-        |why: &str| ["wait to be applied", "make room", "os error 28"].iter().any(|w| why.contains(w));
-    assert!(matches!(&refused, Refusal::Store(why) if known(why)), "{refused:?}");
-    std::fs::remove_file(&ballast[0]).unwrap();
-    let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
-    if agent.applied < checkpoint {
-        agent.wait(|agent, _| agent.applied >= checkpoint).await;
-    }
-    let data = std::fs::read(tree(&store).join("a")).unwrap();
-    assert!(
-        data.len() == 8 << 20
-            && data.chunks(1 << 20).enumerate().all(|(n, c)| c == vec![n as u8 + 1; 1 << 20])
-    );
-    assert_eq!(replayer.status()[0].trouble, None);
-
-    // No room for the log either: first a batch that does not fit, then not even the reserve.
-    std::fs::write(&ballast[1], vec![1; (free() as usize - 4) << 20]).unwrap();
-    for _ in 0..6 {
-        agent.write(2, 0, &vec![9; 1 << 20]);
-    }
-    agent.flush().await;
-    let refused = refusal(&mut agent.connection).await;
-    assert!(matches!(&refused, Refusal::Store(why) if known(why)), "{refused:?}");
-    println!("logging: {refused}; {}", trouble(&replayer).await);
-    let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
-    assert_eq!(agent.position.sequence, replayer.status()[0].durable);
-    // How much still fits depends on what the file system has freed by now.
-    let refused = loop {
-        agent.write(2, 0, &vec![9; 1 << 20]);
+    for mib in 0..6 {
+        agent.write(2, mib << 20, &vec![mib as u8; 1 << 20]);
         agent.flush().await;
-        match next(&mut agent.connection).await {
-            Frame::Ack { .. } => {}
-            Frame::Refused(refused) => break refused,
-            other => panic!("{other:?}"),
-        }
-    };
-    assert!(matches!(refused, Refusal::Store(_)), "{refused:?}");
-    println!("logging: {refused}; {}", trouble(&replayer).await);
-    assert!(std::fs::read(tree(&store).join("a")).unwrap() == data, "nothing pending is seen");
-    std::fs::remove_file(&ballast[1]).unwrap();
+    }
+    let refused = refusal(&mut agent.connection).await;
+    assert!(
+        matches!(&refused, Refusal::Behind(why) if why.contains("no checkpoint has come")),
+        "{refused:?}"
+    );
+    let status = replayer.status()[0].clone();
+    assert_eq!((status.state, status.pending_records), (StoreState::Behind, 4));
+    // With a higher bound it goes on.
+    drop((agent, replayer));
+    let replayer = serve(&store);
     let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;
-    agent.next_checkpoint = 3;
-    agent.write(2, 0, b"after");
+    assert_eq!(replayer.status()[0].state, StoreState::Ready);
     agent.checkpoint().await;
-    assert_eq!(&std::fs::read(tree(&store).join("a")).unwrap()[..5], b"after");
-    assert_eq!(replayer.status()[0].trouble, None);
-    drop(replayer);
+    assert_eq!(std::fs::metadata(tree(&store).join("a")).unwrap().len(), 4 << 20);
+    drop((agent, replayer));
+}
+
+fn files(folder: &Path) -> usize {
+    std::fs::read_dir(folder).unwrap().count()
 }

@@ -116,6 +116,12 @@ pub enum Refusal {
     /// The store cannot take more (full, failed disk).
     #[error("the store takes nothing: {0}")]
     Store(String),
+    /// There is no room to apply what it would take; it takes more when there is.
+    #[error("the store takes nothing more: {0}")]
+    Full(String),
+    /// As much waits to be applied as may.
+    #[error("the store takes nothing more: {0}")]
+    Behind(String),
     /// The request or record cannot be understood or is not allowed.
     #[error("refused: {0}")]
     Bad(String),
@@ -203,6 +209,23 @@ pub enum Digests {
     All,
 }
 
+/// How a store stands to a group's stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StoreState {
+    /// It takes what comes.
+    #[default]
+    Ready,
+    /// It takes what comes, but a checkpoint cannot be applied; that is tried again.
+    Stuck,
+    /// There is no room to apply more: it takes nothing until there is.
+    Full,
+    /// As much waits to be applied as may: it takes nothing until less does.
+    Behind,
+    /// Its log failed: it takes nothing until that is over.
+    LogFailed,
+}
+
 /// How many bytes of state each destination has, for status.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupStatus {
@@ -231,6 +254,8 @@ pub struct GroupStatus {
     /// The primary's files are being brought back to this checkpoint: until that is done they are between
     /// two states.
     pub rolling_back: Option<CheckpointId>,
+    /// Whether it takes more, and why not.
+    pub state: StoreState,
     /// What is wrong, if anything is.
     pub trouble: Option<String>,
 }
@@ -322,6 +347,8 @@ pub enum Frame {
         confirmed: CheckpointId,
         /// Last applied checkpoint.
         applied: CheckpointId,
+        /// Whether the next one can be applied.
+        state: StoreState,
     },
     /// Replayer: I refuse, and close the connection.
     Refused(Refusal),

@@ -8,6 +8,7 @@ mod checkpoints;
 mod demo;
 mod ebpf;
 mod kernels;
+mod pipeline;
 mod rollback;
 mod setup;
 mod shell;
@@ -78,6 +79,8 @@ enum Bench {
     Sustained,
     /// How long it takes to bring files back, when little of much was changed.
     Rollback,
+    /// From the program's bytes to durable and to applied, beside what the machine can do.
+    Pipeline,
     /// How many checkpoints need a stop of the program, and how long it stands then.
     Checkpoints {
         /// Checkpoints for each workload.
@@ -110,6 +113,7 @@ fn main() -> anyhow::Result<ExitCode> {
             bench::overhead(pairs, filter.as_deref())?;
         }
         Task::Bench { what: Bench::Sustained } => sustained::sustained()?,
+        Task::Bench { what: Bench::Pipeline } => pipeline::pipeline()?,
         Task::Bench { what: Bench::Rollback } => rollback::rollback()?,
         Task::Bench { what: Bench::Checkpoints { count, files } } => checkpoints::checkpoints(count, &files)?,
         Task::Tidy => tidy::tidy()?,

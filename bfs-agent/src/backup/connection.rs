@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bfs_common::record::{CheckpointId, Epoch, GroupId, PathBytes};
-use bfs_common::wire::{Frame, Refusal};
+use bfs_common::wire::{Frame, Refusal, StoreState};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
@@ -102,7 +102,8 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
 
 /// The refusal with a text that fits into any frame.
 fn short(mut refusal: Refusal) -> Refusal {
-    if let Refusal::Bad(text) | Refusal::Store(text) = &mut refusal
+    if let Refusal::Bad(text) | Refusal::Store(text) | Refusal::Full(text) | Refusal::Behind(text) =
+        &mut refusal
         && text.len() > TEXT_MAX
     {
         text.truncate(text.floor_char_boundary(TEXT_MAX));
@@ -345,7 +346,12 @@ impl Session {
                     broken.notify_one();
                     return;
                 }
-                let ack = Frame::Ack { position: p.durable, confirmed: p.confirmed, applied: p.applied };
+                let ack = Frame::Ack {
+                    position: p.durable,
+                    confirmed: p.confirmed,
+                    applied: p.applied,
+                    state: if p.stuck { StoreState::Stuck } else { StoreState::Ready },
+                };
                 if out.send((ack, Bytes::new())).await.is_err() {
                     return;
                 }

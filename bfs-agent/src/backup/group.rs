@@ -11,32 +11,37 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 mod applying;
+mod taking;
 
-use bfs_common::codec;
 use bfs_common::record::{CheckpointId, CheckpointLabel, Epoch, GroupId, PathBytes, Record, Sequence};
-use bfs_common::wire::{GenerationLine, GroupStatus, Position, Refusal};
-use bytes::Bytes;
+use bfs_common::wire::{GenerationLine, GroupStatus, Position, Refusal, StoreState};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::apply::Area;
 use super::error::BackupError;
-use super::gate::{Gate, Marker, Verdict};
+use super::gate::{Gate, Marker};
 use super::generations::Past;
 use super::index::{GenerationRow, GroupRow, Index};
 use super::kinds::Kinds;
 use super::retention::Retention;
+use super::room::{Disk, Disks, Need, Room};
 use crate::log::LogRecord;
-use crate::log::writer::{Batch, LogWriter};
+use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
+use taking::Pending;
 
 /// Batches that wait for the log thread; each is a frame at most.
 const QUEUE: usize = 8;
 /// Bytes that are synced together at most.
 const GROUP_COMMIT_BYTES: usize = 32 << 20;
-/// Bytes of the log that may wait for an applier that is in trouble, unless another bound is given.
-pub const UNAPPLIED_MAX: u64 = 16 << 30;
-/// Nothing is taken with less room than this, or than a twentieth of a small file system: the
-/// applier needs some to go on.
-const FREE_MIN: u64 = 256 << 20;
+
+/// What a group may take and keep.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of its log that may wait to be applied.
+    pub pending_max: u64,
+    /// How many generations are kept.
+    pub retention: Retention,
+}
 
 /// What agents are told of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +52,8 @@ pub struct Progress {
     pub confirmed: CheckpointId,
     /// The applied checkpoint.
     pub applied: CheckpointId,
+    /// The applied one cannot be followed by the next.
+    pub stuck: bool,
     /// The log takes nothing any more, and why.
     pub refuses: Option<String>,
 }
@@ -78,7 +85,13 @@ pub struct State {
     /// Files that nobody needs may be left: from before the start, or after a failure.
     untidy: bool,
     tidy_trouble: Option<String>,
-    pending: (u64, u64),
+    pending: Pending,
+    /// An agent waits for room.
+    short: bool,
+    /// Bytes that are on their way to the log.
+    unlogged: u64,
+    /// Up to here it is known what the records that wait come to.
+    looked_at: Sequence,
     stop: bool,
 }
 
@@ -88,6 +101,8 @@ struct Taken {
     marker: Marker,
     /// Bytes of its records.
     bytes: u64,
+    /// What it needs to be applied, at most.
+    need: Need,
 }
 
 enum ToLog {
@@ -116,8 +131,9 @@ pub struct Group {
     pub(super) index: Arc<Index>,
     pub(super) area: Area,
     pub(super) log: PathBuf,
-    unapplied_max: u64,
-    retention: Retention,
+    limits: Limits,
+    room: Arc<Room>,
+    disks: Disks,
     /// Generations that are being read, and by how many.
     held: Mutex<BTreeMap<CheckpointId, u32>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -129,40 +145,38 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// What opening a log gives: its end, the gate there, the steps that are not applied, and how
-/// many records and bytes stand behind the last of them.
-type OpenLog = (LogWriter, Gate, VecDeque<Taken>, (u64, u64));
+/// stands behind the last of them.
+type OpenLog = (LogWriter, Gate, VecDeque<Taken>, Pending);
 
 fn open_log(log: &std::path::Path, row: &GroupRow, index: &Index) -> Result<OpenLog, BackupError> {
     let applied: Position = row.applied.into();
     let mut kinds = Kinds::default();
-    index.view(row.number)?.each_kind(|object, kind| kinds.insert(object, kind))?;
+    let view = index.view(row.number)?;
+    view.each_kind(|object, kind| kinds.insert(object, kind))?;
     let (roots, highest) = (row.roots.clone(), row.highest_object);
     let mut gate = Gate::new(applied, row.checkpoint, highest, roots, row.boot_id, kinds);
     let mut steps = VecDeque::new();
-    let mut pending = (0, 0);
-    let (writer, opened) = LogWriter::open(log, row.id, applied, |found: LogRecord| {
+    let mut pending = Pending::behind(row.highest_object);
+    let mut waiting = 0;
+    let (mut writer, opened) = LogWriter::open(log, row.id, applied, |found: LogRecord| {
         gate.replay(&found.encoded, &found.record).map_err(|refusal| BackupError::corrupt(log, refusal))?;
-        pending = (pending.0 + 1, pending.1 + found.encoded.bytes.len() as u64);
+        let (len, payload) = (found.encoded.bytes.len() as u64, found.payload.len() as u64);
+        pending.add(&found.record, len, payload, Some(&view), waiting);
         if let Record::Checkpoint { checkpoint, label } = found.record {
             let marker = Marker { checkpoint, label, position: gate.position.into() };
-            steps.push_back(Taken { marker, bytes: pending.1 });
-            pending = (0, 0);
+            let step = pending.end(marker, gate.highest_object);
+            waiting += step.bytes;
+            steps.push_back(step);
         }
         Ok::<_, BackupError>(())
     })?;
+    if let Ok(disk) = rustix::fs::statvfs(log) {
+        writer.limit_segments((disk.f_blocks * disk.f_frsize / 64).clamp(1 << 20, SEGMENT_BYTES));
+    }
     if let Some((path, bytes)) = opened.cut {
         tracing::warn!("{}: {bytes} bytes of a torn batch were cut; it was never committed", path.display());
     }
     Ok((writer, gate, steps, pending))
-}
-
-impl State {
-    /// Why nothing can be taken, if the log grows without being applied.
-    fn too_far_behind(&self, max: u64) -> Option<String> {
-        let why = self.apply_trouble.as_ref()?;
-        let bytes = self.steps.iter().map(|s| s.bytes).sum::<u64>() + self.pending.1;
-        (bytes >= max).then(|| format!("{} MiB wait to be applied, and {why}", bytes >> 20))
-    }
 }
 
 impl Group {
@@ -176,12 +190,21 @@ impl Group {
         index: Arc<Index>,
         area: Area,
         log: PathBuf,
-        unapplied_max: u64,
-        retention: Retention,
+        limits: Limits,
+        room: Arc<Room>,
     ) -> Result<Arc<Self>, BackupError> {
+        let folder = std::fs::File::open(&log).map_err(BackupError::io("open", &log))?;
+        let store = Disk::of(folder).map_err(BackupError::io("stat", &log))?;
+        let disks = Disks { store, tree: area.disk()? };
         let (writer, gate, steps, pending) = open_log(&log, &row, &index)?;
         let confirmed = steps.back().map_or(row.checkpoint, |s| s.marker.checkpoint);
-        let progress = Progress { durable: gate.position, confirmed, applied: row.checkpoint, refuses: None };
+        let progress = Progress {
+            durable: gate.position,
+            confirmed,
+            applied: row.checkpoint,
+            stuck: false,
+            refuses: None,
+        };
         let state = State {
             gate,
             granted: row.granted,
@@ -194,6 +217,9 @@ impl Group {
             untidy: true,
             tidy_trouble: None,
             pending,
+            short: false,
+            unlogged: 0,
+            looked_at: Sequence(0),
             stop: false,
         };
         let (to_log, from_group) = mpsc::channel(QUEUE);
@@ -211,8 +237,9 @@ impl Group {
             index,
             area,
             log,
-            unapplied_max,
-            retention,
+            limits,
+            room,
+            disks,
             held: Mutex::new(BTreeMap::new()),
             threads: Mutex::new(Vec::new()),
         });
@@ -224,6 +251,7 @@ impl Group {
                 .spawn(work)
                 .map_err(BackupError::io("start a thread for group", name))
         };
+        group.note_need(&group.state());
         let (for_log, for_apply) = (group.clone(), group.clone());
         let log_thread = spawn("log", Box::new(move || for_log.run_log(writer, from_group)))?;
         let apply_thread = spawn("apply", Box::new(move || for_apply.run_apply()))?;
@@ -246,58 +274,6 @@ impl Group {
     #[must_use]
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
-    }
-
-    /// Takes the records of one frame: through the gate, then to the log.
-    ///
-    /// # Errors
-    /// The refusal for the agent. Records before the refused one are taken.
-    pub async fn take(
-        &self,
-        connection: u64,
-        epoch: Epoch,
-        first: Sequence,
-        count: u32,
-        mut body: Bytes,
-    ) -> Result<(), Refusal> {
-        // The place in the queue comes first, so that gate and queue move under one lock: who takes
-        // the slot later finds everything that the gate let in queued before its own `Drain`.
-        let full = self.no_room();
-        let sender =
-            locked(&self.to_log).clone().ok_or_else(|| Refusal::Store("it is being closed".into()))?;
-        let place = sender.reserve().await.map_err(|_| Refusal::Store("its log thread ended".into()))?;
-        let mut state = self.state();
-        if state.slot.as_ref().is_none_or(|slot| slot.connection != connection) {
-            return Err(Refusal::Fenced { newest: state.granted });
-        }
-        if let Some(why) = &state.log_trouble {
-            return Err(Refusal::Store(why.clone()));
-        }
-        if let Some(why) = state.too_far_behind(self.unapplied_max).or(full) {
-            return Err(Refusal::Store(why));
-        }
-        let before = state.gate.position;
-        let mut bytes = Vec::new();
-        let refused = take_all(&mut state, epoch, first, count, &mut body, &mut bytes).err();
-        if !bytes.is_empty() {
-            place.send(ToLog::Append(Batch { bytes: bytes.into(), before, after: state.gate.position }));
-        }
-        refused.map_or(Ok(()), Err)
-    }
-
-    /// How many bytes are free on the file system of the log, and how many have to stay so. What
-    /// cannot be asked is found out by writing.
-    fn free(&self) -> Option<(u64, u64)> {
-        let now = rustix::fs::statvfs(&self.log).ok()?;
-        let (free, all) = (now.f_bavail * now.f_frsize, now.f_blocks * now.f_frsize);
-        Some((free, FREE_MIN.min(all / 20)))
-    }
-
-    /// Why nothing can be taken, if the file system of the log is full but for the reserve.
-    fn no_room(&self) -> Option<String> {
-        let (free, reserve) = self.free()?;
-        (free < reserve)
-            .then(|| format!("{} MiB are left on its file system: make room, then it goes on", free >> 20))
     }
 
     /// Waits until everything that was taken is durable; opens a log again that had failed.
@@ -333,7 +309,12 @@ impl Group {
             if !failed {
                 match log.append(&batches) {
                     Ok(()) if batches.is_empty() => {}
-                    Ok(()) => self.durable(log.durable()),
+                    Ok(()) => {
+                        self.durable(log.durable());
+                        let mut state = self.state();
+                        state.unlogged = state.unlogged.saturating_sub(bytes_total as u64);
+                        self.note_need(&state);
+                    }
                     Err(error) => {
                         self.log_failed(&error.into());
                         failed = true;
@@ -396,6 +377,8 @@ impl Group {
             state.steps = steps;
             state.pending = pending;
             state.log_trouble = None;
+            state.unlogged = 0;
+            self.note_need(&state);
         }
         drop(row);
         self.progress.send_modify(|p| p.refuses = None);
@@ -462,8 +445,8 @@ impl Group {
     /// How it stands.
     #[must_use]
     pub fn status(&self) -> GroupStatus {
-        let full = self.no_room();
         let state = self.state();
+        let why_not = self.why_not(&state, 0);
         let progress = self.progress.borrow().clone();
         GroupStatus {
             group: self.name.clone(),
@@ -473,17 +456,23 @@ impl Group {
             applied: state.applied.0,
             applied_label: state.applied.1.clone(),
             applying: state.applying,
-            pending_bytes: state.pending.1,
-            pending_records: state.pending.0,
+            pending_bytes: state.pending.bytes,
+            pending_records: state.pending.records,
             open_gaps: state.gate.gaps.len() as u64,
             attached: state.slot.is_some(),
             rolling_back: state.gate.rolling_back,
-            trouble: state
-                .log_trouble
-                .clone()
-                .or_else(|| state.apply_trouble.clone())
-                .or(full)
-                .or_else(|| state.tidy_trouble.clone()),
+            state: match (&state.log_trouble, &why_not, &state.apply_trouble) {
+                (Some(_), ..) => StoreState::LogFailed,
+                (None, Some((why_not, _)), _) => *why_not,
+                (None, None, Some(_)) => StoreState::Stuck,
+                (None, None, None) => StoreState::Ready,
+            },
+            trouble: {
+                let why_not = why_not.map(|(_, why)| why);
+                let all = [&state.log_trouble, &why_not, &state.apply_trouble, &state.tidy_trouble];
+                let all: Vec<&str> = all.into_iter().flatten().map(String::as_str).collect();
+                (!all.is_empty()).then(|| all.join("; "))
+            },
         }
     }
 
@@ -498,35 +487,4 @@ impl Group {
             }
         }
     }
-}
-
-fn take_all(
-    state: &mut State,
-    epoch: Epoch,
-    first: Sequence,
-    count: u32,
-    body: &mut Bytes,
-    batch: &mut Vec<u8>,
-) -> Result<(), Refusal> {
-    let bad = |why: String| Refusal::Bad(format!("records from {first}: {why}"));
-    let mut seen = 0;
-    while let Some(encoded) = codec::take(body).map_err(|e| bad(e.to_string()))? {
-        let (record, payload) = encoded.decode().map_err(|e| bad(e.to_string()))?;
-        if encoded.sequence.0 != first.0.wrapping_add(u64::from(seen)) {
-            return Err(bad(format!("number {} stands in place {seen}", encoded.sequence)));
-        }
-        seen += 1;
-        if state.gate.take(epoch, &encoded, &record, &payload)? == Verdict::Known {
-            continue;
-        }
-        batch.extend_from_slice(&encoded.bytes);
-        state.pending = (state.pending.0 + 1, state.pending.1 + encoded.bytes.len() as u64);
-        if let Record::Checkpoint { checkpoint, label } = record {
-            let marker = Marker { checkpoint, label, position: state.gate.position.into() };
-            let bytes = state.pending.1;
-            state.steps.push_back(Taken { marker, bytes });
-            state.pending = (0, 0);
-        }
-    }
-    if seen == count { Ok(()) } else { Err(bad(format!("{seen} in the frame, {count} announced"))) }
 }

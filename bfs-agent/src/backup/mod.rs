@@ -15,6 +15,7 @@ pub mod places;
 pub mod plan;
 pub mod read;
 pub mod retention;
+pub mod room;
 pub mod serve;
 mod step;
 pub mod store;

@@ -18,10 +18,11 @@ use tokio::sync::{Semaphore, watch};
 use super::apply::Area;
 use super::connection;
 use super::error::BackupError;
-use super::group::{Group, UNAPPLIED_MAX};
+use super::group::{Group, Limits};
 use super::index::{GroupRow, Index};
 use super::places;
 use super::retention::Retention;
+use super::room::Room;
 use super::store::Store;
 use crate::net::auth::{self, Proof};
 use crate::net::{
@@ -44,8 +45,8 @@ pub struct ServeOptions {
     pub secret: Option<Secret>,
     /// Folders outside the store that maps may lead into.
     pub allow_roots: Vec<PathBuf>,
-    /// Bytes of a group's log that may wait for an applier that is in trouble; 16 GiB if not given.
-    pub unapplied_max: Option<u64>,
+    /// Bytes of a group's log that may wait to be applied; as many as there is room for, if not given.
+    pub pending_max: Option<u64>,
     /// How many generations are kept.
     pub retention: Retention,
 }
@@ -57,8 +58,8 @@ pub struct Shared {
     index: Arc<Index>,
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
     allowed: Vec<PathBuf>,
-    unapplied_max: u64,
-    retention: Retention,
+    limits: Limits,
+    room: Arc<Room>,
     /// True when the replayer ends.
     pub(super) stop: watch::Sender<bool>,
     connections: AtomicU64,
@@ -73,10 +74,12 @@ impl Shared {
         for dir in &options.allow_roots {
             allowed.push(std::fs::canonicalize(dir).map_err(BackupError::io("find the allowed root", dir))?);
         }
-        let unapplied_max = options.unapplied_max.unwrap_or(UNAPPLIED_MAX);
+        let limits =
+            Limits { pending_max: options.pending_max.unwrap_or(u64::MAX), retention: options.retention };
+        let room = Arc::new(Room::default());
         let mut groups = BTreeMap::new();
         for (name, row) in index.groups()? {
-            let group = open_group(&store, &index, &name, row, &allowed, unapplied_max, options.retention)?;
+            let group = open_group(&store, &index, &name, row, &allowed, limits, &room)?;
             groups.insert(name, group);
         }
         Ok(Self {
@@ -84,8 +87,8 @@ impl Shared {
             index,
             groups: Mutex::new(groups),
             allowed,
-            unapplied_max,
-            retention: options.retention,
+            limits,
+            room,
             stop: watch::Sender::new(false),
             connections: AtomicU64::new(0),
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -140,7 +143,7 @@ impl Shared {
             let highest = rows.iter().map(|(_, row)| row.number).max().unwrap_or(0);
             let row = GroupRow::new(begun.unwrap_or(highest + 1), id, maps.to_vec());
             self.index.put_group(name, &row)?;
-            open_group(&self.store, &self.index, name, row, &self.allowed, self.unapplied_max, self.retention)
+            open_group(&self.store, &self.index, name, row, &self.allowed, self.limits, &self.room)
         };
         let group = make().map_err(|e| Refusal::Store(e.to_string()))?;
         groups.insert(name.into(), group.clone());
@@ -166,12 +169,12 @@ fn open_group(
     name: &str,
     row: GroupRow,
     allowed: &[PathBuf],
-    unapplied_max: u64,
-    retention: Retention,
+    limits: Limits,
+    room: &Arc<Room>,
 ) -> Result<Arc<Group>, BackupError> {
     let area = Area::open(store, name, &row.maps, allowed)?;
     let log = store.group_dir("log", name)?;
-    Group::open(name, row, index.clone(), area, log, unapplied_max, retention)
+    Group::open(name, row, index.clone(), area, log, limits, room.clone())
 }
 
 /// Starts replayers.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bfs_common::wire::{Frame, GroupStatus};
+use bfs_common::wire::{Frame, GroupStatus, StoreState};
 use clap::{Args, Parser, Subcommand};
 
 use crate::backup::retention::{self, Retention};
@@ -105,6 +105,10 @@ The backup files of group G stand at STORE/tree/G/ followed by the path on the p
         /// How many are kept even when room is short
         #[arg(long, value_name = "N", default_value_t = retention::KEEP_MIN)]
         keep_min: u32,
+        /// How much of a group's stream may wait to be applied; then nothing more is taken. Without a bound: as much as
+        /// there is room for. The first copy of a group is one checkpoint, and must fit
+        #[arg(long, value_name = "BYTES")]
+        pending_max: Option<u64>,
     },
     /// List the checkpoints that are kept
     #[command(after_help = "\
@@ -204,9 +208,11 @@ pub fn main() -> ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match cli.command {
-        Command::Serve { store, listen, secret_file, allow_root, keep, keep_min } => {
+        Command::Serve { store, listen, secret_file, allow_root, keep, keep_min, pending_max } => {
             let retention = Retention { keep, floor: keep_min };
-            serve(store, listen, secret_file.as_deref(), allow_root, retention)
+            let options =
+                ServeOptions { store, listen, secret: None, allow_roots: allow_root, retention, pending_max };
+            serve(options, secret_file.as_deref())
         }
         Command::Generations { from, json } => giveback::generations(&from, json),
         Command::Restore { from, at, path, to } => giveback::restore(&from, &at, path.as_deref(), &to),
@@ -258,14 +264,8 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     Exit::Other
 }
 
-fn serve(
-    store: PathBuf,
-    listen: Vec<Destination>,
-    secret_file: Option<&Path>,
-    allow_roots: Vec<PathBuf>,
-    retention: Retention,
-) -> anyhow::Result<()> {
-    let secret = secret_file.map(Secret::from_file).transpose()?;
+fn serve(mut options: ServeOptions, secret_file: Option<&Path>) -> anyhow::Result<()> {
+    options.secret = secret_file.map(Secret::from_file).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Before the store is opened: a signal during a long start ends it cleanly too.
     let mut signals = {
@@ -273,8 +273,7 @@ fn serve(
         use tokio::signal::unix::{SignalKind, signal};
         [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
     };
-    let handle =
-        Replayer::start(ServeOptions { store, listen, secret, allow_roots, retention, unapplied_max: None })?;
+    let handle = Replayer::start(options)?;
     for address in handle.listening() {
         eprintln!("listening on {address}");
     }
@@ -383,7 +382,14 @@ fn table(groups: &[GroupStatus]) -> String {
                 writeln!(out, "  ROLLING BACK the primary to checkpoint {to}: its next agent finishes it");
         }
         if let Some(trouble) = &g.trouble {
-            let _ = writeln!(out, "  TROUBLE     {trouble}");
+            let what = match g.state {
+                StoreState::Ready => "TROUBLE   ",
+                StoreState::Stuck => "STUCK     ",
+                StoreState::Full => "FULL      ",
+                StoreState::Behind => "BEHIND    ",
+                StoreState::LogFailed => "LOG FAILED",
+            };
+            let _ = writeln!(out, "  {what}  {trouble}");
         }
     }
     out

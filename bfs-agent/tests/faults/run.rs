@@ -193,7 +193,7 @@ impl Run {
             };
             connection.writer.send(&hello, b"").await.unwrap();
             match tokio::time::timeout(SOON, connection.reader.next()).await {
-                Ok(Ok(Some((Frame::Refused(Refusal::Store(why)), _)))) => {
+                Ok(Ok(Some((Frame::Refused(Refusal::Store(why) | Refusal::Full(why)), _)))) => {
                     self.tell(why);
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
@@ -253,10 +253,10 @@ impl Run {
             }
             let next = tokio::time::timeout(Duration::from_millis(100), connection.reader.next()).await;
             match next {
-                Ok(Ok(Some((Frame::Ack { position, confirmed, applied }, _)))) => {
+                Ok(Ok(Some((Frame::Ack { position, confirmed, applied, .. }, _)))) => {
                     self.progress(position, confirmed, applied);
                 }
-                Ok(Ok(Some((Frame::Refused(Refusal::Store(why)), _)))) => {
+                Ok(Ok(Some((Frame::Refused(Refusal::Store(why) | Refusal::Full(why)), _)))) => {
                     self.tell(why);
                     self.connection = None;
                 }

@@ -141,7 +141,7 @@ impl Agent {
     pub async fn wait(&mut self, done: impl Fn(&Self, Position) -> bool) {
         loop {
             match next(&mut self.connection).await {
-                Frame::Ack { position, confirmed, applied } => {
+                Frame::Ack { position, confirmed, applied, .. } => {
                     (self.confirmed, self.applied) = (confirmed, applied);
                     if done(self, position) {
                         return;

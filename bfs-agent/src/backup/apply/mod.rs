@@ -47,6 +47,7 @@ use super::error::BackupError;
 use super::index::{Base, Phase, Place, StepResult, View};
 use super::places::{self, RootPlace};
 use super::plan::{Plan, Touched};
+use super::room::Disk;
 use super::store::Store;
 use super::target::Source;
 use crate::log::LogRef;
@@ -143,6 +144,14 @@ impl Area {
 }
 
 impl Area {
+    /// The file system of the tree.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn disk(&self) -> Result<Disk, BackupError> {
+        Disk::of(&*self.tree).map_err(BackupError::io("stat", "the tree"))
+    }
+
     /// The folder of before-images.
     #[must_use]
     pub fn images(&self) -> &Path {

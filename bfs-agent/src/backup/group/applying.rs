@@ -35,23 +35,30 @@ impl Group {
                     let durable = self.progress.borrow().durable.sequence;
                     let next = state.steps.front();
                     state.applying = next.is_some_and(|s| s.marker.position.sequence <= durable);
-                    if state.applying || state.untidy {
+                    // After a failure there is something to do, though its step may stand in the index.
+                    let again = state.untidy || state.apply_trouble.is_some();
+                    if state.applying || again || state.short {
+                        state.short = false;
                         break;
                     }
                     state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
             }
             let applied = self.apply_next();
-            let tidied = if applied.is_ok() { self.tidy() } else { Ok(()) };
-            if applied.is_ok() {
-                self.tell_applied();
+            if self.room.is_short(&self.disks)
+                && let Err(error) = self.look_closer()
+            {
+                tracing::debug!("group {}: what waits cannot be looked at: {error}", self.name);
             }
+            let tidied = self.tidy(applied.is_ok());
             let mut state = self.state();
             state.applying = false;
-            let failed = applied.is_err() || tidied.is_err();
+            let done = applied.is_ok();
+            let failed = !done || tidied.is_err();
             let why = |what: &str, result: Result<(), BackupError>| {
                 result.err().map(|error| format!("{what}: {error}; it is tried again"))
             };
+            let tidied = if done { tidied } else { Ok(()) };
             let trouble = why("a checkpoint cannot be applied", applied);
             if let Some(trouble) = trouble.as_ref().filter(|_| trouble != state.apply_trouble) {
                 tracing::error!("group {}: {trouble}", self.name);
@@ -65,7 +72,14 @@ impl Group {
                 state.tidy_trouble = left;
             }
             state.apply_trouble = trouble;
+            drop(state);
+            if done {
+                self.tell_applied();
+            } else {
+                self.progress.send_if_modified(|p| !std::mem::replace(&mut p.stuck, true));
+            }
             if failed {
+                let state = self.state();
                 // Records that become durable meanwhile change nothing about it.
                 let waited = self.wake.wait_timeout_while(state, pause, |state| !state.stop);
                 drop(waited.unwrap_or_else(PoisonError::into_inner));
@@ -95,6 +109,13 @@ impl Group {
             let never = &mut CrashPoint::default();
             *tree = apply_step(&self.name, &tree, &self.index, &self.area, &self.log, marker, never)?;
         }
+        {
+            let mut state = self.state();
+            while state.steps.front().is_some_and(|s| s.marker.checkpoint <= tree.checkpoint) {
+                state.steps.pop_front();
+            }
+            self.note_need(&state);
+        }
         if self.index.plan(tree.number)?.is_none() {
             apply::clean(&self.area, &self.index.view(tree.number)?)?;
         }
@@ -104,24 +125,24 @@ impl Group {
     /// The tree stands at the checkpoint of its row.
     fn tell_applied(&self) {
         let tree = locked(&self.tree);
-        let mut state = self.state();
-        while state.steps.front().is_some_and(|s| s.marker.checkpoint <= tree.checkpoint) {
-            state.steps.pop_front();
-        }
-        state.applied = (tree.checkpoint, tree.label.clone());
-        drop(state);
+        self.state().applied = (tree.checkpoint, tree.label.clone());
         self.progress.send_if_modified(|p| {
-            let before = (p.applied, p.confirmed);
+            let before = (p.applied, p.confirmed, p.stuck);
+            p.stuck = false;
             p.applied = tree.checkpoint;
             p.confirmed = p.confirmed.max(tree.checkpoint);
-            before != (p.applied, p.confirmed)
+            before != (p.applied, p.confirmed, p.stuck)
         });
     }
 
-    /// Removes the generations that are not to be kept, and what is applied from the log.
-    fn tidy(&self) -> Result<(), BackupError> {
+    /// Removes the generations that are not to be kept, all but the floor when room is short, and what is applied
+    /// from the log. A step under way does not mind: the generation that its images begin from is the newest.
+    fn tidy(&self, applied: bool) -> Result<(), BackupError> {
         let tree = locked(&self.tree);
         self.retire(&tree)?;
+        if !applied {
+            return Ok(());
+        }
         Ok(LogWriter::remove_applied(&self.log, tree.applied.sequence)?)
     }
 
@@ -139,8 +160,8 @@ impl Group {
                 held: held.contains_key(&checkpoint),
             })
             .collect();
-        let short = self.free().is_some_and(|(free, reserve)| free < reserve * 2);
-        let gone = self.retention.gone(&kept, short);
+        let short = self.room.is_short(&self.disks);
+        let gone = self.limits.retention.gone(&kept, short);
         if !gone.is_empty() {
             let (oldest, objects) = self.index.drop_generations(row.number, &gone)?;
             self.area.drop_kept(&objects)?;

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use bfs_common::wire::StoreState;
+
 use crate::primary::control::{CheckpointStatus, SpoolStatus, State, Status, VerifyReport};
 
 /// A status for people, first what matters most.
@@ -32,6 +34,16 @@ pub fn status(status: &Status) -> String {
         line("backup", words);
         if let Some(error) = destination.last_error.as_ref().filter(|_| !destination.connected) {
             line("", format!("because {error}"));
+        }
+        match destination.store {
+            StoreState::Ready | StoreState::LogFailed => {}
+            StoreState::Stuck => {
+                line("", "it takes what comes, but a checkpoint cannot be applied there".to_owned())
+            }
+            StoreState::Full => line("", "ITS DISK IS FULL: it goes on when there is room".to_owned()),
+            StoreState::Behind => {
+                line("", "as much waits there to be applied as may (--pending-max)".to_owned())
+            }
         }
         if let Some(refusal) = &destination.refusal {
             line("", format!("refused: {refusal}"));

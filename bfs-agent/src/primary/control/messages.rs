@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use bfs_common::record::{CheckpointId, Epoch, Sequence};
+use bfs_common::wire::StoreState;
 use serde::{Deserialize, Serialize};
 
 /// A state of a checkpoint that can be waited for, in order.
@@ -209,6 +210,8 @@ pub struct DestinationStatus {
     pub confirmed: CheckpointId,
     /// The last applied checkpoint.
     pub applied: CheckpointId,
+    /// Whether it takes more, as far as it said: `ready`, `stuck`, `full`, `behind`, `log-failed`.
+    pub store: StoreState,
     /// Round trip of the last heartbeat.
     pub round_trip_us: u64,
     /// How often the connection was made again.

@@ -48,6 +48,7 @@ impl Work {
                 durable: progress.durable.sequence,
                 confirmed: progress.confirmed,
                 applied: progress.applied,
+                store: progress.store,
                 round_trip_us: progress.round_trip_us,
                 reconnects: progress.reconnects,
                 last_error: progress.last_error.clone(),

@@ -72,7 +72,11 @@ fn is_fatal(error: &ShipError, was_welcome: bool) -> bool {
     };
     // The replayer may still hold our own broken connection for a moment; a full disk may get
     // room again.
-    !was_welcome || !matches!(refusal, Refusal::Busy { .. } | Refusal::Store(_))
+    !was_welcome
+        || !matches!(
+            refusal,
+            Refusal::Busy { .. } | Refusal::Store(_) | Refusal::Full(_) | Refusal::Behind(_)
+        )
 }
 
 /// Half to all of it, so that several agents do not come back in step. The clock's nanoseconds
@@ -131,7 +135,8 @@ async fn read(shared: &Shared, reader: &mut FrameReader) -> ShipError {
             Ok(Ok(Some((frame, _)))) => frame,
         };
         match frame {
-            Frame::Ack { position, confirmed, applied } => {
+            Frame::Ack { position, confirmed, applied, state } => {
+                shared.store_is(state);
                 if let Err(refusal) = shared.acknowledged(position, confirmed, applied) {
                     return ShipError::Refused(refusal);
                 }

@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bfs_common::record::{CheckpointId, Epoch, GapScope, GroupId, ObjectId, PathBytes, Sequence};
-use bfs_common::wire::{CatalogObject, Frame, Position, Refusal};
+use bfs_common::wire::{CatalogObject, Frame, Position, Refusal, StoreState};
 use tokio::sync::Notify;
 
 pub use keeper::SpoolProgress;
@@ -133,6 +133,8 @@ pub struct Progress {
     pub applied: CheckpointId,
     /// Ring space up to here holds nothing that is not durable.
     pub released_ring_position: Option<u64>,
+    /// Whether it takes more, as far as it said.
+    pub store: StoreState,
     /// The last record that is durable, there or in the spool.
     pub sealed: Sequence,
     /// How the spool stands; all zero without one.
@@ -398,6 +400,7 @@ impl Shared {
             confirmed: CheckpointId(0),
             applied: CheckpointId(0),
             released_ring_position: None,
+            store: StoreState::Ready,
             sealed: Sequence(0),
             spool: SpoolProgress::default(),
             retained_bytes: 0,
@@ -505,6 +508,12 @@ impl Shared {
         self.change(|state| {
             state.progress.connected = false;
             state.progress.last_error = Some(error.to_string());
+            match &error {
+                ShipError::Refused(Refusal::Full(_)) => state.progress.store = StoreState::Full,
+                ShipError::Refused(Refusal::Behind(_)) => state.progress.store = StoreState::Behind,
+                ShipError::Refused(Refusal::Store(_)) => state.progress.store = StoreState::LogFailed,
+                _ => {}
+            }
             if fatal {
                 if let ShipError::Refused(refusal)
                 | ShipError::Connect(ConnectError::Refused { refusal, .. }) = &error
@@ -516,6 +525,11 @@ impl Shared {
                 }
             }
         });
+    }
+
+    /// What the destination says of itself.
+    fn store_is(&self, store: StoreState) {
+        self.lock().progress.store = store;
     }
 
     fn acknowledged(

@@ -105,7 +105,12 @@ impl Script {
 
     fn ack(&mut self, at: (Sequence, ChainHash)) {
         let position = position(at);
-        self.send(Frame::Ack { position, confirmed: CheckpointId(1), applied: CheckpointId(0) });
+        self.send(Frame::Ack {
+            position,
+            confirmed: CheckpointId(1),
+            applied: CheckpointId(0),
+            state: StoreState::Ready,
+        });
     }
 }
 
