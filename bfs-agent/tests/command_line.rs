@@ -68,7 +68,10 @@ fn commands_without_an_agent_say_so() {
 fn other_users_are_told_to_become_root() {
     let dir = tempfile::tempdir().unwrap();
     let binary = dir.path().join("bfs-agent");
-    std::fs::copy(env!("CARGO_BIN_EXE_bfs-agent"), &binary).unwrap();
+    // Copied by another process: a descriptor of ours that is open for writing would be inherited by what another
+    // test starts just then, and the binary could not be executed (ETXTBSY).
+    let copied = Command::new("cp").args([env!("CARGO_BIN_EXE_bfs-agent"), text(&binary)]).status();
+    assert!(copied.unwrap().success());
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let output = Command::new("setpriv")
