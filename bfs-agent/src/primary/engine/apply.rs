@@ -507,6 +507,13 @@ impl Engine {
                 if outside || ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
                     self.both_suspect(&from, &to);
                 }
+                // What is exchanged can get new times itself (xfs_cross_rename() in fs/xfs/xfs_inode.c, for the
+                // `..` of a directory).
+                if exchange {
+                    for moved in [&from, &to].into_iter().filter_map(|place| object_at(&self.model, place)) {
+                        self.dirty.meta(moved, span.end_ns);
+                    }
+                }
                 self.rename(&from, &to, exchange, whiteout);
             }
         }
