@@ -108,6 +108,27 @@ async fn damage_is_named_with_what_needs_it() {
         assert!(report.problems.len() == 1 && text.contains("/data/app/file3"), "{text}");
         assert_eq!(numbers(&report.problems[0]), [1, 2, 3, 4], "{text}");
     });
+    // A byte under the right times: in a block that no step touched, and in one that all of them did, of which
+    // images have what stands at 1000 to 4011 for the checkpoints before.
+    for (name, at, needed) in [
+        ("file3", 70_000, vec![1, 2, 3, 4]),
+        ("file2", 80_000, vec![1, 2, 3, 4]),
+        ("file2", 4005, vec![1, 2, 3, 4]),
+    ] {
+        let path = root.join(name);
+        let times = std::fs::metadata(&path).unwrap().modified().unwrap();
+        spoiled(&path, at, || {
+            std::fs::File::options().append(true).open(&path).unwrap().set_modified(times).unwrap();
+            let report = found(&store);
+            let text = report.problems[0].to_string();
+            assert!(report.problems.len() == 1 && text.contains(name), "{text}");
+            let start = at / 65_536 * 65_536;
+            let range = format!("bytes {start} to {} do not fit", (start + 65_536).min(100_000));
+            assert!(text.contains(&range), "{text}");
+            assert_eq!(numbers(&report.problems[0]), needed, "{text}");
+            assert!(check(&store, false, &[]).unwrap().problems.is_empty());
+        });
+    }
     std::fs::write(root.join("folder/more"), "").unwrap();
     let problems = found(&store).problems;
     assert!(problems.iter().any(|p| p.why.contains("nobody put there")), "{problems:?}");
@@ -116,6 +137,50 @@ async fn damage_is_named_with_what_needs_it() {
     let problems = found(&store).problems;
     assert!(problems.iter().any(|p| p.why.contains("lacks")), "{problems:?}");
     assert!(problems.iter().any(|p| p.what.contains("object 5")), "{problems:?}");
+}
+
+/// A checkpoint of which images have all that is wrong does not need it; nor does what a kept file has concern
+/// those that never had it.
+#[tokio::test]
+async fn only_what_stands_on_wrong_bytes_needs_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let options = ServeOptions { store: store.clone(), ..ServeOptions::default() };
+    let replayer = Replayer::start(options).unwrap();
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.checkpoint().await;
+    for object in [2, 3] {
+        agent.object(object, FileKind::Regular, 0o600, b"");
+        agent.entry(1, &format!("file{object}"), object);
+        agent.write(object, 0, &[7; 70_000]);
+    }
+    agent.checkpoint().await;
+    agent.write(2, 0, &[8; 65_536]);
+    agent.delete(1, "file3");
+    agent.put(Record::Forget { object: ObjectId(3) }, b"");
+    agent.checkpoint().await;
+    drop(agent);
+    drop(replayer);
+    assert_eq!(found(&store).problems, []);
+    let root = store.join("tree/g").join(ROOT.trim_start_matches('/'));
+    for (path, at, needed) in [
+        (root.join("file2"), 9, vec![3]),
+        (root.join("file2"), 65_536, vec![2, 3]),
+        (store.join("kept/g/3"), 9, vec![2]),
+    ] {
+        let times = std::fs::metadata(&path).unwrap().modified().unwrap();
+        spoiled(&path, at, || {
+            std::fs::File::options().append(true).open(&path).unwrap().set_modified(times).unwrap();
+            let problems = found(&store).problems;
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert_eq!(numbers(&problems[0]), needed, "{}", problems[0]);
+        });
+    }
+    std::fs::remove_file(store.join("kept/g/3")).unwrap();
+    let problems = found(&store).problems;
+    assert!(problems.len() == 1 && problems[0].why.contains("not kept"), "{problems:?}");
+    assert_eq!(numbers(&problems[0]), [2]);
 }
 
 /// What a crash left behind the last commit is no damage; the store of somebody else is left alone.

@@ -1,4 +1,4 @@
-//! Scrubbing a store without the primary: nothing is changed, everything that does not fit is named, with
+//! Scrubbing a store without the primary: nothing is repaired, everything that does not fit is named, with
 //! the checkpoints that cannot be given out any more.
 //!
 //! - The index: its own checksums.
@@ -6,18 +6,18 @@
 //!   What a crash left behind the last commit of the newest segment is no damage.
 //! - Before-images, from the oldest checkpoint to the tree: every line; with `read_data` every byte too.
 //! - The tree, and what is aside or kept: that each object stands where the index says, with its type, size,
-//!   attributes and entries, and that nothing else stands there; with `read_data` every byte is read. The
-//!   store has no checksums of these bytes: a wrong byte under a right time of modification is not found.
+//!   attributes and entries, and that nothing else stands there; with `read_data` every byte is read and
+//!   compared with its checksum. A file in the tree that has none, written by a release that kept none, gets those
+//!   of what it has, if nothing else is wrong with it.
 //!
 //! The store must have no owner: the lock is taken. A step that was begun and is not complete leaves the
 //! tree between two checkpoints; then it is not looked at, and the report says so.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fmt;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bfs_common::record::{CheckpointId, FileKind, Name, ObjectId, Record};
@@ -31,12 +31,10 @@ use super::images::{self, Blocks};
 use super::index::{Base, GroupRow, Index, Node, Place, View};
 use super::plan::Plan;
 use super::store::{self, Store};
+use super::sums::{self, SumChange};
 use crate::log::segment::{Item, SegmentReader, Tail};
 use crate::log::{segment_path, segments};
 use crate::tree;
-
-/// Bytes read at once.
-const READ_BYTES: usize = 256 << 10;
 
 /// Something that does not fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +78,8 @@ pub struct Report {
     pub objects: u64,
     /// Bytes of trees and images that were read.
     pub bytes: u64,
+    /// Files that had no checksums and have them now.
+    pub recorded: u64,
     /// Groups whose tree was not looked at, for a step is not complete.
     pub between: Vec<String>,
 }
@@ -109,13 +109,42 @@ pub fn check(path: &Path, read_data: bool, allowed: &[PathBuf]) -> Result<Report
         let area = Area::open(&store, &name, &maps, allowed)?;
         let generations = index.generations(row.number)?.into_iter().map(|(number, _)| number).collect();
         let (index, log) = (&index, store.group_dir("log", &name)?);
-        let mut group = Group { name, row, index, area, log, generations, read_data, report: &mut report };
+        let kept =
+            index.view(row.number)?.kept()?.into_iter().map(|(o, last)| (o, Kept { last, size: None }));
+        let kept = kept.collect();
+        let mut group =
+            Group { name, row, index, area, log, generations, kept, read_data, report: &mut report };
         group.check_log()?;
         group.check_images()?;
         group.check_tree()?;
     }
     Ok(report)
 }
+
+/// A file that is kept for generations.
+struct Kept {
+    /// The last checkpoint that had it.
+    last: CheckpointId,
+    /// Its size then, as the images say.
+    size: Option<u64>,
+}
+
+/// What is wrong with an object.
+#[derive(Default)]
+struct Wrong {
+    why: Vec<String>,
+    /// If that is all: the bytes that are wrong, offset and end.
+    only: Option<Vec<(u64, u64)>>,
+}
+
+impl Wrong {
+    fn whole(why: Vec<String>) -> Self {
+        Self { why, only: None }
+    }
+}
+
+/// Objects whose new checksums are noted at once.
+const RECORD_AT_ONCE: usize = 1024;
 
 struct Group<'a> {
     name: String,
@@ -125,6 +154,7 @@ struct Group<'a> {
     log: PathBuf,
     /// Kept checkpoints, the oldest first.
     generations: Vec<CheckpointId>,
+    kept: BTreeMap<ObjectId, Kept>,
     read_data: bool,
     report: &'a mut Report,
 }
@@ -231,9 +261,14 @@ impl Group<'_> {
             let needs: Vec<_> = self.generations.iter().copied().filter(|g| *g <= at).collect();
             let (mut blocks, mut bad) = (Blocks::new(&dir), Vec::new());
             let (mut lines, mut bytes, mut buffer) = (0, 0, Vec::new());
-            let read_data = self.read_data;
+            let (read_data, kept) = (self.read_data, &mut self.kept);
             let read = images::read(&dir, self.row.id, at, |line, block| {
                 lines += 1;
+                if let images::Line::Object(object, Some(node)) = &line
+                    && let Some(kept) = kept.get_mut(object).filter(|kept| kept.last == at)
+                {
+                    kept.size = Some(node.size);
+                }
                 if read_data && block.len > 0 {
                     match blocks.read(block, &mut buffer) {
                         Ok(()) => bytes += u64::from(block.len),
@@ -280,23 +315,71 @@ impl Group<'_> {
             return Ok(());
         }
         let view = self.index.view(self.row.number)?;
-        let mut found: BTreeMap<ObjectId, Vec<String>> = BTreeMap::new();
+        let mut found: BTreeMap<ObjectId, Wrong> = BTreeMap::new();
+        let mut new = Vec::new();
         view.each(|object, node| {
-            let wrong = self.check_object(&view, object, node)?;
-            if !wrong.is_empty() {
+            let (wrong, sums) = self.check_object(&view, object, node)?;
+            if !wrong.why.is_empty() {
                 found.insert(object, wrong);
+            } else if let Some(sums) = sums {
+                new.push((object, sums));
+            }
+            if new.len() >= RECORD_AT_ONCE {
+                self.record(&mut new)?;
             }
             Ok(true)
         })?;
+        self.record(&mut new)?;
+        for (object, kept) in std::mem::take(&mut self.kept) {
+            let why = self.check_kept(&view, object, &kept)?;
+            if !why.why.is_empty() {
+                found.insert(object, why);
+            }
+        }
         if found.is_empty() {
             return Ok(());
         }
-        let needs = self.who_needs(&found.keys().copied().collect())?;
+        let needs = self.who_needs(&found)?;
         for (object, wrong) in found {
             let what = format!("object {object}{}", place_of(&view, object)?);
-            self.problem(what, wrong.join(", "), needs.get(&object).cloned().unwrap_or_default());
+            self.problem(what, wrong.why.join(", "), needs.get(&object).cloned().unwrap_or_default());
         }
         Ok(())
+    }
+
+    fn record(&mut self, new: &mut Vec<(ObjectId, SumChange)>) -> Result<(), BackupError> {
+        if !new.is_empty() {
+            self.index.put_sums(self.row.number, new)?;
+            self.report.recorded += new.len() as u64;
+            new.clear();
+        }
+        Ok(())
+    }
+
+    /// What is wrong with the file of an object that is gone.
+    fn check_kept(&mut self, view: &View, object: ObjectId, kept: &Kept) -> Result<Wrong, BackupError> {
+        let file = match self.area.open_kept(object) {
+            Ok(Some(file)) => file,
+            Ok(None) => return Ok(Wrong::whole(vec!["is gone, and its file was not kept".into()])),
+            Err(BackupError::Io { what, error, .. }) => {
+                return Ok(Wrong::whole(vec![format!("cannot {what} it: {error}")]));
+            }
+            Err(error) => return Err(error),
+        };
+        // Where its images are damaged, that is named.
+        let Some(size) = kept.size else { return Ok(Wrong::default()) };
+        match tree::stat_fd(file.as_fd()) {
+            Ok(now) if now.size == size => {}
+            Ok(now) => {
+                let why = format!("its kept file has {} bytes instead of {size}", now.size);
+                return Ok(Wrong::whole(vec![why]));
+            }
+            Err(error) => return Ok(Wrong::whole(vec![format!("cannot be read: {error}")])),
+        }
+        if !self.read_data {
+            return Ok(Wrong::default());
+        }
+        Ok(self.compare(view, object, &file, size)?.0)
     }
 
     /// What is wrong with the file of an object.
@@ -305,16 +388,16 @@ impl Group<'_> {
         view: &View,
         object: ObjectId,
         node: &Node,
-    ) -> Result<Vec<String>, BackupError> {
+    ) -> Result<(Wrong, Option<SumChange>), BackupError> {
         self.report.objects += 1;
         let (plan, mut never) = (Plan::default(), CrashPoint::default());
         let mut step = Step::new(&self.area, view, &plan, &mut never);
         let readable = matches!(node.kind, FileKind::Regular | FileKind::Directory);
         let fd = match step.open(object, if readable { OFlags::RDONLY } else { OFlags::PATH }) {
             Ok(fd) => fd,
-            Err(BackupError::Foreign(why)) => return Ok(vec![why]),
+            Err(BackupError::Foreign(why)) => return Ok((Wrong::whole(vec![why]), None)),
             Err(BackupError::Io { what, error, .. }) => {
-                return Ok(vec![format!("cannot {what} it: {error}")]);
+                return Ok((Wrong::whole(vec![format!("cannot {what} it: {error}")]), None));
             }
             Err(error) => return Err(error),
         };
@@ -322,7 +405,7 @@ impl Group<'_> {
         let failed = |error: std::io::Error| vec![format!("cannot be read: {error}")];
         let now = match tree::stat_fd(fd.as_fd()) {
             Ok(now) => now,
-            Err(error) => return Ok(failed(error)),
+            Err(error) => return Ok((Wrong::whole(failed(error)), None)),
         };
         let mut wrong = Vec::new();
         let mut meta = now.meta;
@@ -352,9 +435,14 @@ impl Group<'_> {
         if node.kind == FileKind::Directory {
             wrong.extend(self.check_entries(view, object, &fd)?);
         } else if node.kind == FileKind::Regular && self.read_data {
-            wrong.extend(self.read(&File::from(fd)));
+            let (mut bytes, new) = self.compare(view, object, &File::from(fd), node.size)?;
+            if !wrong.is_empty() {
+                bytes.only = None;
+            }
+            wrong.append(&mut bytes.why);
+            return Ok((Wrong { why: wrong, only: bytes.only }, new));
         }
-        Ok(wrong)
+        Ok((Wrong::whole(wrong), None))
     }
 
     /// What is wrong with the names in a directory.
@@ -391,28 +479,35 @@ impl Group<'_> {
         Ok(wrong)
     }
 
-    /// Reads all of a file; what cannot be read.
-    fn read(&mut self, file: &File) -> Option<String> {
-        let mut buffer = vec![0; READ_BYTES];
-        let mut at = 0;
-        loop {
-            match file.read_at(&mut buffer, at) {
-                Ok(0) => return None,
-                Ok(len) => {
-                    at += len as u64;
-                    self.report.bytes += len as u64;
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Some(format!("cannot be read at byte {at}: {error}")),
-            }
+    /// Reads all of a file: which of its bytes are wrong, else its checksums if it has none.
+    fn compare(
+        &mut self,
+        view: &View,
+        object: ObjectId,
+        file: &File,
+        size: u64,
+    ) -> Result<(Wrong, Option<SumChange>), BackupError> {
+        let found = sums::compare(&view.sums(object), file, size)?;
+        self.report.bytes += found.bytes;
+        let (mut why, mut only) = (Vec::new(), Vec::new());
+        for (start, end) in found.bad {
+            why.push(format!("bytes {start} to {end} do not fit their checksums"));
+            only.push((start, end));
         }
+        for (start, end, error) in found.unreadable {
+            why.push(format!("cannot be read at byte {start}: {error}"));
+            only.push((start, end));
+        }
+        if why.is_empty() {
+            return Ok((Wrong::default(), found.unknown));
+        }
+        Ok((Wrong { why, only: Some(only) }, None))
     }
 
-    /// Which kept checkpoints have these objects. Of some of them before-images may have all that is wrong
-    /// now; that is not told apart.
+    /// Which kept checkpoints cannot be given out as they were.
     fn who_needs(
         &self,
-        objects: &BTreeSet<ObjectId>,
+        objects: &BTreeMap<ObjectId, Wrong>,
     ) -> Result<BTreeMap<ObjectId, Vec<CheckpointId>>, BackupError> {
         let mut needs: BTreeMap<ObjectId, Vec<CheckpointId>> = BTreeMap::new();
         for generation in &self.generations {
@@ -420,8 +515,19 @@ impl Group<'_> {
             let Ok(past) = Past::open(&self.area, self.index, &self.row, &self.name, *generation) else {
                 continue;
             };
-            for object in objects {
-                if past.node(*object)?.is_some() {
+            for (object, wrong) in objects {
+                let needed = match &wrong.only {
+                    // Before-images may have what is wrong now.
+                    Some(ranges) => {
+                        let mut any = false;
+                        for (start, end) in ranges {
+                            any |= past.stands_on(*object, *start, *end)?;
+                        }
+                        any
+                    }
+                    None => past.node(*object)?.is_some(),
+                };
+                if needed {
                     needs.entry(*object).or_default().push(*generation);
                 }
             }

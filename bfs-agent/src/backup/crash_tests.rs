@@ -15,14 +15,17 @@ use bfs_common::record::*;
 use bfs_common::wire::Position;
 use bytes::BytesMut;
 use proptest::prelude::*;
+use rustix::fs::OFlags;
 
-use super::apply::{self, Area, CrashPoint};
+use super::apply::{self, Area, CrashPoint, Step};
 use super::error::BackupError;
 use super::gate::Marker;
 use super::generations::Past;
 use super::index::{Base, GroupRow, Index};
+use super::plan::Plan;
 use super::step::apply_step;
 use super::store::Store;
+use super::sums;
 use crate::log::writer::{Batch, LogWriter};
 
 const GROUP: &str = "g";
@@ -273,6 +276,32 @@ fn append(log: &mut LogWriter, records: Vec<(Record, Vec<u8>)>) -> Position {
     position
 }
 
+/// Every byte of the tree, and of what is kept, has its checksum.
+fn compare_sums(area: &Area, index: &Index) {
+    let view = index.view(1).unwrap();
+    let (plan, mut never) = (Plan::default(), CrashPoint::default());
+    let fits = |object, file: &fs::File, size| {
+        let found = sums::compare(&view.sums(object), file, size).unwrap();
+        assert_eq!(found, sums::Compared { bytes: found.bytes, ..Default::default() }, "object {object}");
+    };
+    view.each(|object, node| {
+        if node.kind == FileKind::Regular {
+            let fd = Step::new(area, &view, &plan, &mut never).open(object, OFlags::RDONLY)?;
+            fits(object, &fs::File::from(fd), node.size);
+        }
+        Ok(true)
+    })
+    .unwrap();
+    for (object, _) in view.kept().unwrap() {
+        let file = area.open_kept(object).unwrap().unwrap();
+        fits(object, &file, file.metadata().unwrap().len());
+    }
+    // Nothing is left of what is gone.
+    for object in view.with_sums().unwrap() {
+        assert!(view.node(object).unwrap().is_some() || view.is_kept(object).unwrap(), "object {object}");
+    }
+}
+
 /// Whether the last of the crashes came about in any step.
 fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
     let dir = tempfile::tempdir().unwrap();
@@ -310,6 +339,7 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
         apply::clean(&area, &index.view(row.number).unwrap()).unwrap();
         model.compare(TOP, &store.path().join("tree/g/r"));
+        compare_sums(&area, &index);
         for left in ["stage", "aside"] {
             assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");
         }
@@ -331,6 +361,7 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
         area.drop_kept(&gone).unwrap();
         area.drop_images(oldest).unwrap();
     }
+    compare_sums(&area, &index);
     for left in ["kept", "images"] {
         assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");
     }

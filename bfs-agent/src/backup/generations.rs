@@ -180,6 +180,22 @@ impl<'a> Past<'a> {
         self.nodes.contains_key(&object)
     }
 
+    /// Whether it has some of these bytes of a file from where the file stands now, and not from an image.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn stands_on(&self, object: ObjectId, start: u64, end: u64) -> Result<bool, BackupError> {
+        let Some(node) = self.node(object)? else { return Ok(false) };
+        let (mut at, end) = (start, end.min(node.size));
+        while at < end {
+            match self.pieces.get(&object).and_then(|pieces| pieces.next(at, end)) {
+                Some((start, end, _)) if start == at => at = end,
+                _ => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+
     /// All objects; false if `each` gave up.
     ///
     /// # Errors

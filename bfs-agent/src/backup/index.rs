@@ -8,6 +8,10 @@
 //! holds is the state before or after the transaction that failed. So it is closed at once, the next who needs
 //! it opens it, and whoever was told of a failure must read again where it stands.
 
+mod view;
+
+pub use view::{Base, SumsOf, View};
+
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
@@ -22,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::BackupError;
 use super::gate::{Marker, PositionRow};
+use super::sums::{Edit, SumChange, SumRow};
 use crate::log::{sync_dir, write_again};
 
 const GROUPS: TableDefinition<&str, &[u8]> = TableDefinition::new("groups");
@@ -36,14 +41,14 @@ const GENERATIONS: TableDefinition<(u32, u64), &[u8]> = TableDefinition::new("ge
 /// (group number, object) -> the last checkpoint that had it: its file is kept
 const KEPT: TableDefinition<(u32, u64), u64> = TableDefinition::new("kept");
 
+/// (group number, object, row) -> SumRow: checksums of what the object's file has, also of a kept one
+const SUMS: TableDefinition<(u32, u64, u64), &[u8]> = TableDefinition::new("sums");
+
 /// How many tables there are.
-const TABLES: usize = 6;
+const TABLES: usize = 7;
 
 /// Memory for the index's pages.
 const CACHE_BYTES: usize = 64 << 20;
-
-/// Objects that are unpacked at once.
-const AT_ONCE: usize = 1024;
 
 /// A group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,6 +154,8 @@ pub struct StepResult {
     pub entries: Vec<(ObjectId, Name, Option<ObjectId>)>,
     /// Objects that are gone but whose files older generations need.
     pub kept: Vec<ObjectId>,
+    /// Checksums of files that were written.
+    pub sums: Vec<(ObjectId, SumChange)>,
     /// Objects that changed, and bytes that were written.
     pub extent: (u64, u64),
 }
@@ -363,6 +370,7 @@ impl Index {
                         kept.insert((row.number, object.0), row.checkpoint.0)?;
                     }
                 } else {
+                    // Before the first checkpoint nothing is kept, so there are no checksums of it either.
                     let all = (row.number, 0)..=(row.number, u64::MAX);
                     generations.retain_in(all.clone(), |_, _| false)?;
                     kept.retain_in(all, |_, _| false)?;
@@ -379,6 +387,15 @@ impl Index {
                         Some(node) => objects.insert((row.number, object.0), &pack(node)[..])?,
                         None => objects.remove((row.number, object.0))?,
                     };
+                }
+                let mut sums = write.open_table(SUMS)?;
+                for (object, _) in result.objects.iter().filter(|(_, node)| node.is_none()) {
+                    if !imaged || !result.kept.contains(object) {
+                        sums.retain_in(rows(row.number, *object, 0, u64::MAX), |_, _| false)?;
+                    }
+                }
+                for (object, change) in &result.sums {
+                    change_sums(&mut sums, row.number, *object, change)?;
                 }
                 let mut entries = write.open_table(ENTRIES)?;
                 for (directory, name, object) in &result.entries {
@@ -442,10 +459,31 @@ impl Index {
                     }
                     last >= oldest
                 })?;
+                let mut sums = write.open_table(SUMS)?;
+                for object in &gone {
+                    sums.retain_in(rows(group, *object, 0, u64::MAX), |_, _| false)?;
+                }
                 CheckpointId(oldest)
             };
             write.commit()?;
             Ok((oldest, gone))
+        })
+    }
+
+    /// Notes checksums of files, durably: of files that had none.
+    ///
+    /// # Errors
+    /// If the index fails; then nothing is changed.
+    pub fn put_sums(&self, group: u32, sums: &[(ObjectId, SumChange)]) -> Result<(), BackupError> {
+        self.with(|db| {
+            let write = db.begin_write()?;
+            {
+                let mut table = write.open_table(SUMS)?;
+                for (object, change) in sums {
+                    change_sums(&mut table, group, *object, change)?;
+                }
+            }
+            Ok(write.commit()?)
         })
     }
 
@@ -460,6 +498,7 @@ impl Index {
                 objects: read.open_table(OBJECTS)?,
                 entries: read.open_table(ENTRIES)?,
                 kept: read.open_table(KEPT)?,
+                sums: read.open_table(SUMS)?,
                 group,
             })
         })
@@ -494,8 +533,40 @@ fn open(path: &Path) -> Result<Database, BackupError> {
     write.open_table(PLANS)?;
     write.open_table(GENERATIONS)?;
     write.open_table(KEPT)?;
+    write.open_table(SUMS)?;
     write.commit()?;
     Ok(db)
+}
+
+/// The keys of some rows of checksums of an object: first and end.
+fn rows(group: u32, object: ObjectId, first: u64, end: u64) -> std::ops::Range<(u32, u64, u64)> {
+    (group, object.0, first)..(group, object.0, end)
+}
+
+/// Changes the checksums of an object.
+fn change_sums(
+    table: &mut redb::Table<'_, (u32, u64, u64), &'static [u8]>,
+    group: u32,
+    object: ObjectId,
+    change: &SumChange,
+) -> Result<(), BackupError> {
+    let edit = Edit::of(change);
+    for (first, end) in edit.gone {
+        table.retain_in(rows(group, object, first, end), |_, _| false)?;
+    }
+    for number in edit.rows {
+        let key = (group, object.0, number);
+        let before = table.get(key)?.map(|row| sum_row(row.value())).transpose()?;
+        match change.row(number, before.as_ref()) {
+            Some(row) => table.insert(key, &row.encode()[..])?,
+            None => table.remove(key)?,
+        };
+    }
+    Ok(())
+}
+
+fn sum_row(bytes: &[u8]) -> Result<SumRow, BackupError> {
+    SumRow::decode(bytes).ok_or_else(|| BackupError::corrupt("index.redb", "a row of checksums is none"))
 }
 
 fn group_row(
@@ -505,114 +576,6 @@ fn group_row(
     let row = table.get(name)?;
     let row = row.ok_or_else(|| BackupError::corrupt("index.redb", format!("no group {name:?}")))?;
     unpack("group", row.value())
-}
-
-/// One group's objects at its applied checkpoint.
-#[derive(Debug)]
-pub struct View {
-    objects: redb::ReadOnlyTable<(u32, u64), &'static [u8]>,
-    entries: redb::ReadOnlyTable<(u32, u64, &'static [u8]), u64>,
-    kept: redb::ReadOnlyTable<(u32, u64), u64>,
-    group: u32,
-}
-
-/// The state before a step: what planning needs to know.
-pub trait Base {
-    /// An object.
-    ///
-    /// # Errors
-    /// If it cannot be looked up.
-    fn node(&self, object: ObjectId) -> Result<Option<Node>, BackupError>;
-    /// An entry.
-    ///
-    /// # Errors
-    /// If it cannot be looked up.
-    fn entry(&self, directory: ObjectId, name: &Name) -> Result<Option<ObjectId>, BackupError>;
-    /// All entries of a directory, in the order of their names.
-    ///
-    /// # Errors
-    /// If they cannot be looked up.
-    fn entries(&self, directory: ObjectId) -> Result<Vec<(Name, ObjectId)>, BackupError>;
-}
-
-impl Base for View {
-    fn node(&self, object: ObjectId) -> Result<Option<Node>, BackupError> {
-        self.objects.get((self.group, object.0))?.map(|row| unpack("object", row.value())).transpose()
-    }
-
-    fn entry(&self, directory: ObjectId, name: &Name) -> Result<Option<ObjectId>, BackupError> {
-        let found = self.entries.get((self.group, directory.0, name.as_bytes()))?;
-        Ok(found.map(|object| ObjectId(object.value())))
-    }
-
-    fn entries(&self, directory: ObjectId) -> Result<Vec<(Name, ObjectId)>, BackupError> {
-        let mut found = Vec::new();
-        let from = (self.group, directory.0, &[][..]);
-        let to = (self.group, directory.0 + 1, &[][..]);
-        for line in self.entries.range(from..to)? {
-            let (key, object) = line?;
-            let name = Name::new(key.value().2)
-                .ok_or_else(|| BackupError::corrupt("index.redb", "an entry without a valid name"))?;
-            found.push((name, ObjectId(object.value())));
-        }
-        Ok(found)
-    }
-}
-
-impl View {
-    /// Whether the file of an object that is gone is kept.
-    ///
-    /// # Errors
-    /// If the index fails.
-    pub fn is_kept(&self, object: ObjectId) -> Result<bool, BackupError> {
-        Ok(self.kept.get((self.group, object.0))?.is_some())
-    }
-
-    /// Number and type of every object.
-    ///
-    /// # Errors
-    /// If the index fails.
-    pub fn each_kind(&self, mut each: impl FnMut(ObjectId, FileKind)) -> Result<(), BackupError> {
-        for line in self.objects.range((self.group, 0)..=(self.group, u64::MAX))? {
-            let (key, row) = line?;
-            each(ObjectId(key.value().1), unpack::<Node>("object", row.value())?.kind);
-        }
-        Ok(())
-    }
-
-    /// All objects in the order of their numbers; false if `each` gave up.
-    ///
-    /// # Errors
-    /// If the index fails, or what `each` says.
-    pub fn each(
-        &self,
-        mut each: impl FnMut(ObjectId, &Node) -> Result<bool, BackupError>,
-    ) -> Result<bool, BackupError> {
-        let mut from = ObjectId(0);
-        loop {
-            let some = self.objects(from, AT_ONCE)?;
-            for (object, node) in &some {
-                if !each(*object, node)? {
-                    return Ok(false);
-                }
-            }
-            match some.last() {
-                Some((last, _)) => from = last.next(),
-                None => return Ok(true),
-            }
-        }
-    }
-
-    /// Objects in the order of their numbers, from `from` on, at most `limit`.
-    fn objects(&self, from: ObjectId, limit: usize) -> Result<Vec<(ObjectId, Node)>, BackupError> {
-        let range = self.objects.range((self.group, from.0)..=(self.group, u64::MAX))?;
-        let mut found = Vec::new();
-        for line in range.take(limit) {
-            let (key, row) = line?;
-            found.push((ObjectId(key.value().1), unpack("object", row.value())?));
-        }
-        Ok(found)
-    }
 }
 
 impl GroupRow {

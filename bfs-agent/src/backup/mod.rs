@@ -19,6 +19,7 @@ pub mod room;
 pub mod serve;
 mod step;
 pub mod store;
+pub mod sums;
 pub mod target;
 
 pub use error::BackupError;

@@ -3,7 +3,7 @@
 //! ```text
 //! STORE/                mode 0700
 //!   bfs.lock            flock: one owner; holds the owner's pid
-//!   format              "bfs store 1\n"
+//!   format              "bfs store 2\n"
 //!   index.redb          objects, entries, positions, plans
 //!   replayer.sock       the owner's socket
 //!   log/GROUP/          segments
@@ -24,8 +24,11 @@ use rustix::fs::FlockOperation;
 use super::error::BackupError;
 use crate::log::sync_dir;
 
-/// Format of the store that this release writes.
-pub const FORMAT: u32 = 1;
+/// Format of the store that this release writes. 1 had no checksums of the tree: a store of it is taken over and
+/// becomes one of 2, because a release that does not know them would not keep them true.
+pub const FORMAT: u32 = 2;
+/// The oldest that it takes over.
+const FORMAT_OLDEST: u32 = 1;
 
 /// What stands in a store for each group.
 const FOLDERS: [&str; 6] = ["log", "tree", "stage", "aside", "kept", "images"];
@@ -60,7 +63,9 @@ impl Store {
             }
             write_new(&format, format!("bfs store {FORMAT}\n").as_bytes())?;
         }
-        check_format(&path)?;
+        if check_format(&path)? < FORMAT {
+            write_new(&format, format!("bfs store {FORMAT}\n").as_bytes())?;
+        }
         // Those that a release before this one did not make.
         for dir in FOLDERS {
             make_dir(&path.join(dir))?;
@@ -123,11 +128,11 @@ fn take_lock(store: &Path) -> Result<File, BackupError> {
     Ok(file)
 }
 
-/// Whether there is a store of a format that we know.
+/// The format of the store that is there, if we know it.
 ///
 /// # Errors
 /// [`BackupError::NoStore`], [`BackupError::NewerFormat`] or what reading it says.
-pub fn check_format(store: &Path) -> Result<(), BackupError> {
+pub fn check_format(store: &Path) -> Result<u32, BackupError> {
     let path = store.join("format");
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
@@ -138,7 +143,7 @@ pub fn check_format(store: &Path) -> Result<(), BackupError> {
     };
     let found = text.strip_prefix("bfs store ").and_then(|v| v.trim().parse::<u32>().ok());
     match found {
-        Some(FORMAT) => Ok(()),
+        Some(found) if (FORMAT_OLDEST..=FORMAT).contains(&found) => Ok(found),
         Some(found) if found > FORMAT => {
             Err(BackupError::NewerFormat { store: store.into(), found, known: FORMAT })
         }
@@ -181,6 +186,11 @@ mod tests {
         assert_eq!(pid, std::process::id().to_string());
         drop(store);
         drop(Store::open(&path).unwrap());
+        // One of an earlier release becomes one of this.
+        fs::write(path.join("format"), "bfs store 1\n").unwrap();
+        assert_eq!(check_format(&path).unwrap(), 1);
+        drop(Store::open(&path).unwrap());
+        assert_eq!(check_format(&path).unwrap(), FORMAT);
         fs::write(path.join("format"), "bfs store 99\n").unwrap();
         assert!(matches!(Store::open(&path), Err(BackupError::NewerFormat { found: 99, .. })));
         fs::write(path.join("format"), "junk").unwrap();

@@ -154,7 +154,7 @@ no checksums: --read-data finds what the disk cannot read.")]
         /// Folder of the store
         #[arg(long, value_name = "DIR")]
         store: PathBuf,
-        /// Read every byte of the tree and of the before-images
+        /// Read every byte of the tree and of the before-images, and compare it with its checksum
         #[arg(long)]
         read_data: bool,
         /// As given to `serve`
@@ -314,6 +314,9 @@ fn check(store: &Path, read_data: bool, allowed: &[PathBuf]) -> anyhow::Result<b
         println!(
             "group {group}: a checkpoint is half applied, so its tree was not looked at: start the replayer"
         );
+    }
+    if report.recorded > 0 {
+        println!("{} files had no checksums (an earlier release wrote them); they have now", report.recorded);
     }
     println!(
         "{} records, {} lines of before-images, {} objects, {} bytes read: {}",

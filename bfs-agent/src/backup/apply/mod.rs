@@ -49,6 +49,7 @@ use super::places::{self, RootPlace};
 use super::plan::{Plan, Touched};
 use super::room::Disk;
 use super::store::Store;
+use super::sums::{self, SumChange};
 use super::target::Source;
 use crate::log::LogRef;
 use crate::log::segment_path;
@@ -273,6 +274,7 @@ pub struct Step<'a, B> {
     dirs: HashMap<ObjectId, Arc<OwnedFd>>,
     segments: HashMap<u64, File>,
     new_inos: HashMap<ObjectId, u64>,
+    sums: Vec<(ObjectId, SumChange)>,
     buffer: Vec<u8>,
     crash: &'a mut CrashPoint,
 }
@@ -288,6 +290,7 @@ impl<'a, B: Base> Step<'a, B> {
             dirs: HashMap::new(),
             segments: HashMap::new(),
             new_inos: HashMap::new(),
+            sums: Vec::new(),
             buffer: Vec::new(),
             crash,
         }
@@ -407,11 +410,12 @@ impl<'a, B: Base> Step<'a, B> {
             }
             let content = after.kind == FileKind::Regular
                 && (touched.before.is_none() || !touched.change.content.is_empty());
-            let access = if content { OFlags::WRONLY } else { OFlags::PATH };
+            let access = if content { OFlags::RDWR } else { OFlags::PATH };
             let fd = self.open(*object, access)?;
             self.crash.pass()?;
             if content {
                 self.content(*object, &fd, touched)?;
+                self.checksums(*object, &fd, touched, after.size)?;
             }
             tree::set_attributes(fd.as_fd(), after.kind, &after.meta, &after.xattrs)
                 .map_err(BackupError::io("set the attributes of object", object.to_string()))?;
@@ -443,6 +447,23 @@ impl<'a, B: Base> Step<'a, B> {
                 Source::Zero => zero(fd, start, end).map_err(|e| failed("make a hole in", e))?,
             }
         }
+        Ok(())
+    }
+
+    /// Notes what the file has now; a redo does the same.
+    fn checksums(
+        &mut self,
+        object: ObjectId,
+        fd: &OwnedFd,
+        touched: &Touched,
+        size: u64,
+    ) -> Result<(), BackupError> {
+        let file =
+            File::from(rustix::io::dup(fd).map_err(BackupError::io("open object", object.to_string()))?);
+        let before = touched.before.as_ref().map(|node| node.size);
+        let content = &touched.change.content;
+        let change = sums::of_change(object, &file, content, before, size, &mut self.buffer)?;
+        self.sums.push((object, change));
         Ok(())
     }
 
@@ -541,6 +562,7 @@ impl<'a, B: Base> Step<'a, B> {
             result.objects.push((*object, after));
         }
         result.kept = plan.kept();
+        result.sums = self.sums;
         result.extent = plan.extent();
         for place in plan.detach.keys().filter(|p| !plan.attach.contains_key(p)) {
             if let Place::Entry(directory, name) = place {
