@@ -225,6 +225,9 @@ fn print_event(event: Event<'_>) -> anyhow::Result<()> {
             );
         }
         Event::Task { event } => line += &format!(" value {} last {}", event.value, event.last_thread),
+        Event::Run { event } => {
+            line += &format!(" ({}) at {} in {} calls", attr(&event.attr), event.file_offset, event.calls);
+        }
         Event::Dirty { event } => {
             line += &format!(" inode {} at {} +{}", event.id.ino, event.offset, event.len);
         }

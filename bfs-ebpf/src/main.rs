@@ -21,6 +21,7 @@ mod kernel;
 mod mapped;
 mod maps;
 mod path;
+mod run;
 mod syscall;
 mod task;
 mod uring;

@@ -15,7 +15,7 @@ use crate::{
     calls::nr,
     file,
     kernel::{self, field, read},
-    maps::{MAPPED, META, NO_WAKEUP, RING, SCRATCH, SCRATCH_DIRTIED, Scratch, count, name_suspect, off},
+    maps::{MAPPED, NO_WAKEUP, RING, SCRATCH, SCRATCH_DIRTIED, Scratch, count, name_suspect, off},
 };
 
 const PAGE_SHIFT: u64 = 12;
@@ -25,10 +25,6 @@ const WINDOW_PAGES: u64 = 512;
 /// `writeback_dirty_folio(folio, mapping)`: with interrupts off and the lock of the mapping held.
 #[inline(always)]
 pub fn dirtied(folio: *const u8, mapping: *const u8) {
-    match META.get(0) {
-        Some(meta) if meta[2] != 0 => {}
-        _ => return,
-    }
     if mapping.is_null() {
         return;
     }

@@ -45,7 +45,8 @@ pub static MAPPED: HashMap<InodeId, u32> = HashMap::with_max_entries(MAPPED_MAX,
 #[map]
 pub static COUNTERS: PerCpuArray<[u64; counter::COUNT as usize]> = PerCpuArray::with_max_entries(1, 0);
 
-/// What a successor checks before it adopts: `[ABI_VERSION, bytes of the ring, 0 while MAPPED is empty, 0]`.
+/// What a successor checks before it adopts, and what the agent tells the probes:
+/// `[ABI_VERSION, bytes of the ring, 1 while each write is to have a record of its own, 0]`.
 #[map]
 pub static META: Array<[u64; 4]> = Array::with_max_entries(1, 0);
 
@@ -203,15 +204,24 @@ pub fn count(index: u32) {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn suspect(scratch: *mut Scratch) -> i32 {
-    count(counter::RESERVE_FAILED);
     if scratch.is_null() {
         return 0;
     }
-    // SAFETY: a part of the scratch, and the map's own entry.
+    // SAFETY: a part of the scratch.
     unsafe {
-        // On the stack: before 6.2 the verifier takes a key from nowhere else.
-        let id = (*scratch).file_record.event.attr.id;
-        let now = (*scratch).file_record.event.header.end_ns;
+        name(&(*scratch).file_record.event.attr.id, (*scratch).file_record.event.header.end_ns);
+    }
+    0
+}
+
+/// Names an object of which a record was lost.
+#[inline(always)]
+pub fn name(id: &InodeId, now: u64) {
+    count(counter::RESERVE_FAILED);
+    // On the stack: before 6.2 the verifier takes a key from nowhere else.
+    let id = *id;
+    // SAFETY: the map's own entry.
+    unsafe {
         // A lost increment does no harm, the entry is there.
         if let Some(entry) = SUSPECTS.get_ptr_mut(&id) {
             (*entry).lost += 1;
@@ -222,7 +232,6 @@ extern "C" fn suspect(scratch: *mut Scratch) -> i32 {
             count(counter::RESCAN);
         }
     }
-    0
 }
 
 /// Names the object of the record in the scratch.

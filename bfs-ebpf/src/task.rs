@@ -8,6 +8,7 @@ use crate::{
     cgroup,
     kernel::{self, read},
     maps::{NO_WAKEUP, RING, TASKS, count, off, rescan},
+    run,
 };
 
 /// Set in the exit code when a core was written (coredump_finish() in fs/coredump.c).
@@ -33,8 +34,10 @@ pub const IDLE: TaskState = TaskState {
     known_end: 0,
     known_fd: 0,
     known_flags: 0,
+    run_first_ns: 0,
+    run_start: 0,
+    run_calls: 0,
     role: role::SELECTED,
-    reserved: 0,
 };
 
 /// Puts a [`TaskEvent`] into the ring.
@@ -104,6 +107,7 @@ pub fn fork(child: u64) -> Option<u32> {
     // A thread that shares the memory may change its mappings; a child has the descriptors too.
     // SAFETY: the parent's own entry, and the parent is the current task.
     let selected = state.is_some_and(|state| unsafe {
+        run::end(&mut *state, parent);
         (*state).private_start = 0;
         (*state).private_end = 0;
         (*state).known_file = 0;
@@ -145,11 +149,12 @@ extern "C" fn follow_task(tid: u32, tgid: u32) -> i32 {
 /// Whoever moves it back in meanwhile may have found the slot that goes: so where the task stands
 /// is looked at once more when the slot is gone.
 #[inline(always)]
-pub fn leaves(state: &TaskState, pid_tgid: u64) -> bool {
+pub fn leaves(state: &mut TaskState, pid_tgid: u64) -> bool {
     // SAFETY: the task's own slot; whoever moves it changes this field.
     if unsafe { core::ptr::read_volatile(&raw const state.role) } != role::LEAVES {
         return false;
     }
+    run::end(state, pid_tgid as u32);
     let _ = TASKS.remove(pid_tgid as u32);
     if cgroup::holds(kernel::task() as u64) {
         follow(pid_tgid as u32, (pid_tgid >> 32) as u32);
@@ -162,9 +167,11 @@ pub fn leaves(state: &TaskState, pid_tgid: u64) -> bool {
 pub fn exec(old_tid: u32) {
     let pid_tgid = bpf_get_current_pid_tgid();
     let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
-    if TASKS.get_ptr_mut(old_tid).is_none() {
+    let Some(state) = TASKS.get_ptr_mut(old_tid) else {
         return;
-    }
+    };
+    // SAFETY: the entry of the current task, which was that thread.
+    run::end(unsafe { &mut *state }, old_tid);
     // The memory is new, and execve itself is not followed: nothing of the old state counts.
     follow(tid, tgid);
     if old_tid != tid {
@@ -178,7 +185,9 @@ pub fn exec(old_tid: u32) {
 pub fn exit(task: u64) -> Option<u32> {
     let pid_tgid = bpf_get_current_pid_tgid();
     let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
-    TASKS.get_ptr_mut(tid)?;
+    let state = TASKS.get_ptr_mut(tid)?;
+    // SAFETY: the entry of the current task.
+    run::end(unsafe { &mut *state }, tid);
     let signal: u64 = read(task + off!(task_signal) as u64);
     let live: u32 = read(signal + off!(signal_live) as u64);
     let code: u32 = read(signal + off!(signal_exit_code) as u64);

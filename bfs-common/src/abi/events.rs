@@ -46,6 +46,9 @@ pub mod kind {
     /// Pages of a file of the map `MAPPED` became dirty, whoever did it: [`super::DirtyEvent`].
     /// From here on, until they are clean again, they can be stored into without a record.
     pub const DIRTIED: u16 = 14;
+    /// Writes of one task to one file, each of which went on where the one before had ended:
+    /// [`super::RunEvent`]. Their bytes are to be read from the file.
+    pub const RUN: u16 = 31;
 }
 
 /// Bits of [`EventHeader::flags`].
@@ -248,6 +251,30 @@ pub struct DirtyEvent {
     pub len: u64,
 }
 
+/// Writes of one task that followed each other without a gap, in one record.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunEvent {
+    /// Header: from the start of the first one to when the record was made, after the last one; `ret` is the sum of their bytes.
+    pub header: EventHeader,
+    /// The file, read when the record was made; a `mode` of 0: its attributes could not be told any more.
+    pub attr: InodeAttr,
+    /// First byte that they changed.
+    pub file_offset: u64,
+    /// How many there were.
+    pub calls: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl RunEvent {
+    /// The attributes of the file, where they are known.
+    #[must_use]
+    pub fn known_attr(&self) -> Option<InodeAttr> {
+        (self.attr.mode != 0).then_some(self.attr)
+    }
+}
+
 /// A record of the ring, with the bytes that follow its struct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
@@ -281,6 +308,11 @@ pub enum Event<'a> {
     Task {
         /// The struct.
         event: TaskEvent,
+    },
+    /// Writes that followed each other ([`kind::RUN`]).
+    Run {
+        /// The struct.
+        event: RunEvent,
     },
     /// Pages became dirty ([`kind::DIRTIED`]).
     Dirty {
@@ -324,6 +356,7 @@ impl<'a> Event<'a> {
             kind::FORK | kind::EXEC | kind::EXIT | kind::COMPAT | kind::JOINED | kind::ENDED => {
                 Some(Self::Task { event: TaskEvent::read_from(bytes)? })
             }
+            kind::RUN => Some(Self::Run { event: RunEvent::read_from(bytes)? }),
             kind::DIRTIED => Some(Self::Dirty { event: DirtyEvent::read_from(bytes)? }),
             _ => None,
         }
@@ -337,6 +370,7 @@ impl<'a> Event<'a> {
             Self::Data { event, .. } => &event.header,
             Self::Path { event, .. } => &event.header,
             Self::Task { event } => &event.header,
+            Self::Run { event } => &event.header,
             Self::Dirty { event } => &event.header,
         }
     }

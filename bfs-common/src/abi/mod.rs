@@ -17,7 +17,7 @@ pub use self::state::*;
 
 /// Changes with every change of layout or meaning in this module; the agent refuses to adopt
 /// pinned maps of another version.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// Longest path that the kernel takes, with the terminating zero (`include/uapi/linux/limits.h`).
 pub const PATH_MAX: usize = 4096;
@@ -97,6 +97,7 @@ const _: () = {
     assert!(size_of::<EventHeader>() == 48);
     assert!(size_of::<FileEvent>() == 48 + 112 + 40 + 16);
     assert!(size_of::<WriteEvent>() == 48 + 56 + 8);
+    assert!(size_of::<RunEvent>() == 48 + 56 + 16);
     // What the probes put together as the one can be sent as the other.
     assert!(core::mem::offset_of!(WriteEvent, attr) == core::mem::offset_of!(FileEvent, attr));
     assert!(core::mem::offset_of!(WriteEvent, file_offset) == core::mem::offset_of!(FileEvent, parent));
@@ -104,7 +105,7 @@ const _: () = {
     assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 16);
     assert!(size_of::<TaskEvent>() == 64);
     assert!(size_of::<DirtyEvent>() == 48 + 16 + 16);
-    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 16 + 8);
+    assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 16 + 8 + 16);
     assert!(size_of::<Suspect>() == 16);
     assert!(size_of::<Settings>() == 64 + 12);
     assert!(size_of::<Request>() == 80);
@@ -143,6 +144,7 @@ plain!(
     PathEvent,
     TaskEvent,
     DirtyEvent,
+    RunEvent,
     TaskState,
     Request,
     Suspect

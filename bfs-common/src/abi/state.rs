@@ -1,6 +1,6 @@
 //! What stands in the maps: the calls in flight, what was lost, the counters, the settings.
 
-use super::{DEVICES_MAX, InodeId};
+use super::{DEVICES_MAX, EventHeader, InodeAttr, InodeId, RunEvent, flag, kind};
 
 /// Value of the map `TASKS`, keyed by tid: a followed task and the call that it is in.
 #[repr(C)]
@@ -43,10 +43,40 @@ pub struct TaskState {
     pub known_fd: u32,
     /// [`slot::APPEND`] if it had that.
     pub known_flags: u32,
+    /// Writes that went on and have no record yet: when the first one started.
+    pub run_first_ns: u64,
+    /// The first byte that they changed; the last one stands before `known_end`.
+    pub run_start: u64,
+    /// How many there are: a *run*. It gets its record before anything else of the task does.
+    pub run_calls: u32,
     /// One of [`role`]; the only field that others than the task itself change.
     pub role: u32,
-    /// Zero.
-    pub reserved: u32,
+}
+
+impl TaskState {
+    /// The record of the run that the slot of thread `tid` held at `now`, without attributes; `None` where there was
+    /// no run.
+    #[must_use]
+    pub fn run(&self, tid: u32, now: u64) -> Option<RunEvent> {
+        (self.run_calls != 0).then(|| RunEvent {
+            header: EventHeader {
+                len: size_of::<RunEvent>() as u32,
+                kind: kind::RUN,
+                flags: flag::BY_REFERENCE,
+                start_ns: self.run_first_ns,
+                end_ns: now,
+                tid,
+                tgid: self.tgid,
+                nr: u32::MAX,
+                read_ns: 0,
+                ret: self.known_end.wrapping_sub(self.run_start) as i64,
+            },
+            attr: InodeAttr { id: self.inode, ..InodeAttr::default() },
+            file_offset: self.run_start,
+            calls: self.run_calls,
+            reserved: 0,
+        })
+    }
 }
 
 /// [`TaskState::role`]: how the task stands to the selection.
@@ -120,7 +150,8 @@ pub mod counter {
     pub const ASYNC: u32 = 10;
     /// Operations that found no room in `REQUESTS`, or rings in `RINGS`.
     pub const REQUESTS_FULL: u32 = 11;
-    /// Writes that went on where the last one had ended: records by reference that are counted nowhere else.
+    /// Writes that went on where the last one had ended, and are counted nowhere else: by reference, several of them
+    /// in one record.
     pub const WENT_ON: u32 = 12;
     /// How many counters there are.
     pub const COUNT: u32 = 16;

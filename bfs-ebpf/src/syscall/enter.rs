@@ -13,7 +13,7 @@ use crate::{
     calls::{CALLS, CLASS, SPECIAL, class, nr, nr32},
     kernel, mapped,
     maps::{SCRATCH, SCRATCH_ENTER, count},
-    path, task, write,
+    path, run, task, write,
 };
 
 /// `__O_TMPFILE`, without the directory bit.
@@ -64,6 +64,7 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     let given = number;
     let number = number_of(number, compat);
     if compat || number & X32 != 0 {
+        run::end(state, pid_tgid as u32);
         count(counter::COMPAT);
         state.private_start = 0;
         state.private_end = 0;
@@ -86,6 +87,7 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
         return;
     }
     if class == class::TABLE {
+        run::end(state, pid_tgid as u32);
         state.known_file = 0;
         return;
     }
@@ -106,8 +108,12 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     if class == class::CLOSE && state.known_fd == state.args[0] as u32 {
         state.known_file = 0;
     }
+    let going_on = class == class::WRITE && goes_on(state, number);
+    if !going_on {
+        run::end(state, pid_tgid as u32);
+    }
     let follow = match class {
-        class::WRITE if goes_on(state, number) => true,
+        class::WRITE if going_on => true,
         class::AIO => true,
         class::OPEN => opens(state, number),
         class::PATH => takes_path(state, number),
@@ -147,7 +153,10 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
             one = in(reg) 1u64,
         );
         compiler_fence(Ordering::SeqCst);
-        core::ptr::write_volatile(&raw mut state.start_ns, bpf_ktime_get_ns());
+        // A write that may join a run needs no time of its own: that of the run is earlier, and while there is no cut
+        // that is all that counts. (A cut that this one does not see yet is still to look at the slot.)
+        let start_ns = if going_on && run::goes_on(state) { state.run_first_ns } else { bpf_ktime_get_ns() };
+        core::ptr::write_volatile(&raw mut state.start_ns, start_ns);
     }
     if class == class::AIO {
         if let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_ENTER) {

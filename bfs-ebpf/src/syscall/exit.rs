@@ -11,7 +11,7 @@ use crate::{
     calls::{CALLS, CLASS, class, nr},
     file, kernel,
     maps::{SCRATCH, SCRATCH_EXIT, Scratch, count},
-    path, task, write,
+    path, run, task, write,
 };
 
 const O_DSYNC: u32 = 0o10_000;
@@ -239,6 +239,10 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
 fn go_on(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64, scratch: &mut Scratch) -> bool {
     let (address, table_shared) = kernel::file_of(state.known_fd);
     let file = kernel::read_file(scratch, address, table_shared);
+    if run::join(state, number, ret, address, &file, pid_tgid as u32) {
+        return true;
+    }
+    run::end(state, pid_tgid as u32);
     kernel::read_inode(scratch, file.inode);
     let appends = file.flags & write::O_APPEND != 0;
     if address != state.known_file

@@ -2,8 +2,9 @@
 //! the pages that become dirty; all of them a successor finds here.
 
 use std::{
-    io,
+    fs, io,
     os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
 };
 
 use bfs_common::abi::{InodeId, MAPPED_MAX};
@@ -13,8 +14,9 @@ use super::{CaptureError, sys};
 /// See the module.
 pub struct MappedFiles {
     map: OwnedFd,
-    /// The probe looks at nothing while the map is empty: `META` says so.
-    meta: OwnedFd,
+    /// The probe of dirty pages, which is attached only while there is a file in the map, and where its link is
+    /// pinned then. `None`: the kernel has no such tracepoint.
+    probe: Option<(OwnedFd, PathBuf)>,
     count: usize,
 }
 
@@ -24,10 +26,17 @@ fn failed(what: &str) -> impl FnOnce(io::Error) -> CaptureError {
 
 impl MappedFiles {
     /// The open map, with what is in it.
-    pub(super) fn new(map: OwnedFd, meta: OwnedFd) -> Result<Self, CaptureError> {
-        let mut this = Self { map, meta, count: 0 };
-        this.count = this.all()?.len();
+    pub(super) fn new(map: OwnedFd, probe: Option<(OwnedFd, PathBuf)>) -> Result<Self, CaptureError> {
+        let mut this = Self { map, probe, count: 0 };
+        let there = this.all()?.len();
+        this.set_count(there).map_err(failed("cannot attach the probe of dirty pages"))?;
         Ok(this)
+    }
+
+    /// Whether pages that become dirty are recorded.
+    #[must_use]
+    pub fn records_pages(&self) -> bool {
+        self.probe.is_some()
     }
 
     /// Keeps in mind that a file is mapped, and records from now on which of its pages become dirty, if
@@ -60,14 +69,16 @@ impl MappedFiles {
         Ok(files.into_iter().map(|f| f.0).collect())
     }
 
+    /// How many files there are in the map from now on.
     fn set_count(&mut self, count: usize) -> io::Result<()> {
-        let gate = (self.count == 0) != (count == 0);
-        self.count = count;
-        if gate {
-            let mut meta = sys::read_meta(self.meta.as_fd())?;
-            meta[2] = u64::from(count > 0);
-            sys::update(self.meta.as_fd(), &0u32, &meta, 0)?;
+        if let Some((probe, link)) = &self.probe {
+            match (link.exists(), count > 0) {
+                (false, true) => sys::attach_pinned(probe.as_fd(), link)?,
+                (true, false) => fs::remove_file(link)?,
+                _ => {}
+            }
         }
+        self.count = count;
         Ok(())
     }
 }

@@ -15,9 +15,11 @@ use aya::{
     programs::{BtfTracePoint, ProgramError, RawTracePoint, links::FdLink},
 };
 use bfs_common::abi::{
-    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, REQUESTS_MAX, Request, SUSPECTS_MAX,
-    Settings, Suspect, TASKS_MAX, TaskState, counter, role,
+    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, REQUESTS_MAX, Request, RunEvent,
+    SUSPECTS_MAX, Settings, Suspect, TASKS_MAX, TaskState, counter, role,
 };
+
+use crate::primary::clock::monotonic_ns;
 
 use super::{CaptureError, btf, log, log::ProbeLog, mapped::MappedFiles, ring::Ring, sys, uring};
 
@@ -151,6 +153,7 @@ pub struct Probes {
     counters: OwnedFd,
     writable_mappings: OwnedFd,
     mapped: MappedFiles,
+    meta: OwnedFd,
     programs: Vec<(&'static str, OwnedFd)>,
     ring: Ring,
     cpus: usize,
@@ -218,11 +221,16 @@ impl Probes {
             open(&link_name(name))?;
         }
         // Not there on a kernel without io_uring, or without the tracepoint.
-        for name in uring::PROGRAMS.map(|program| program.0).into_iter().chain([DIRTIED]) {
+        for name in uring::PROGRAMS.map(|program| program.0) {
             if pin_dir.join(name).exists() {
                 programs.push((name, open(name)?));
                 open(&link_name(name))?;
             }
+        }
+        let mut dirtied = None;
+        if pin_dir.join(DIRTIED).exists() {
+            programs.push((DIRTIED, open(DIRTIED)?));
+            dirtied = Some((open(DIRTIED)?, pin_dir.join(link_name(DIRTIED))));
         }
         let ring = Ring::open(open("RING")?).map_err(kernel("cannot map the ring"))?;
         Ok(Self {
@@ -234,7 +242,8 @@ impl Probes {
             devices: open("DEVICES")?,
             counters: open("COUNTERS")?,
             writable_mappings: open(WRITABLE)?,
-            mapped: MappedFiles::new(open("MAPPED")?, meta)?,
+            mapped: MappedFiles::new(open("MAPPED")?, dirtied)?,
+            meta,
             programs,
             ring,
             cpus: aya::util::nr_cpus().map_err(|(what, source)| CaptureError::Kernel {
@@ -330,6 +339,26 @@ impl Probes {
         Ok(tasks)
     }
 
+    /// From now on each write has a record of its own (`true`), or those that go on where the last one ended have one
+    /// together.
+    pub fn part_writes(&mut self, part: bool) -> Result<(), CaptureError> {
+        sys::read_meta(self.meta.as_fd())
+            .and_then(|mut meta| {
+                meta[2] = u64::from(part);
+                sys::update(self.meta.as_fd(), &0u32, &meta, 0)
+            })
+            .map_err(kernel("cannot tell the probes how to record writes"))
+    }
+
+    /// The runs of writes that have no record yet. Complete, together with what stands in the ring afterwards, when
+    /// writes were [parted](Self::part_writes) before.
+    pub fn runs(&self) -> Result<Vec<RunEvent>, CaptureError> {
+        fence(Ordering::SeqCst);
+        let tasks = self.tasks()?;
+        let now = monotonic_ns();
+        Ok(tasks.into_iter().filter_map(|(tid, state)| state.run(tid, now)).collect())
+    }
+
     /// Whether a task is still in the call that it began at `start_ns` (or, before the time was
     /// taken, 0 or 1: in any).
     pub fn is_in_call(&self, tid: u32, start_ns: u64) -> Result<bool, CaptureError> {
@@ -375,12 +404,6 @@ impl Probes {
     /// Takes out the objects whose records found no room in the ring.
     pub fn drain_suspects(&self) -> Result<Vec<(InodeId, Suspect)>, CaptureError> {
         sys::entries(self.suspects.as_fd(), SUSPECTS_MAX, true).map_err(kernel("cannot read the suspects"))
-    }
-
-    /// Whether pages of mapped files that become dirty are recorded.
-    #[must_use]
-    pub fn records_dirty_pages(&self) -> bool {
-        self.programs.iter().any(|(name, _)| *name == DIRTIED)
     }
 
     /// The files that are mapped.
@@ -491,6 +514,10 @@ fn load_pinned(
     for (name, _) in &names {
         let program = tracepoint(&mut ebpf, name)?;
         program.pin(options.pin_dir.join(name)).map_err(|error| pin_failed("probe", name, error))?;
+        // While no file is mapped nobody is to pay for it.
+        if *name == DIRTIED {
+            continue;
+        }
         let link =
             program.attach().and_then(|id| program.take_link(id)).map_err(|error| refused(name, &error))?;
         FdLink::from(link)

@@ -18,9 +18,11 @@ mod command {
     pub const MAP_LOOKUP_ELEM: i64 = 1;
     pub const MAP_UPDATE_ELEM: i64 = 2;
     pub const MAP_DELETE_ELEM: i64 = 3;
+    pub const OBJ_PIN: i64 = 6;
     pub const OBJ_GET: i64 = 7;
     pub const PROG_TEST_RUN: i64 = 10;
     pub const OBJ_GET_INFO_BY_FD: i64 = 15;
+    pub const RAW_TRACEPOINT_OPEN: i64 = 17;
     pub const MAP_LOOKUP_AND_DELETE_BATCH: i64 = 25;
     pub const MAP_LOOKUP_BATCH: i64 = 24;
 }
@@ -162,14 +164,36 @@ struct PathAttr {
     flags: u32,
 }
 
+#[repr(C)]
+struct TracepointAttr {
+    name: u64,
+    program: u32,
+    reserved: u32,
+}
+
+/// Attaches a program to the BTF tracepoint that it was loaded for, for as long as `path` stands, where the link is
+/// pinned.
+pub fn attach_pinned(program: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let program = program.as_raw_fd().cast_unsigned();
+    let link = bpf(command::RAW_TRACEPOINT_OPEN, &mut TracepointAttr { name: 0, program, reserved: 0 })?;
+    let link = made(link)?;
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let fd = link.as_raw_fd().cast_unsigned();
+    bpf(command::OBJ_PIN, &mut PathAttr { path: path.as_ptr().addr() as u64, fd, flags: 0 }).map(drop)
+}
+
+/// A descriptor that a command gave.
+fn made(fd: i64) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Opens what is pinned at `path`.
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = PathAttr { path: path.as_ptr().addr() as u64, fd: 0, flags: 0 };
-    let fd = bpf(command::OBJ_GET, &mut attr)?;
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    made(bpf(command::OBJ_GET, &mut attr)?)
 }
 
 #[repr(C)]

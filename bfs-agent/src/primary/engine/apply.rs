@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::rc::Rc;
 
-use bfs_common::abi::{Event, InodeAttr, flag, kind};
+use bfs_common::abi::{Event, InodeAttr, InodeId, flag, kind};
 use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 use bytes::Bytes;
 
@@ -45,7 +45,7 @@ impl Engine {
         self.ship_full(host)
     }
 
-    fn take_in(&mut self, event: &Event<'_>, host: &mut dyn Host) {
+    pub(super) fn take_in(&mut self, event: &Event<'_>, host: &mut dyn Host) {
         let tid = event.header().tid;
         match event {
             Event::Data { event: e, data } => {
@@ -79,17 +79,20 @@ impl Engine {
             self.stats.ambiguous += 1;
             act = Act::Everything;
         }
-        if let Event::File { event: e, .. } = event {
-            for inode in [e.attr.id, e.parent.id] {
-                if inode.is_some() && self.model.find(inode).is_none() {
-                    self.strangers.note(inode, span.end_ns);
-                }
+        let reached = match event {
+            Event::File { event: e, .. } => [e.attr.id, e.parent.id],
+            Event::Run { event: e } => [e.attr.id, InodeId::NONE],
+            _ => [InodeId::NONE; 2],
+        };
+        for inode in reached {
+            if inode.is_some() && self.model.find(inode).is_none() {
+                self.strangers.note(inode, span.end_ns);
             }
         }
         let touches = touches(&act, &way, &self.model);
         // What concerns nothing of the group makes no checkpoint due.
         if !touches.is_empty() {
-            self.stats.ops += 1;
+            self.stats.ops += if let Event::Run { event } = event { u64::from(event.calls) } else { 1 };
         }
         // What these overlap with says nothing: the stores come later.
         let stores = matches!(act, Act::Dirtied { .. } | Act::Mapped { .. });
@@ -385,7 +388,7 @@ impl Engine {
                 }
             }
             Act::Write { object, range, inline, attr, position } => {
-                self.snapshot(object, &attr, span);
+                self.meta_after(object, attr.as_ref(), span);
                 if has_capability(&self.model, object) {
                     self.dirty.xattrs(object);
                 }
@@ -397,6 +400,9 @@ impl Engine {
                         self.stats.ambiguous += 1;
                         self.dirty.whole(object);
                     }
+                }
+                if range.end < u64::MAX {
+                    self.stats.written_bytes += range.end - range.start;
                 }
                 let whole = self.dirty.get(object).is_some_and(|d| d.whole);
                 if inline && !ambiguous && !self.noting && self.write_inline(object, &range, event) {
@@ -542,7 +548,6 @@ impl Engine {
         if e.header.flags & flag::UNLINKED != 0 && !self.model.is_linked(object) {
             return true;
         }
-        self.stats.inline_bytes += range.end - range.start;
         for (offset, bytes) in &pieces {
             self.model.write(object, range.start + offset, bytes, &mut self.out);
         }

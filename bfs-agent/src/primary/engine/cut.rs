@@ -183,7 +183,11 @@ impl Engine {
     /// # Errors
     /// [`CheckpointError`]; no marker stands then, and the processes run.
     pub fn checkpoint(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
-        let taken = self.place(host, request);
+        let taken = match self.take_runs(host) {
+            Ok(()) => self.place(host, request),
+            Err(e) => Err(e.into()),
+        };
+        host.join_writes();
         // Whatever came of it: what was held back comes next, before anything newer.
         match (taken, self.replay(host)) {
             (Ok(_), Err(e)) => {
@@ -283,6 +287,21 @@ impl Engine {
     pub fn drain(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
         self.take_some(host, DEFERRED_MAX)?;
         self.take_losses(host).map(drop)
+    }
+
+    /// Takes in the writes that have no record yet. From now on each has one, until they are
+    /// [joined](Host::join_writes) again: so none is on both sides of an instant.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn take_runs(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+        let runs = host.part_writes()?;
+        // What came before them stands in the ring: first of all, the creation of their files.
+        self.drain(host)?;
+        for event in runs {
+            self.take_in(&Event::Run { event }, host);
+        }
+        Ok(())
     }
 
     /// Takes in up to `max` events; gives how many there were.

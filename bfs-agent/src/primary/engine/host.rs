@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bfs_common::abi::InodeId;
+use bfs_common::abi::{InodeId, RunEvent};
 use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 
 use super::outbox::Batch;
@@ -252,6 +252,16 @@ pub trait Host {
     /// # Errors
     /// [`HostError::Probes`].
     fn next_event(&mut self, event: &mut OwnedEvent) -> Result<bool, HostError>;
+
+    /// From now on, until [`Self::join_writes`], each write has a record of its own. Gives the runs of writes that
+    /// have no record yet; what is not among them stands in the ring, or belongs to a call that is in flight.
+    ///
+    /// # Errors
+    /// [`HostError::Probes`].
+    fn part_writes(&mut self) -> Result<Vec<RunEvent>, HostError>;
+
+    /// Writes that go on where the last one ended may have one record together.
+    fn join_writes(&mut self);
 
     /// What was lost since the last call.
     ///

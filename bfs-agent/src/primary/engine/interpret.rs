@@ -40,8 +40,8 @@ pub enum Act {
         range: Range<u64>,
         /// Whether the event holds the bytes.
         inline: bool,
-        /// The file after the call.
-        attr: InodeAttr,
+        /// The file after the call, where the probe could read it.
+        attr: Option<InodeAttr>,
         /// The open file, where others use its position too and the range comes from there.
         position: Option<u64>,
     },
@@ -199,6 +199,14 @@ pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> (Act,
     let mut way = Way::default();
     let act = match event {
         Event::File { event, name, .. } => file(model, event, name),
+        Event::Run { event } => match model.find(event.attr.id) {
+            Some(object) => {
+                let end = event.file_offset.saturating_add(event.header.ret.cast_unsigned());
+                let range = event.file_offset..end;
+                Act::Write { object, range, inline: false, attr: event.known_attr(), position: None }
+            }
+            None => Act::Nothing,
+        },
         Event::Dirty { event } => match model.find(event.id) {
             Some(object) => {
                 Act::Dirtied { object, range: event.offset..event.offset.saturating_add(event.len) }
@@ -274,7 +282,8 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
             };
             let inline = flags & flag::INLINE != 0
                 && flags & (flag::DATA_LOST | flag::OFFSET_UNKNOWN | flag::BY_REFERENCE) == 0;
-            Act::Write { object, range, inline, attr, position: at_position.then_some(e.file) }
+            let position = at_position.then_some(e.file);
+            Act::Write { object, range, inline, attr: Some(attr), position }
         }
         libc::SYS_lseek => Act::Seek { object, file: e.file },
         libc::SYS_fchmod | libc::SYS_fchown => {

@@ -194,10 +194,8 @@ impl Strangers {
 pub struct Stats {
     /// Calls that changed something of the group.
     pub ops: u64,
-    /// Bytes that were captured inline.
-    pub inline_bytes: u64,
-    /// Bytes that were read from files.
-    pub read_bytes: u64,
+    /// Bytes that calls wrote, as far as their number is known.
+    pub written_bytes: u64,
     /// Calls whose order or effect had to be settled by reading.
     pub ambiguous: u64,
     /// Times that everything became suspect.

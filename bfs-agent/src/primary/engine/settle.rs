@@ -268,18 +268,14 @@ impl Engine {
         while at < end {
             // Blocks that are compared lie in one piece.
             let next = (at / PIECE + 1).saturating_mul(PIECE).min(end);
-            let (model, out, read) = (&mut self.model, &mut self.out, &mut self.stats.read_bytes);
+            let (model, out) = (&mut self.model, &mut self.out);
             let compared = model.same.as_ref().is_some_and(|same| same.has(object));
             let mut piece = Piece { start: at, ..Piece::default() };
             let there = host.read(inode, at..next, &mut |segment| match segment {
-                Segment::Data(offset, bytes) => {
-                    *read += bytes.len() as u64;
-                    if compared {
-                        piece.add(offset, bytes.len() as u64, Some(bytes));
-                    } else {
-                        model.write(object, offset, bytes, out);
-                    }
+                Segment::Data(offset, bytes) if compared => {
+                    piece.add(offset, bytes.len() as u64, Some(bytes));
                 }
+                Segment::Data(offset, bytes) => model.write(object, offset, bytes, out),
                 Segment::Hole(offset, length) if compared => piece.add(offset, length, None),
                 Segment::Hole(offset, length) => model.zero(object, offset, length, out),
             })?;

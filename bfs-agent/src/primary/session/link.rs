@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::primary::clock::monotonic_ns;
-use bfs_common::abi::{InodeId, TASKS_MAX, counter};
+use bfs_common::abi::{InodeId, RunEvent, TASKS_MAX, counter};
 use bfs_common::record::{Name, ObjectId};
 
 use super::known::Answers;
@@ -111,6 +111,11 @@ impl Link {
             self.probes.ring().release(position);
             self.released = position;
         }
+    }
+
+    /// How many writes went on where the one before had ended, since the probes were loaded.
+    pub fn went_on(&self) -> u64 {
+        self.probes.counters().map_or(self.seen, |counters| counters).get(counter::WENT_ON)
     }
 
     /// Nothing that is in the ring is wanted any more.
@@ -248,6 +253,17 @@ impl Host for Link {
         Ok(true)
     }
 
+    fn part_writes(&mut self) -> Result<Vec<RunEvent>, HostError> {
+        self.probes.part_writes(true).and_then(|()| self.probes.runs()).map_err(probes_failed)
+    }
+
+    fn join_writes(&mut self) {
+        // Where that fails, all go on having records of their own.
+        if let Err(e) = self.probes.part_writes(false) {
+            tracing::debug!("writes are not joined: {e}");
+        }
+    }
+
     fn losses(&mut self) -> Result<Losses, HostError> {
         let now = self.probes.counters().map_err(probes_failed)?;
         let rose = |index| now.get(index) > self.seen.get(index);
@@ -275,7 +291,7 @@ impl Host for Link {
     }
 
     fn follow_mapped(&mut self, inode: InodeId, pages: bool) -> Result<bool, HostError> {
-        let pages = pages && self.probes.records_dirty_pages() && self.reader.tells_stores(inode)?;
+        let pages = pages && self.probes.mapped().records_pages() && self.reader.tells_stores(inode)?;
         Ok(self.probes.mapped().follow(inode, pages).map_err(probes_failed)? && pages)
     }
 

@@ -12,6 +12,7 @@ mod rollback;
 mod select;
 mod state;
 mod status;
+mod triggers;
 mod work;
 
 use std::ffi::OsString;

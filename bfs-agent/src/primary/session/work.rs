@@ -10,6 +10,7 @@ use bfs_common::record::{CheckpointId, Epoch, Sequence};
 use super::SessionOptions;
 use super::link::{Link, STOP_LIMITS};
 use super::paths::Change;
+use super::triggers::Since;
 use crate::backup::ReplayerHandle;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{
@@ -116,9 +117,7 @@ pub struct Work {
     held: Option<Held>,
     last_flush: Instant,
     last_care: Instant,
-    last_checkpoint: Instant,
-    pushed_at_checkpoint: (u64, u64),
-    ops_at_checkpoint: u64,
+    pub(super) since: Since,
     look: Duration,
     stop_asked: Option<(Replies, Duration)>,
     _local: Option<Arc<ReplayerHandle>>,
@@ -155,9 +154,7 @@ impl Work {
             held: None,
             last_flush: now,
             last_care: now,
-            last_checkpoint: now,
-            pushed_at_checkpoint: (0, 0),
-            ops_at_checkpoint: 0,
+            since: Since::new(now),
             look: LOOK_MIN,
             stop_asked: None,
             _local: local,
@@ -216,6 +213,7 @@ impl Work {
             self.flush();
         }
         self.link.release_ring();
+        self.look_at_runs();
         if self.held.is_none()
             && let Some(trigger) = self.due()
         {
@@ -238,7 +236,7 @@ impl Work {
 
     /// Past the bound of what is kept for a destination that is away, the stream is given up:
     /// what the group holds has to be copied again by the next agent.
-    fn host_failed(&mut self, error: &HostError) {
+    pub(super) fn host_failed(&mut self, error: &HostError) {
         self.last_error = Some(error.to_string());
         self.failing = Some(error.to_string());
         if matches!(error, HostError::NoRoom(_)) {
@@ -252,42 +250,6 @@ impl Work {
             if self.kept.write(&self.options.group).is_err() {
                 super::state::State::remove(&self.options.group);
             }
-        }
-    }
-
-    fn due(&self) -> Option<&'static str> {
-        let schedule = &self.options.schedule;
-        // The first copy has to come about, whatever the schedule.
-        if self.tally.taken == 0 && self.last_checkpoint.elapsed() >= Duration::from_millis(200) {
-            return Some("start");
-        }
-        if schedule.every.is_some_and(|every| self.last_checkpoint.elapsed() >= every) {
-            return Some("every");
-        }
-        let bytes = self.engine.stats.inline_bytes + self.engine.stats.read_bytes;
-        if schedule.bytes.is_some_and(|limit| bytes >= self.pushed_at_checkpoint.1.saturating_add(limit)) {
-            return Some("bytes");
-        }
-        let ops = self.engine.stats.ops;
-        (schedule.ops.is_some_and(|limit| ops >= self.ops_at_checkpoint.saturating_add(limit)))
-            .then_some("ops")
-    }
-
-    fn scheduled(&mut self, trigger: &'static str) {
-        if self.engine.is_noting() {
-            self.last_checkpoint = Instant::now();
-            return;
-        }
-        // An idle group needs no new checkpoint.
-        let idle = self.tally.taken > 0
-            && self.engine.stats.ops == self.ops_at_checkpoint
-            && self.engine.suspects() == 0
-            && !self.engine.silent()
-            && trigger == "every"
-            && !self.has_requests();
-        self.last_checkpoint = Instant::now();
-        if !idle {
-            let _ = self.checkpoint(String::new(), trigger, Stop::IfNeeded);
         }
     }
 
@@ -308,7 +270,7 @@ impl Work {
         let wall_ns = wall_ns();
         let request = Request { tag: tag.clone(), trigger, wall_ns, stop };
         let taken = self.engine.checkpoint(&mut self.link, &request);
-        self.last_checkpoint = Instant::now();
+        self.since.tried = Instant::now();
         match taken {
             Ok(taken) => {
                 tracing::debug!(
@@ -321,9 +283,7 @@ impl Work {
                 self.failing = None;
                 self.tally.taken += 1;
                 self.tally.stopped += u64::from(taken.stopped);
-                self.pushed_at_checkpoint =
-                    (0, self.engine.stats.inline_bytes + self.engine.stats.read_bytes);
-                self.ops_at_checkpoint = self.engine.stats.ops;
+                self.since.checkpoint(&self.engine.stats);
                 if self.state == State::Copying {
                     self.state = State::Following;
                 }

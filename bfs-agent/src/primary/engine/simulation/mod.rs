@@ -7,6 +7,7 @@ mod border;
 mod fs;
 mod memory;
 mod requests;
+mod runs;
 mod world;
 
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ fn begin(world: &mut World, border: Border, backup: &Backup, last: CheckpointId)
     world.ring.clear();
     world.stop().unwrap();
     world.ring.clear();
+    world.forget_runs();
     world.go();
     let base = world.fs.clone();
     world.done.clear();

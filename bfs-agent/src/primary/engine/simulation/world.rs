@@ -5,12 +5,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, InodeId, PathEvent, flag, kind};
+use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, InodeId, PathEvent, RunEvent, flag, kind};
 use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 
 use super::fs::{At, Call, Done, Effect, Fs, ROOT};
 use super::memory::Memory;
 use super::requests::Flying;
+use super::runs::Run;
 use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
 use crate::primary::engine::resolve::Start;
@@ -41,6 +42,9 @@ pub(super) struct World {
     pub(super) clock: u64,
     pub(super) fs: Fs,
     pub(super) tasks: Vec<Option<Running>>,
+    pub(super) runs: Vec<Option<Run>>,
+    /// Each write has a record of its own.
+    pub(super) parted: bool,
     pub(super) ring: VecDeque<OwnedEvent>,
     pub(super) ring_position: u64,
     pub(super) done: Vec<Done>,
@@ -72,6 +76,8 @@ impl World {
             clock: 1_000_000_000,
             fs: Fs::new(),
             tasks: vec![None; tasks],
+            runs: vec![None; tasks],
+            parted: false,
             ring: VecDeque::new(),
             ring_position: 0,
             done: Vec::new(),
@@ -185,8 +191,10 @@ impl World {
             None => {
                 if !self.stopped && self.calls_left > 0 && self.random.next(3) > 0 {
                     self.calls_left -= 1;
-                    let call = self.invent();
-                    self.tasks[who] = Some(Running { start_ns: self.clock, call, effect: None });
+                    let goes_on = if self.random.next(3) == 0 { self.go_on(who) } else { None };
+                    let call = goes_on.unwrap_or_else(|| self.invent());
+                    let start_ns = self.starts(who, &call);
+                    self.tasks[who] = Some(Running { start_ns, call, effect: None });
                 }
             }
             Some(mut running) if running.effect.is_none() => {
@@ -225,6 +233,12 @@ impl World {
     /// The record of a call at its end (or, of an operation that goes on, at its beginning).
     pub(super) fn end(&mut self, tid: u32, running: &Running, on_file: u16, on_path: u16) {
         let Some(effect) = running.effect.clone().filter(|e| e.ok) else { return };
+        if let Call::Write { file, data, inline: false, .. } = &running.call
+            && tid as usize <= self.tasks.len()
+            && self.join(tid as usize - 1, running, *file, effect.offset, data.len() as u64)
+        {
+            return;
+        }
         let header = EventHeader {
             kind: on_file,
             start_ns: running.start_ns,
@@ -288,6 +302,11 @@ impl World {
             }
             Call::Link { from, to } => self.path(header, on_path, libc::SYS_linkat, from, Some(to)),
         };
+        self.put_record(bytes, tid);
+    }
+
+    /// Puts a record into the ring.
+    pub(super) fn put_record(&mut self, bytes: Vec<u8>, tid: u32) {
         self.ring_position += bytes.len() as u64;
         let event = OwnedEvent { bytes, ring_position: self.ring_position };
         // Another CPU's record may come to stand before one that ended just earlier.
@@ -497,6 +516,19 @@ impl Host for World {
         let there = next.is_some();
         *event = next.unwrap_or_default();
         Ok(there)
+    }
+
+    fn part_writes(&mut self) -> Result<Vec<RunEvent>, HostError> {
+        self.step();
+        self.parted = true;
+        self.step();
+        let runs = self.runs_in_slots();
+        self.step();
+        Ok(runs)
+    }
+
+    fn join_writes(&mut self) {
+        self.parted = false;
     }
 
     fn losses(&mut self) -> Result<Losses, HostError> {
