@@ -23,6 +23,7 @@ use bfs_common::abi::{
 mod nr {
     pub const WRITE: u32 = 1;
     pub const OPEN: u32 = 2;
+    pub const CLOSE: u32 = 3;
     pub const PWRITE64: u32 = 18;
     pub const WRITEV: u32 = 20;
     pub const FTRUNCATE: u32 = 77;
@@ -329,6 +330,16 @@ fn what_is_larger_than_allowed_goes_by_reference() {
     assert_eq!(flags, [flag::INLINE]);
     assert_eq!(larger, [flag::BY_REFERENCE; 3]);
     assert!(!seen.iter().any(|record| matches!(record, Seen::Data { .. })));
+}
+
+#[test]
+fn a_close_has_a_record_where_it_is_asked_for() {
+    let mut capture = Capture::with("closes", |options| options.closes = true);
+    let seen = capture.run("appends");
+    let (close, _) = files(&seen, nr::CLOSE)[0];
+    assert_eq!((close.attr.id.ino, close.header.ret), (capture.inode("f"), 0));
+    let mut capture = Capture::new("no-closes");
+    assert!(files(&capture.run("appends"), nr::CLOSE).is_empty());
 }
 
 #[test]

@@ -347,6 +347,11 @@ pub struct Name {
     pub len: u32,
 }
 
+impl Name {
+    /// No name.
+    pub const NONE: Self = Self { parent: 0, address: 0, len: 0 };
+}
+
 /// Reads a dentry.
 #[inline(always)]
 pub fn read_dentry(scratch: &mut Scratch, dentry: u64) -> Name {

@@ -134,7 +134,7 @@ pub static OFFSETS: Offsets = unsafe { core::mem::zeroed() };
 /// Filled by the agent before loading.
 #[unsafe(no_mangle)]
 pub static SETTINGS: Settings =
-    Settings { devices: [0; DEVICES_MAX], inline_max: 0, cgroup_low: 0, cgroup_high: 0 };
+    Settings { devices: [0; DEVICES_MAX], inline_max: 0, cgroup_low: 0, cgroup_high: 0, closes: 0 };
 
 /// 1 once any process wrote into the memory of another one: no buffer is private any more.
 #[unsafe(no_mangle)]

@@ -4,7 +4,7 @@ use super::{InodeAttr, InodeId, Plain};
 
 /// What a record in the ring is.
 pub mod kind {
-    /// A call on a descriptor ended: [`super::FileEvent`], then name bytes, then data bytes.
+    /// A call on a descriptor ended: [`super::FileEvent`], then (of an open) the name, then data bytes.
     pub const FILE: u16 = 1;
     /// A call with paths ended: [`super::PathEvent`], then path 1, then path 2.
     pub const PATH: u16 = 2;
@@ -129,7 +129,7 @@ pub struct FileEvent {
     pub header: EventHeader,
     /// The object, read at the end of the call.
     pub attr: InodeAttr,
-    /// The directory of the dentry through which it was opened, read at the end of the call.
+    /// Of an open, the directory of the dentry, read at the end of the call.
     pub parent: InodeAttr,
     /// Address of the `struct file`: equal for all users of one open file description.
     pub file: u64,

@@ -107,7 +107,7 @@ const _: () = {
     assert!(size_of::<DirtyEvent>() == 48 + 16 + 16);
     assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 16 + 8 + 16);
     assert!(size_of::<Suspect>() == 16);
-    assert!(size_of::<Settings>() == 64 + 12);
+    assert!(size_of::<Settings>() == 64 + 16);
     assert!(size_of::<Request>() == 80);
     assert!(size_of::<Offsets>() == (68 + 40) * 4);
 };

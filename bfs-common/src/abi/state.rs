@@ -170,4 +170,6 @@ pub struct Settings {
     pub cgroup_low: u32,
     /// Upper half.
     pub cgroup_high: u32,
+    /// 1: a close of a descriptor that could be written to has a record.
+    pub closes: u32,
 }

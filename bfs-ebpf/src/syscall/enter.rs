@@ -12,7 +12,7 @@ use crate::{
     aio,
     calls::{CALLS, CLASS, SPECIAL, class, nr, nr32},
     kernel, mapped,
-    maps::{SCRATCH, SCRATCH_ENTER, count},
+    maps::{SCRATCH, SCRATCH_ENTER, count, setting},
     path, run, task, write,
 };
 
@@ -113,6 +113,8 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
         run::end(state, pid_tgid as u32);
     }
     let follow = match class {
+        // Nobody wants to know.
+        class::CLOSE if setting!(closes) == 0 => false,
         class::WRITE if going_on => true,
         class::AIO => true,
         class::OPEN => opens(state, number),

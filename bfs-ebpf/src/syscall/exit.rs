@@ -224,7 +224,8 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
         }
         _ => {}
     }
-    let name = kernel::read_dentry(scratch, file.dentry);
+    // What is changed by descriptor is known since its open.
+    let name = if opened { kernel::read_dentry(scratch, file.dentry) } else { kernel::Name::NONE };
     if name.parent != 0 {
         kernel::read_parent(scratch, name.parent);
         kernel::parent_attr(scratch, kernel::parent_device_like(name.parent, dev, btrfs));

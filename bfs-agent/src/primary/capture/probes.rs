@@ -83,6 +83,8 @@ pub struct LoadOptions {
     pub cgroup: Option<u64>,
     /// Largest write whose bytes are copied in the probe, at most [`INLINE_MAX`].
     pub inline_max: u32,
+    /// Whether a close of a descriptor that could be written to has a record.
+    pub closes: bool,
     /// Bytes of the ring: a power of two, at least a page.
     pub ring_bytes: u32,
     /// The kernel's types: [`btf::KERNEL_BTF`].
@@ -103,6 +105,7 @@ impl LoadOptions {
             devices,
             cgroup: None,
             inline_max: 1 << 10,
+            closes: false,
             ring_bytes: 64 << 20,
             btf: PathBuf::from(btf::KERNEL_BTF),
             log: log::wanted(),
@@ -110,7 +113,8 @@ impl LoadOptions {
     }
 
     fn settings(&self) -> Result<Settings, CaptureError> {
-        let mut settings = Settings { inline_max: self.inline_max, ..Settings::default() };
+        let mut settings =
+            Settings { inline_max: self.inline_max, closes: u32::from(self.closes), ..Settings::default() };
         if self.devices.is_empty() || self.devices.len() > DEVICES_MAX || self.devices.contains(&0) {
             return Err(CaptureError::Options(format!(
                 "1 to {DEVICES_MAX} file systems can be in scope, not {}",
