@@ -5,11 +5,50 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bfs_tests::exercise;
-use bfs_tests::faults::{Fault, Faults};
+use bfs_tests::faults::{Effect, Fault, Faults};
 use bfs_tests::programs::append::AppendWriters;
 use bfs_tests::random::Random;
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{How, Transport, World, rounds};
+
+/// The disk of the spool fails (EIO), once or until it was told, while the backup is away: the program goes on, status
+/// says it, and in the end nothing is missing.
+#[test]
+fn calls_below_the_spool_fail_while_the_backup_is_away() {
+    let mut world = World::new("faults-spool", Transport::Unix).unwrap();
+    world.faults_of_agents(Faults::new(&world.spool()));
+    world.start(&AppendWriters, How::AttachHalfWay).unwrap();
+    world.checkpoint().unwrap();
+    let mut random = Random::printed();
+    let mut hit = 0;
+    for index in 0..rounds(6, 60) {
+        let lasting = index % 2 == 1;
+        let at = 1 + random.below(if lasting { 12 } else { 40 }) as u64;
+        let fault = Fault { at, lasting, effect: Effect::Fails(libc::EIO), torn: random.chance(50) };
+        world.agent_faults().expect("given above").set(fault);
+        world.kill_replayer().unwrap();
+        if lasting {
+            let said = until("the spool's trouble to be told", SOON, || {
+                // What is written by reference is read for a checkpoint.
+                let _ = world.agent_command(&["checkpoint", "--wait", "sealed", "--timeout", "1s"], SOON);
+                world.status().ok()?["spool"]["trouble"].as_str().map(str::to_owned)
+            })
+            .unwrap();
+            assert!(said.contains("Input/output error"), "{said}");
+            world.agent_faults().expect("given above").lift();
+        }
+        let sealed = world.checkpoint_until("sealed").unwrap();
+        assert!(world.program_runs(), "the program goes on");
+        hit += usize::from(!world.agent_faults().expect("given above").failed().is_empty());
+        world.start_replayer().unwrap();
+        world.wait_applied(sealed).unwrap();
+        exercise::cut(&world, &AppendWriters, index).unwrap();
+    }
+    assert!(hit >= rounds(6, 60) / 2, "{hit} faults came about");
+    exercise::stopped(&world, 0).unwrap();
+    world.finish().unwrap();
+    exercise::equal(&world).unwrap();
+}
 
 #[test]
 fn calls_of_the_replayer_fail_during_appends() {
@@ -22,7 +61,7 @@ fn calls_of_the_replayer_fail_during_appends() {
     for index in 0..rounds(8, 120) {
         let error = *random.of(&[libc::ENOSPC, libc::EIO]);
         let (at, lasting) = (1 + random.below(60) as u64, index % 2 == 1);
-        let fault = Fault { at, lasting, error, torn: random.chance(50) };
+        let fault = Fault { at, lasting, effect: Effect::Fails(error), torn: random.chance(50) };
         let faults = world.faults().expect("given above");
         faults.set(fault);
         let done = AtomicBool::new(false);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use bfs_tests::faults::{Effect, Fault, Faults};
 use bfs_tests::programs::Program;
 use bfs_tests::programs::append::AppendWriters;
 use bfs_tests::programs::names::RandomNames;
@@ -194,8 +195,15 @@ fn without_the_backup_nothing_is_touched_and_the_way_on_is_said() {
     assert_eq!(fs::read_to_string(world.place.data.join("file")).unwrap(), "1\n");
 }
 
-/// A program works, a checkpoint is copied, the program works on; then back and forth, killed on the way.
-fn back_and_forth(program: &dyn Program, name: &str) {
+/// Two states of a program's files, and the checkpoints that they are of.
+struct States {
+    world: World,
+    /// The number, and a copy.
+    all: [(String, PathBuf); 2],
+}
+
+/// A program works, a checkpoint is copied, the program works on and ends.
+fn two_states(program: &dyn Program, name: &str) -> States {
     let mut world = World::new(name, Transport::Unix).unwrap();
     world.start(program, How::Run).unwrap();
     let place = world.place.clone();
@@ -209,11 +217,16 @@ fn back_and_forth(program: &dyn Program, name: &str) {
     let end = world.scratch.join("end");
     copy::exact(&world.place.data, &end).unwrap();
     let last = generations_newest(&world);
+    States { world, all: [(number, then), (last, end)] }
+}
 
+/// Back and forth, killed on the way.
+fn back_and_forth(program: &dyn Program, name: &str) {
+    let States { world, all } = two_states(program, name);
     let mut moments = Random::new(given_seed().unwrap_or(20_261_121));
     let (path, backup) = (world.place.data.display().to_string(), world.destination());
     for round in 0..rounds(3, 60) {
-        let (to, copy) = if round % 2 == 0 { (&number, &then) } else { (&last, &end) };
+        let (to, copy) = &all[round % 2];
         let mut killed = 0;
         loop {
             let mut child = world
@@ -257,6 +270,46 @@ fn back_and_forth(program: &dyn Program, name: &str) {
         assert!(world.replayer_status().unwrap()["rolling_back"].is_null());
         nothing_is_left(&world);
     }
+}
+
+/// Back and forth, killed before each change that going back makes in turn, and once more while that is finished.
+#[test]
+fn names_back_and_forth_killed_at_each_change() {
+    let States { world, all } = two_states(&RandomNames, "rollback-changes");
+    let mut random = Random::new(given_seed().unwrap_or(20_261_127));
+    let (path, backup) = (world.place.data.display().to_string(), world.destination());
+    let mut faults = Faults::new(world.root());
+    let (mut killed, mut at, mut missed) = (0, 1 + random.next() % 20, 0);
+    let began = Instant::now();
+    for round in 0.. {
+        let (to, copy) = &all[round % 2];
+        let words = ["rollback", "--path", &path, "--backup", &backup, "--to", to];
+        let mut hit = Vec::new();
+        for moment in [Some(at), Some(1 + random.next() % 150), None] {
+            faults.lift();
+            if let Some(at) = moment {
+                faults.set(Fault { at, lasting: false, effect: Effect::Kills, torn: random.chance(50) });
+            }
+            let done = world.spawn_faulty_command(&words, &mut faults).unwrap().wait_with_output().unwrap();
+            if done.status.signal() == Some(libc::SIGKILL) {
+                hit.extend(faults.failed());
+                continue;
+            }
+            assert!(done.status.success(), "{hit:?}: {}", said(&done));
+            break;
+        }
+        equal(copy, &world.place.data, &format!("back to checkpoint {to}, killed at {hit:?}"));
+        equal(copy, &world.backup(), "the backup");
+        nothing_is_left(&world);
+        killed += hit.len();
+        missed = if hit.is_empty() { missed + 1 } else { 0 };
+        if killed >= rounds(6, 1000) || began.elapsed() > Duration::from_secs(3600) {
+            break;
+        }
+        // The two ways do not have the same number of changes; behind the last of both it begins again.
+        at = if missed >= 2 { 1 + random.next() % 7 } else { at + rounds(61, 3) as u64 };
+    }
+    eprintln!("{killed} kills in {:?}", began.elapsed());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! System calls of a daemon that fail as the test says, without a change of the daemon.
+//! System calls of a daemon that fail as the test says, or at which it is killed, without a change of the daemon.
 //!
 //! A seccomp filter hands every call that changes or syncs a file to the test, which counts those below one
 //! folder and lets them go on or fail. All threads are counted together, so the n-th call is the same one in
@@ -22,6 +22,17 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+/// What happens at a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// It fails with this number.
+    Fails(i32),
+    /// The daemon is killed before it.
+    Kills,
+    /// The daemon stands still before it, [`Faults::at_halt`] is done, then it is killed.
+    Halts,
+}
+
 /// Which calls fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
@@ -29,8 +40,8 @@ pub struct Fault {
     pub at: u64,
     /// All from then on, until [`Faults::lift`]; else this one.
     pub lasting: bool,
-    /// With this number.
-    pub error: i32,
+    /// What happens.
+    pub effect: Effect,
     /// A write leaves half of its bytes.
     pub torn: bool,
 }
@@ -43,12 +54,25 @@ pub struct Faults {
     threads: Vec<JoinHandle<io::Result<()>>>,
 }
 
-#[derive(Debug, Default)]
+type AtCall = Box<dyn FnMut(&Path) + Send>;
+
+#[derive(Default)]
 struct Shared {
     count: u64,
     fault: Option<Fault>,
     /// What failed, and where.
     failed: Vec<String>,
+    at_halt: Option<Box<dyn FnMut() + Send>>,
+    at_call: Option<AtCall>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("count", &self.count)
+            .field("fault", &self.fault)
+            .finish_non_exhaustive()
+    }
 }
 
 fn locked(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
@@ -170,6 +194,16 @@ impl Faults {
         shared.count = 0;
         shared.failed.clear();
         shared.fault = Some(fault);
+    }
+
+    /// What is done while a daemon stands still ([`Effect::Halts`]).
+    pub fn at_halt(&self, work: impl FnMut() + Send + 'static) {
+        locked(&self.shared).at_halt = Some(Box::new(work));
+    }
+
+    /// What is done before each call, with its file.
+    pub fn at_call(&self, work: impl FnMut(&Path) + Send + 'static) {
+        locked(&self.shared).at_call = Some(Box::new(work));
     }
 
     /// No call fails any more.
@@ -302,10 +336,29 @@ fn judge(notice: &Notice, below: &Path, shared: &Mutex<Shared>) -> i32 {
     shared.count += 1;
     let count = shared.count;
     let hit = shared.fault.filter(|fault| count == fault.at || (fault.lasting && count > fault.at));
+    if let Some(work) = &mut shared.at_call {
+        work(&path);
+    }
     let Some(fault) = hit else { return 0 };
     let bytes = if fault.torn && fault.at == count { write_half(notice, name) } else { 0 };
     shared.failed.push(format!("call {count}: {name} {} ({bytes} bytes done)", path.display()));
-    fault.error
+    // SAFETY: a system call without pointers; the caller waits for the answer, so the number is its own.
+    let signal = |signal| unsafe { libc::kill(notice.pid as i32, signal) };
+    match fault.effect {
+        Effect::Fails(error) => error,
+        Effect::Kills => {
+            signal(libc::SIGKILL);
+            libc::EIO
+        }
+        Effect::Halts => {
+            signal(libc::SIGSTOP);
+            if let Some(work) = &mut shared.at_halt {
+                work();
+            }
+            signal(libc::SIGKILL);
+            libc::EIO
+        }
+    }
 }
 
 fn path_of(notice: &Notice, target: Target) -> Option<PathBuf> {

@@ -5,13 +5,15 @@
 //! replayer, one agent and one program with everything that belongs to them, [`leash`] ends all of
 //! it, [`programs`] are the programs that are replicated, each with a check of what it left,
 //! [`watch`] waits for conditions, [`exercise`] is what is done with every program, [`rows`] are the ways to
-//! change a file, one by one, [`faults`] makes system calls of a daemon fail.
+//! change a file, one by one, [`faults`] makes system calls of a daemon fail,
+//! [`network`] what is between the two.
 
 pub mod copy;
 pub mod exercise;
 pub mod faults;
 pub mod leash;
 pub mod ledger;
+pub mod network;
 pub mod oracle;
 pub mod programs;
 pub mod random;

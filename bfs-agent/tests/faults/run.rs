@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -9,9 +10,10 @@ use std::time::{Duration, Instant};
 use bfs_agent::net::{self, Connection, Destination};
 use bfs_common::record::*;
 use bfs_common::wire::*;
-use bfs_tests::faults::{Fault, Faults};
+use bfs_tests::faults::{Effect, Fault, Faults};
 use bfs_tests::{copy, oracle};
 
+use super::disk::Disk;
 use super::stream::Stream;
 
 /// For what should come soon, on a busy machine.
@@ -20,9 +22,14 @@ const SOON: Duration = Duration::from_secs(60);
 const KEEP: u64 = 2;
 
 pub struct Run {
-    dir: tempfile::TempDir,
     faults: Faults,
     fault: Option<Fault>,
+    /// The disk of the store, with a seed, if it has one of its own.
+    disk: Option<(Disk, u64)>,
+    /// Killed once, it is killed again at this call.
+    again: Option<u64>,
+    /// Calls that hit, before the faults of now.
+    hit: usize,
     process: Option<Child>,
     connection: Option<Connection>,
     stream: Option<Stream>,
@@ -32,6 +39,7 @@ pub struct Run {
     told: BTreeSet<String>,
     /// Length of the log when it was started.
     said: usize,
+    dir: tempfile::TempDir,
 }
 
 /// What a run was.
@@ -53,6 +61,9 @@ impl Run {
             dir,
             faults,
             fault,
+            disk: None,
+            again: None,
+            hit: 0,
             process: None,
             connection: None,
             stream: None,
@@ -62,8 +73,26 @@ impl Run {
         }
     }
 
+    /// The store has a disk of its own, which can lose its power.
+    pub fn on_disk(mut self, seed: u64) -> Self {
+        let disk = Disk::new(self.dir.path());
+        self.faults = Faults::new(&disk.path().join("store"));
+        if let Some(fault) = self.fault {
+            self.faults.set(fault);
+        }
+        disk.cut_with(&self.faults, seed);
+        self.disk = Some((disk, seed));
+        self
+    }
+
+    /// When it was killed it is killed once more, at this call.
+    pub fn again(mut self, at: u64) -> Self {
+        self.again = Some(at);
+        self
+    }
+
     fn store(&self) -> PathBuf {
-        self.dir.path().join("store")
+        self.disk.as_ref().map_or(self.dir.path(), |(disk, _)| disk.path()).join("store")
     }
 
     fn copy(&self, checkpoint: CheckpointId) -> PathBuf {
@@ -87,7 +116,7 @@ impl Run {
         });
         drop(runtime);
         self.end();
-        let done = Done { calls: self.faults.count(), failed: self.faults.failed().len() };
+        let done = Done { calls: self.faults.count(), failed: self.hit + self.faults.failed().len() };
         self.look_back();
         done
     }
@@ -140,12 +169,34 @@ impl Run {
 
     /// It did so by itself: then it said why.
     fn ended(&mut self, status: ExitStatus) {
+        if status.signal() == Some(libc::SIGKILL) && !self.faults.failed().is_empty() {
+            self.killed();
+            return;
+        }
         let said = fs::read_to_string(self.dir.path().join("log")).unwrap();
         let said = said[self.said..].trim().to_owned();
         if status.success() || said.is_empty() {
             self.fail(&format!("it ended with {status} and said {said:?}"));
         }
         self.tell(said);
+    }
+
+    /// As the fault says. Its disk gets its power again, and the next fault comes.
+    fn killed(&mut self) {
+        if self.fault.is_some_and(|fault| fault.effect == Effect::Halts)
+            && let Some((disk, seed)) = &self.disk
+        {
+            if !disk.power_returns() {
+                self.fail("the disk was not cut");
+            }
+            // The device may be another one.
+            disk.cut_with(&self.faults, *seed);
+        }
+        self.hit += self.faults.failed().len();
+        match (self.again.take(), self.fault) {
+            (Some(at), Some(fault)) => self.faults.set(Fault { at, ..fault }),
+            _ => self.faults.lift(),
+        }
     }
 
     /// Ends the replayer as a service manager does.
@@ -155,12 +206,18 @@ impl Run {
         // SAFETY: a system call without pointers; the child was not waited for, so the number is its own.
         unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
         let began = Instant::now();
-        while child.try_wait().unwrap().is_none() {
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
             if began.elapsed() > SOON {
                 self.process = Some(child);
                 self.fail("it does not end");
             }
             std::thread::sleep(Duration::from_millis(2));
+        };
+        if status.signal() == Some(libc::SIGKILL) {
+            self.ended(status);
         }
     }
 
@@ -191,7 +248,12 @@ impl Run {
                 take_over: false,
                 maps: Vec::new(),
             };
-            connection.writer.send(&hello, b"").await.unwrap();
+            let killed = self.fault.is_some_and(|fault| !matches!(fault.effect, Effect::Fails(_)));
+            if let Err(error) = connection.writer.send(&hello, b"").await
+                && !killed
+            {
+                self.fail(&format!("Hello: {error}"));
+            }
             match tokio::time::timeout(SOON, connection.reader.next()).await {
                 Ok(Ok(Some((Frame::Refused(Refusal::Store(why) | Refusal::Full(why)), _)))) => {
                     self.tell(why);
@@ -209,6 +271,7 @@ impl Run {
                     }
                     self.connection = Some(connection);
                 }
+                Ok(Ok(None) | Err(_)) if killed => {}
                 other => self.fail(&format!("after Hello: {other:?}")),
             }
         }

@@ -58,12 +58,17 @@ impl World {
     /// # Errors
     /// When it does not start.
     pub fn spawn_agent_command(&self, words: &[&str]) -> Result<std::process::Child> {
+        let mut command = self.agent_line(words);
+        self.leash.hold(&mut command)?.spawn().context("bfs-agent does not start")
+    }
+
+    pub(super) fn agent_line(&self, words: &[&str]) -> Command {
         let mut command = Command::new(binary("bfs-agent"));
         // `path` has commands of its own.
         let verbs = if words[0] == "path" { 2 } else { 1 };
         command.args(&words[..verbs]).args(["--group", &self.group]).args(&words[verbs..]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        self.leash.hold(&mut command)?.spawn().context("bfs-agent does not start")
+        command
     }
 
     /// What the replayer itself says of the group.

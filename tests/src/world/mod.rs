@@ -28,8 +28,10 @@ use crate::leash::Leash;
 use crate::programs::{Place, Program};
 use crate::watch::{SOON, until};
 
+mod address;
 mod cleanup;
 mod commands;
+mod faulty;
 mod power;
 
 pub use commands::{Dropped, number_in, number_named};
@@ -94,12 +96,15 @@ pub struct World {
     transport: Transport,
     /// Socket path or HOST:PORT.
     address: String,
+    /// HOST:PORT that agents are given instead.
+    through: Option<String>,
     checkpoints: String,
     agent_options: Vec<String>,
     daemon_cpu: Option<usize>,
     daemon_environment: Vec<(String, String)>,
     logs: PathBuf,
     faults: Option<Faults>,
+    agent_faults: Option<Faults>,
     replayer: Option<Child>,
     agent: Option<Child>,
     /// The program, when the test itself started it.
@@ -171,12 +176,14 @@ impl World {
             group,
             transport,
             address,
+            through: None,
             checkpoints: "manual".to_owned(),
             agent_options: Vec::new(),
             daemon_cpu: None,
             daemon_environment: Vec::new(),
             logs,
             faults: None,
+            agent_faults: None,
             replayer: None,
             agent: None,
             program: None,
@@ -205,17 +212,6 @@ impl World {
         self.daemon_environment.push((name.to_owned(), value.to_owned()));
     }
 
-    /// Calls of the replayers that are started from now on fail as these say.
-    pub fn replayer_faults(&mut self, faults: Faults) {
-        self.faults = Some(faults);
-    }
-
-    /// What [`World::replayer_faults`] was given.
-    #[must_use]
-    pub fn faults(&self) -> Option<&Faults> {
-        self.faults.as_ref()
-    }
-
     /// The command that starts a daemon, without its arguments.
     fn daemon(&self, name: &str) -> Result<Command> {
         let mut command = match self.daemon_cpu {
@@ -230,21 +226,6 @@ impl World {
         command.envs(self.daemon_environment.iter().map(|(name, value)| (name, value)));
         self.leash.hold(&mut command)?;
         Ok(command)
-    }
-
-    /// What `--backup` is given.
-    #[must_use]
-    pub fn destination(&self) -> String {
-        match self.transport {
-            Transport::Unix => format!("unix:{}", self.address),
-            Transport::Tcp => format!("tcp://{}", self.address),
-        }
-    }
-
-    /// Socket path or HOST:PORT of the replayer.
-    #[must_use]
-    pub fn address(&self) -> &str {
-        &self.address
     }
 
     /// The backup of the replicated directory.
@@ -373,7 +354,7 @@ impl World {
     pub fn start_replayer(&mut self) -> Result<()> {
         ensure!(self.replayer.is_none(), "the replayer runs");
         let mut line = vec!["serve".to_owned(), "--store".to_owned(), self.store.display().to_string()];
-        line.extend(["--listen".to_owned(), self.destination()]);
+        line.extend(["--listen".to_owned(), self.listens()]);
         line.extend(self.secret());
         let mut command = self.daemon("bfs-replayer")?;
         command.args(&line).stdin(Stdio::null());
@@ -445,14 +426,13 @@ impl World {
 
     fn start_agent(&mut self, arguments: &[String]) -> Result<()> {
         ensure!(self.agent.is_none(), "the agent runs");
-        let child = self
-            .daemon("bfs-agent")?
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(self.log("agent.log")?)
-            .stderr(self.log("agent.log")?)
-            .spawn()?;
-        self.agent = Some(child);
+        let mut command = self.daemon("bfs-agent")?;
+        command.args(arguments).stdin(Stdio::null());
+        command.stdout(self.log("agent.log")?).stderr(self.log("agent.log")?);
+        if let Some(faults) = &mut self.agent_faults {
+            faults.hold(&mut command)?;
+        }
+        self.agent = Some(command.spawn()?);
         Ok(())
     }
 
