@@ -3,13 +3,14 @@
 //! The two roles, [`primary`] and [`backup`], know each other only through the records of
 //! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication),
 //! [`log`] (records in segments, durable), [`tree`] (files and attributes), [`generation`] (reading checkpoints
-//! that are kept) and [`service`] (the service manager). [`cli`] holds the two command lines; the binaries
+//! that are kept), [`mount`] (one of them as a file system) and [`service`] (the service manager). [`cli`] holds the two command lines; the binaries
 //! are thin.
 
 pub mod backup;
 pub mod cli;
 pub mod generation;
 pub mod log;
+pub mod mount;
 pub mod net;
 pub mod primary;
 pub mod service;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use bfs_agent::backup::retention::Retention;
 use bfs_agent::backup::{Replayer, ReplayerHandle, ServeOptions};
+use bfs_common::past::*;
 use bfs_common::record::*;
 use bfs_common::wire::*;
 
@@ -223,4 +224,94 @@ async fn digests_are_of_the_position_that_is_asked_for() {
     assert_eq!(digests(&replayer, applied).await, all, "what comes behind the position does not count");
     assert_eq!(digests(&replayer, applied + 1).await, all[..1]);
     assert_eq!(digests(&replayer, applied - 1).await, []);
+}
+
+/// Asks about what changed; the lines in short.
+async fn differences(replayer: &ReplayerHandle, from: u64, to: u64) -> Vec<String> {
+    let mut connection = replayer.connect_local();
+    let (from, to) = (CheckpointId(from), CheckpointId(to));
+    connection.writer.send(&Frame::GetDifferences { group: "g".into(), from, to }, b"").await.unwrap();
+    let Frame::Differences { lines, last: true } = next(&mut connection).await else { panic!() };
+    let paths = |side: &Option<Side>| match side {
+        Some(side) => {
+            side.paths.iter().map(|p| p.as_path().display().to_string()).collect::<Vec<_>>().join("=")
+        }
+        None => "-".into(),
+    };
+    lines
+        .iter()
+        .map(|d| format!("{} {} {:?} {}", paths(&d.before), paths(&d.after), d.changed, d.bytes))
+        .collect()
+}
+
+async fn versions(replayer: &ReplayerHandle, path: &str) -> Vec<String> {
+    let mut connection = replayer.connect_local();
+    let path = PathBytes::new(path.as_ref());
+    connection.writer.send(&Frame::GetVersions { group: "g".into(), path }, b"").await.unwrap();
+    let Frame::Versions { lines, last: true } = next(&mut connection).await else { panic!() };
+    let path =
+        |v: &VersionLine| v.after.as_ref().map_or("-".into(), |s| s.paths[0].as_path().display().to_string());
+    lines.iter().map(|v| format!("{} {:?} {} {:?}", v.checkpoint, v.event, path(v), v.changed)).collect()
+}
+
+/// A file is followed through renames and over what it replaced; a difference names each object once.
+#[tokio::test]
+async fn what_changed_is_told_by_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let replayer = keeping(&dir.path().join("store"), 99);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "a", 2);
+    agent.write(2, 0, b"0123456789");
+    agent.object(3, FileKind::Directory, 0o755, b"");
+    agent.entry(1, "d", 3);
+    agent.checkpoint().await;
+    // 2: bytes, of which some are as before; 3: another name; 4: nothing.
+    agent.write(2, 0, b"01x3456");
+    agent.checkpoint().await;
+    agent.delete(1, "a");
+    agent.entry(3, "b", 2);
+    agent.checkpoint().await;
+    agent.write(2, 0, b"0");
+    agent.checkpoint().await;
+    // 5: another file takes its place; 6: its directory is moved; 7: it is gone.
+    agent.object(4, FileKind::Regular, 0o644, b"");
+    agent.write(4, 0, b"01x34567");
+    agent.entry(3, "b", 4);
+    agent.put(Record::Forget { object: ObjectId(2) }, b"");
+    agent.checkpoint().await;
+    agent.delete(1, "d");
+    agent.entry(1, "e", 3);
+    agent.checkpoint().await;
+    agent.delete(3, "b");
+    agent.put(Record::Forget { object: ObjectId(4) }, b"");
+    agent.checkpoint().await;
+
+    assert_eq!(differences(&replayer, 1, 2).await, ["/data/app/a /data/app/a [Content] 1"]);
+    assert_eq!(differences(&replayer, 2, 3).await, ["/data/app/a /data/app/d/b [Names] 0"]);
+    assert_eq!(differences(&replayer, 3, 4).await, [""; 0], "the same bytes again");
+    assert_eq!(differences(&replayer, 4, 5).await, ["/data/app/d/b /data/app/d/b [Content, Mode, Time] 2"]);
+    assert_eq!(differences(&replayer, 5, 6).await, ["/data/app/d /data/app/e [Names] 0"]);
+    assert_eq!(differences(&replayer, 6, 7).await, ["/data/app/e/b - [] 8"]);
+    let all = ["/data/app/a - [] 10", "/data/app/d /data/app/e [Names] 0"];
+    assert_eq!(differences(&replayer, 1, 7).await, all);
+    assert_eq!(differences(&replayer, 7, 7).await, [""; 0]);
+
+    let all = [
+        "1 Oldest /data/app/a []",
+        "2 Changed /data/app/a [Content]",
+        "3 Changed /data/app/d/b [Names]",
+        "4 Changed /data/app/d/b [Content]",
+        "5 Replaced /data/app/d/b [Content, Mode, Time]",
+        "6 Changed /data/app/e/b [Names]",
+        "7 Removed - []",
+    ];
+    assert_eq!(versions(&replayer, "/data/app/e/b").await, all);
+    // Under this name it was the first file, which ended in 5.
+    let mut first = all[..4].to_vec();
+    first.push("5 Removed - []");
+    assert_eq!(versions(&replayer, "/data/app/a").await, first);
+    assert_eq!(versions(&replayer, "/data/app/none").await, [""; 0]);
+    assert_eq!(versions(&replayer, "/elsewhere").await, [""; 0]);
 }

@@ -14,6 +14,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
+use crate::past::{Difference, Look, Seen, VersionLine};
 use crate::record::{
     ChainHash, CheckpointId, CheckpointLabel, Epoch, FileKind, GapScope, GroupId, Identity, Meta, Name,
     ObjectId, PathBytes, Sequence,
@@ -394,8 +395,7 @@ pub enum Frame {
         last: bool,
     },
     /// Agent or command: send a generation without the bytes of its files. Answered by
-    /// [`Frame::Tree`] frames. The applier waits meanwhile; the generation is held until the
-    /// connection ends.
+    /// [`Frame::Tree`] frames. The generation is held until the connection ends.
     GetTree {
         /// Name of the group.
         group: String,
@@ -457,6 +457,48 @@ pub enum Frame {
         /// No more of this file to come.
         last: bool,
     },
+    /// Command: what differs between two generations? Answered by [`Frame::Differences`] frames. Both are held until
+    /// the connection ends.
+    GetDifferences {
+        /// Name of the group.
+        group: String,
+        /// The older one.
+        from: CheckpointId,
+        /// The newer one.
+        to: CheckpointId,
+    },
+    /// Replayer: some of what differs.
+    Differences {
+        /// One line an object.
+        lines: Vec<Difference>,
+        /// No more to come.
+        last: bool,
+    },
+    /// Command: which generations changed what stands at this path? Answered by [`Frame::Versions`] frames.
+    GetVersions {
+        /// Name of the group.
+        group: String,
+        /// An absolute path of the primary.
+        path: PathBytes,
+    },
+    /// Replayer: some of them, the oldest first.
+    Versions {
+        /// One line each.
+        lines: Vec<VersionLine>,
+        /// No more to come.
+        last: bool,
+    },
+    /// Command: a look into a generation. Answered by one [`Frame::Seen`]. It is held until the connection ends.
+    Look {
+        /// Name of the group.
+        group: String,
+        /// Number of the generation.
+        at: CheckpointId,
+        /// At what.
+        look: Look,
+    },
+    /// Replayer: what was seen.
+    Seen(Seen),
     /// Agent: send digests of the blocks of all files as they were after this record. Answered by
     /// [`Frame::Digests`] frames, without what was not applied then.
     GetDigests {

@@ -27,6 +27,27 @@ fn restored_equals(world: &World, at: &str, then: &Path) {
     fs::remove_dir_all(&to).unwrap();
 }
 
+/// `diff` of two checkpoints names every path that differs between their copies, or a directory above it that
+/// got another name; and where the copies are equal, nothing.
+fn differences_are_told(world: &World, (older, then): &(u64, PathBuf), (newer, now): &(u64, PathBuf)) {
+    let mut diff = Command::new(binary("bfs-replayer"));
+    diff.args(["diff", "--json", "--group", &world.group, "--store"]).arg(&world.store);
+    let said = command_ok(diff.args([older.to_string(), newer.to_string()])).unwrap().stdout;
+    let said: Vec<Value> = serde_json::from_slice(&said).unwrap();
+    let mut named = Vec::new();
+    for side in said.iter().flat_map(|d| [&d["before"], &d["after"]]) {
+        let paths = side["paths"].as_array().into_iter().flatten();
+        named.extend(paths.map(|path| PathBuf::from(path.as_str().unwrap())));
+    }
+    let differ = oracle::compare(then, now).unwrap();
+    assert_eq!(said.is_empty(), differ.is_empty(), "{older} to {newer}: {said:?} {differ:?}");
+    for line in differ.iter().take(oracle::LISTED_MAX) {
+        let path = world.place.data.join(line.split(": ").next().unwrap().trim_start_matches("./"));
+        let path = if path.ends_with(".") { world.place.data.clone() } else { path };
+        assert!(named.iter().any(|n| path.starts_with(n)), "{older} to {newer}: {line}, named are {named:?}");
+    }
+}
+
 fn generations(world: &World) -> Vec<Value> {
     let mut list = Command::new(binary("bfs-replayer"));
     list.args(["generations", "--json", "--group", &world.group, "--store"]).arg(&world.store);
@@ -64,6 +85,10 @@ fn all_are_given_back(program: &dyn Program, transport: Transport) {
     for (number, at) in &copies {
         restored_equals(&world, &number.to_string(), at);
     }
+    for pair in copies.windows(2) {
+        differences_are_told(&world, &pair[0], &pair[1]);
+    }
+    differences_are_told(&world, &copies[0], &copies[copies.len() - 1]);
     // Without an owner the store is read by the command itself.
     world.kill_replayer().unwrap();
     for (number, at) in &copies {

@@ -26,9 +26,9 @@ use rustix::fs::OFlags;
 
 use super::apply::{Area, CrashPoint, Step};
 use super::error::BackupError;
-use super::generations::Past;
 use super::images::{self, Blocks};
 use super::index::{Base, GroupRow, Index, Node, Place, View};
+use super::past::{Past, Source};
 use super::plan::Plan;
 use super::store::{self, Store};
 use super::sums::{self, SumChange};
@@ -512,9 +512,8 @@ impl Group<'_> {
         let mut needs: BTreeMap<ObjectId, Vec<CheckpointId>> = BTreeMap::new();
         for generation in &self.generations {
             // With damaged images nobody can tell: then it is named there.
-            let Ok(past) = Past::open(&self.area, self.index, &self.row, &self.name, *generation) else {
-                continue;
-            };
+            let source = Source::at_rest(&self.area, self.index, &self.name, &self.row);
+            let Ok(past) = Past::open(source, *generation) else { continue };
             for (object, wrong) in objects {
                 let needed = match &wrong.only {
                     // Before-images may have what is wrong now.

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bfs_common::past::{Look, Seen};
 use bfs_common::record::{CheckpointId, Epoch, GroupId, PathBytes};
 use bfs_common::wire::{Frame, Refusal, StoreState};
 use bytes::Bytes;
@@ -17,10 +18,11 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
 use super::error::BackupError;
-use super::generations::{self, Past};
+use super::generations;
 use super::group::{Group, Slot};
+use super::past::{Loaded, Past};
 use super::serve::Shared;
-use super::{digests, read};
+use super::{digests, history, look, read};
 use crate::net::{Connection, FrameError, FrameReader};
 
 /// Frames that wait to be written.
@@ -29,10 +31,8 @@ const QUEUE: usize = 32;
 const SLOT_WAIT: Duration = Duration::from_secs(2);
 /// How long a peer may take to read a frame.
 const WRITE_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
-/// How long a reader of a generation waits for a step that is half done.
-const STEP_WAIT: Duration = Duration::from_secs(30);
-/// Generations in a frame: their tags are short.
-const GENERATIONS_AT_ONCE: usize = 256;
+/// Lines in a frame about generations: tags are short, and a path has less than 4 KiB.
+const LINES_AT_ONCE: usize = 256;
 /// Bytes of text in a refusal: it may quote what the peer sent.
 const TEXT_MAX: usize = 4096;
 /// How long a refused peer may take to read that.
@@ -55,6 +55,8 @@ struct Session {
     readers: Vec<AbortHandle>,
     /// Generations that the peer reads.
     held: Vec<(Arc<Group>, CheckpointId)>,
+    /// What is known of the one that it looked into last.
+    looked: Option<(Arc<Group>, Loaded)>,
 }
 
 /// Serves a connection until it ends.
@@ -80,6 +82,7 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
         writing: None,
         readers: Vec::new(),
         held: Vec::new(),
+        looked: None,
     };
     let end = session.run(&mut reader).await;
     session.release();
@@ -110,6 +113,17 @@ fn short(mut refusal: Refusal) -> Refusal {
         text.push_str("...");
     }
     refusal
+}
+
+/// Does what waits for the disk; what fails is a refusal.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BackupError> + Send + 'static,
+) -> Result<T, Refusal> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) => Err(Refusal::Store(error.to_string())),
+        Err(error) => Err(Refusal::Store(format!("reading failed: {error}"))),
+    }
 }
 
 /// Waits for ever if there is nothing to wait for.
@@ -152,6 +166,19 @@ impl Session {
         let _ = self.out.send((frame, Bytes::new())).await;
     }
 
+    /// Answers with lines in frames of bounded size: one at least.
+    async fn pieces<T>(&self, lines: Vec<T>, frame: impl Fn(Vec<T>, bool) -> Frame) {
+        let mut lines = lines.into_iter().peekable();
+        loop {
+            let some = lines.by_ref().take(LINES_AT_ONCE).collect();
+            let last = lines.peek().is_none();
+            self.answer(frame(some, last)).await;
+            if last {
+                return;
+            }
+        }
+    }
+
     async fn frame(&mut self, frame: Frame, body: Bytes) -> Result<(), Refusal> {
         match frame {
             Frame::Hello { group, group_id, boot_id: _, epoch, take_over, maps } => {
@@ -171,14 +198,10 @@ impl Session {
                     return Err(Refusal::Bad("GetCatalog before Hello".into()));
                 };
                 let (group, out) = (writing.group.clone(), self.out.clone());
-                let made = tokio::task::spawn_blocking(move || {
+                blocking(move || {
                     read::catalog(&group, &mut |frame| out.blocking_send((frame, Bytes::new())).is_ok())
-                });
-                match made.await {
-                    Ok(Ok(())) => Ok(()),
-                    Ok(Err(error)) => Err(Refusal::Store(error.to_string())),
-                    Err(error) => Err(Refusal::Store(format!("making the catalogue failed: {error}"))),
-                }
+                })
+                .await
             }
             Frame::GetManifest { group, at_least } => {
                 let group = self.group(&group)?;
@@ -208,30 +231,16 @@ impl Session {
             Frame::GetDigests { group, position } => {
                 let group = self.group(&group)?;
                 let out = self.out.clone();
-                let made = tokio::task::spawn_blocking(move || {
+                blocking(move || {
                     let send = &mut |frame| out.blocking_send((frame, Bytes::new())).is_ok();
                     digests::digests(&group, position, send)
-                });
-                match made.await {
-                    Ok(Ok(())) => Ok(()),
-                    Ok(Err(error)) => Err(Refusal::Store(error.to_string())),
-                    Err(error) => Err(Refusal::Store(format!("making digests failed: {error}"))),
-                }
+                })
+                .await
             }
             Frame::GetGenerations { group } => {
                 let group = self.group(&group)?;
-                let all = tokio::task::spawn_blocking(move || group.generations())
-                    .await
-                    .map_err(|e| Refusal::Store(e.to_string()))?
-                    .map_err(|e| Refusal::Store(e.to_string()))?;
-                let mut pieces = all.chunks(GENERATIONS_AT_ONCE).peekable();
-                if pieces.peek().is_none() {
-                    self.answer(Frame::Generations { lines: Vec::new(), last: true }).await;
-                }
-                while let Some(piece) = pieces.next() {
-                    let last = pieces.peek().is_none();
-                    self.answer(Frame::Generations { lines: piece.to_vec(), last }).await;
-                }
+                let all = blocking(move || group.generations()).await?;
+                self.pieces(all, |lines, last| Frame::Generations { lines, last }).await;
                 Ok(())
             }
             Frame::GetTree { group, at, digests } => {
@@ -243,6 +252,24 @@ impl Session {
             Frame::GetChanges { group, at, objects } => {
                 self.read_past(group, at, move |past, send| past.send_changes(&objects, send)).await
             }
+            Frame::GetDifferences { group, from, to } => {
+                let group = self.group(&group)?;
+                self.hold(&group, from).await?;
+                self.hold(&group, to).await?;
+                if from > to {
+                    return Err(Refusal::Bad("the older of two checkpoints comes first".into()));
+                }
+                let lines = blocking(move || history::differences(group.source(), from, to)).await?;
+                self.pieces(lines, |lines, last| Frame::Differences { lines, last }).await;
+                Ok(())
+            }
+            Frame::GetVersions { group, path } => {
+                let group = self.group(&group)?;
+                let lines = blocking(move || history::versions(group.source(), &path)).await?;
+                self.pieces(lines, |lines, last| Frame::Versions { lines, last }).await;
+                Ok(())
+            }
+            Frame::Look { group, at, look } => self.look(group, at, look).await,
             Frame::GetStatus => {
                 self.answer(Frame::Status { groups: self.shared.status() }).await;
                 Ok(())
@@ -261,35 +288,61 @@ impl Session {
         found.ok_or_else(|| Refusal::Bad(format!("there is no group {name:?} in this store")))
     }
 
-    /// Reads a generation, when no step is half done. It is held until the connection ends.
+    /// Reads a generation. It is held until the connection ends.
     async fn read_past(
         &mut self,
         group: String,
         at: CheckpointId,
-        read: impl Fn(&mut Past<'_>, generations::Send<'_>) -> Result<(), BackupError> + Clone + Send + 'static,
+        read: impl FnOnce(&mut Past<'_>, generations::Send<'_>) -> Result<(), BackupError> + Send + 'static,
     ) -> Result<(), Refusal> {
         let group = self.group(&group)?;
-        let mut progress = group.progress();
-        let deadline = tokio::time::Instant::now() + STEP_WAIT;
-        loop {
-            progress.borrow_and_update();
-            let (from, out, read) = (group.clone(), self.out.clone(), read.clone());
-            let made = tokio::task::spawn_blocking(move || {
-                from.hold(at, |past| read(past, &mut |frame, body| out.blocking_send((frame, body)).is_ok()))
-            });
-            match made.await {
-                Ok(Ok(())) => break,
-                // A step that a crash broke off is done again as soon as the applier gets to it.
-                Ok(Err(BackupError::Applying(_)))
-                    if tokio::time::timeout_at(deadline, progress.changed()).await.is_ok() => {}
-                Ok(Err(error)) => return Err(Refusal::Store(error.to_string())),
-                Err(error) => return Err(Refusal::Store(format!("reading failed: {error}"))),
-            }
-        }
-        if self.held.iter().any(|(held, number)| Arc::ptr_eq(held, &group) && *number == at) {
-            group.release(at);
-        } else {
-            self.held.push((group, at));
+        self.hold(&group, at).await?;
+        let out = self.out.clone();
+        blocking(move || {
+            let mut past = Past::open(group.source(), at)?;
+            read(&mut past, &mut |frame, body| out.blocking_send((frame, body)).is_ok())
+        })
+        .await
+    }
+
+    /// Looks into a generation; what is known of it stays for the next look.
+    async fn look(&mut self, group: String, at: CheckpointId, look: Look) -> Result<(), Refusal> {
+        let group = self.group(&group)?;
+        self.hold(&group, at).await?;
+        let known =
+            self.looked.take().filter(|(of, known)| Arc::ptr_eq(of, &group) && known.checkpoint == at);
+        let (looked, seen, body) = blocking(move || {
+            let past = match known {
+                Some((_, known)) => Past::again(group.source(), known),
+                None => Past::open(group.source(), at),
+            };
+            // One file that cannot be read is no reason to end a mount.
+            let failed = |error: BackupError| (Seen::Failed(error.to_string()), Bytes::new());
+            Ok(match past {
+                Ok(mut past) => {
+                    let (seen, body) = look::look(&mut past, look).unwrap_or_else(failed);
+                    let known = past.rest();
+                    (Some((group, known)), seen, body)
+                }
+                Err(error) => {
+                    let (seen, body) = failed(error);
+                    (None, seen, body)
+                }
+            })
+        })
+        .await?;
+        self.looked = looked;
+        // If the writer ended, so does the connection, and the reader will see it.
+        let _ = self.out.send((Frame::Seen(seen), body)).await;
+        Ok(())
+    }
+
+    /// Holds a generation until the connection ends.
+    async fn hold(&mut self, group: &Arc<Group>, at: CheckpointId) -> Result<(), Refusal> {
+        if !self.held.iter().any(|(held, number)| Arc::ptr_eq(held, group) && *number == at) {
+            let to_hold = group.clone();
+            blocking(move || to_hold.hold(at)).await?;
+            self.held.push((group.clone(), at));
         }
         Ok(())
     }

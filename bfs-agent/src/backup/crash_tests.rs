@@ -5,12 +5,13 @@
 //! afterwards the tree must be the model: names, types, bytes, link counts, times. And so must every
 //! generation be the model as it was at its checkpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bfs_common::codec;
+use bfs_common::past::{Difference, Side};
 use bfs_common::record::*;
 use bfs_common::wire::Position;
 use bytes::BytesMut;
@@ -20,8 +21,9 @@ use rustix::fs::OFlags;
 use super::apply::{self, Area, CrashPoint, Step};
 use super::error::BackupError;
 use super::gate::Marker;
-use super::generations::Past;
+use super::history::differences;
 use super::index::{Base, GroupRow, Index};
+use super::past::{Loaded, Past, Source};
 use super::plan::Plan;
 use super::step::apply_step;
 use super::store::Store;
@@ -205,8 +207,8 @@ impl Model {
         }
     }
 
-    /// The generation, read as it would be given out.
-    fn compare_past(&self, past: &mut Past<'_>) {
+    /// The generation, read as it would be given out. `between`: a step is half done, so a file may be nowhere.
+    fn compare_past(&self, past: &mut Past<'_>, between: bool) {
         assert_eq!(past.roots(), [(PathBytes::new(ROOT.as_ref()), TOP)]);
         let mut found = Vec::new();
         past.each(&mut |object, node| {
@@ -219,10 +221,10 @@ impl Model {
             found.iter().map(|(o, _)| *o).collect::<Vec<_>>(),
             self.nodes.keys().copied().collect::<Vec<_>>(),
             "objects at {}",
-            past.checkpoint
+            past.checkpoint()
         );
         for (object, node) in found {
-            let what = format!("object {object} at {}", past.checkpoint);
+            let what = format!("object {object} at {}", past.checkpoint());
             let model = &self.nodes[&object];
             assert_eq!(node.kind == FileKind::Directory, model.directory, "{what}");
             assert_eq!((node.meta.mtime_sec, node.meta.mtime_nsec), (model.mtime, 5), "{what}");
@@ -233,12 +235,56 @@ impl Model {
             }
             assert_eq!(node.places.len() as u64, model.links, "{what}");
             let mut data = vec![0; node.size as usize];
-            past.content(object, node.size, &mut |at, bytes| {
+            let read = past.content(object, 0, node.size, &mut |at, bytes| {
                 data[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
                 true
-            })
-            .unwrap();
-            assert!(data == model.data, "content of {what}");
+            });
+            match read {
+                Err(BackupError::Applying(_)) if between => {}
+                other => assert!(other.unwrap() && data == model.data, "content of {what}"),
+            }
+        }
+    }
+
+    /// The places of all objects that have one, and their paths.
+    fn places(&self) -> BTreeMap<ObjectId, BTreeMap<(ObjectId, Name), PathBytes>> {
+        let mut all: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+        let top = (TOP, Name::new(b"top").unwrap());
+        all.entry(TOP).or_default().insert(top, PathBytes::new(ROOT.as_ref()));
+        let mut to_do = vec![(TOP, PathBuf::from(ROOT))];
+        while let Some((directory, path)) = to_do.pop() {
+            for (name, object) in &self.nodes[&directory].entries {
+                let path = path.join(name.as_os_str());
+                let place = (directory, name.clone());
+                all.entry(*object).or_default().insert(place, PathBytes::new(&path));
+                if self.nodes[object].directory {
+                    to_do.push((*object, path));
+                }
+            }
+        }
+        all
+    }
+
+    /// What was found to differ from a later state is what differs.
+    fn compare_differences(&self, later: &Self, found: &[Difference]) {
+        let (before, after) = (self.places(), later.places());
+        for object in before.keys().chain(after.keys()).collect::<BTreeSet<_>>() {
+            let state = |model: &Self, places: &BTreeMap<ObjectId, BTreeMap<_, _>>| {
+                let places: Vec<_> = places.get(object)?.keys().cloned().collect();
+                let node = &model.nodes[object];
+                Some((places, node.data.clone(), node.mtime))
+            };
+            let differs = state(self, &before) != state(later, &after);
+            let named = |side: &Option<Side>, all: &BTreeMap<ObjectId, BTreeMap<_, PathBytes>>| {
+                let paths: Option<Vec<_>> = all.get(object).map(|places| places.values().collect());
+                side.as_ref().zip(paths).is_some_and(|(s, paths)| s.paths.iter().any(|p| paths.contains(&p)))
+            };
+            let said =
+                found.iter().any(|d| match (before.contains_key(object), after.contains_key(object)) {
+                    (true, _) => named(&d.before, &before),
+                    (false, _) => named(&d.after, &after),
+                });
+            assert_eq!(said, differs, "object {object} in {found:#?}");
         }
     }
 
@@ -314,8 +360,10 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
         LogWriter::open(&log_dir, row.id, Position::START, |_| Ok::<_, BackupError>(())).unwrap();
     log.limit_segments(4096);
     let mut model = Model::new();
-    let mut models = Vec::new();
+    let mut models: Vec<Model> = Vec::new();
     let mut crashed_once = false;
+    // What a reader of the first one knew before the step.
+    let mut reader: Option<Loaded> = None;
     for (number, ops) in steps.iter().enumerate() {
         for op in ops {
             model.do_op(*op);
@@ -330,10 +378,24 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
         row = loop {
             let mut crash = CrashPoint { left: next_crash.next() };
             let area = Area::open(&store, GROUP, &[], &[]).unwrap();
+            let begun = index.plan(row.number).unwrap();
+            area.seal(begun.map_or(row.checkpoint, |plan| plan.to.checkpoint));
             match apply_step(GROUP, &row, &index, &area, &log_dir, marker.clone(), &mut crash) {
                 Ok(row) => break row,
                 Err(BackupError::Crash) => crashed += 1,
                 Err(error) => panic!("{error}"),
+            }
+            // A reader beside the applier, at this moment.
+            let source =
+                Source { area: &area, index: &index, group: GROUP, number: 1, id: row.id, tree: None };
+            if let (Some(known), Some(model)) = (reader.take(), models.first()) {
+                let mut past = Past::again(source, known).unwrap();
+                model.compare_past(&mut past, true);
+                reader = Some(past.rest());
+            }
+            if let Some(model) = models.last() {
+                let newest = CheckpointId(models.len() as u64);
+                model.compare_past(&mut Past::open(source, newest).unwrap(), true);
             }
         };
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
@@ -348,15 +410,23 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
         models.push(model.clone());
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
         for (then, model) in (1..).zip(&models) {
-            let mut past = Past::open(&area, &index, &row, GROUP, CheckpointId(then)).unwrap();
-            model.compare_past(&mut past);
+            let source = Source::at_rest(&area, &index, GROUP, &row);
+            model.compare_past(&mut Past::open(source, CheckpointId(then)).unwrap(), false);
+            for (later, other) in (1..).zip(&models).skip(then as usize - 1) {
+                let found = differences(source, CheckpointId(then), CheckpointId(later)).unwrap();
+                model.compare_differences(other, &found);
+            }
+        }
+        if number == 0 {
+            let source = Source::at_rest(&area, &index, GROUP, &row);
+            reader = Some(Past::open(source, CheckpointId(1)).unwrap().rest());
         }
     }
     // Dropped, the oldest first, they leave nothing behind, and the others as they were.
     let area = Area::open(&store, GROUP, &[], &[]).unwrap();
     for (then, model) in (1..).zip(&models) {
-        let mut past = Past::open(&area, &index, &row, GROUP, CheckpointId(then)).unwrap();
-        model.compare_past(&mut past);
+        let mut past = Past::open(Source::at_rest(&area, &index, GROUP, &row), CheckpointId(then)).unwrap();
+        model.compare_past(&mut past, false);
         let (oldest, gone) = index.drop_generations(row.number, &[CheckpointId(then)]).unwrap();
         area.drop_kept(&gone).unwrap();
         area.drop_images(oldest).unwrap();

@@ -20,9 +20,9 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use super::apply::Area;
 use super::error::BackupError;
 use super::gate::{Gate, Marker};
-use super::generations::Past;
 use super::index::{GenerationRow, GroupRow, Index};
 use super::kinds::Kinds;
+use super::past::{self, Source};
 use super::retention::Retention;
 use super::room::{Disk, Disks, Need, Room};
 use crate::log::LogRecord;
@@ -197,6 +197,8 @@ impl Group {
         let store = Disk::of(folder).map_err(BackupError::io("stat", &log))?;
         let disks = Disks { store, tree: area.disk()? };
         let (writer, gate, steps, pending) = open_log(&log, &row, &index)?;
+        let begun = index.plan(row.number)?;
+        area.seal(begun.map_or(row.checkpoint, |plan| plan.to.checkpoint));
         let confirmed = steps.back().map_or(row.checkpoint, |s| s.marker.checkpoint);
         let progress = Progress {
             durable: gate.position,
@@ -386,23 +388,31 @@ impl Group {
         Ok(())
     }
 
-    /// Gives a generation to `read`. It stays until [`Self::release`].
+    /// Where generations are read from.
+    #[must_use]
+    pub fn source(&self) -> Source<'_> {
+        Source {
+            area: &self.area,
+            index: &self.index,
+            group: &self.name,
+            number: self.number,
+            id: self.id,
+            tree: Some(&self.tree),
+        }
+    }
+
+    /// Keeps a generation until [`Self::release`].
     ///
     /// # Errors
-    /// [`BackupError::NoGeneration`], [`BackupError::Applying`], or what `read` says.
-    pub fn hold(
-        &self,
-        checkpoint: CheckpointId,
-        read: impl FnOnce(&mut Past<'_>) -> Result<(), BackupError>,
-    ) -> Result<(), BackupError> {
-        let row = locked(&self.tree);
-        let mut past = Past::open(&self.area, &self.index, &row, &self.name, checkpoint)?;
-        *locked(&self.held).entry(checkpoint).or_default() += 1;
-        let done = read(&mut past);
-        if done.is_err() {
-            self.release(checkpoint);
+    /// [`BackupError::NoGeneration`].
+    pub fn hold(&self, checkpoint: CheckpointId) -> Result<(), BackupError> {
+        let mut held = locked(&self.held);
+        let all = self.index.generations(self.number)?;
+        if !all.iter().any(|(number, _)| *number == checkpoint) {
+            return Err(past::no_generation(&self.name, checkpoint, &all));
         }
-        done
+        *held.entry(checkpoint).or_default() += 1;
+        Ok(())
     }
 
     /// Nobody reads it any more, of those who called [`Self::hold`] once.

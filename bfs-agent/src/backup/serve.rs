@@ -228,11 +228,16 @@ impl ReplayerHandle {
     /// A connection inside this process; needs no authentication.
     #[must_use]
     pub fn connect_local(&self) -> Connection {
-        let (ours, theirs) = crate::net::local_pair();
-        if let Some(runtime) = &self.runtime {
-            runtime.spawn(connection::serve(self.shared.clone(), theirs));
+        self.local().connect()
+    }
+
+    /// To connect inside this process later.
+    #[must_use]
+    pub fn local(&self) -> Local {
+        Local {
+            runtime: self.runtime.as_ref().map(|runtime| runtime.handle().clone()),
+            shared: self.shared.clone(),
         }
-        ours
     }
 
     /// The addresses, with the ports that were chosen; the store's own socket first.
@@ -293,6 +298,25 @@ impl ReplayerHandle {
             }
         }
         Ok(())
+    }
+}
+
+/// Connects to a replayer of the same process.
+#[derive(Clone, Debug)]
+pub struct Local {
+    runtime: Option<tokio::runtime::Handle>,
+    shared: Arc<Shared>,
+}
+
+impl Local {
+    /// A connection; when the replayer has ended, one that is at its end.
+    #[must_use]
+    pub fn connect(&self) -> Connection {
+        let (ours, theirs) = crate::net::local_pair();
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(connection::serve(self.shared.clone(), theirs));
+        }
+        ours
     }
 }
 

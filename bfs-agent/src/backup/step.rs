@@ -59,6 +59,8 @@ pub(super) fn apply_step(
         }
         index.put_plan(row.number, &plan_row)?;
     }
+    // From here on a reader of the tree looks into the images of this step, too.
+    area.seal(to.checkpoint);
     let result = Step::new(area, &view, &plan, crash).run(phase.unwrap_or(Phase::Planned), || {
         plan_row.phase = Phase::Detached;
         index.put_plan(row.number, &plan_row)

@@ -1,5 +1,6 @@
 //! Command line of `bfs-replayer`.
 
+mod changes;
 mod giveback;
 
 use std::path::{Path, PathBuf};
@@ -122,6 +123,62 @@ Example:
         #[arg(long)]
         json: bool,
     },
+    /// List the checkpoints that changed a file or directory
+    #[command(after_help = "\
+A file is followed through renames, and on to what it replaced at its path. Of a directory that is what changes it
+itself, not what changes in it: `diff` shows that.
+Example:
+  bfs-replayer versions --store /backup/store /srv/data/app.conf")]
+    Versions {
+        #[command(flatten)]
+        from: giveback::From,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// Its absolute path on the primary
+        #[arg(value_name = "PATH")]
+        path: PathBuf,
+    },
+    /// Show what differs between two checkpoints that are kept
+    #[command(after_help = "\
+Each is a number, tag:NAME, or a time, as for `restore`. It takes as long as what changed between them is much.
+Example:
+  bfs-replayer diff --store /backup/store 41 tag:release")]
+    Diff {
+        #[command(flatten)]
+        from: giveback::From,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// From this one
+        #[arg(value_name = "N|TIME|tag:NAME")]
+        a: At,
+        /// To this one
+        #[arg(value_name = "N|TIME|tag:NAME")]
+        b: At,
+    },
+    /// Mount a checkpoint that is kept, read-only, while replication goes on
+    #[command(after_help = "\
+Nothing is restored: each file is read where it is, and stands below DIR at its absolute path of the primary. The
+checkpoint stays for as long as it is mounted. The command runs until `umount DIR` or a signal. The mount is for the
+user who makes it; set-user-ID programs and devices in it do nothing. A store that nobody owns is opened by this
+command, and is in use until it ends.
+Examples:
+  bfs-replayer mount --store /backup/store --at 41 /mnt/then
+  bfs-replayer mount --store /backup/store --at 2026-11-21T14:05 /mnt/then")]
+    Mount {
+        #[command(flatten)]
+        from: giveback::From,
+        /// Which: its number, tag:NAME, or a time (UTC), as for `restore`
+        #[arg(long, value_name = "N|TIME|tag:NAME")]
+        at: At,
+        /// Other users may look, too: what each sees follows from modes and ACLs
+        #[arg(long)]
+        allow_other: bool,
+        /// Where to: a directory
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
     /// Write the files of a checkpoint that is kept to another place
     #[command(after_help = "\
 Examples:
@@ -215,6 +272,9 @@ pub fn main() -> ExitCode {
             serve(options, secret_file.as_deref())
         }
         Command::Generations { from, json } => giveback::generations(&from, json),
+        Command::Versions { from, json, path } => changes::versions(&from, &path, json),
+        Command::Diff { from, json, a, b } => changes::diff(&from, [&a, &b], json),
+        Command::Mount { from, at, allow_other, dir } => giveback::mount(&from, &at, allow_other, &dir),
         Command::Restore { from, at, path, to } => giveback::restore(&from, &at, path.as_deref(), &to),
         Command::Check { store, read_data, allow_root } => match check(&store, read_data, &allow_root) {
             Ok(true) => Ok(()),

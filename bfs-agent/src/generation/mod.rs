@@ -10,6 +10,7 @@ use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
+use bfs_common::past::{Difference, Look, Seen, VersionLine};
 use bfs_common::record::{
     CheckpointId, CheckpointLabel, FileKind, Identity, Meta, Name, ObjectId, PathBytes, Sequence,
 };
@@ -155,6 +156,60 @@ impl Client {
             _ => Err(AskError::Unexpected.into()),
         })?;
         Ok(all)
+    }
+
+    /// What differs between two generations, sorted by path; the older one first.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn differences(
+        &mut self,
+        group: &str,
+        from: CheckpointId,
+        to: CheckpointId,
+    ) -> Result<Vec<Difference>, ReadError> {
+        let mut all = Vec::new();
+        self.ask(&Frame::GetDifferences { group: group.into(), from, to }, |frame, _| match frame {
+            Frame::Differences { lines, last } => {
+                all.extend(lines);
+                Ok(last)
+            }
+            _ => Err(AskError::Unexpected.into()),
+        })?;
+        Ok(all)
+    }
+
+    /// The generations that changed what stands at a path of the primary, the oldest first.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn versions(&mut self, group: &str, path: &Path) -> Result<Vec<VersionLine>, ReadError> {
+        let mut all = Vec::new();
+        let path = PathBytes::new(path);
+        self.ask(&Frame::GetVersions { group: group.into(), path }, |frame, _| match frame {
+            Frame::Versions { lines, last } => {
+                all.extend(lines);
+                Ok(last)
+            }
+            _ => Err(AskError::Unexpected.into()),
+        })?;
+        Ok(all)
+    }
+
+    /// A look into a generation, and the bytes that were asked for. It is held until the client is dropped.
+    ///
+    /// # Errors
+    /// [`ReadError`]; what cannot be read of it is an answer, too.
+    pub fn look(&mut self, group: &str, at: CheckpointId, look: Look) -> Result<(Seen, Bytes), ReadError> {
+        let mut answer = None;
+        self.ask(&Frame::Look { group: group.into(), at, look }, |frame, body| match frame {
+            Frame::Seen(seen) => {
+                answer = Some((seen, body));
+                Ok(true)
+            }
+            _ => Err(AskError::Unexpected.into()),
+        })?;
+        answer.ok_or_else(|| AskError::Unexpected.into())
     }
 
     /// A generation without the bytes of its files. It is held until the client is dropped.

@@ -1,6 +1,7 @@
 //! The commands that tests give to the agent, and reading what it says.
 
 use std::io::Read;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -69,6 +70,17 @@ impl World {
         command.args(&words[..verbs]).args(["--group", &self.group]).args(&words[verbs..]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
+    }
+
+    /// Starts a mount of a checkpoint.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn mount_checkpoint(&self, number: u64, at: &Path) -> Result<std::process::Child> {
+        let mut command = self.daemon("bfs-replayer")?;
+        command.args(["mount", "--group", &self.group, "--at", &number.to_string(), "--store"]);
+        command.args([self.store.as_path(), at]).stdin(Stdio::null());
+        Ok(command.stdout(self.log("mount.log")?).stderr(self.log("mount.log")?).spawn()?)
     }
 
     /// What the replayer itself says of the group.

@@ -38,6 +38,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bfs_common::record::{CheckpointId, FileKind, ObjectId, PathBytes};
 use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
@@ -70,6 +71,7 @@ pub struct Area {
     maps: Vec<(PathBytes, PathBytes)>,
     allowed: Vec<PathBuf>,
     log: PathBuf,
+    sealed: AtomicU64,
 }
 
 impl Area {
@@ -123,6 +125,7 @@ impl Area {
             maps: maps.to_vec(),
             allowed: allowed.to_vec(),
             log: store.group_dir("log", group)?,
+            sealed: AtomicU64::new(0),
         })
     }
 
@@ -151,6 +154,18 @@ impl Area {
     /// What the system says.
     pub fn disk(&self) -> Result<Disk, BackupError> {
         Disk::of(&*self.tree).map_err(BackupError::io("stat", "the tree"))
+    }
+
+    /// The images of all steps up to this checkpoint are sealed: it is the tree's, or that of a step
+    /// that may be changing it.
+    #[must_use]
+    pub fn sealed(&self) -> CheckpointId {
+        CheckpointId(self.sealed.load(Ordering::SeqCst))
+    }
+
+    /// Says so, before the first change of the step.
+    pub fn seal(&self, to: CheckpointId) {
+        self.sealed.fetch_max(to.0, Ordering::SeqCst);
     }
 
     /// The folder of before-images.

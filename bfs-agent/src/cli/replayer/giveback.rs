@@ -1,14 +1,17 @@
-//! `generations` and `restore`: what a store gives back.
+//! `generations`, `restore` and `mount`: what a store gives back.
 
 use std::path::Path;
 
+use bfs_common::record::CheckpointId;
 use bfs_common::wire::{Digests, GenerationLine};
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::Owner;
 use crate::backup::retention::Retention;
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::generation::{self, At, Client, OpenError, time_text};
+use crate::mount::{self, End, Link};
 use crate::net::{self, ConnectError};
 
 /// Where to read from.
@@ -22,8 +25,19 @@ pub(super) struct From {
 }
 
 impl From {
+    /// The group.
+    pub(super) fn group(&self) -> &str {
+        &self.group
+    }
+
+    /// Which checkpoint is meant.
+    fn find(&self, client: &mut Client, at: &At) -> anyhow::Result<CheckpointId> {
+        let all = client.generations(&self.group)?;
+        at.find(&all).map_err(|why| anyhow::anyhow!("group {:?}: {why}", self.group))
+    }
+
     /// A connection; with a store that nobody owns, to a replayer in this process.
-    fn open(&self) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
+    pub(super) fn open(&self) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
         let (address, secret) = self.owner.address()?;
         let connected = Client::open(async { Ok(net::connect(&address, secret.as_ref()).await?) });
         match (connected, &self.owner.store) {
@@ -40,6 +54,47 @@ impl From {
             (Err(error), _) => Err(error.into()),
         }
     }
+}
+
+/// Serves a checkpoint as a file system until it is unmounted or a signal comes.
+pub(super) fn mount(from: &From, at: &At, everybody: bool, to: &Path) -> anyhow::Result<()> {
+    let (mut client, owner) = from.open()?;
+    let number = from.find(&mut client, at)?;
+    let connect: mount::Connect = match &owner {
+        Some(handle) => {
+            let local = handle.local();
+            Box::new(move || Client::open(async { Ok(local.connect()) }))
+        }
+        None => {
+            let (address, secret) = from.owner.address()?;
+            Box::new(move || Client::open(async { Ok(net::connect(&address, secret.as_ref()).await?) }))
+        }
+    };
+    let mounted = mount::mount(Link::new(&from.group, number, client, connect), to, everybody)?;
+    let ender = mounted.ender();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let [mut terminate, mut interrupt, mut hangup] = {
+        let _inside = runtime.enter();
+        [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?]
+    };
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                _ = hangup.recv() => {}
+            }
+        });
+        // It may have ended meanwhile.
+        let _ = ender.send(End::Asked);
+    });
+    println!(
+        "checkpoint {number} is mounted on {0}, read-only, until `umount {0}` or a signal",
+        to.display()
+    );
+    mounted.wait().map_err(|error| anyhow::anyhow!("the mount on {} failed: {error}", to.display()))?;
+    drop(owner);
+    Ok(())
 }
 
 pub(super) fn generations(from: &From, json: bool) -> anyhow::Result<()> {
@@ -70,8 +125,7 @@ fn table(all: &[GenerationLine]) -> String {
 
 pub(super) fn restore(from: &From, at: &At, only: Option<&Path>, to: &Path) -> anyhow::Result<()> {
     let (mut client, _owner) = from.open()?;
-    let all = client.generations(&from.group)?;
-    let number = at.find(&all).map_err(|why| anyhow::anyhow!("group {:?}: {why}", from.group))?;
+    let number = from.find(&mut client, at)?;
     let tree = client.tree(&from.group, number, Digests::None)?;
     let done = generation::restore(&mut client, &from.group, &tree, only, to)?;
     println!(
@@ -87,7 +141,7 @@ pub(super) fn restore(from: &From, at: &At, only: Option<&Path>, to: &Path) -> a
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bfs_common::record::{CheckpointId, CheckpointLabel};
+    use bfs_common::record::CheckpointLabel;
 
     #[test]
     fn a_line_each() {
