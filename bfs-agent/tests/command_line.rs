@@ -52,6 +52,31 @@ fn each_mistake_has_its_status_and_a_hint() {
     }
 }
 
+/// A file is looked at without starting anything; what is wrong in it is named.
+#[test]
+fn a_configuration_is_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("agent.toml");
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/agent.toml");
+    assert_eq!(agent(&["config", "check", example], &[]), (0, String::new()));
+    for (content, why) in [
+        ("[group.web]\nexclud = ['x']", "did you mean \"exclude\"?"),
+        ("[group.web]\npaths = ['/a']\nbackup = 'dir:/x'\npid = 1\nexclude = ['[']", "the pattern"),
+        ("group = 1", "group must be tables"),
+        ("=", "line 1"),
+    ] {
+        std::fs::write(&file, content).unwrap();
+        for line in [&["config", "check", text(&file)][..], &["--config", text(&file)]] {
+            let (status, error) = agent(line, &[]);
+            assert_eq!(status, 64, "{content}: {error}");
+            assert!(error.contains(why), "{content}: {error}");
+        }
+    }
+    assert_eq!(agent(&["--config", text(&dir.path().join("none"))], &[]).0, 64);
+    assert_eq!(agent(&["--config", example, "--only", "none"], &[]).0, 64);
+    assert_eq!(agent(&["--config", example, "status"], &[]).0, 64);
+}
+
 #[test]
 fn commands_without_an_agent_say_so() {
     let dir = tempfile::tempdir().unwrap();

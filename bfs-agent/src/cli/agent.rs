@@ -5,6 +5,8 @@
 //! [`Kind`](crate::primary::failure::Kind), listed in [`STATUSES`].
 
 mod commands;
+mod config;
+mod groups;
 mod show;
 mod spool;
 
@@ -55,10 +57,18 @@ run ends with the status of its command (128 + N when signal N ended it).";
     about = "Keeps a second copy of chosen files exact, checkpoint by checkpoint, while any program works on them",
     after_help = STATUSES,
     after_long_help = STATUSES,
+    args_conflicts_with_subcommands = true,
+    arg_required_else_help = true,
 )]
 pub struct Cli {
+    /// Do what a configuration file says: each of its groups is a `run` or an `attach`
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Only this group of the file
+    #[arg(long, value_name = "NAME", requires = "config")]
+    only: Option<String>,
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -259,6 +269,11 @@ enum Command {
         #[command(subcommand)]
         what: PathCommand,
     },
+    /// Configuration files (`bfs-agent --config FILE` does what one says)
+    Config {
+        #[command(subcommand)]
+        what: ConfigCommand,
+    },
     /// Thaws what the agent stopped, should the agent die
     #[command(name = guard::SUBCOMMAND, hide = true)]
     Guard,
@@ -274,6 +289,16 @@ enum PathCommand {
     List {
         #[command(flatten)]
         target: Target,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Look at a configuration file without starting anything
+    Check {
+        /// The file
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
     },
 }
 
@@ -401,7 +426,11 @@ pub fn main() -> u8 {
     };
     let done = inherited
         .map_err(|e| Failure::new(Kind::Other, format!("cannot take over the signals: {e}"), ""))
-        .and_then(|inherited| dispatch(cli.command, inherited));
+        .and_then(|inherited| match (cli.config, cli.command) {
+            (Some(file), _) => groups::start(&file, cli.only.as_deref(), inherited),
+            (None, Some(command)) => dispatch(command, inherited),
+            (None, None) => Err(Failure::new(Kind::Usage, "there is nothing to do", "bfs-agent --help")),
+        });
     done.unwrap_or_else(|failure| {
         complain(&failure);
         failure.kind.exit_status()
@@ -509,6 +538,10 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
                 PathCommand::List { target } => commands::paths(&target),
             }
         }
+        Command::Config { what: ConfigCommand::Check { file } } => {
+            asks(inherited)?;
+            groups::check(&file)
+        }
         Command::Guard => guard::serve()
             .map(|()| 0)
             .map_err(|e| Failure::new(Kind::Other, format!("the guard cannot read its pipe: {e}"), "")),
@@ -516,9 +549,16 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
 }
 
 impl Options {
+    fn filter(&self) -> Result<Filter, Failure> {
+        Filter::new(&self.include, &self.exclude).map_err(|why| {
+            Failure::new(Kind::Usage, why, "write --exclude '*.tmp', or --exclude 'cache/**' for a path")
+        })
+    }
+
     /// Everything that can be checked before anything is started.
     fn check(self) -> Result<SessionOptions, Failure> {
         logging();
+        let filter = self.filter()?;
         let backup = match <[Destination; 1]>::try_from(self.backup) {
             Ok([backup]) => backup,
             Err(_) => {
@@ -549,9 +589,6 @@ impl Options {
                 "FROM is a --path, a folder in one, or a folder above it",
             ));
         }
-        let filter = Filter::new(&self.include, &self.exclude).map_err(|why| {
-            Failure::new(Kind::Usage, why, "write --exclude '*.tmp', or --exclude 'cache/**' for a path")
-        })?;
         let spool = self.spool.options();
         preflight::check_spool(&spool, &self.group.group, &roots)?;
         preflight::check_user()?;
@@ -606,7 +643,7 @@ mod tests {
     fn what_comes_after_the_dashes_is_the_command() {
         let cli =
             parse("bfs-agent run --path /a --path /b --backup dir:/s --map /a=/x -- cmd --path /c").unwrap();
-        let Command::Run { options, command, .. } = cli.command else { panic!() };
+        let Some(Command::Run { options, command, .. }) = cli.command else { panic!() };
         assert_eq!(command, ["cmd", "--path", "/c"]);
         assert_eq!(options.paths, [PathBuf::from("/a"), "/b".into()]);
         assert_eq!(options.checkpoint.every, Some(Duration::from_secs(1)));

@@ -1,0 +1,355 @@
+//! The configuration file of the agent: groups, each with what `run` or `attach` would be told.
+//!
+//! A group becomes a command line, so each setting means what its option means, is checked by the same code, and
+//! there is nothing that only a file can say. Unknown keys are refused, with the known one that is nearest. Pure
+//! but for reading the file.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use toml::{Table, Value};
+
+/// What a value has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// A text.
+    Text,
+    /// A list of texts, at least one.
+    Texts,
+    /// True or false: an option without a value.
+    Flag,
+    /// A number of a process, or a list of them.
+    Numbers,
+    /// A table: from = to.
+    Map,
+    /// A text as for `--checkpoint`, or a table of its words.
+    When,
+}
+
+/// A key of a group, and the option that it stands for.
+struct Key {
+    name: &'static str,
+    option: &'static str,
+    form: Form,
+}
+
+const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
+    Key { name, option, form }
+}
+
+/// What a group may say, beside `run`.
+const KEYS: [Key; 18] = [
+    key("paths", "--path", Form::Texts),
+    key("backup", "--backup", Form::Text),
+    key("secret_file", "--secret-file", Form::Text),
+    key("exclude", "--exclude", Form::Texts),
+    key("include", "--include", Form::Texts),
+    key("maps", "--map", Form::Map),
+    key("checkpoint", "--checkpoint", Form::When),
+    key("final_wait", "--final-wait", Form::Text),
+    key("socket", "--socket", Form::Text),
+    key("spool", "--spool", Form::Text),
+    key("spool_size", "--spool-size", Form::Text),
+    key("spool_time", "--spool-time", Form::Text),
+    key("pid", "--pid", Form::Numbers),
+    key("cgroup", "--cgroup", Form::Text),
+    key("resume", "--resume", Form::Flag),
+    key("rollback_on_failure", "--rollback-on-failure", Form::Flag),
+    key("kill_descendants", "--kill-descendants", Form::Flag),
+    key("include_foreign", "--include-foreign", Form::Flag),
+];
+
+/// Keys that belong to `run`.
+const OF_RUN: [&str; 3] = ["rollback_on_failure", "kill_descendants", "include_foreign"];
+/// Keys that belong to `attach`.
+const OF_ATTACH: [&str; 3] = ["pid", "cgroup", "resume"];
+/// Words of `--checkpoint`.
+const WHEN: [&str; 3] = ["every", "bytes", "ops"];
+
+/// The names of all keys of a group.
+#[cfg(test)]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().map(|key| key.name).chain(["run"])
+}
+
+/// Why a file says nothing that can be done.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read {path}: {error}")]
+    Read {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// It is not TOML.
+    #[error("{0}")]
+    Syntax(toml::de::Error),
+    /// A key that nobody knows.
+    #[error("{at}: there is no {key:?}{}", nearest(.near))]
+    Unknown {
+        /// Where.
+        at: String,
+        /// The key.
+        key: String,
+        /// The known one that is nearest.
+        near: Option<&'static str>,
+    },
+    /// A value of the wrong form.
+    #[error("{at}: {key} must be {form}")]
+    Form {
+        /// Where.
+        at: String,
+        /// The key.
+        key: String,
+        /// What it must be.
+        form: &'static str,
+    },
+    /// Something is missing, or two things contradict each other.
+    #[error("{at}: {why}")]
+    Group {
+        /// Where.
+        at: String,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+fn nearest(near: &Option<&'static str>) -> String {
+    near.map_or_else(String::new, |near| format!("; did you mean {near:?}?"))
+}
+
+/// A group of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigGroup {
+    /// Its name.
+    pub name: String,
+    /// The arguments of `bfs-agent` that say the same.
+    pub arguments: Vec<OsString>,
+}
+
+/// Reads a file.
+///
+/// # Errors
+/// [`ConfigError`].
+pub fn read(path: &Path) -> Result<Vec<ConfigGroup>, ConfigError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.into(), error })?;
+    parse(&text)
+}
+
+/// The groups of a file, in the order of their names.
+///
+/// # Errors
+/// [`ConfigError`].
+pub fn parse(text: &str) -> Result<Vec<ConfigGroup>, ConfigError> {
+    let file: Table = text.parse().map_err(ConfigError::Syntax)?;
+    let mut groups = Vec::new();
+    for (key, value) in &file {
+        if key != "group" {
+            return Err(unknown("the file", key, &["group"]));
+        }
+        let Value::Table(named) = value else {
+            return Err(form("the file", "group", "tables: [group.NAME]"));
+        };
+        for (name, value) in named {
+            let at = format!("group {name:?}");
+            let Value::Table(table) = value else { return Err(form(&at, "it", "a table: [group.NAME]")) };
+            groups.push(ConfigGroup { name: name.clone(), arguments: arguments(name, table, &at)? });
+        }
+    }
+    if groups.is_empty() {
+        let why = "it has no group: write [group.NAME]".to_owned();
+        return Err(ConfigError::Group { at: "the file".into(), why });
+    }
+    Ok(groups)
+}
+
+fn unknown(at: &str, key: &str, known: &[&'static str]) -> ConfigError {
+    let near = known.iter().copied().map(|name| (strsim::damerau_levenshtein(name, key), name)).min();
+    let near = near.filter(|(distance, name)| *distance <= name.len() / 2 + 1).map(|(_, name)| name);
+    ConfigError::Unknown { at: at.into(), key: key.into(), near }
+}
+
+fn form(at: &str, key: &str, form: &'static str) -> ConfigError {
+    ConfigError::Form { at: at.into(), key: key.into(), form }
+}
+
+fn arguments(name: &str, table: &Table, at: &str) -> Result<Vec<OsString>, ConfigError> {
+    let wrong = |why: String| ConfigError::Group { at: at.into(), why };
+    let known: Vec<&'static str> = KEYS.iter().map(|key| key.name).chain(["run"]).collect();
+    let run = table.get("run").map(|value| texts(at, "run", value)).transpose()?;
+    let mut words: Vec<String> = vec![if run.is_some() { "run" } else { "attach" }.into()];
+    words.extend(["--group".into(), name.into()]);
+    for (key, value) in table {
+        if key == "run" {
+            continue;
+        }
+        let Some(known) = KEYS.iter().find(|known| known.name == key) else {
+            return Err(unknown(at, key, &known));
+        };
+        let other = if run.is_some() { &OF_ATTACH } else { &OF_RUN };
+        if other.contains(&known.name) {
+            let with = if run.is_some() { "does not go together with" } else { "needs" };
+            return Err(wrong(format!("{key} {with} run")));
+        }
+        for value in values(known, value, at)? {
+            // One word, so that a value that begins with a dash is none of its own.
+            words
+                .push(value.map_or_else(|| known.option.into(), |value| format!("{}={value}", known.option)));
+        }
+    }
+    for needed in ["paths", "backup"] {
+        if !table.contains_key(needed) {
+            return Err(wrong(format!("{needed} is missing")));
+        }
+    }
+    if run.is_none() && !table.contains_key("pid") && !table.contains_key("cgroup") {
+        return Err(wrong(
+            "say whom to follow: run = [\"CMD\", \"ARG\"], cgroup = \"DIR\" or pid = NUMBER".into(),
+        ));
+    }
+    if let Some(run) = run {
+        words.push("--".into());
+        words.extend(run);
+    }
+    Ok(words.into_iter().map(OsString::from).collect())
+}
+
+/// The values of an option; none for one without.
+fn values(key: &Key, value: &Value, at: &str) -> Result<Vec<Option<String>>, ConfigError> {
+    let bad = |what| form(at, key.name, what);
+    let all = match (key.form, value) {
+        (Form::Text, Value::String(text)) => vec![text.clone()],
+        (Form::Text, _) => return Err(bad("a text")),
+        (Form::Texts, value) => texts(at, key.name, value)?,
+        (Form::Flag, Value::Boolean(true)) => return Ok(vec![None]),
+        (Form::Flag, Value::Boolean(false)) => Vec::new(),
+        (Form::Flag, _) => return Err(bad("true or false")),
+        (Form::Numbers, Value::Integer(number)) => vec![number.to_string()],
+        (Form::Numbers, Value::Array(all)) if !all.is_empty() => {
+            let number = |value: &Value| value.as_integer().map(|n| n.to_string());
+            all.iter().map(number).collect::<Option<_>>().ok_or_else(|| bad("numbers of processes"))?
+        }
+        (Form::Numbers, _) => return Err(bad("the number of a process, or a list of them")),
+        (Form::Map, Value::Table(table)) => {
+            let pair = |(from, to): (&String, &Value)| Some(format!("{from}={}", to.as_str()?));
+            table
+                .iter()
+                .map(pair)
+                .collect::<Option<_>>()
+                .ok_or_else(|| bad("a table: \"/from\" = \"/to\""))?
+        }
+        (Form::Map, _) => return Err(bad("a table: \"/from\" = \"/to\"")),
+        (Form::When, Value::String(text)) => vec![text.clone()],
+        (Form::When, Value::Table(table)) if !table.is_empty() => {
+            let mut words = Vec::new();
+            for (word, value) in table {
+                if !WHEN.contains(&word.as_str()) {
+                    return Err(unknown(&format!("{at}, checkpoint"), word, &WHEN));
+                }
+                match value {
+                    Value::String(text) => words.push(format!("{word}={text}")),
+                    Value::Integer(number) => words.push(format!("{word}={number}")),
+                    _ => return Err(form(at, word, "a text or a number")),
+                }
+            }
+            vec![words.join(",")]
+        }
+        (Form::When, _) => return Err(bad("a text like \"every=1s\", or a table of every, bytes, ops")),
+    };
+    Ok(all.into_iter().map(Some).collect())
+}
+
+fn texts(at: &str, key: &str, value: &Value) -> Result<Vec<String>, ConfigError> {
+    let bad = || form(at, key, "a list of texts, at least one");
+    let Value::Array(all) = value else { return Err(bad()) };
+    if all.is_empty() {
+        return Err(bad());
+    }
+    all.iter().map(|value| value.as_str().map(str::to_owned)).collect::<Option<_>>().ok_or_else(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(text: &str) -> Vec<String> {
+        let groups = parse(text).unwrap_or_else(|e| panic!("{e}"));
+        groups[0].arguments.iter().map(|word| word.to_str().unwrap().to_owned()).collect()
+    }
+
+    fn refused(text: &str) -> String {
+        parse(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_group_says_what_a_command_line_says() {
+        let text = r#"
+            [group.web]
+            paths = ["/srv/web", "/etc/web"]
+            backup = "unix:/run/bfs/r.sock"
+            exclude = ["*.tmp"]
+            maps = { "/srv/web" = "/data/web" }
+            checkpoint = { every = "1s", ops = 1000 }
+            rollback_on_failure = true
+            kill_descendants = false
+            run = ["./server", "--port", "80"]
+        "#;
+        let words = said(text);
+        let wanted = [
+            "run",
+            "--group",
+            "web",
+            "--backup=unix:/run/bfs/r.sock",
+            "--checkpoint=every=1s,ops=1000",
+            "--exclude=*.tmp",
+            "--map=/srv/web=/data/web",
+            "--path=/srv/web",
+            "--path=/etc/web",
+            "--rollback-on-failure",
+            "--",
+            "./server",
+            "--port",
+            "80",
+        ];
+        let sorted = |words: Vec<String>| {
+            let mut words = words;
+            let end = words.iter().position(|word| word == "--").unwrap_or(words.len());
+            words[3..end].sort();
+            words
+        };
+        assert_eq!(sorted(words), sorted(wanted.map(str::to_owned).to_vec()));
+        let text =
+            "[group.db]\npaths = ['/srv/db']\nbackup = 'dir:/x'\npid = [1, 2]\ncheckpoint = 'manual'\n";
+        let words = said(text);
+        assert!(
+            words[0] == "attach"
+                && ["--pid=1", "--pid=2"].iter().all(|pid| words.contains(&(*pid).to_owned()))
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_the_nearest_that_is_right() {
+        let group = |line: &str| refused(&format!("[group.web]\npaths = ['/a']\nbackup = 'dir:/x'\n{line}"));
+        assert_eq!(
+            group("exclud = ['x']"),
+            "group \"web\": there is no \"exclud\"; did you mean \"exclude\"?"
+        );
+        assert_eq!(group("zzzzzzzzzzzz = 1"), "group \"web\": there is no \"zzzzzzzzzzzz\"");
+        assert_eq!(group("exclude = 'x'"), "group \"web\": exclude must be a list of texts, at least one");
+        let said = group("checkpoint = { evry = '1s' }\npid = 1");
+        assert_eq!(said, "group \"web\", checkpoint: there is no \"evry\"; did you mean \"every\"?");
+        assert_eq!(group("run = ['a']\npid = 1"), "group \"web\": pid does not go together with run");
+        assert_eq!(
+            group("pid = 1\nrollback_on_failure = true"),
+            "group \"web\": rollback_on_failure needs run"
+        );
+        assert!(group("").contains("say whom to follow"));
+        assert_eq!(refused("[group.web]\npid = 1\nbackup = 'dir:/x'"), "group \"web\": paths is missing");
+        assert_eq!(refused("[groups.web]"), "the file: there is no \"groups\"; did you mean \"group\"?");
+        assert!(refused("").contains("no group"));
+        assert!(refused("[group.web").contains("line 1"));
+    }
+}

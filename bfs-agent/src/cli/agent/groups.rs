@@ -1,0 +1,174 @@
+//! What a configuration file says is done: one group by this process, several by one process each.
+//!
+//! A group that fails does not touch the others. A signal that asks this process to end is passed on to all, and it
+//! ends when all have; with the status of the first that was not 0.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitStatus;
+
+use clap::Parser;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+
+use super::config::{self, ConfigGroup};
+use super::{Cli, Command, dispatch};
+use crate::primary::failure::{Failure, Kind};
+use crate::primary::process::Inherited;
+
+fn read(file: &Path) -> Result<Vec<ConfigGroup>, Failure> {
+    let hint = "docs/agent.toml has every key with an explanation";
+    config::read(file).map_err(|e| Failure::new(Kind::Usage, format!("{}: {e}", file.display()), hint))
+}
+
+/// What a group says, as the command line would have it.
+fn command(file: &Path, group: &ConfigGroup) -> Result<Command, Failure> {
+    let words = std::iter::once(OsString::from("bfs-agent")).chain(group.arguments.iter().cloned());
+    let parsed = Cli::try_parse_from(words).map_err(|error| {
+        let text = error.to_string();
+        let why = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        Failure::new(
+            Kind::Usage,
+            format!("{}: group {:?}: {why}", file.display(), group.name),
+            "docs/agent.toml has every key with an explanation",
+        )
+    })?;
+    parsed.command.ok_or_else(|| Failure::new(Kind::Usage, "there is nothing to do", ""))
+}
+
+/// Looks at a file, and says what it would do.
+pub(super) fn check(file: &Path) -> Result<u8, Failure> {
+    let groups = read(file)?;
+    for group in &groups {
+        match command(file, group)? {
+            Command::Run { options, .. } | Command::Attach { options, .. } => options.filter()?,
+            _ => unreachable!("a group is a run or an attach"),
+        };
+        let words: Vec<_> = group.arguments.iter().map(|word| word.to_string_lossy()).collect();
+        println!("bfs-agent {}", words.join(" "));
+    }
+    Ok(0)
+}
+
+/// Does what a file says.
+pub(super) fn start(file: &Path, only: Option<&str>, inherited: Inherited) -> Result<u8, Failure> {
+    let mut groups = read(file)?;
+    let names: Vec<String> = groups.iter().map(|group| group.name.clone()).collect();
+    groups.retain(|group| only.is_none_or(|only| group.name == only));
+    // All of them, before the first is started.
+    let mut commands = Vec::new();
+    for group in &groups {
+        commands.push(command(file, group)?);
+    }
+    match (groups.len(), commands.pop()) {
+        (1, Some(command)) => dispatch(command, inherited),
+        (0, _) | (_, None) => {
+            let hint = format!("it has {}", names.join(", "));
+            let what = format!("{}: it has no group {:?}", file.display(), only.unwrap_or_default());
+            Err(Failure::new(Kind::Usage, what, hint))
+        }
+        _ => {
+            let failed =
+                |e: std::io::Error| Failure::new(Kind::Other, format!("cannot start the groups: {e}"), "");
+            inherited.give_back().map_err(failed)?;
+            several(&groups).map_err(failed)
+        }
+    }
+}
+
+/// One process for each group, until all have ended.
+fn several(groups: &[ConfigGroup]) -> std::io::Result<u8> {
+    let program = std::env::current_exe()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let [mut terminate, mut interrupt, mut hangup] = [
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::hangup())?,
+        ];
+        let mut processes = Vec::new();
+        let mut ends = JoinSet::new();
+        for group in groups {
+            let mut child = tokio::process::Command::new(&program).args(&group.arguments).spawn()?;
+            if let Some(pid) = child.id().and_then(|id| Pid::from_raw(id as i32)) {
+                // By descriptor: a number may be another process's by the time of the signal.
+                processes.push(pidfd_open(pid, PidfdFlags::empty())?);
+            }
+            let name = group.name.clone();
+            ends.spawn(async move { (name, child.wait().await) });
+        }
+        let mut status = 0;
+        loop {
+            let asked = tokio::select! {
+                end = ends.join_next() => {
+                    let Some(Ok((name, end))) = end else { return Ok(status) };
+                    let end = code(end?);
+                    if end != 0 {
+                        eprintln!("bfs-agent: group {name} ended with {end}");
+                        status = if status == 0 { end } else { status };
+                    }
+                    continue;
+                }
+                _ = terminate.recv() => Signal::TERM,
+                _ = interrupt.recv() => Signal::INT,
+                _ = hangup.recv() => Signal::HUP,
+            };
+            for process in &processes {
+                // It may have ended.
+                let _ = pidfd_send_signal(process, asked);
+            }
+        }
+    })
+}
+
+/// The status as a shell has it.
+fn code(status: ExitStatus) -> u8 {
+    use std::os::unix::process::ExitStatusExt;
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the manual shows is what can be started, and it shows every key.
+    #[test]
+    fn the_example_is_sound() {
+        let text = include_str!("../../../../docs/agent.toml");
+        let groups = config::parse(text).unwrap();
+        assert_eq!(groups.len(), 2);
+        for group in &groups {
+            command(Path::new("docs/agent.toml"), group)
+                .unwrap_or_else(|failure| panic!("{}", failure.message));
+        }
+        // Also what is shown as a comment.
+        let shown: String = text
+            .lines()
+            .map(|line| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        for key in config::names() {
+            assert!(
+                shown.lines().any(|line| line.split(" = ").next() == Some(key)),
+                "{key} is not explained"
+            );
+        }
+    }
+
+    #[test]
+    fn what_an_option_refuses_is_refused_with_its_group() {
+        let group = |line: &str| {
+            let text = format!("[group.web]\npaths = ['/a']\nbackup = 'dir:/x'\npid = 1\n{line}");
+            match command(Path::new("f"), &config::parse(&text).unwrap()[0]) {
+                Ok(_) => String::new(),
+                Err(failure) => failure.message,
+            }
+        };
+        assert_eq!(group(""), "");
+        let said = group("checkpoint = 'now'");
+        assert!(said.starts_with("f: group \"web\": invalid value 'now'"), "{said}");
+        assert!(group("spool_size = 'much'").contains("much"));
+    }
+}
