@@ -161,6 +161,8 @@ impl LogWriter {
                 let unsure = reader.synced.unwrap_or(HEADER);
                 write_again(&file, unsure, end).map_err(LogError::io("write", &path))?;
                 file.sync_all().map_err(LogError::io("sync", &path))?;
+                // A crash may have come between its name and the sync of that.
+                sync_dir(dir)?;
                 writer.segment = Some(Open { file, number: *number, synced: end });
             }
             expected = Some(here);

@@ -27,7 +27,7 @@ pub use address::Address;
 pub use read::Reader;
 
 use crate::log::writer::{Batch, LogWriter};
-use crate::log::{LogError, segment::SegmentReader, segment_path, segments};
+use crate::log::{LogError, segment::SegmentReader, segment_path, segments, sync_dir};
 
 /// Where spools lie unless told otherwise: it outlives the boot.
 pub const DIRECTORY: &str = "/var/lib/bfs/spool";
@@ -180,7 +180,11 @@ impl Spool {
     /// # Errors
     /// Damage.
     pub fn left(&mut self) -> Result<Option<Left>, SpoolError> {
-        let Some(first) = segments(&self.log)?.first().copied() else { return Ok(None) };
+        let Some(first) = segments(&self.log)?.first().copied() else {
+            // Whoever removed them may have been killed before that was durable.
+            sync_dir(&self.log)?;
+            return Ok(None);
+        };
         let address = Address::read(&self.dir)?;
         let begin = SegmentReader::open(&self.log, first, self.group)?.header.before;
         let (writer, opened) = LogWriter::open(&self.log, self.group, begin, |_| Ok::<_, LogError>(()))?;
@@ -250,9 +254,15 @@ impl Spool {
     pub fn clear(&mut self) -> Result<(), SpoolError> {
         self.writer = None;
         // Oldest first: what a crash leaves is the end of it.
-        for number in segments(&self.log)? {
-            let path = segment_path(&self.log, number);
+        let all = segments(&self.log)?;
+        for number in &all {
+            let path = segment_path(&self.log, *number);
             fs::remove_file(&path).map_err(failed("remove", &path))?;
+        }
+        // Also when an earlier try removed them and failed here.
+        if !all.is_empty() || !self.segments.is_empty() {
+            // Before another epoch is asked for: back after a power cut they would be of one that is over.
+            sync_dir(&self.log)?;
         }
         self.segments.clear();
         Ok(())
@@ -300,11 +310,25 @@ impl Drop for Spool {
     }
 }
 
+/// Makes the folder and those above it, durably: without its name nothing in it would be found again.
+fn make(dir: &Path) -> Result<(), SpoolError> {
+    let Some(above) = dir.parent() else { return Ok(()) };
+    // Of a relative path with one name nothing is left.
+    let above = if above.as_os_str().is_empty() { Path::new(".") } else { above };
+    if !above.exists() {
+        make(above)?;
+    }
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(failed("make", dir)(e)),
+        _ => Ok(sync_dir(above)?),
+    }
+}
+
 /// Makes the folder and takes its lock. Who has it removes it when it is empty, so it may have to be made
 /// again.
 fn lock(dir: &Path) -> Result<File, SpoolError> {
     loop {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed("make", dir))?;
+        make(dir)?;
         let lock = match File::open(dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             opened => opened.map_err(failed("open", dir))?,
