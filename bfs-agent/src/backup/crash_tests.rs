@@ -5,13 +5,9 @@
 //! afterwards the tree must be the model: names, types, bytes, link counts, times. And so must every
 //! generation be the model as it was at its checkpoint.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 
 use bfs_common::codec;
-use bfs_common::past::{Difference, Side};
 use bfs_common::record::*;
 use bfs_common::wire::Position;
 use bytes::BytesMut;
@@ -23,6 +19,7 @@ use super::error::BackupError;
 use super::gate::Marker;
 use super::history::differences;
 use super::index::{Base, GroupRow, Index};
+use super::model::{Model, TOP};
 use super::past::{Loaded, Past, Source};
 use super::plan::Plan;
 use super::step::apply_step;
@@ -31,283 +28,6 @@ use super::sums;
 use crate::log::writer::{Batch, LogWriter};
 
 const GROUP: &str = "g";
-const ROOT: &str = "/r";
-
-#[derive(Clone, Debug)]
-struct ModelNode {
-    directory: bool,
-    data: Vec<u8>,
-    entries: BTreeMap<Name, ObjectId>,
-    mtime: i64,
-    links: u64,
-}
-
-#[derive(Clone)]
-struct Model {
-    nodes: BTreeMap<ObjectId, ModelNode>,
-    next: u64,
-    clock: i64,
-    records: Vec<(Record, Vec<u8>)>,
-}
-
-const TOP: ObjectId = ObjectId(1);
-
-impl Model {
-    fn new() -> Self {
-        let mut model = Self { nodes: BTreeMap::new(), next: 1, clock: 1000, records: Vec::new() };
-        model.create(true);
-        model.records.push((Record::Roots { roots: vec![(PathBytes::new(ROOT.as_ref()), TOP)] }, Vec::new()));
-        model
-    }
-
-    fn create(&mut self, directory: bool) -> ObjectId {
-        let object = ObjectId(self.next);
-        self.next += 1;
-        let node =
-            ModelNode { directory, data: Vec::new(), entries: BTreeMap::new(), mtime: self.clock, links: 0 };
-        let kind = if directory { FileKind::Directory } else { FileKind::Regular };
-        let meta = self.meta(node.mtime);
-        self.nodes.insert(object, node);
-        self.records.push((
-            Record::Object { object, identity: Identity::default(), kind, device: 0, meta },
-            Vec::new(),
-        ));
-        object
-    }
-
-    fn meta(&self, mtime: i64) -> Meta {
-        let me = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Meta { permissions: 0o755, uid: me.0, gid: me.1, mtime_sec: mtime, mtime_nsec: 5 }
-    }
-
-    fn touch(&mut self, object: ObjectId) {
-        self.clock += 1;
-        let mtime = self.clock;
-        self.nodes.get_mut(&object).unwrap().mtime = mtime;
-        self.records.push((Record::Meta { object, meta: self.meta(mtime) }, Vec::new()));
-    }
-
-    fn link(&mut self, directory: ObjectId, name: Name, object: ObjectId) {
-        self.unlink(directory, &name);
-        self.nodes.get_mut(&directory).unwrap().entries.insert(name.clone(), object);
-        self.nodes.get_mut(&object).unwrap().links += 1;
-        self.records.push((Record::EntrySet { directory, name, object }, Vec::new()));
-        self.touch(directory);
-    }
-
-    /// Removes an entry, and what it named if that has no other.
-    fn unlink(&mut self, directory: ObjectId, name: &Name) {
-        if let Some(gone) = self.detach(directory, name) {
-            self.forget(gone);
-        }
-    }
-
-    fn detach(&mut self, directory: ObjectId, name: &Name) -> Option<ObjectId> {
-        let object = self.nodes.get_mut(&directory).unwrap().entries.remove(name)?;
-        self.nodes.get_mut(&object).unwrap().links -= 1;
-        self.records.push((Record::EntryDelete { directory, name: name.clone() }, Vec::new()));
-        self.touch(directory);
-        Some(object)
-    }
-
-    fn forget(&mut self, object: ObjectId) {
-        if self.nodes[&object].links > 0 {
-            return;
-        }
-        for name in self.nodes[&object].entries.keys().cloned().collect::<Vec<_>>() {
-            self.unlink(object, &name);
-        }
-        self.nodes.remove(&object);
-        self.records.push((Record::Forget { object }, Vec::new()));
-    }
-
-    fn below(&self, top: ObjectId, object: ObjectId) -> bool {
-        top == object || self.nodes[&top].entries.values().any(|child| self.below(*child, object))
-    }
-
-    fn do_op(&mut self, (op, a, b, c): (u8, u8, u8, u8)) {
-        let pick = |list: Vec<ObjectId>, at: u8| list.get(at as usize % list.len().max(1)).copied();
-        let dirs: Vec<_> = self.nodes.iter().filter(|(_, n)| n.directory).map(|(o, _)| *o).collect();
-        let files: Vec<_> = self.nodes.iter().filter(|(_, n)| !n.directory).map(|(o, _)| *o).collect();
-        let (from, to) = (pick(dirs.clone(), a).unwrap(), pick(dirs, b).unwrap());
-        let name = Name::new(format!("n{}", c % 4).as_bytes()).unwrap();
-        let other = Name::new(format!("n{}", b % 4).as_bytes()).unwrap();
-        match op % 8 {
-            0 | 1 => {
-                let replaced = self.nodes[&from].entries.get(&name).copied();
-                if replaced.is_none_or(|r| !self.below(r, from)) {
-                    let new = self.create(op % 8 == 0);
-                    self.link(from, name, new);
-                }
-            }
-            2 => {
-                if let Some(file) = pick(files, a) {
-                    let data = vec![c | 1; 1 + b as usize * 40];
-                    let offset = u64::from(c) * 50;
-                    let bytes = &mut self.nodes.get_mut(&file).unwrap().data;
-                    let end = offset as usize + data.len();
-                    if bytes.len() < end {
-                        bytes.resize(end, 0);
-                    }
-                    bytes[offset as usize..end].copy_from_slice(&data);
-                    self.records.push((Record::Write { object: file, offset }, data));
-                    self.touch(file);
-                }
-            }
-            3 => {
-                if let Some(file) = pick(files, a) {
-                    let size = u64::from(c) * 30;
-                    self.nodes.get_mut(&file).unwrap().data.resize(size as usize, 0);
-                    self.records.push((Record::Truncate { object: file, size }, Vec::new()));
-                    let (offset, length) = (u64::from(b) * 10, 300);
-                    let bytes = &mut self.nodes.get_mut(&file).unwrap().data;
-                    let end = (offset + length).min(bytes.len() as u64);
-                    for at in offset.min(end)..end {
-                        bytes[at as usize] = 0;
-                    }
-                    self.records.push((Record::Zero { object: file, offset, length }, Vec::new()));
-                    self.touch(file);
-                }
-            }
-            4 => self.unlink(from, &name),
-            5 => {
-                if let Some(file) = pick(files, b)
-                    && self.nodes[&from]
-                        .entries
-                        .get(&name)
-                        .is_none_or(|o| !self.below(*o, file) && !self.below(*o, from))
-                {
-                    self.link(from, name, file);
-                }
-            }
-            _ => self.rename(from, &name, to, &other, op % 8 == 7),
-        }
-    }
-
-    fn rename(&mut self, from: ObjectId, name: &Name, to: ObjectId, other: &Name, exchange: bool) {
-        let (Some(object), there) =
-            (self.nodes[&from].entries.get(name).copied(), self.nodes[&to].entries.get(other).copied())
-        else {
-            return;
-        };
-        let same = (from, name) == (to, other) || there == Some(object);
-        if same
-            || self.below(object, to)
-            || there.is_some_and(|t| self.below(t, from) || self.below(t, object))
-        {
-            return;
-        }
-        self.detach(from, name);
-        if exchange && let Some(there) = there {
-            self.detach(to, other);
-            self.link(to, other.clone(), object);
-            self.link(from, name.clone(), there);
-        } else {
-            self.link(to, other.clone(), object);
-        }
-    }
-
-    /// The generation, read as it would be given out. `between`: a step is half done, so a file may be nowhere.
-    fn compare_past(&self, past: &mut Past<'_>, between: bool) {
-        assert_eq!(past.roots(), [(PathBytes::new(ROOT.as_ref()), TOP)]);
-        let mut found = Vec::new();
-        past.each(&mut |object, node| {
-            found.push((object, node.clone()));
-            Ok(true)
-        })
-        .unwrap();
-        found.sort_by_key(|(object, _)| *object);
-        assert_eq!(
-            found.iter().map(|(o, _)| *o).collect::<Vec<_>>(),
-            self.nodes.keys().copied().collect::<Vec<_>>(),
-            "objects at {}",
-            past.checkpoint()
-        );
-        for (object, node) in found {
-            let what = format!("object {object} at {}", past.checkpoint());
-            let model = &self.nodes[&object];
-            assert_eq!(node.kind == FileKind::Directory, model.directory, "{what}");
-            assert_eq!((node.meta.mtime_sec, node.meta.mtime_nsec), (model.mtime, 5), "{what}");
-            if model.directory {
-                let entries: BTreeMap<_, _> = past.entries(object).unwrap().into_iter().collect();
-                assert_eq!(entries, model.entries, "{what}");
-                continue;
-            }
-            assert_eq!(node.places.len() as u64, model.links, "{what}");
-            let mut data = vec![0; node.size as usize];
-            let read = past.content(object, 0, node.size, &mut |at, bytes| {
-                data[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
-                true
-            });
-            match read {
-                Err(BackupError::Applying(_)) if between => {}
-                other => assert!(other.unwrap() && data == model.data, "content of {what}"),
-            }
-        }
-    }
-
-    /// The places of all objects that have one, and their paths.
-    fn places(&self) -> BTreeMap<ObjectId, BTreeMap<(ObjectId, Name), PathBytes>> {
-        let mut all: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
-        let top = (TOP, Name::new(b"top").unwrap());
-        all.entry(TOP).or_default().insert(top, PathBytes::new(ROOT.as_ref()));
-        let mut to_do = vec![(TOP, PathBuf::from(ROOT))];
-        while let Some((directory, path)) = to_do.pop() {
-            for (name, object) in &self.nodes[&directory].entries {
-                let path = path.join(name.as_os_str());
-                let place = (directory, name.clone());
-                all.entry(*object).or_default().insert(place, PathBytes::new(&path));
-                if self.nodes[object].directory {
-                    to_do.push((*object, path));
-                }
-            }
-        }
-        all
-    }
-
-    /// What was found to differ from a later state is what differs.
-    fn compare_differences(&self, later: &Self, found: &[Difference]) {
-        let (before, after) = (self.places(), later.places());
-        for object in before.keys().chain(after.keys()).collect::<BTreeSet<_>>() {
-            let state = |model: &Self, places: &BTreeMap<ObjectId, BTreeMap<_, _>>| {
-                let places: Vec<_> = places.get(object)?.keys().cloned().collect();
-                let node = &model.nodes[object];
-                Some((places, node.data.clone(), node.mtime))
-            };
-            let differs = state(self, &before) != state(later, &after);
-            let named = |side: &Option<Side>, all: &BTreeMap<ObjectId, BTreeMap<_, PathBytes>>| {
-                let paths: Option<Vec<_>> = all.get(object).map(|places| places.values().collect());
-                side.as_ref().zip(paths).is_some_and(|(s, paths)| s.paths.iter().any(|p| paths.contains(&p)))
-            };
-            let said =
-                found.iter().any(|d| match (before.contains_key(object), after.contains_key(object)) {
-                    (true, _) => named(&d.before, &before),
-                    (false, _) => named(&d.after, &after),
-                });
-            assert_eq!(said, differs, "object {object} in {found:#?}");
-        }
-    }
-
-    fn compare(&self, object: ObjectId, path: &Path) {
-        let node = &self.nodes[&object];
-        let meta = fs::symlink_metadata(path).unwrap();
-        assert_eq!(meta.is_dir(), node.directory, "{path:?}");
-        assert_eq!((meta.mtime(), meta.mtime_nsec()), (node.mtime, 5), "{path:?}");
-        if !node.directory {
-            assert_eq!(meta.nlink(), node.links, "{path:?}");
-            assert!(fs::read(path).unwrap() == node.data, "content of {path:?}");
-            return;
-        }
-        let mut found: Vec<_> = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name()).collect();
-        found.sort();
-        let expected: Vec<_> = node.entries.keys().map(|n| n.as_os_str().to_owned()).collect();
-        assert_eq!(found, expected, "{path:?}");
-        for (name, child) in &node.entries {
-            self.compare(*child, &path.join(name.as_os_str()));
-        }
-    }
-}
-
 fn append(log: &mut LogWriter, records: Vec<(Record, Vec<u8>)>) -> Position {
     let before = log.durable();
     let mut position = before;
@@ -348,9 +68,22 @@ fn compare_sums(area: &Area, index: &Index) {
     }
 }
 
+/// What a step does to the model.
+pub(super) type Does<'a> = &'a dyn Fn(&mut Model);
+
 /// Whether the last of the crashes came about in any step.
 fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
-    let dir = tempfile::tempdir().unwrap();
+    let does: Vec<_> =
+        steps.iter().map(|ops| move |model: &mut Model| ops.iter().for_each(|op| model.do_op(*op))).collect();
+    let does: Vec<Does> = does.iter().map(|does| does as Does).collect();
+    converges(&does, 0, crashes)
+}
+
+/// As [`check`], of any steps; those before `from` do not crash.
+pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
+    // In memory, where there is such a place.
+    let memory = std::path::Path::new("/dev/shm");
+    let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
     let store = Store::open(&dir.path().join("store")).unwrap();
     let index = Index::open(store.path()).unwrap();
     let mut row = GroupRow::new(1, GroupId([1; 16]), Vec::new());
@@ -364,15 +97,14 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
     let mut crashed_once = false;
     // What a reader of the first one knew before the step.
     let mut reader: Option<Loaded> = None;
-    for (number, ops) in steps.iter().enumerate() {
-        for op in ops {
-            model.do_op(*op);
-        }
+    for (number, does) in steps.iter().enumerate() {
+        does(&mut model);
         let checkpoint = CheckpointId(number as u64 + 1);
         let label = CheckpointLabel::default();
         let mut records = std::mem::take(&mut model.records);
         records.push((Record::Checkpoint { checkpoint, label: label.clone() }, Vec::new()));
         let marker = Marker { checkpoint, label, position: append(&mut log, records).into() };
+        let crashes = if number < from { &[][..] } else { crashes };
         let mut next_crash = crashes.iter().copied();
         let mut crashed = 0;
         row = loop {
@@ -406,7 +138,7 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
             assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");
         }
         LogWriter::remove_applied(&log_dir, row.applied.sequence).unwrap();
-        crashed_once |= crashed == crashes.len();
+        crashed_once |= number >= from && crashed == crashes.len();
         models.push(model.clone());
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
         for (then, model) in (1..).zip(&models) {

@@ -11,6 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 mod applying;
+#[cfg(test)]
+pub(crate) mod simulated;
 mod taking;
 
 use bfs_common::record::{CheckpointId, CheckpointLabel, Epoch, GroupId, PathBytes, Record, Sequence};
@@ -193,6 +195,32 @@ impl Group {
         limits: Limits,
         room: Arc<Room>,
     ) -> Result<Arc<Self>, BackupError> {
+        let (group, writer, from_group) = Self::assemble(name, row, index, area, log, limits, room)?;
+        let spawn = |what: &str, work: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new()
+                .name(format!("{what} {name}"))
+                // The search for a directory goes up its parents by recursion.
+                .stack_size(32 << 20)
+                .spawn(work)
+                .map_err(BackupError::io("start a thread for group", name))
+        };
+        let (for_log, for_apply) = (group.clone(), group.clone());
+        let log_thread = spawn("log", Box::new(move || for_log.run_log(writer, from_group)))?;
+        let apply_thread = spawn("apply", Box::new(move || for_apply.run_apply()))?;
+        locked(&group.threads).extend([log_thread, apply_thread]);
+        Ok(group)
+    }
+
+    /// All of a group but its threads, and what these work with.
+    fn assemble(
+        name: &str,
+        row: GroupRow,
+        index: Arc<Index>,
+        area: Area,
+        log: PathBuf,
+        limits: Limits,
+        room: Arc<Room>,
+    ) -> Result<(Arc<Self>, LogWriter, mpsc::Receiver<ToLog>), BackupError> {
         let folder = std::fs::File::open(&log).map_err(BackupError::io("open", &log))?;
         let store = Disk::of(folder).map_err(BackupError::io("stat", &log))?;
         let disks = Disks { store, tree: area.disk()? };
@@ -245,20 +273,8 @@ impl Group {
             held: Mutex::new(BTreeMap::new()),
             threads: Mutex::new(Vec::new()),
         });
-        let spawn = |what: &str, work: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new()
-                .name(format!("{what} {name}"))
-                // The search for a directory goes up its parents by recursion.
-                .stack_size(32 << 20)
-                .spawn(work)
-                .map_err(BackupError::io("start a thread for group", name))
-        };
         group.note_need(&group.state());
-        let (for_log, for_apply) = (group.clone(), group.clone());
-        let log_thread = spawn("log", Box::new(move || for_log.run_log(writer, from_group)))?;
-        let apply_thread = spawn("apply", Box::new(move || for_apply.run_apply()))?;
-        locked(&group.threads).extend([log_thread, apply_thread]);
-        Ok(group)
+        Ok((group, writer, from_group))
     }
 
     /// The state.
@@ -293,50 +309,62 @@ impl Group {
     fn run_log(&self, mut log: LogWriter, mut from_group: mpsc::Receiver<ToLog>) {
         let mut failed = false;
         while let Some(first) = from_group.blocking_recv() {
-            let mut batches = Vec::new();
-            let mut drains = Vec::new();
-            let mut bytes_total = 0;
-            let mut next = Some(first);
-            while let Some(message) = next {
-                match message {
-                    ToLog::Append(batch) => {
-                        bytes_total += batch.bytes.len();
-                        batches.push(batch);
-                    }
-                    ToLog::Drain(answer) => drains.push(answer),
-                }
-                next = if bytes_total < GROUP_COMMIT_BYTES { from_group.try_recv().ok() } else { None };
-            }
-            // After a failure the batches do not count either: the gate goes back when it is over.
-            if !failed {
-                match log.append(&batches) {
-                    Ok(()) if batches.is_empty() => {}
-                    Ok(()) => {
-                        self.durable(log.durable());
-                        let mut state = self.state();
-                        state.unlogged = state.unlogged.saturating_sub(bytes_total as u64);
-                        self.note_need(&state);
-                    }
-                    Err(error) => {
-                        self.log_failed(&error.into());
-                        failed = true;
-                    }
-                }
-            }
-            if failed && !drains.is_empty() {
-                match self.reopen(&mut log) {
-                    Ok(()) => failed = false,
-                    Err(error) => self.log_failed(&error),
-                }
-            }
-            for answer in drains {
-                let trouble = self.state().log_trouble.clone();
-                // The connection may have ended meanwhile.
-                let _ = answer.send(trouble.map_or(Ok(()), Err));
-            }
+            self.log_together(first, &mut log, &mut from_group, &mut failed);
         }
         if !failed && let Err(error) = log.seal() {
             tracing::warn!("group {}: {error}", self.name);
+        }
+    }
+
+    /// What came first, and what is there behind it, with one sync. `failed`: the log takes nothing before it was
+    /// opened again.
+    fn log_together(
+        &self,
+        first: ToLog,
+        log: &mut LogWriter,
+        from_group: &mut mpsc::Receiver<ToLog>,
+        failed: &mut bool,
+    ) {
+        let mut batches = Vec::new();
+        let mut drains = Vec::new();
+        let mut bytes_total = 0;
+        let mut next = Some(first);
+        while let Some(message) = next {
+            match message {
+                ToLog::Append(batch) => {
+                    bytes_total += batch.bytes.len();
+                    batches.push(batch);
+                }
+                ToLog::Drain(answer) => drains.push(answer),
+            }
+            next = if bytes_total < GROUP_COMMIT_BYTES { from_group.try_recv().ok() } else { None };
+        }
+        // After a failure the batches do not count either: the gate goes back when it is over.
+        if !*failed {
+            match log.append(&batches) {
+                Ok(()) if batches.is_empty() => {}
+                Ok(()) => {
+                    self.durable(log.durable());
+                    let mut state = self.state();
+                    state.unlogged = state.unlogged.saturating_sub(bytes_total as u64);
+                    self.note_need(&state);
+                }
+                Err(error) => {
+                    self.log_failed(&error.into());
+                    *failed = true;
+                }
+            }
+        }
+        if *failed && !drains.is_empty() {
+            match self.reopen(log) {
+                Ok(()) => *failed = false,
+                Err(error) => self.log_failed(&error),
+            }
+        }
+        for answer in drains {
+            let trouble = self.state().log_trouble.clone();
+            // The connection may have ended meanwhile.
+            let _ = answer.send(trouble.map_or(Ok(()), Err));
         }
     }
 

@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::BackupError;
 use super::index::Node;
+use crate::durable;
 use crate::log::sync_dir;
 
 const MAGIC: &[u8; 8] = b"bfsimg1\n";
@@ -154,7 +155,7 @@ impl ImageWriter {
         self.line(&Line::End(self.lines), b"")?;
         let failed = BackupError::io("write", &self.path);
         let file = self.file.into_inner().map_err(|e| failed(e.into_error()))?;
-        file.sync_data().map_err(BackupError::io("sync", &self.path))?;
+        durable::data(&file).map_err(BackupError::io("sync", &self.path))?;
         Ok(sync_dir(self.path.parent().unwrap_or(&self.path))?)
     }
 }

@@ -31,3 +31,7 @@ pub use serve::{Replayer, ReplayerHandle, ServeOptions};
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod exhaustive_tests;
+#[cfg(test)]
+pub(crate) mod model;

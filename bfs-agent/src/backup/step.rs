@@ -11,6 +11,7 @@ use super::index::{GroupRow, Index, Phase, PlanRow};
 use super::plan::plan;
 use super::target::Target;
 use crate::log::read_range;
+use crate::mutant::{self, Mutant};
 
 /// Does one step: from the applied checkpoint to this marker, or goes on with one that was begun. `row` is the
 /// group's row as the index has it. What the step leaves in `stage/` and `aside/` is for [`apply::clean`].
@@ -49,6 +50,9 @@ pub(super) fn apply_step(
     if phase.is_none() {
         // Left by the step before, if it crashed after its transaction.
         apply::clean(area, &view)?;
+    }
+    let again = mutant::is(Mutant::RetakesImages) && phase == Some(Phase::Planned);
+    if phase.is_none() || again {
         if plan_row.imaged {
             Step::new(area, &view, &plan, crash).take_images(
                 area.images(),

@@ -86,7 +86,7 @@ impl LogError {
 /// # Errors
 /// What the system says.
 pub fn sync_dir(path: &Path) -> Result<(), LogError> {
-    File::open(path).and_then(|d| d.sync_all()).map_err(LogError::io("sync", path))
+    crate::durable::directory(path).map_err(LogError::io("sync", path))
 }
 
 /// A record of the log, taken apart.

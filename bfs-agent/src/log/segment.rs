@@ -40,6 +40,7 @@ use bfs_common::wire::Position;
 use bytes::Bytes;
 
 use super::{LogError, LogRecord, LogRef, segment_path};
+use crate::durable;
 
 const MAGIC: [u8; 8] = *b"bfslog1\n";
 const VERSION: u32 = 1;
@@ -154,7 +155,7 @@ pub fn create(dir: &Path, header: &Header) -> Result<File, LogError> {
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all_at(&header.encode(), 0)?;
-        file.sync_all()?;
+        durable::file(&file)?;
         std::fs::rename(&new, &path)?;
         Ok(file)
     };

@@ -17,6 +17,8 @@ use bytes::Bytes;
 
 use super::segment::{self, COMMIT, HEADER, Header, Item, SegmentReader, Tail};
 use super::{LogError, LogRecord, segment_path, segments, sync_dir, write_again};
+use crate::durable;
+use crate::mutant::{self, Mutant};
 
 /// A segment is ended when it is longer than this.
 pub const SEGMENT_BYTES: u64 = 64 << 20;
@@ -160,7 +162,7 @@ impl LogWriter {
                 // it was written and synced again.
                 let unsure = reader.synced.unwrap_or(HEADER);
                 write_again(&file, unsure, end).map_err(LogError::io("write", &path))?;
-                file.sync_all().map_err(LogError::io("sync", &path))?;
+                durable::file(&file).map_err(LogError::io("sync", &path))?;
                 // A crash may have come between its name and the sync of that.
                 sync_dir(dir)?;
                 writer.segment = Some(Open { file, number: *number, synced: end });
@@ -238,7 +240,9 @@ impl LogWriter {
             Ok(at)
         };
         let end = write().map_err(LogError::io("write", &path))?;
-        open.file.sync_data().map_err(LogError::io("sync", &path))?;
+        if !mutant::is(Mutant::AcknowledgesBeforeSync) {
+            durable::data(&open.file).map_err(LogError::io("sync", &path))?;
+        }
         Ok(end)
     }
 
@@ -261,7 +265,7 @@ impl LogWriter {
         if let Some(open) = &self.segment {
             let path = segment_path(&self.dir, open.number);
             segment::note_synced(&open.file, open.synced)
-                .and_then(|()| open.file.sync_data())
+                .and_then(|()| durable::data(&open.file))
                 .map_err(LogError::io("sync", path))?;
         }
         Ok(())
@@ -282,7 +286,7 @@ impl LogWriter {
     pub fn settle(&mut self) -> Result<(), LogError> {
         if let Some(stump) = &self.stump {
             let path = segment_path(&self.dir, stump.number);
-            let cut = stump.file.set_len(stump.synced).and_then(|()| stump.file.sync_all());
+            let cut = stump.file.set_len(stump.synced).and_then(|()| durable::file(&stump.file));
             cut.map_err(LogError::io("cut", path))?;
             self.stump = None;
         }

@@ -52,8 +52,10 @@ use super::room::Disk;
 use super::store::Store;
 use super::sums::{self, SumChange};
 use super::target::Source;
+use crate::durable;
 use crate::log::LogRef;
 use crate::log::segment_path;
+use crate::mutant::{self, Mutant};
 use crate::tree;
 
 /// Bytes copied at once from the log to a file.
@@ -262,6 +264,7 @@ pub struct CrashPoint {
 impl CrashPoint {
     #[cfg(test)]
     fn pass(&mut self) -> Result<(), BackupError> {
+        crate::simulation::disk::change().map_err(|_| BackupError::Crash)?;
         match &mut self.left {
             Some(0) => Err(BackupError::Crash),
             Some(left) => {
@@ -323,7 +326,8 @@ impl<'a, B: Base> Step<'a, B> {
     ) -> Result<StepResult, BackupError> {
         // Opened before the first change: its syncfs reports every write-back error after this.
         let sync = reopen_dir(&self.area.tree)?;
-        if phase == Phase::Planned && !self.plan.detach.is_empty() {
+        let by_name = mutant::is(Mutant::RedoesByName);
+        if (phase == Phase::Planned || by_name) && !self.plan.detach.is_empty() {
             self.detach()?;
             syncfs(&sync)?;
             self.crash.pass()?;
@@ -336,7 +340,9 @@ impl<'a, B: Base> Step<'a, B> {
         self.write()?;
         self.attach()?;
         self.directories()?;
-        syncfs(&sync)?;
+        if !mutant::is(Mutant::MovesPositionBeforeSync) {
+            syncfs(&sync)?;
+        }
         self.crash.pass()?;
         self.result()
     }
@@ -379,7 +385,7 @@ impl<'a, B: Base> Step<'a, B> {
     fn check_ino(&self, object: ObjectId, found: u64) -> Result<(), BackupError> {
         let known = self.plan.objects.get(&object).and_then(|t| t.before.as_ref()).map(|n| n.ino);
         match known {
-            Some(known) if known != found => {
+            Some(known) if known != found && !mutant::is(Mutant::RedoesByName) => {
                 Err(BackupError::Foreign(format!("object {object} was inode {known}, found is {found}")))
             }
             _ => Ok(()),
@@ -603,7 +609,7 @@ fn show(name: &[u8]) -> String {
 }
 
 fn syncfs(fd: &OwnedFd) -> Result<(), BackupError> {
-    rustix::fs::syncfs(fd).map_err(BackupError::io("sync", "the file system of the tree"))
+    durable::file_system(fd).map_err(BackupError::io("sync", "the file system of the tree"))
 }
 
 fn reopen_dir(fd: &OwnedFd) -> Result<OwnedFd, BackupError> {

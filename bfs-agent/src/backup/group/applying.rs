@@ -92,7 +92,7 @@ impl Group {
 
     /// Does the step to the next durable marker, if there is one, to the last name in `stage/` and `aside/`: these
     /// are links that count.
-    fn apply_next(&self) -> Result<(), BackupError> {
+    pub(super) fn apply_next(&self) -> Result<(), BackupError> {
         let mut tree = locked(&self.tree);
         *tree = self.index.group(&self.name)?;
         let durable = self.progress.borrow().durable.sequence;
@@ -123,7 +123,7 @@ impl Group {
     }
 
     /// The tree stands at the checkpoint of its row.
-    fn tell_applied(&self) {
+    pub(super) fn tell_applied(&self) {
         let tree = locked(&self.tree);
         self.state().applied = (tree.checkpoint, tree.label.clone());
         self.progress.send_if_modified(|p| {
@@ -137,7 +137,7 @@ impl Group {
 
     /// Removes the generations that are not to be kept, all but the floor when room is short, and what is applied
     /// from the log. A step under way does not mind: the generation that its images begin from is the newest.
-    fn tidy(&self, applied: bool) -> Result<(), BackupError> {
+    pub(super) fn tidy(&self, applied: bool) -> Result<(), BackupError> {
         let tree = locked(&self.tree);
         self.retire(&tree)?;
         if !applied {

@@ -9,7 +9,7 @@
 mod keeper;
 mod leftover;
 mod link;
-mod queue;
+pub(crate) mod queue;
 mod remote;
 
 use std::collections::VecDeque;

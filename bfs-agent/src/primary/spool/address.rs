@@ -9,6 +9,7 @@ use bfs_common::record::{Epoch, GroupId};
 use serde::{Deserialize, Serialize};
 
 use super::{SpoolError, failed};
+use crate::durable;
 use crate::log::sync_dir;
 
 const NAME: &str = "address";
@@ -58,7 +59,7 @@ impl Address {
             let mut file =
                 OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
             file.write_all(&serde_json::to_vec_pretty(self)?)?;
-            file.sync_all()?;
+            durable::file(&file)?;
             fs::rename(&new, &path)
         };
         write().map_err(failed("write", &path))?;

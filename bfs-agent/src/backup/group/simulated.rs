@@ -1,0 +1,165 @@
+//! A group whose threads are the simulation's: each piece of their work is done when it says so.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bfs_common::record::{CheckpointId, Epoch, GroupId, Sequence};
+use bfs_common::wire::Refusal;
+use bytes::Bytes;
+use tokio::sync::{Notify, mpsc};
+
+use super::super::apply::Area;
+use super::super::error::BackupError;
+use super::super::index::{GroupRow, Index};
+use super::super::past::Past;
+use super::super::retention::Retention;
+use super::super::room::Room;
+use super::super::store::Store;
+use super::{Group, Limits, Progress, QUEUE, Slot, ToLog, locked};
+use crate::log::writer::LogWriter;
+
+/// Name of the only group.
+pub(crate) const NAME: &str = "g";
+
+/// See the module.
+pub(crate) struct Simulated {
+    pub group: Arc<Group>,
+    log: LogWriter,
+    from_group: mpsc::Receiver<ToLog>,
+    failed: bool,
+    runtime: tokio::runtime::Runtime,
+    _store: Store,
+}
+
+impl Simulated {
+    /// Opens or makes a store with its group, as a replayer that starts.
+    pub fn open(path: &Path, id: GroupId, retention: Retention) -> Result<Self, BackupError> {
+        let store = Store::open(path)?;
+        let index = Arc::new(Index::open(store.path())?);
+        let known = index.groups()?.into_iter().find(|(name, _)| name == NAME);
+        let row = match known {
+            Some((_, row)) => row,
+            None => {
+                let row = GroupRow::new(1, id, Vec::new());
+                index.put_group(NAME, &row)?;
+                row
+            }
+        };
+        let area = Area::open(&store, NAME, &[], &[])?;
+        let log = store.group_dir("log", NAME)?;
+        let limits = Limits { pending_max: u64::MAX, retention };
+        let (group, mut writer, from_group) =
+            Group::assemble(NAME, row, index, area, log, limits, Arc::new(Room::default()))?;
+        writer.limit_segments(2048);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .map_err(BackupError::io("start", "an event loop"))?;
+        Ok(Self { group, log: writer, from_group, failed: false, runtime, _store: store })
+    }
+
+    /// What the session of a connection does at a Hello; without an epoch a new one is granted.
+    pub fn hello(&mut self, connection: u64, epoch: Option<Epoch>) -> Result<Epoch, Refusal> {
+        {
+            let mut state = self.group.state();
+            if let Some(epoch) = epoch {
+                if epoch < state.granted {
+                    return Err(Refusal::Fenced { newest: state.granted });
+                }
+                if epoch > state.granted || epoch == Epoch(0) {
+                    return Err(Refusal::Bad(format!("epoch {epoch} was never granted")));
+                }
+            }
+            state.slot = Some(Slot { connection, fenced: Arc::new(Notify::new()) });
+        }
+        let Self { group, log, from_group, failed, runtime, .. } = self;
+        let logs = async {
+            tokio::task::yield_now().await;
+            while let Ok(first) = from_group.try_recv() {
+                group.log_together(first, log, from_group, failed);
+            }
+        };
+        // While the queue is full the other makes room.
+        let drained = runtime.block_on(async { tokio::join!(group.drain(), logs).0 });
+        drained?;
+        match epoch {
+            Some(epoch) => Ok(epoch),
+            None => self.group.grant().map_err(|error| Refusal::Store(error.to_string())),
+        }
+    }
+
+    /// A frame can be taken without waiting for the log.
+    pub fn has_room(&self) -> bool {
+        self.from_group.len() < QUEUE
+    }
+
+    /// A frame of records.
+    pub fn take(
+        &mut self,
+        connection: u64,
+        epoch: Epoch,
+        first: Sequence,
+        count: u32,
+        body: Bytes,
+    ) -> Result<(), Refusal> {
+        self.runtime.block_on(self.group.take(connection, epoch, first, count, body))
+    }
+
+    /// The log thread's turn.
+    pub fn log(&mut self) {
+        if let Ok(first) = self.from_group.try_recv() {
+            self.group.log_together(first, &mut self.log, &mut self.from_group, &mut self.failed);
+        }
+    }
+
+    /// The applier's turn; false when there is nothing to do.
+    pub fn apply(&self) -> Result<bool, BackupError> {
+        {
+            let durable = self.progress().durable.sequence;
+            let mut state = self.group.state();
+            let waits = state.steps.front().is_some_and(|step| step.marker.position.sequence <= durable);
+            if !waits && !state.untidy {
+                return Ok(false);
+            }
+            // Until all of it has worked.
+            state.untidy = true;
+        }
+        let applied = self.group.apply_next();
+        let tidied = self.group.tidy(applied.is_ok());
+        applied?;
+        self.group.tell_applied();
+        tidied?;
+        self.group.state().untidy = false;
+        Ok(true)
+    }
+
+    /// What agents are told.
+    pub fn progress(&self) -> Progress {
+        self.group.progress.borrow().clone()
+    }
+
+    /// Whether a step is half done.
+    pub fn is_applying(&self) -> bool {
+        let number = locked(&self.group.tree).number;
+        self.group.index.plan(number).map_or(true, |plan| plan.is_some())
+    }
+
+    /// The applied checkpoint, and those that are kept.
+    pub fn kept(&self) -> Result<(CheckpointId, Vec<CheckpointId>), BackupError> {
+        let row = self.group.index.group(NAME)?;
+        let kept = self.group.index.generations(row.number)?;
+        Ok((row.checkpoint, kept.into_iter().map(|(checkpoint, _)| checkpoint).collect()))
+    }
+
+    /// Reads a generation.
+    pub fn read(
+        &self,
+        checkpoint: CheckpointId,
+        read: impl FnOnce(&mut Past<'_>) -> Result<(), BackupError>,
+    ) -> Result<(), BackupError> {
+        self.group.hold(checkpoint)?;
+        let done = Past::open(self.group.source(), checkpoint).and_then(|mut past| read(&mut past));
+        self.group.release(checkpoint);
+        done
+    }
+}
