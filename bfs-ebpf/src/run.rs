@@ -11,13 +11,12 @@
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
-use bfs_common::abi::{EventHeader, InodeAttr, RunEvent, TaskState, counter, flag, kind, slot};
+use bfs_common::abi::{EventHeader, InodeAttr, RunEvent, TaskState, counter, flag, kind};
 
 use crate::{
     calls::nr,
-    kernel::{self, File},
+    kernel,
     maps::{self, META, NO_WAKEUP, RING, count, off},
-    write,
 };
 
 /// Longer runs get their record: the agent reads what they wrote while the program goes on.
@@ -38,21 +37,10 @@ pub fn goes_on(state: &TaskState) -> bool {
     state.run_calls != 0 && !is_held()
 }
 
-/// A write to the file of the task's last write that goes on where that one ended joins the run. `false`: it
-/// needs a record of its own.
+/// A write at `offset` to the file of the task's last write joins the run if it goes on where that one ended.
+/// `false`: it needs a record of its own.
 #[inline(always)]
-pub fn join(state: &mut TaskState, number: u32, ret: i64, address: u64, file: &File, tid: u32) -> bool {
-    let appends = file.flags & write::O_APPEND != 0;
-    if ret <= 0
-        || address != state.known_file
-        || file.shared
-        || appends != (state.known_flags & slot::APPEND != 0)
-        || kernel::descriptors_were_taken()
-    {
-        return false;
-    }
-    let positioned = number != nr::WRITE && number != nr::WRITEV;
-    let offset = if positioned { state.args[3] } else { file.pos.wrapping_sub(ret as u64) };
+pub fn join(state: &mut TaskState, offset: u64, written: u64, tid: u32) -> bool {
     if offset != state.known_end || is_held() {
         return false;
     }
@@ -60,7 +48,7 @@ pub fn join(state: &mut TaskState, number: u32, ret: i64, address: u64, file: &F
         state.run_start = offset;
         state.run_first_ns = state.start_ns;
     }
-    state.known_end = offset.wrapping_add(ret as u64);
+    state.known_end = offset.wrapping_add(written);
     count(counter::WENT_ON);
     compiler_fence(Ordering::SeqCst);
     // A locked instruction: the run is visible to every CPU before `META` is looked at again.

@@ -430,12 +430,7 @@ impl Session {
             {
                 let mut state = group.state();
                 if let Some(epoch) = epoch {
-                    if epoch < state.granted {
-                        return Err(Refusal::Fenced { newest: state.granted });
-                    }
-                    if epoch > state.granted || epoch == Epoch(0) {
-                        return Err(Refusal::Bad(format!("epoch {epoch} was never granted")));
-                    }
+                    state.admit(epoch)?;
                 }
                 // The same agent over a new connection: the old one is dead, or soon will be.
                 let again = epoch.is_some();

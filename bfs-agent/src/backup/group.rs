@@ -97,6 +97,27 @@ pub struct State {
     stop: bool,
 }
 
+impl State {
+    /// Whether an agent may go on in an epoch that it says it was granted.
+    ///
+    /// # Errors
+    /// The refusal for the agent.
+    pub fn admit(&self, epoch: Epoch) -> Result<(), Refusal> {
+        if epoch < self.granted {
+            return Err(Refusal::Fenced { newest: self.granted });
+        }
+        if epoch > self.granted || epoch == Epoch(0) {
+            return Err(Refusal::Bad(format!("epoch {epoch} was never granted")));
+        }
+        Ok(())
+    }
+
+    /// Whether the next step can be done: what it ends with is durable up to here.
+    fn is_due(&self, durable: Sequence) -> bool {
+        self.steps.front().is_some_and(|step| step.marker.position.sequence <= durable)
+    }
+}
+
 /// A step in the log.
 #[derive(Debug)]
 struct Taken {

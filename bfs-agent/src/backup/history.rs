@@ -14,6 +14,7 @@ use super::error::BackupError;
 use super::images::{self, Line};
 use super::index::{Base, GenerationRow, Node, Place, View};
 use super::past::{MERGES_MAX, Past, Source};
+use super::pieces::joined;
 
 /// Levels of directories, a bound for the way up.
 const DEPTH_MAX: usize = 4096;
@@ -223,19 +224,6 @@ fn difference(
     changed.sort_unstable();
     let (before, after) = (Some(side_before), Some(side_after));
     Ok((!changed.is_empty()).then_some(Difference { before, after, changed, bytes }))
-}
-
-/// Ranges that do not overlap, in order.
-fn joined(mut ranges: Ranges) -> Ranges {
-    ranges.sort_unstable();
-    let mut all: Ranges = Vec::new();
-    for (start, end) in ranges {
-        match all.last_mut() {
-            Some((_, last)) if start <= *last => *last = end.max(*last),
-            _ => all.push((start, end)),
-        }
-    }
-    all
 }
 
 /// The bytes of a range that lies in the file.

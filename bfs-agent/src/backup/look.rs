@@ -9,6 +9,7 @@ use super::error::BackupError;
 use super::history::range;
 use super::index::Base;
 use super::past::Past;
+use super::read;
 
 /// Entries of a directory in one answer.
 const ENTRIES_MAX: usize = 8192;
@@ -65,16 +66,6 @@ pub fn look(past: &mut Past<'_>, look: Look) -> Result<(Seen, Bytes), BackupErro
 fn shown(past: &Past<'_>, object: ObjectId) -> Result<Option<(CatalogObject, u32)>, BackupError> {
     let Some(node) = past.node(object)? else { return Ok(None) };
     let links = u32::try_from(node.places.len()).unwrap_or(u32::MAX);
-    let line = CatalogObject {
-        object,
-        identity: node.identity,
-        kind: node.kind,
-        device: node.device,
-        meta: node.meta,
-        size: node.size,
-        xattrs: node.xattrs.into_iter().map(|(name, _)| (name, Bytes::new())).collect(),
-        target: node.target,
-        entries: Vec::new(),
-    };
-    Ok(Some((line, links)))
+    let names = node.xattrs.iter().map(|(name, _)| (name.clone(), Bytes::new())).collect();
+    Ok(Some((read::line(object, &node, names, Vec::new()), links)))
 }

@@ -13,6 +13,30 @@ pub enum Piece {
     Block(BlockRef, u64),
 }
 
+impl Piece {
+    /// Without its first bytes.
+    const fn behind(self, bytes: u64) -> Self {
+        match self {
+            Self::Zero => Self::Zero,
+            Self::Block(block, skip) => Self::Block(block, skip + bytes),
+        }
+    }
+}
+
+/// Ranges in order, those that touch each other as one.
+#[must_use]
+pub fn joined(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    let mut all: Vec<(u64, u64)> = Vec::new();
+    for (start, end) in ranges {
+        match all.last_mut() {
+            Some((_, last)) if start <= *last => *last = end.max(*last),
+            _ => all.push((start, end)),
+        }
+    }
+    all
+}
+
 /// Ranges of a file that do not overlap: offset to end and what was there.
 #[derive(Debug, Default)]
 pub struct Pieces(BTreeMap<u64, (u64, Piece)>);
@@ -28,11 +52,7 @@ impl Pieces {
             let next = self.0.range(at..end).next().map(|(s, (e, _))| (*s, *e));
             let until = next.map_or(end, |(s, _)| s);
             if at < until {
-                let piece = match piece {
-                    Piece::Block(block, skip) => Piece::Block(block, skip + (at - start)),
-                    Piece::Zero => Piece::Zero,
-                };
-                self.0.insert(at, (until, piece));
+                self.0.insert(at, (until, piece.behind(at - start)));
             }
             at = next.map_or(end, |(_, e)| e);
         }
@@ -43,11 +63,7 @@ impl Pieces {
         if let Some((start, (e, piece))) = self.0.range(..at).next_back()
             && *e > at
         {
-            let piece = match *piece {
-                Piece::Block(block, skip) => Piece::Block(block, skip + (at - start)),
-                Piece::Zero => Piece::Zero,
-            };
-            return Some((at, (*e).min(end), piece));
+            return Some((at, (*e).min(end), piece.behind(at - start)));
         }
         self.0.range(at..end).next().map(|(s, (e, piece))| (*s, (*e).min(end), *piece))
     }

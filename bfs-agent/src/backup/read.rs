@@ -67,22 +67,31 @@ pub(super) fn lines_of(
             + node.target.len()
             + entries.iter().map(|(n, _)| n.as_bytes().len() + 16).sum::<usize>()
             + some.iter().map(xattr_len).sum::<usize>();
-        let line = CatalogObject {
-            object,
-            identity: node.identity,
-            kind: node.kind,
-            device: node.device,
-            meta: node.meta,
-            size: node.size,
-            xattrs: some.to_vec(),
-            target: node.target.clone(),
-            entries,
-        };
-        lines.push((line, bytes));
+        lines.push((line(object, node, some.to_vec(), entries), bytes));
         (piece, xattrs) = (pieces.next(), xattr_pieces.next());
         if piece.is_none() && xattrs.is_none() {
             return lines;
         }
+    }
+}
+
+/// An object with these of its extended attributes and entries.
+pub(super) fn line(
+    object: ObjectId,
+    node: &Node,
+    xattrs: Vec<(String, Bytes)>,
+    entries: Vec<(Name, ObjectId)>,
+) -> CatalogObject {
+    CatalogObject {
+        object,
+        identity: node.identity,
+        kind: node.kind,
+        device: node.device,
+        meta: node.meta,
+        size: node.size,
+        xattrs,
+        target: node.target.clone(),
+        entries,
     }
 }
 

@@ -16,6 +16,7 @@ use bfs_common::record::ObjectId;
 use super::apply::next_data;
 use super::error::BackupError;
 use super::images::BLOCK;
+use super::pieces::joined;
 use super::target::{Content, Source};
 
 /// Bytes of a block.
@@ -238,15 +239,7 @@ fn affected(content: &Content, before: u64, after: u64) -> Affected {
             }
         }
     }
-    read.sort_unstable();
-    let mut merged: Vec<(u64, u64)> = Vec::new();
-    for (first, end) in read {
-        match merged.last_mut() {
-            Some(last) if first <= last.1 => last.1 = last.1.max(end),
-            _ => merged.push((first, end)),
-        }
-    }
-    Affected { read: merged, zeros }
+    Affected { read: joined(read), zeros }
 }
 
 /// The checksums that a change of content gives, read from the file after it was done. `before` is the size it had;

@@ -142,20 +142,30 @@ impl Client {
         Ok(Self { runtime, connection })
     }
 
+    /// An answer of several frames, each with some lines and whether it is the last.
+    fn lines<T>(
+        &mut self,
+        ask: &Frame,
+        some: impl Fn(Frame) -> Option<(Vec<T>, bool)>,
+    ) -> Result<Vec<T>, ReadError> {
+        let mut all = Vec::new();
+        self.ask(ask, |frame, _| {
+            let (lines, last) = some(frame).ok_or(AskError::Unexpected)?;
+            all.extend(lines);
+            Ok(last)
+        })?;
+        Ok(all)
+    }
+
     /// The generations of a group, the oldest first.
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn generations(&mut self, group: &str) -> Result<Vec<GenerationLine>, ReadError> {
-        let mut all = Vec::new();
-        self.ask(&Frame::GetGenerations { group: group.into() }, |frame, _| match frame {
-            Frame::Generations { lines, last } => {
-                all.extend(lines);
-                Ok(last)
-            }
-            _ => Err(AskError::Unexpected.into()),
-        })?;
-        Ok(all)
+        self.lines(&Frame::GetGenerations { group: group.into() }, |frame| match frame {
+            Frame::Generations { lines, last } => Some((lines, last)),
+            _ => None,
+        })
     }
 
     /// What differs between two generations, sorted by path; the older one first.
@@ -168,15 +178,10 @@ impl Client {
         from: CheckpointId,
         to: CheckpointId,
     ) -> Result<Vec<Difference>, ReadError> {
-        let mut all = Vec::new();
-        self.ask(&Frame::GetDifferences { group: group.into(), from, to }, |frame, _| match frame {
-            Frame::Differences { lines, last } => {
-                all.extend(lines);
-                Ok(last)
-            }
-            _ => Err(AskError::Unexpected.into()),
-        })?;
-        Ok(all)
+        self.lines(&Frame::GetDifferences { group: group.into(), from, to }, |frame| match frame {
+            Frame::Differences { lines, last } => Some((lines, last)),
+            _ => None,
+        })
     }
 
     /// The generations that changed what stands at a path of the primary, the oldest first.
@@ -184,16 +189,11 @@ impl Client {
     /// # Errors
     /// [`ReadError`].
     pub fn versions(&mut self, group: &str, path: &Path) -> Result<Vec<VersionLine>, ReadError> {
-        let mut all = Vec::new();
         let path = PathBytes::new(path);
-        self.ask(&Frame::GetVersions { group: group.into(), path }, |frame, _| match frame {
-            Frame::Versions { lines, last } => {
-                all.extend(lines);
-                Ok(last)
-            }
-            _ => Err(AskError::Unexpected.into()),
-        })?;
-        Ok(all)
+        self.lines(&Frame::GetVersions { group: group.into(), path }, |frame| match frame {
+            Frame::Versions { lines, last } => Some((lines, last)),
+            _ => None,
+        })
     }
 
     /// A look into a generation, and the bytes that were asked for. It is held until the client is dropped.

@@ -240,24 +240,25 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
 fn go_on(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64, scratch: &mut Scratch) -> bool {
     let (address, table_shared) = kernel::file_of(state.known_fd);
     let file = kernel::read_file(scratch, address, table_shared);
-    if run::join(state, number, ret, address, &file, pid_tgid as u32) {
+    let appends = file.flags & write::O_APPEND != 0;
+    let same = address == state.known_file
+        && appends == (state.known_flags & slot::APPEND != 0)
+        && !kernel::descriptors_were_taken();
+    let written = ret as u64;
+    let positioned = number != nr::WRITE && number != nr::WRITEV;
+    let offset = if positioned { state.args[3] } else { file.pos.wrapping_sub(written) };
+    if same && ret > 0 && !file.shared && run::join(state, offset, written, pid_tgid as u32) {
         return true;
     }
     run::end(state, pid_tgid as u32);
     kernel::read_inode(scratch, file.inode);
-    let appends = file.flags & write::O_APPEND != 0;
-    if address != state.known_file
+    if !same
         || kernel::object_sb(scratch) != state.known_sb
         || kernel::object_id(scratch, state.inode.dev) != state.inode
         || !kernel::object_is_file(scratch)
-        || appends != (state.known_flags & slot::APPEND != 0)
-        || kernel::descriptors_were_taken()
     {
         return lost_sight(state, address, file.inode, scratch);
     }
-    let written = ret as u64;
-    let positioned = number != nr::WRITE && number != nr::WRITEV;
-    let offset = if positioned { state.args[3] } else { file.pos.wrapping_sub(written) };
     if ret <= 0 || kernel::object_links(scratch) == 0 || file.shared {
         // A call that failed, or whose file has lost its name; or somebody else looks at it just now
         // (/proc/PID/fdinfo).

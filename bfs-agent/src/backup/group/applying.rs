@@ -33,8 +33,7 @@ impl Group {
                         return;
                     }
                     let durable = self.progress.borrow().durable.sequence;
-                    let next = state.steps.front();
-                    state.applying = next.is_some_and(|s| s.marker.position.sequence <= durable);
+                    state.applying = state.is_due(durable);
                     // After a failure there is something to do, though its step may stand in the index.
                     let again = state.untidy || state.apply_trouble.is_some();
                     if state.applying || again || state.short {

@@ -63,12 +63,7 @@ impl Simulated {
         {
             let mut state = self.group.state();
             if let Some(epoch) = epoch {
-                if epoch < state.granted {
-                    return Err(Refusal::Fenced { newest: state.granted });
-                }
-                if epoch > state.granted || epoch == Epoch(0) {
-                    return Err(Refusal::Bad(format!("epoch {epoch} was never granted")));
-                }
+                state.admit(epoch)?;
             }
             state.slot = Some(Slot { connection, fenced: Arc::new(Notify::new()) });
         }
@@ -117,8 +112,7 @@ impl Simulated {
         {
             let durable = self.progress().durable.sequence;
             let mut state = self.group.state();
-            let waits = state.steps.front().is_some_and(|step| step.marker.position.sequence <= durable);
-            if !waits && !state.untidy {
+            if !state.is_due(durable) && !state.untidy {
                 return Ok(false);
             }
             // Until all of it has worked.

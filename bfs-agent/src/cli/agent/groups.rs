@@ -5,7 +5,6 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::process::ExitStatus;
 
 use clap::Parser;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -15,7 +14,7 @@ use tokio::task::JoinSet;
 use super::config::{self, ConfigGroup};
 use super::{Cli, Command, dispatch};
 use crate::primary::failure::{Failure, Kind};
-use crate::primary::process::Inherited;
+use crate::primary::process::{Inherited, exit_status};
 
 fn read(file: &Path) -> Result<Vec<ConfigGroup>, Failure> {
     let hint = "docs/agent.toml has every key with an explanation";
@@ -103,7 +102,7 @@ fn several(groups: &[ConfigGroup]) -> std::io::Result<u8> {
             let asked = tokio::select! {
                 end = ends.join_next() => {
                     let Some(Ok((name, end))) = end else { return Ok(status) };
-                    let end = code(end?);
+                    let end = exit_status(end?);
                     if end != 0 {
                         eprintln!("bfs-agent: group {name} ended with {end}");
                         status = if status == 0 { end } else { status };
@@ -120,13 +119,6 @@ fn several(groups: &[ConfigGroup]) -> std::io::Result<u8> {
             }
         }
     })
-}
-
-/// The status as a shell has it.
-fn code(status: ExitStatus) -> u8 {
-    use std::os::unix::process::ExitStatusExt;
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
-    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
 }
 
 #[cfg(test)]

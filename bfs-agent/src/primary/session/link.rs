@@ -115,7 +115,7 @@ impl Link {
 
     /// How many writes went on where the one before had ended, since the probes were loaded.
     pub fn went_on(&self) -> u64 {
-        self.probes.counters().map_or(self.seen, |counters| counters).get(counter::WENT_ON)
+        self.probes.counters().unwrap_or(self.seen).get(counter::WENT_ON)
     }
 
     /// Nothing that is in the ring is wanted any more.

@@ -122,7 +122,8 @@ impl World {
         self.put(pack(&end, b"", b""));
     }
 
-    fn put(&mut self, bytes: Vec<u8>) {
+    /// Puts a record into the ring.
+    pub(super) fn put(&mut self, bytes: Vec<u8>) {
         self.ring_position += bytes.len() as u64;
         self.ring.push_back(OwnedEvent { bytes, ring_position: self.ring_position });
     }

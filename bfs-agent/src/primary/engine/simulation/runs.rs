@@ -33,13 +33,12 @@ impl World {
             }
             _ => false,
         };
+        if !self.runs[who].as_ref().is_some_and(goes_on) {
+            self.end_run(who);
+        }
         match self.runs[who] {
-            Some(run) if goes_on(&run) && !self.parted => run.first_ns,
-            Some(run) if goes_on(&run) => self.clock.max(run.first_ns),
-            _ => {
-                self.end_run(who);
-                self.clock
-            }
+            Some(run) if !self.parted => run.first_ns,
+            _ => self.clock,
         }
     }
 

@@ -305,23 +305,22 @@ impl World {
         self.put_record(bytes, tid);
     }
 
-    /// Puts a record into the ring.
+    /// Puts the record of a task's call into the ring.
     pub(super) fn put_record(&mut self, bytes: Vec<u8>, tid: u32) {
-        self.ring_position += bytes.len() as u64;
-        let event = OwnedEvent { bytes, ring_position: self.ring_position };
+        self.put(bytes);
+        let place = self.ring.len().checked_sub(2);
         // Another CPU's record may come to stand before one that ended just earlier.
         if self.random.next(8) == 0
-            && self.ring.back().is_some_and(|b| {
-                let h = bfs_common::abi::Event::parse(&b.bytes).map(|e| *e.header()).unwrap_or_default();
-                h.end_ns + 19_000 > self.clock && h.tid != tid
-            })
-            && let Some(other) = self.ring.pop_back()
+            && let Some((place, before)) = place.and_then(|place| Some((place, self.ring.get(place)?)))
+            && let Some(header) = bfs_common::abi::Event::parse(&before.bytes).map(|e| *e.header())
+            && header.end_ns + 19_000 > self.clock
+            && header.tid != tid
         {
-            self.ring.push_back(OwnedEvent { bytes: event.bytes, ring_position: other.ring_position });
-            self.ring.push_back(OwnedEvent { bytes: other.bytes, ring_position: event.ring_position });
-            return;
+            let (first, second) = (self.ring[place].ring_position, self.ring[place + 1].ring_position);
+            self.ring.swap(place, place + 1);
+            self.ring[place].ring_position = first;
+            self.ring[place + 1].ring_position = second;
         }
-        self.ring.push_back(event);
     }
 
     pub(super) fn path(
