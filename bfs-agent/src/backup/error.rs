@@ -89,9 +89,6 @@ pub enum BackupError {
         "a checkpoint of group {0:?} is half applied: try again when `bfs-replayer status` shows no trouble"
     )]
     Applying(String),
-    /// What a reader knew of before-images stands in another file now: it begins again.
-    #[error("the before-images from checkpoint {0} on were merged meanwhile")]
-    Merged(CheckpointId),
     /// An address to listen on cannot be used.
     #[error(transparent)]
     Address(#[from] AddressError),

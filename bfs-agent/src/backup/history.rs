@@ -13,7 +13,7 @@ use bfs_common::record::{CheckpointId, FileKind, Name, ObjectId, PathBytes};
 use super::error::BackupError;
 use super::images::{self, Line};
 use super::index::{Base, GenerationRow, Node, Place, View};
-use super::past::{MERGES_MAX, Past, Source};
+use super::past::{Past, Source};
 use super::pieces::joined;
 
 /// Levels of directories, a bound for the way up.
@@ -30,35 +30,36 @@ fn touched(
     from: CheckpointId,
     to: CheckpointId,
 ) -> Result<BTreeMap<ObjectId, Ranges>, BackupError> {
-    begin_again(|| {
-        let mut found: BTreeMap<ObjectId, Ranges> = BTreeMap::new();
-        let mut at = from;
-        while at < to {
-            at = images::read(source.area.images(), source.id, at, |line, block| {
-                match line {
-                    Line::Object(object, _) => {
-                        found.entry(object).or_default();
-                    }
-                    Line::Bytes(object, start) => {
-                        found.entry(object).or_default().push((start, start + u64::from(block.len)));
-                    }
-                    Line::Zero(object, start, end) => found.entry(object).or_default().push((start, end)),
-                    Line::Entry(..) | Line::End(_) => {}
+    let mut found: BTreeMap<ObjectId, Ranges> = BTreeMap::new();
+    let mut at = from;
+    while at < to {
+        at = images::read(source.area.images(), source.id, at, |line, block| {
+            match line {
+                Line::Object(object, _) => {
+                    found.entry(object).or_default();
                 }
-                Ok(())
-            })?;
-        }
-        Ok(found)
-    })
+                Line::Bytes(object, start) => {
+                    found.entry(object).or_default().push((start, start + u64::from(block.len)));
+                }
+                Line::Zero(object, start, end) => found.entry(object).or_default().push((start, end)),
+                Line::Entry(..) | Line::End(_) => {}
+            }
+            Ok(())
+        })?;
+    }
+    Ok(found)
 }
 
-/// Does what reads images until none of them was merged meanwhile.
+/// How often is begun again because generations were dropped meanwhile.
+const DROPS_MAX: u32 = 16;
+
+/// Does what reads images of generations that nobody holds, until none of them was dropped meanwhile.
 fn begin_again<T>(mut read: impl FnMut() -> Result<T, BackupError>) -> Result<T, BackupError> {
     let mut tries = 0;
     loop {
         match read() {
             Err(BackupError::Io { error, .. })
-                if error.kind() == std::io::ErrorKind::NotFound && tries < MERGES_MAX =>
+                if error.kind() == std::io::ErrorKind::NotFound && tries < DROPS_MAX =>
             {
                 tries += 1;
             }

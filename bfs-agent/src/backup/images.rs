@@ -35,8 +35,6 @@ use crate::log::sync_dir;
 const MAGIC: &[u8; 8] = b"bfsimg1\n";
 const VERSION: u32 = 1;
 const HEADER: usize = 48;
-/// Where the header has the checkpoint after the step.
-const END_AT: u64 = 40;
 const PREFIX: usize = 16;
 /// Longest head of a line: an object with all the extended attributes that the stream takes.
 const HEAD_MAX: usize = 64 << 20;
@@ -222,8 +220,6 @@ pub fn read(
 pub struct Blocks {
     dir: PathBuf,
     open: HashMap<CheckpointId, File>,
-    /// Which step a file is of, by the checkpoint before it.
-    steps: HashMap<CheckpointId, CheckpointId>,
 }
 
 /// Files of images held open at once.
@@ -233,18 +229,13 @@ impl Blocks {
     /// Of the files in this folder.
     #[must_use]
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.into(), open: HashMap::new(), steps: HashMap::new() }
-    }
-
-    /// The blocks of the file that begins at a checkpoint are of the step to this one.
-    pub fn expect(&mut self, from: CheckpointId, to: CheckpointId) {
-        self.steps.insert(from, to);
+        Self { dir: dir.into(), open: HashMap::new() }
     }
 
     /// Reads a block and checks it.
     ///
     /// # Errors
-    /// If it cannot be read or is damaged; [`BackupError::Merged`] if another file stands there now.
+    /// If it cannot be read or is damaged.
     pub fn read(&mut self, block: BlockRef, into: &mut Vec<u8>) -> Result<(), BackupError> {
         let path = path(&self.dir, block.image);
         if self.open.len() >= OPEN_MAX && !self.open.contains_key(&block.image) {
@@ -253,15 +244,7 @@ impl Blocks {
         let file = match self.open.entry(block.image) {
             std::collections::hash_map::Entry::Occupied(open) => open.into_mut(),
             std::collections::hash_map::Entry::Vacant(free) => {
-                let file = File::open(&path).map_err(BackupError::io("open", &path))?;
-                if let Some(to) = self.steps.get(&block.image) {
-                    let mut end = [0; 8];
-                    file.read_exact_at(&mut end, END_AT).map_err(BackupError::io("read", &path))?;
-                    if u64::from_le_bytes(end) != to.0 {
-                        return Err(BackupError::Merged(block.image));
-                    }
-                }
-                free.insert(file)
+                free.insert(File::open(&path).map_err(BackupError::io("open", &path))?)
             }
         };
         into.resize(block.len as usize, 0);

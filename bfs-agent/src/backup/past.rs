@@ -31,8 +31,6 @@ use super::index::{Base, GenerationRow, GroupRow, Index, Node, View};
 use super::pieces::{Piece, Pieces};
 use super::plan::Plan;
 
-/// How often a reader begins again because images were merged under it.
-pub(super) const MERGES_MAX: u32 = 16;
 /// How often an object is looked for before the end of the step is waited for.
 const LOOKS: u32 = 3;
 /// How long a step that failed half way is waited for.
@@ -115,19 +113,9 @@ impl Loaded {
                 let why = format!("the step from checkpoint {at} ends at {to}, the tree is at {upto}");
                 return Err(BackupError::corrupt(images::path(dir, at), why));
             }
-            self.blocks.expect(at, to);
             self.upto = to;
         }
         Ok(())
-    }
-
-    /// Only the files that were found are still known.
-    fn forget(&mut self, source: &Source<'_>) {
-        self.upto = self.checkpoint;
-        self.nodes.clear();
-        self.entries.clear();
-        self.pieces.clear();
-        self.blocks = Blocks::new(source.area.images());
     }
 }
 
@@ -253,7 +241,7 @@ impl<'a> Past<'a> {
         self.loaded.pieces.get(&object)?.next(at, end)
     }
 
-    /// The bytes of a piece; none if the images were merged meanwhile: then the pieces are others.
+    /// The bytes of a piece; none of one that has only zeros.
     ///
     /// # Errors
     /// If they cannot be read or are damaged.
@@ -261,17 +249,9 @@ impl<'a> Past<'a> {
         &mut self,
         piece: (u64, u64, Piece),
         buffer: &'b mut Vec<u8>,
-    ) -> Result<Option<&'b [u8]>, BackupError> {
-        let (start, end, Piece::Block(block, skip)) = piece else { return Ok(Some(&[])) };
-        match self.loaded.blocks.part(block, skip, end - start, buffer) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(BackupError::Merged(_)) => {
-                self.loaded.forget(&self.source);
-                self.view = caught_up(&self.source, &mut self.loaded)?;
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
+    ) -> Result<&'b [u8], BackupError> {
+        let (start, end, Piece::Block(block, skip)) = piece else { return Ok(&[]) };
+        self.loaded.blocks.part(block, skip, end - start, buffer)
     }
 
     /// The bytes of a range of a file that are not zeros, in order: `each` gets the offset of each piece, of at
@@ -290,7 +270,7 @@ impl<'a> Past<'a> {
         while at < size {
             let piece = self.next_piece(object, at, size);
             if let Some(piece) = piece.filter(|(start, ..)| *start == at) {
-                let Some(bytes) = self.piece(piece, &mut buffer)? else { continue };
+                let bytes = self.piece(piece, &mut buffer)?;
                 if !bytes.is_empty() && !each(at, bytes) {
                     return Ok(false);
                 }
@@ -370,22 +350,10 @@ pub(super) fn no_generation(
 
 /// A view of the index, and with it all images that a step has sealed.
 fn caught_up(source: &Source<'_>, loaded: &mut Loaded) -> Result<View, BackupError> {
-    let mut tries = 0;
-    loop {
-        // In this order: the images go at least as far as the view.
-        let view = source.index.view(source.number)?;
-        match loaded.take(source, source.area.sealed()) {
-            Ok(()) => return Ok(view),
-            // A file that is gone was merged into an older one.
-            Err(BackupError::Io { error, .. })
-                if error.kind() == std::io::ErrorKind::NotFound && tries < MERGES_MAX =>
-            {
-                tries += 1;
-                loaded.forget(source);
-            }
-            Err(error) => return Err(error),
-        }
-    }
+    // In this order: the images go at least as far as the view.
+    let view = source.index.view(source.number)?;
+    loaded.take(source, source.area.sealed())?;
+    Ok(view)
 }
 
 /// The file of an object where it stands; none if a step has it between two places.
