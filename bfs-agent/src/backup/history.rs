@@ -4,7 +4,7 @@
 //! is followed by its number: a file that got another name is the same one. What was replaced by another
 //! object at the same path (as editors do) counts as changed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use bfs_common::past::{Aspect, Difference, Event, Side, VersionLine};
@@ -219,7 +219,14 @@ fn difference(
     if bytes > 0 || before.target != after.target || before.device != after.device {
         changed.push(Aspect::Content);
     }
-    if side_before.paths != side_after.paths {
+    // A name of an object is its entry in a directory: what lies below one that was renamed has its own still.
+    let renamed = if was == is {
+        let places = |node: &Node| node.places.iter().cloned().collect::<BTreeSet<_>>();
+        places(before) != places(after)
+    } else {
+        side_before.paths != side_after.paths
+    };
+    if renamed {
         changed.push(Aspect::Names);
     }
     changed.sort_unstable();

@@ -50,6 +50,8 @@ impl Model {
     pub fn create(&mut self, directory: bool) -> ObjectId {
         let object = ObjectId(self.next);
         self.next += 1;
+        // No two objects have the same time: one that replaced another like it would be no difference.
+        self.clock += 1;
         let node =
             ModelNode { directory, data: Vec::new(), entries: BTreeMap::new(), mtime: self.clock, links: 0 };
         let kind = if directory { FileKind::Directory } else { FileKind::Regular };
