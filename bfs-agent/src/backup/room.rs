@@ -47,8 +47,9 @@ impl std::ops::AddAssign for Need {
     }
 }
 
+/// Bytes of the blocks that a range touches; whatever a record says, it does not overflow.
 fn blocks(start: u64, end: u64) -> u64 {
-    (end.div_ceil(BLOCK) - start / BLOCK) * BLOCK
+    end.div_ceil(BLOCK).saturating_sub(start / BLOCK).saturating_mul(BLOCK)
 }
 
 impl Need {
@@ -56,7 +57,7 @@ impl Need {
     /// for the size that one had then.
     #[must_use]
     pub fn of(record: &Record, payload: u64, old: ObjectId, size: impl FnOnce(ObjectId) -> u64) -> Self {
-        let image = |object: ObjectId, bytes: u64| if object <= old { bytes + ROW } else { 0 };
+        let image = |object: ObjectId, bytes: u64| if object <= old { bytes.saturating_add(ROW) } else { 0 };
         match record {
             Record::Object { kind, .. } => {
                 let tree = if *kind == FileKind::Directory { BLOCK } else { payload };
@@ -64,7 +65,7 @@ impl Need {
             }
             Record::EntrySet { .. } | Record::EntryDelete { .. } => Self { tree: ROW, store: ROW, inodes: 0 },
             Record::Write { object, offset } => Self {
-                tree: blocks(*offset, offset.saturating_add(payload).min(1 << 63)),
+                tree: blocks(*offset, offset.saturating_add(payload)),
                 store: image(*object, payload),
                 inodes: 0,
             },
@@ -73,7 +74,7 @@ impl Need {
                 Self { tree: 2 * BLOCK, store: image(*object, *length), inodes: 0 }
             }
             Record::Truncate { object, .. } if *object <= old => {
-                Self { tree: BLOCK, store: size(*object) + ROW, inodes: 0 }
+                Self { tree: BLOCK, store: size(*object).saturating_add(ROW), inodes: 0 }
             }
             Record::XattrSet { .. } => Self { tree: payload.max(BLOCK), store: payload + ROW, inodes: 0 },
             _ => Self::default(),
@@ -239,7 +240,9 @@ mod tests {
         let write = |object, offset| Record::Write { object: ObjectId(object), offset };
         assert_eq!(of(&write(9, 4000), 200), Need { tree: 8192, store: 200 + ROW, inodes: 0 });
         assert_eq!(of(&write(10, 0), 4096), Need { tree: 4096, store: 0, inodes: 0 });
-        assert_eq!(of(&write(10, u64::MAX - 5), 4096).store, 0);
+        assert_eq!(of(&write(10, u64::MAX - 5), 4096), Need { tree: 4096, store: 0, inodes: 0 });
+        let hole = Record::Zero { object: ObjectId(9), offset: 0, length: u64::MAX };
+        assert_eq!(of(&hole, 0).store, u64::MAX);
         let cut = |object| Record::Truncate { object: ObjectId(object), size: 0 };
         assert_eq!(of(&cut(3), 0).store, 5000 + ROW);
         assert_eq!(of(&cut(10), 0), Need::default());

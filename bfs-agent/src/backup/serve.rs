@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bfs_common::record::{GroupId, PathBytes};
 use bfs_common::wire::{GroupStatus, Refusal};
@@ -33,6 +34,8 @@ use crate::net::{
 const CONNECTIONS_MAX: usize = 64;
 /// Groups of one store.
 const GROUPS_MAX: usize = 256;
+/// How long the end waits for what connections are doing just now.
+const CONNECTIONS_END: Duration = Duration::from_secs(5);
 
 /// What a replayer is told.
 #[derive(Clone, Debug, Default)]
@@ -148,6 +151,14 @@ impl Shared {
         let group = make().map_err(|e| Refusal::Store(e.to_string()))?;
         groups.insert(name.into(), group.clone());
         Ok(group)
+    }
+
+    /// Ends the threads of the groups.
+    fn stop_groups(&self) {
+        let groups = std::mem::take(&mut *self.groups.lock().unwrap_or_else(PoisonError::into_inner));
+        for group in groups.values() {
+            group.stop();
+        }
     }
 
     /// How the groups stand.
@@ -323,14 +334,17 @@ impl Local {
 impl Drop for ReplayerHandle {
     fn drop(&mut self) {
         self.shared.stop.send_replace(true);
+        self.shared.stop_groups();
         if let Some(runtime) = self.runtime.take() {
-            // Not the waiting kind: a handle may be dropped inside another runtime.
-            runtime.shutdown_background();
+            // Behind this no connection has the store open any more. On a thread of its own, because a handle may be
+            // dropped inside another runtime, which does not let itself be waited in.
+            let ended = std::thread::spawn(move || runtime.shutdown_timeout(CONNECTIONS_END)).join();
+            if ended.is_err() {
+                tracing::error!("the end of the connections ended by a panic");
+            }
         }
-        let groups = std::mem::take(&mut *self.shared.groups.lock().unwrap_or_else(PoisonError::into_inner));
-        for group in groups.values() {
-            group.stop();
-        }
+        // Those that a connection opened meanwhile.
+        self.shared.stop_groups();
         for socket in &self.sockets {
             // The next owner removes a socket that is left.
             let _ = std::fs::remove_file(socket);
