@@ -49,6 +49,13 @@ pub struct AppendWriters;
 /// The same in bursts.
 pub struct AppendBursts;
 
+/// Whether each writer has written at least so many bytes.
+fn has_each(place: &Place, bytes: u64) -> bool {
+    let long =
+        |writer| size_optional(&place.data.join(format!("own-{writer}"))).is_ok_and(|size| size >= bytes);
+    (0..WRITERS).all(long)
+}
+
 impl Program for AppendBursts {
     fn name(&self) -> &'static str {
         Pace::Bursts.name()
@@ -60,9 +67,7 @@ impl Program for AppendBursts {
 
     /// All writers have written for a while, so each has seen much of the others.
     fn half_way(&self, place: &Place) -> bool {
-        let long =
-            |writer| size_optional(&place.data.join(format!("own-{writer}"))).is_ok_and(|s| s > 32 << 10);
-        (0..WRITERS).all(long)
+        has_each(place, 32 << 10)
     }
 
     fn progress(&self, tree: &Path) -> Result<u64> {
@@ -81,6 +86,11 @@ impl Program for AppendWriters {
 
     fn command(&self, place: &Place) -> Vec<String> {
         workload(self.name(), place)
+    }
+
+    /// Every writer has begun.
+    fn half_way(&self, place: &Place) -> bool {
+        has_each(place, 2 * LINE as u64)
     }
 
     fn progress(&self, tree: &Path) -> Result<u64> {
