@@ -339,7 +339,9 @@ impl Agent {
 
     /// What cannot be sent is thrown away.
     pub fn throw_away(&mut self) {
-        assert!(self.spool.clear().is_ok() || super::disk::has_failed(super::world::PRIMARY));
+        // Where a call failed it is tried again.
+        let cleared = self.spool.clear().or_else(|_| self.spool.clear());
+        assert!(cleared.is_ok() || super::disk::has_failed(super::world::PRIMARY), "{cleared:?}");
     }
 }
 

@@ -20,6 +20,8 @@ use world::{Seen, World};
 
 /// Seeds of a run of normal length.
 const SEEDS: u64 = 2000;
+/// Seeds beyond those that went wrong once: a reader of the spool that had read ahead what a failed write left.
+const ONCE_WRONG: [u64; 1] = [2809];
 /// By then a mutant must be caught.
 const MUTANT_SEEDS: u64 = 1000;
 
@@ -48,10 +50,9 @@ fn what_is_given_out_is_confirmed_and_what_was_acknowledged_is_there() {
         let work = || {
             let mut all = Vec::new();
             loop {
-                let seed = next.fetch_add(1, Ordering::Relaxed);
-                if seed >= seeds {
-                    return all;
-                }
+                let turn = next.fetch_add(1, Ordering::Relaxed);
+                let further = turn.checked_sub(seeds).map(|index| ONCE_WRONG.get(index as usize));
+                let Some(seed) = further.map_or(Some(turn), |seed| seed.copied()) else { return all };
                 match run(seed, None) {
                     Some(seen) => all.push(seen),
                     None => panic!("BFS_SEED={seed} goes wrong, see above"),

@@ -41,7 +41,7 @@ impl Reader {
         let mut reader = Self { dir: dir.into(), group, number, segment, at, passed: 0 };
         // Whole segments before this one are not read again: what is counted of them is an estimate.
         while reader.at.0 < after {
-            let record = reader.next()?;
+            let record = reader.next(&all)?;
             if record.encoded.sequence > from {
                 reader.passed += record.encoded.bytes.len() as u64;
             }
@@ -69,8 +69,9 @@ impl Reader {
         let first = self.at.0.next();
         let (mut bytes, mut count, mut chain_after) = (BytesMut::new(), 0, self.at.1);
         let mut last = first;
+        let all = segments(&self.dir)?;
         while count == 0 || (bytes.len() < bytes_max && last < to) {
-            let record = self.next()?;
+            let record = self.next(&all)?;
             bytes.extend_from_slice(&record.encoded.bytes);
             (last, chain_after) = self.at;
             count += 1;
@@ -78,8 +79,15 @@ impl Reader {
         Ok(Batch { first, count, bytes: bytes.freeze(), ring_position: None, chain_after })
     }
 
-    fn next(&mut self) -> Result<LogRecord, LogError> {
+    /// The next record; `all` are the segments that there are.
+    fn next(&mut self, all: &[u64]) -> Result<LogRecord, LogError> {
         let wanted = self.at.0.next();
+        // Not only when this segment is at its end: what was read ahead of a write that failed was cut off, and
+        // stands in the next one.
+        if self.number != wanted.0 && all.binary_search(&wanted.0).is_ok() {
+            self.segment = SegmentReader::open(&self.dir, wanted.0, self.group)?;
+            self.number = wanted.0;
+        }
         loop {
             match self.segment.next_or_tail()? {
                 Ok(Item::Record(found)) => {
@@ -91,18 +99,13 @@ impl Reader {
                     return Ok(found);
                 }
                 Ok(Item::Commit { .. }) => {}
-                // What is asked for is durable: after a failed write it stands in the next segment.
+                // What is asked for is durable.
                 Err(tail) => {
-                    let next = segment_path(&self.dir, wanted.0);
-                    if self.number == wanted.0 || !next.exists() {
-                        let why = match tail {
-                            Tail::Clean => format!("record {wanted} is missing"),
-                            Tail::Torn { at, why } => format!("at byte {at}: {why}"),
-                        };
-                        return Err(LogError::corrupt(segment_path(&self.dir, self.number), why));
-                    }
-                    self.segment = SegmentReader::open(&self.dir, wanted.0, self.group)?;
-                    self.number = wanted.0;
+                    let why = match tail {
+                        Tail::Clean => format!("record {wanted} is missing"),
+                        Tail::Torn { at, why } => format!("at byte {at}: {why}"),
+                    };
+                    return Err(LogError::corrupt(segment_path(&self.dir, self.number), why));
                 }
             }
         }
