@@ -231,6 +231,7 @@ fn print_event(event: Event<'_>) -> anyhow::Result<()> {
         Event::Dirty { event } => {
             line += &format!(" inode {} at {} +{}", event.id.ino, event.offset, event.len);
         }
+        Event::Foreign { event } => line += &format!(" inode {} how {}", event.id.ino, event.how),
     }
     writeln!(io::stdout(), "{line}")?;
     Ok(())

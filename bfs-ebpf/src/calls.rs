@@ -47,6 +47,7 @@ pub mod nr {
     pub const PWRITE64: u32 = 18;
     pub const WRITEV: u32 = 20;
     pub const MADVISE: u32 = 28;
+    pub const SENDMSG: u32 = 46;
     pub const BIND: u32 = 49;
     pub const FTRUNCATE: u32 = 77;
     pub const CREAT: u32 = 85;
@@ -63,6 +64,7 @@ pub mod nr {
     pub const RENAMEAT2: u32 = 316;
     pub const COPY_FILE_RANGE: u32 = 326;
     pub const PWRITEV2: u32 = 328;
+    pub const SENDMMSG: u32 = 307;
     pub const OPENAT2: u32 = 437;
 }
 

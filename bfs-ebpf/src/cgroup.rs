@@ -67,14 +67,26 @@ fn place(task: u64) -> u64 {
     if !holds(task) {
         if let Some(state) = entry {
             // SAFETY: the entry of the map; nobody else changes this field.
-            unsafe { core::ptr::write_volatile(&raw mut (*state).role, role::LEAVES) };
+            unsafe {
+                if (*state).role != role::FOREIGN {
+                    core::ptr::write_volatile(&raw mut (*state).role, role::LEAVES);
+                }
+            }
         }
         return 0;
     }
     if let Some(state) = entry {
         // SAFETY: as above.
-        unsafe { core::ptr::write_volatile(&raw mut (*state).role, role::SELECTED) };
-        return 0;
+        unsafe {
+            if (*state).role != role::FOREIGN {
+                core::ptr::write_volatile(&raw mut (*state).role, role::SELECTED);
+                return 0;
+            }
+            // Of the call that it is in nobody will tell the end.
+            if (*state).active != 0 {
+                count(counter::RESCAN);
+            }
+        }
     }
     let mut idle = task::IDLE;
     idle.tgid = read(task + off!(task_tgid) as u64);

@@ -218,6 +218,19 @@ fn device(block: *const u64, inode: u64) -> (u32, bool) {
     (dev, false)
 }
 
+/// The device of an inode, given its super block and that one's number.
+#[inline(always)]
+pub fn device_of(sb: u64, inode: u64, dev: u32) -> u32 {
+    // As in `device`.
+    if off!(btrfs_root) as u32 != 0
+        && !in_scope(dev)
+        && read::<u64>(sb + off!(sb_magic) as u64) == BTRFS_MAGIC
+    {
+        return btrfs_device(inode);
+    }
+    dev
+}
+
 /// `btrfs_inode.root->anon_dev`.
 #[inline(always)]
 fn btrfs_device(inode: u64) -> u32 {

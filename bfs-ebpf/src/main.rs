@@ -17,6 +17,7 @@ mod aio;
 mod calls;
 mod cgroup;
 mod file;
+mod foreign;
 mod kernel;
 mod mapped;
 mod maps;
@@ -34,6 +35,7 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, RawTracePointContext},
 };
 use aya_log_ebpf::{debug, trace};
+use bfs_common::abi::role;
 
 /// `sys_enter(regs, nr)`
 #[btf_tracepoint(function = "sys_enter")]
@@ -64,7 +66,15 @@ pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
         return 0;
     };
     let pid_tgid = bpf_get_current_pid_tgid();
-    if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
+    let slot = maps::TASKS.get_ptr_mut(pid_tgid as u32);
+    // SAFETY: the entry of the current task, and the map's own.
+    if slot.is_none_or(|state| unsafe { (*state).role } == role::FOREIGN) {
+        // SAFETY: as above.
+        if let Some(state) = slot {
+            foreign::ended(unsafe { &mut *state }, pid_tgid);
+        }
+        foreign::opened(ctx.arg(0), number, ctx.arg(1), pid_tgid);
+    } else if let Some(state) = slot {
         // SAFETY: as above.
         let state = unsafe { &mut *state };
         syscall::exit(state, number, ctx.arg(1), pid_tgid);
@@ -146,6 +156,27 @@ pub fn writeback_dirty_folio(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
+/// `inode_set_ctime_to_ts(inode, ctime)`
+#[btf_tracepoint(function = "inode_set_ctime_to_ts")]
+pub fn inode_set_ctime_to_ts(ctx: BtfTracePointContext) -> i32 {
+    foreign::changed(ctx.arg(0));
+    0
+}
+
+/// `ctime_ns_xchg(inode, old, new, cur)`
+#[btf_tracepoint(function = "ctime_ns_xchg")]
+pub fn ctime_ns_xchg(ctx: BtfTracePointContext) -> i32 {
+    foreign::changed(ctx.arg(0));
+    0
+}
+
+/// `ctime_xchg_skip(inode, ctime)`: it had that `ctime` already.
+#[btf_tracepoint(function = "ctime_xchg_skip")]
+pub fn ctime_xchg_skip(ctx: BtfTracePointContext) -> i32 {
+    foreign::changed(ctx.arg(0));
+    0
+}
+
 /// Attached to nothing: the agent runs it (`BPF_PROG_TEST_RUN`) with one of its own descriptors, to
 /// learn how much direct I/O is in flight on that file. (Not by the macro: that returns nothing.)
 ///
@@ -155,6 +186,26 @@ pub fn writeback_dirty_folio(ctx: BtfTracePointContext) -> i32 {
 #[unsafe(link_section = "raw_tp/direct_io")]
 pub unsafe fn direct_io(ctx: *mut core::ffi::c_void) -> i32 {
     kernel::direct_io(RawTracePointContext::new(ctx).arg::<u64>(0) as u32)
+}
+
+/// The same for whether that file has a name below a root, or may have one.
+///
+/// # Safety
+/// As above.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp/concerns")]
+pub unsafe fn concerns(ctx: *mut core::ffi::c_void) -> i32 {
+    foreign::concerns(RawTracePointContext::new(ctx).arg::<u64>(0) as u32)
+}
+
+/// The same for how many open files, of whoever, may write to it, and one more.
+///
+/// # Safety
+/// As above.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tp/writers")]
+pub unsafe fn writers(ctx: *mut core::ffi::c_void) -> i32 {
+    foreign::writers(RawTracePointContext::new(ctx).arg::<u64>(0) as u32)
 }
 
 /// The same for how many mappings there are through which that file may be written.

@@ -9,8 +9,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use bfs_common::abi::{
-    DEVICES_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent, REQUESTS_MAX, RINGS_MAX,
-    Request, SUSPECTS_MAX, Settings, Suspect, TASKS_MAX, TaskState, counter,
+    DEVICES_MAX, FOREIGN_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent, REQUESTS_MAX,
+    RINGS_MAX, ROOTS_MAX, Request, STRANGERS_MAX, SUSPECTS_MAX, Settings, Stranger, Suspect, TASKS_MAX,
+    TaskState, counter,
 };
 
 /// `BPF_RB_NO_WAKEUP`: the agent polls, because a wakeup costs more than a record.
@@ -45,8 +46,22 @@ pub static MAPPED: HashMap<InodeId, u32> = HashMap::with_max_entries(MAPPED_MAX,
 #[map]
 pub static COUNTERS: PerCpuArray<[u64; counter::COUNT as usize]> = PerCpuArray::with_max_entries(1, 0);
 
+/// Objects of which a record of a change by others waits in the ring, with its start. The agent takes it out as it
+/// takes the record out.
+#[map]
+pub static FOREIGN: HashMap<InodeId, u64> = HashMap::with_max_entries(FOREIGN_MAX, 0);
+
+/// The processes that are not selected and changed something, by thread group; 0 for those that found no room.
+#[map]
+pub static STRANGERS: HashMap<u32, Stranger> = HashMap::with_max_entries(STRANGERS_MAX, 0);
+
+/// Inode numbers of the roots; 0 ends the list, and `u64::MAX` at its start says that they are not told apart.
+#[map]
+pub static ROOTS: Array<[u64; ROOTS_MAX]> = Array::with_max_entries(1, 0);
+
 /// What a successor checks before it adopts, and what the agent tells the probes:
-/// `[ABI_VERSION, bytes of the ring, 1 while each write is to have a record of its own, 0]`.
+/// `[ABI_VERSION, bytes of the ring, 1 while each write is to have a record of its own,
+/// thread group of the agent]`.
 #[map]
 pub static META: Array<[u64; 4]> = Array::with_max_entries(1, 0);
 
@@ -133,8 +148,14 @@ pub static OFFSETS: Offsets = unsafe { core::mem::zeroed() };
 
 /// Filled by the agent before loading.
 #[unsafe(no_mangle)]
-pub static SETTINGS: Settings =
-    Settings { devices: [0; DEVICES_MAX], inline_max: 0, cgroup_low: 0, cgroup_high: 0, closes: 0 };
+pub static SETTINGS: Settings = Settings {
+    devices: [0; DEVICES_MAX],
+    inline_max: 0,
+    cgroup_low: 0,
+    cgroup_high: 0,
+    closes: 0,
+    foreign: 0,
+};
 
 /// 1 once any process wrote into the memory of another one: no buffer is private any more.
 #[unsafe(no_mangle)]

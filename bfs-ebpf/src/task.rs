@@ -5,7 +5,7 @@ use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
 use bfs_common::abi::{NO_CALL, TaskEvent, TaskState, counter, kind, role};
 
 use crate::{
-    cgroup,
+    cgroup, foreign,
     kernel::{self, read},
     maps::{NO_WAKEUP, RING, TASKS, count, off, rescan},
     run,
@@ -144,20 +144,26 @@ extern "C" fn follow_task(tid: u32, tgid: u32) -> i32 {
     0
 }
 
-/// Takes the slot of the current task away if it was moved out of the selection; whether it was.
+/// Takes the slot of the current task away if it was moved out of the selection. Whether the task is not, or no
+/// longer, selected.
 ///
 /// Whoever moves it back in meanwhile may have found the slot that goes: so where the task stands
 /// is looked at once more when the slot is gone.
 #[inline(always)]
 pub fn leaves(state: &mut TaskState, pid_tgid: u64) -> bool {
     // SAFETY: the task's own slot; whoever moves it changes this field.
-    if unsafe { core::ptr::read_volatile(&raw const state.role) } != role::LEAVES {
-        return false;
+    match unsafe { core::ptr::read_volatile(&raw const state.role) } {
+        role::SELECTED => return false,
+        role::FOREIGN => return true,
+        _ => {}
     }
-    run::end(state, pid_tgid as u32);
-    let _ = TASKS.remove(pid_tgid as u32);
+    let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
+    run::end(state, tid);
+    let _ = TASKS.remove(tid);
     if cgroup::holds(kernel::task() as u64) {
-        follow(pid_tgid as u32, (pid_tgid >> 32) as u32);
+        follow(tid, tgid);
+    } else {
+        emit(kind::LEFT, u32::MAX, tid, tgid, 0, 0);
     }
     true
 }
@@ -170,6 +176,13 @@ pub fn exec(old_tid: u32) {
     let Some(state) = TASKS.get_ptr_mut(old_tid) else {
         return;
     };
+    // SAFETY: the entry of the map.
+    if unsafe { (*state).role } == role::FOREIGN {
+        if old_tid != tid {
+            let _ = TASKS.remove(old_tid);
+        }
+        return;
+    }
     // SAFETY: the entry of the current task, which was that thread.
     run::end(unsafe { &mut *state }, old_tid);
     // The memory is new, and execve itself is not followed: nothing of the old state counts.
@@ -186,6 +199,13 @@ pub fn exit(task: u64) -> Option<u32> {
     let pid_tgid = bpf_get_current_pid_tgid();
     let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
     let state = TASKS.get_ptr_mut(tid)?;
+    // SAFETY: the task's own slot.
+    if unsafe { (*state).role } == role::FOREIGN {
+        // SAFETY: as above.
+        foreign::ended(unsafe { &mut *state }, pid_tgid);
+        let _ = TASKS.remove(tid);
+        return None;
+    }
     // SAFETY: the entry of the current task.
     run::end(unsafe { &mut *state }, tid);
     let signal: u64 = read(task + off!(task_signal) as u64);

@@ -9,17 +9,17 @@ mod config;
 mod groups;
 mod show;
 mod spool;
+mod words;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::generation::At;
 use crate::net::Destination;
-use crate::primary::control::WaitFor;
 use crate::primary::engine::filter::Filter;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
@@ -153,7 +153,7 @@ enum Command {
         tag: String,
         /// Wait until it is so far
         #[arg(long, value_enum, default_value = "confirmed")]
-        wait: Wait,
+        wait: words::Wait,
         /// How long to wait, altogether
         #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
         timeout: Duration,
@@ -348,6 +348,9 @@ struct Options {
     /// How long to wait for the last checkpoint
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
     final_wait: Duration,
+    /// What is done when processes that are not selected change something below --path
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
+    foreign: words::Foreign,
     #[command(flatten)]
     spool: spool::Spool,
     /// Longest write whose bytes travel through the ring
@@ -372,26 +375,6 @@ struct Target {
     /// Where the agent listens [default: /run/bfs/agent-GROUP.sock]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Wait {
-    /// All of it is durable somewhere
-    Sealed,
-    /// It is durable on the backup
-    Confirmed,
-    /// The backup's files are as at the checkpoint
-    Applied,
-}
-
-impl From<Wait> for WaitFor {
-    fn from(wait: Wait) -> Self {
-        match wait {
-            Wait::Sealed => Self::Sealed,
-            Wait::Confirmed => Self::Confirmed,
-            Wait::Applied => Self::Applied,
-        }
-    }
 }
 
 /// The group's name becomes part of file names on both sides.
@@ -604,6 +587,7 @@ impl Options {
             socket: self.socket,
             filter,
             final_wait: self.final_wait,
+            foreign: self.foreign.into(),
             spool,
             rollback_on_failure: false,
             going_back: GoingBack::default(),

@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use super::engine::host::{HostError, Segment, Stat};
 use crate::tree::{self, Xattrs};
 
+mod others;
 mod outside;
 
 use outside::Outside;

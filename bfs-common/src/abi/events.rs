@@ -31,6 +31,12 @@ pub mod kind {
     pub const COMPAT: u16 = 10;
     /// A process was moved into the selected cgroup: [`super::TaskEvent`].
     pub const JOINED: u16 = 20;
+    /// A task was moved out of the selected cgroup: [`super::TaskEvent`]. What it has open others write to now.
+    pub const LEFT: u16 = 21;
+    /// A selected task hands descriptors to somebody: [`super::TaskEvent`].
+    pub const HANDED: u16 = 22;
+    /// A task that is not selected changed an object, or opened it for writing: [`super::ForeignEvent`].
+    pub const FOREIGN: u16 = 23;
     /// A write whose place is known ended: [`super::WriteEvent`], then data bytes. The commonest record,
     /// so the smallest that will do.
     pub const WRITE: u16 = 30;
@@ -275,6 +281,31 @@ impl RunEvent {
     }
 }
 
+/// Somebody who is not selected changed an object.
+///
+/// While a record of an object waits in the ring (the map `FOREIGN` says so), others of it that started later
+/// have none of their own: this one stands for all that were made until it is taken out.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ForeignEvent {
+    /// Header; the start is that of the first change that the call made.
+    pub header: EventHeader,
+    /// The object.
+    pub id: InodeId,
+    /// One of [`foreign`].
+    pub how: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// [`ForeignEvent::how`].
+pub mod foreign {
+    /// Its entries, content or attributes changed.
+    pub const CHANGED: u32 = 0;
+    /// It was opened for writing.
+    pub const OPENED: u32 = 1;
+}
+
 /// A record of the ring, with the bytes that follow its struct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
@@ -319,6 +350,11 @@ pub enum Event<'a> {
         /// The struct.
         event: DirtyEvent,
     },
+    /// Somebody else changed something ([`kind::FOREIGN`]).
+    Foreign {
+        /// The struct.
+        event: ForeignEvent,
+    },
 }
 
 impl<'a> Event<'a> {
@@ -353,11 +389,17 @@ impl<'a> Event<'a> {
                     two(bytes.get(size_of::<PathEvent>()..)?, event.path1_len, event.path2_len)?;
                 Some(Self::Path { event, path1, path2 })
             }
-            kind::FORK | kind::EXEC | kind::EXIT | kind::COMPAT | kind::JOINED | kind::ENDED => {
-                Some(Self::Task { event: TaskEvent::read_from(bytes)? })
-            }
+            kind::FORK
+            | kind::EXEC
+            | kind::EXIT
+            | kind::COMPAT
+            | kind::JOINED
+            | kind::LEFT
+            | kind::HANDED
+            | kind::ENDED => Some(Self::Task { event: TaskEvent::read_from(bytes)? }),
             kind::RUN => Some(Self::Run { event: RunEvent::read_from(bytes)? }),
             kind::DIRTIED => Some(Self::Dirty { event: DirtyEvent::read_from(bytes)? }),
+            kind::FOREIGN => Some(Self::Foreign { event: ForeignEvent::read_from(bytes)? }),
             _ => None,
         }
     }
@@ -372,6 +414,7 @@ impl<'a> Event<'a> {
             Self::Task { event } => &event.header,
             Self::Run { event } => &event.header,
             Self::Dirty { event } => &event.header,
+            Self::Foreign { event } => &event.header,
         }
     }
 }

@@ -17,7 +17,7 @@ pub use self::state::*;
 
 /// Changes with every change of layout or meaning in this module; the agent refuses to adopt
 /// pinned maps of another version.
-pub const ABI_VERSION: u32 = 8;
+pub const ABI_VERSION: u32 = 9;
 
 /// Longest path that the kernel takes, with the terminating zero (`include/uapi/linux/limits.h`).
 pub const PATH_MAX: usize = 4096;
@@ -39,6 +39,15 @@ pub const REQUESTS_MAX: u32 = 32_768;
 
 /// Entries of the map of followed io_uring contexts.
 pub const RINGS_MAX: u32 = 8_192;
+
+/// Entries of the map of changes by others that wait in the ring.
+pub const FOREIGN_MAX: u32 = 65_536;
+
+/// Entries of the map of processes that are not selected and changed something.
+pub const STRANGERS_MAX: u32 = 1_024;
+
+/// How many roots the probes tell apart; with more, all of a device counts as in scope for others.
+pub const ROOTS_MAX: usize = 16;
 
 /// How many devices (`s_dev`) with subtrees in scope the probes tell apart.
 pub const DEVICES_MAX: usize = 16;
@@ -105,11 +114,13 @@ const _: () = {
     assert!(size_of::<PathEvent>() == 48 + 112 + 16 + 48 + 16);
     assert!(size_of::<TaskEvent>() == 64);
     assert!(size_of::<DirtyEvent>() == 48 + 16 + 16);
+    assert!(size_of::<ForeignEvent>() == 48 + 16 + 8);
+    assert!(size_of::<Stranger>() == 32);
     assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 16 + 8 + 16);
     assert!(size_of::<Suspect>() == 16);
-    assert!(size_of::<Settings>() == 64 + 16);
+    assert!(size_of::<Settings>() == 64 + 20);
     assert!(size_of::<Request>() == 80);
-    assert!(size_of::<Offsets>() == (68 + 40) * 4);
+    assert!(size_of::<Offsets>() == (68 + 45) * 4);
 };
 
 /// A struct of this ABI that may be copied out of bytes: any bit pattern is a value.
@@ -145,6 +156,8 @@ plain!(
     TaskEvent,
     DirtyEvent,
     RunEvent,
+    ForeignEvent,
+    Stranger,
     TaskState,
     Request,
     Suspect

@@ -84,6 +84,15 @@ pub struct Offsets {
     pub folio_pages: u32,
     /// Bit of `folio.flags` that a large folio has (`PG_head`).
     pub folio_head: u32,
+    /// `inode.i_dentry`: the names of the inode that the kernel has in memory.
+    pub inode_aliases: u32,
+    /// `inode.i_data.host`: the inode itself.
+    pub inode_self: u32,
+    /// `inode.i_writecount`: how many open files may write.
+    pub inode_writers: u32,
+    /// `dentry.d_u.d_alias`, by which these are linked.
+    pub dentry_alias: u32,
+    pub sb_root: u32,
     /// 1 where the third argument of `io_uring_complete` is the completion, 0 where the fourth is
     /// the result. What follows is zero without io_uring.
     pub uring_cqe: u32,

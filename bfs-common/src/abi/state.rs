@@ -86,6 +86,10 @@ pub mod role {
     /// It was moved out of the selected cgroup. Its slot goes, by its own hand, when the call that it
     /// is in has its record.
     pub const LEAVES: u32 = 1;
+    /// It is not selected, and was seen to change something in scope. While it is in such a call, the slot is
+    /// active from the first change on, and holds what it changed: the first inode in `inode`, up to three
+    /// more in `args`, `known_flags` of them in all.
+    pub const FOREIGN: u32 = 2;
 }
 
 /// Bits of [`TaskState::flags`]: what the probe at the start of a call found.
@@ -172,4 +176,18 @@ pub struct Settings {
     pub cgroup_high: u32,
     /// 1: a close of a descriptor that could be written to has a record.
     pub closes: u32,
+    /// 1 where it is looked at what others change.
+    pub foreign: u32,
+}
+
+/// Value of the map `STRANGERS`, keyed by thread group: a process that is not selected and changed something.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stranger {
+    /// How often it changed something: each time that an inode got new times.
+    pub changes: u64,
+    /// When the last one was.
+    pub last_ns: u64,
+    /// The command name of the thread that was seen first.
+    pub command: [u8; 16],
 }

@@ -29,6 +29,9 @@ const MAP_SHARED_VALIDATE: u64 = 3;
 
 const MADV_REMOVE: u32 = 9;
 
+/// `SOL_SOCKET`, and `SCM_RIGHTS` above it, as they stand in a struct cmsghdr.
+const SCM_RIGHTS: u64 = 1 << 32 | 1;
+
 /// ioctls that change no file, of those that programs make on files and directories: FIBMAP, FIGETBSZ,
 /// FS_IOC_FIEMAP, FS_IOC_GETFLAGS and FSGETXATTR, GETVERSION, GETFSUUID, GETFSLABEL, FITRIM, FIDEDUPERANGE
 /// (it shares bytes that are equal), BTRFS_IOC_TREE_SEARCH, INO_LOOKUP, FS_INFO.
@@ -89,6 +92,9 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     if class == class::TABLE {
         run::end(state, pid_tgid as u32);
         state.known_file = 0;
+        if !compat && hands_over(number as u32, register(regs, reg::SI)) {
+            task::emit(kind::HANDED, number as u32, pid_tgid as u32, (pid_tgid >> 32) as u32, 0, 0);
+        }
         return;
     }
     let number = number as u32;
@@ -168,6 +174,33 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     } else if state.file == 0 && (class == class::PATH || class == class::OPEN) && kernel::paths_are_shared()
     {
         enter_path(state, number, pid_tgid);
+    }
+}
+
+/// Whether a call sends descriptors to somebody (SCM_RIGHTS), or may do so.
+#[inline(always)]
+fn hands_over(number: u32, message: u64) -> bool {
+    if number == nr::SENDMMSG {
+        return true;
+    }
+    if number != nr::SENDMSG {
+        return false;
+    }
+    // `msg_control` and `msg_controllen` of a struct msghdr, `cmsg_len`, `cmsg_level` and `cmsg_type` of the first
+    // struct cmsghdr there.
+    let mut control = [0u64; 2];
+    let mut first = [0u64; 2];
+    // SAFETY: the targets have these sizes.
+    unsafe {
+        if bpf_probe_read_user(control.as_mut_ptr().cast(), 16, (message + 32) as *const _) < 0 {
+            return true;
+        }
+        if control[1] < 16 {
+            return false;
+        }
+        bpf_probe_read_user(first.as_mut_ptr().cast(), 16, control[0] as *const _) < 0
+            || first[1] == SCM_RIGHTS
+            || control[1] > first[0] + 16
     }
 }
 

@@ -124,6 +124,23 @@ pub fn ends(regs: *const u64) -> Option<u32> {
     matters.then_some(number as u32)
 }
 
+/// Whether a call, as the 64-bit table numbers it, opens a file.
+#[inline(always)]
+pub fn is_open(number: u32) -> bool {
+    CLASS[number as usize & (CALLS - 1)] == class::OPEN
+}
+
+/// The flags of a call that opened a file; all of them where that would be long to find out.
+#[inline(always)]
+pub fn opens_as(regs: *const u64, number: u32) -> u32 {
+    match number {
+        _ if is_compat() => u32::MAX,
+        nr::OPEN => register(regs, reg::SI) as u32,
+        nr::CREAT | nr::OPENAT2 => u32::MAX,
+        _ => register(regs, reg::DX) as u32,
+    }
+}
+
 /// Whether the current call is one of the 32-bit table.
 #[inline(always)]
 fn is_compat() -> bool {

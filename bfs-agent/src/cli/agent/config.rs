@@ -38,7 +38,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 18] = [
+const KEYS: [Key; 19] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::Text),
     key("secret_file", "--secret-file", Form::Text),
@@ -47,6 +47,7 @@ const KEYS: [Key; 18] = [
     key("maps", "--map", Form::Map),
     key("checkpoint", "--checkpoint", Form::When),
     key("final_wait", "--final-wait", Form::Text),
+    key("foreign", "--foreign", Form::Text),
     key("socket", "--socket", Form::Text),
     key("spool", "--spool", Form::Text),
     key("spool_size", "--spool-size", Form::Text),

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use bfs_common::wire::StoreState;
 
-use crate::primary::control::{CheckpointStatus, SpoolStatus, State, Status, VerifyReport};
+use crate::primary::control::{CheckpointStatus, ForeignStatus, SpoolStatus, State, Status, VerifyReport};
 
 /// A status for people, first what matters most.
 #[must_use]
@@ -110,6 +110,9 @@ pub fn status(status: &Status) -> String {
             counters.records, counters.inline, counters.by_reference
         ),
     );
+    for text in foreign(&status.foreign) {
+        line("others", text);
+    }
     line("ring", format!("{} of {} in use", size(status.ring_used_bytes), size(status.ring_bytes)));
     let losses = [
         (counters.reserve_failed, "events found no room in the ring (named and re-read)"),
@@ -125,6 +128,38 @@ pub fn status(status: &Status) -> String {
     }
     text.truncate(text.trim_end().len());
     text
+}
+
+/// What others than the selected processes changed, where there is anything to tell.
+fn foreign(foreign: &ForeignStatus) -> Vec<String> {
+    /// Processes that are named.
+    const NAMED: usize = 3;
+    if !foreign.is_seen {
+        return vec!["what processes that are not selected change is not seen".into()];
+    }
+    let mut lines = Vec::new();
+    if !foreign.processes.is_empty() {
+        let named =
+            foreign.processes.iter().take(NAMED).map(|p| format!("{} ({}) {}", p.pid, p.command, p.changes));
+        let total: u64 = foreign.processes.iter().map(|p| p.changes).sum();
+        let more = foreign.processes.len().saturating_sub(NAMED);
+        let mut text = format!(
+            "{total} changes by processes that are not selected: {}",
+            named.collect::<Vec<_>>().join(", ")
+        );
+        if more > 0 {
+            let _ = write!(text, ", and {more} more");
+        }
+        lines.push(text);
+    }
+    if foreign.ignored_count > 0 {
+        let first = foreign.ignored.first().map(String::as_str).unwrap_or_default();
+        lines.push(format!(
+            "the content of {} files does not count any more, of {first} and others (--json lists them)",
+            foreign.ignored_count
+        ));
+    }
+    lines
 }
 
 /// What only the spool has, where there is anything or it is in trouble.

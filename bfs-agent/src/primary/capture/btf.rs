@@ -338,6 +338,11 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         folio_index: one("folio", "index")?,
         folio_pages,
         folio_head,
+        inode_aliases: one("inode", "i_dentry")?,
+        inode_self: one("inode", "i_data.host")?,
+        inode_writers: one("inode", "i_writecount")?,
+        dentry_alias: types.any("dentry", &["d_u.d_alias", "d_alias"])?,
+        sb_root: one("super_block", "s_root")?,
         ..Offsets::default()
     };
     if found.task_io_uring == 0 { Ok(found) } else { super::uring::offsets(types, found) }

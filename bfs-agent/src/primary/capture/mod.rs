@@ -1,7 +1,8 @@
 //! The probes: loading, pinning, the ring and the maps.
 
 pub mod btf;
-pub mod log;
+pub mod foreign;
+mod log;
 pub mod mapped;
 pub mod probes;
 pub mod ring;

@@ -21,7 +21,15 @@ use bfs_common::abi::{
 
 use crate::primary::clock::monotonic_ns;
 
-use super::{CaptureError, btf, log, log::ProbeLog, mapped::MappedFiles, ring::Ring, sys, uring};
+use super::{
+    CaptureError, btf,
+    foreign::{self, Foreign},
+    log,
+    log::ProbeLog,
+    mapped::MappedFiles,
+    ring::Ring,
+    sys, uring,
+};
 
 /// The compiled probes.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bfs-ebpf"));
@@ -43,9 +51,21 @@ const DIRTIED: &str = "writeback_dirty_folio";
 const DIRECT_IO: &str = "direct_io";
 /// The same.
 const WRITABLE: &str = "writable_mappings";
-const QUERIES: [&str; 2] = [DIRECT_IO, WRITABLE];
-const MAPS: [&str; 9] =
-    ["RING", "TASKS", "REQUESTS", "RINGS", "SUSPECTS", "MAPPED", "COUNTERS", "META", "DEVICES"];
+const QUERIES: [&str; 4] = [DIRECT_IO, WRITABLE, foreign::WRITERS, foreign::CONCERNS];
+const MAPS: [&str; 12] = [
+    "RING",
+    "TASKS",
+    "REQUESTS",
+    "RINGS",
+    "SUSPECTS",
+    "MAPPED",
+    "FOREIGN",
+    "STRANGERS",
+    "ROOTS",
+    "COUNTERS",
+    "META",
+    "DEVICES",
+];
 
 /// Largest [`LoadOptions::inline_max`]: what the loop over chunks in the probe can take.
 pub const INLINE_MAX: u32 = 1 << 21;
@@ -78,9 +98,13 @@ pub struct LoadOptions {
     /// Devices with subtrees in scope (`s_dev` in the kernel's form; on btrfs the anonymous device
     /// of the subvolume), at most [`DEVICES_MAX`].
     pub devices: Vec<u32>,
+    /// Below which directories it counts what others change; none: on all of these devices.
+    pub roots: Vec<InodeId>,
     /// Identity of the cgroup whose tasks are selected, of those that are born or moved into it too
     /// (the inode of its directory); `None`: the selected tasks and their children.
     pub cgroup: Option<u64>,
+    /// Whether to look at what others change, where the kernel tells.
+    pub foreign: bool,
     /// Largest write whose bytes are copied in the probe, at most [`INLINE_MAX`].
     pub inline_max: u32,
     /// Whether a close of a descriptor that could be written to has a record.
@@ -103,7 +127,9 @@ impl LoadOptions {
         Self {
             pin_dir: group_dir(group),
             devices,
+            roots: Vec::new(),
             cgroup: None,
+            foreign: true,
             inline_max: 1 << 10,
             closes: false,
             ring_bytes: 64 << 20,
@@ -113,8 +139,12 @@ impl LoadOptions {
     }
 
     fn settings(&self) -> Result<Settings, CaptureError> {
-        let mut settings =
-            Settings { inline_max: self.inline_max, closes: u32::from(self.closes), ..Settings::default() };
+        let mut settings = Settings {
+            inline_max: self.inline_max,
+            closes: u32::from(self.closes),
+            foreign: u32::from(self.foreign),
+            ..Settings::default()
+        };
         if self.devices.is_empty() || self.devices.len() > DEVICES_MAX || self.devices.contains(&0) {
             return Err(CaptureError::Options(format!(
                 "1 to {DEVICES_MAX} file systems can be in scope, not {}",
@@ -156,6 +186,7 @@ pub struct Probes {
     devices: OwnedFd,
     counters: OwnedFd,
     writable_mappings: OwnedFd,
+    foreign: Foreign,
     mapped: MappedFiles,
     meta: OwnedFd,
     programs: Vec<(&'static str, OwnedFd)>,
@@ -225,7 +256,7 @@ impl Probes {
             open(&link_name(name))?;
         }
         // Not there on a kernel without io_uring, or without the tracepoint.
-        for name in uring::PROGRAMS.map(|program| program.0) {
+        for name in uring::PROGRAMS.map(|program| program.0).into_iter().chain(foreign::PROGRAMS) {
             if pin_dir.join(name).exists() {
                 programs.push((name, open(name)?));
                 open(&link_name(name))?;
@@ -246,6 +277,7 @@ impl Probes {
             devices: open("DEVICES")?,
             counters: open("COUNTERS")?,
             writable_mappings: open(WRITABLE)?,
+            foreign: Foreign::open(pin_dir)?,
             mapped: MappedFiles::new(open("MAPPED")?, dirtied)?,
             meta,
             programs,
@@ -295,8 +327,17 @@ impl Probes {
     pub fn select_task(&self, tid: u32, tgid: u32) -> Result<(), CaptureError> {
         let state = TaskState { nr: NO_CALL, tgid, ..TaskState::default() };
         match sys::update(self.tasks.as_fd(), &tid, &state, sys::NO_EXIST) {
-            // The probe at fork was faster.
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => return Ok(()),
+            // The probe at fork was faster, or it changed something before it was selected.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                let mut bytes = [0; size_of::<TaskState>()];
+                let failed = || kernel(format!("cannot follow task {tid}"));
+                let found = sys::lookup(self.tasks.as_fd(), &tid, &mut bytes).map_err(failed())?;
+                let known = TaskState::read_from(&bytes).filter(|known| found && known.role != role::FOREIGN);
+                if known.is_some() {
+                    return Ok(());
+                }
+                sys::update(self.tasks.as_fd(), &tid, &state, 0).map_err(failed())?;
+            }
             result => result.map_err(kernel(format!("cannot follow task {tid}")))?,
         }
         // The probe at its end may have run before there was an entry to remove.
@@ -410,6 +451,11 @@ impl Probes {
         sys::entries(self.suspects.as_fd(), SUSPECTS_MAX, true).map_err(kernel("cannot read the suspects"))
     }
 
+    /// What others change.
+    pub fn foreign(&self) -> &Foreign {
+        &self.foreign
+    }
+
     /// The files that are mapped.
     pub fn mapped(&mut self) -> &mut MappedFiles {
         &mut self.mapped
@@ -465,11 +511,11 @@ impl Probes {
 }
 
 /// What a probe that is attached to nothing says of an open file.
-fn ask(query: &OwnedFd, file: BorrowedFd<'_>) -> io::Result<i32> {
+pub(super) fn ask(query: &OwnedFd, file: BorrowedFd<'_>) -> io::Result<i32> {
     sys::run(query.as_fd(), u64::from(file.as_raw_fd().cast_unsigned()))
 }
 
-fn link_name(program: &str) -> String {
+pub(super) fn link_name(program: &str) -> String {
     format!("link_{program}")
 }
 
@@ -502,6 +548,10 @@ fn load_pinned(
         Ok(()) => names.push((DIRTIED, DIRTIED)),
         Err(error) => tracing::info!("mapped files are read whole: {}", refused(DIRTIED, &error)),
     }
+    let others = options.foreign && foreign::load(&mut ebpf, types, &kernel_btf);
+    if others {
+        names.extend(foreign::PROGRAMS.map(|name| (name, name)));
+    }
     for name in QUERIES {
         let query: &mut RawTracePoint =
             program(&mut ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))?;
@@ -513,8 +563,9 @@ fn load_pinned(
         map.pin(options.pin_dir.join(name)).map_err(|error| pin_failed("map", name, error))?;
     }
     let meta = sys::open_pin(&options.pin_dir.join("META")).map_err(kernel("cannot open META"))?;
-    let value = [u64::from(ABI_VERSION), u64::from(options.ring_bytes), 0, 0];
+    let value = [u64::from(ABI_VERSION), u64::from(options.ring_bytes), 0, u64::from(std::process::id())];
     sys::update(meta.as_fd(), &0u32, &value, 0).map_err(kernel("cannot write META"))?;
+    foreign::tell_roots(&options.pin_dir, &options.roots)?;
     for (name, _) in &names {
         let program = tracepoint(&mut ebpf, name)?;
         program.pin(options.pin_dir.join(name)).map_err(|error| pin_failed("probe", name, error))?;
@@ -531,7 +582,7 @@ fn load_pinned(
     Ok(ebpf)
 }
 
-fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, CaptureError> {
+pub(super) fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, CaptureError> {
     program(ebpf, name)?.try_into().map_err(|error: ProgramError| refused(name, &error))
 }
 
@@ -570,7 +621,7 @@ fn load_error(what: &str, error: &EbpfError) -> CaptureError {
     CaptureError::Load { program: what.to_owned(), reason: chain(error), log: String::new() }
 }
 
-fn refused(name: &str, error: &ProgramError) -> CaptureError {
+pub(super) fn refused(name: &str, error: &ProgramError) -> CaptureError {
     match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
@@ -630,7 +681,13 @@ fn mount_bpf_fs() -> Result<(), CaptureError> {
 
 /// Links first: then nothing runs any more.
 fn remove_pins(pin_dir: &Path) -> io::Result<()> {
-    let attached = || PROGRAMS.into_iter().chain(uring::PROGRAMS.map(|program| program.0)).chain([DIRTIED]);
+    let attached = || {
+        PROGRAMS
+            .into_iter()
+            .chain(uring::PROGRAMS.map(|program| program.0))
+            .chain([DIRTIED])
+            .chain(foreign::PROGRAMS)
+    };
     let names = attached().map(link_name);
     let names = names.chain(attached().chain(QUERIES).chain(MAPS).map(str::to_owned));
     for name in names {

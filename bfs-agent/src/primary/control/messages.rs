@@ -6,6 +6,8 @@ use bfs_common::record::{CheckpointId, Epoch, Sequence};
 use bfs_common::wire::StoreState;
 use serde::{Deserialize, Serialize};
 
+use crate::primary::engine::foreign::Policy;
+
 /// A state of a checkpoint that can be waited for, in order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -350,10 +352,41 @@ pub struct Status {
     pub ring_bytes: u64,
     /// Bytes of it in use.
     pub ring_used_bytes: u64,
+    /// What others than the selected processes changed.
+    pub foreign: ForeignStatus,
     /// Counters.
     pub counters: Counters,
     /// The last thing that went wrong, also when it was overcome.
     pub last_error: Option<String>,
+}
+
+/// What others than the selected processes changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForeignStatus {
+    /// What is done with it.
+    pub policy: Policy,
+    /// Whether it is seen at all: the kernel has to tell it, and someone who follows a command to bring back what
+    /// it did does not look at it.
+    pub is_seen: bool,
+    /// Who changed something, most first. The process 0 stands for those beyond the 1,023 that are told apart.
+    pub processes: Vec<StrangerStatus>,
+    /// Files that others have open for writing.
+    pub open_for_writing: u64,
+    /// With [`Policy::Ignore`]: files whose content does not count, because others changed it; the first 1,000.
+    pub ignored: Vec<String>,
+    /// How many there are.
+    pub ignored_count: u64,
+}
+
+/// A process that is not selected and changed something.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StrangerStatus {
+    /// Its process id.
+    pub pid: u32,
+    /// What it was called.
+    pub command: String,
+    /// How often it changed something: each time that an object got new times.
+    pub changes: u64,
 }
 
 /// What comparing primary and backup gave.

@@ -13,8 +13,8 @@ use std::path::PathBuf;
 
 pub use client::{Client, ClientError};
 pub use messages::{
-    CheckpointStatus, Counters, DestinationStatus, FailureKind, Reply, Request, SpoolStatus, State, Status,
-    StopTimes, VerifyReport, WaitFor,
+    CheckpointStatus, Counters, DestinationStatus, FailureKind, ForeignStatus, Reply, Request, SpoolStatus,
+    State, Status, StopTimes, StrangerStatus, VerifyReport, WaitFor,
 };
 pub use server::{Inbound, Replies, Server, ServerError, Ticket};
 

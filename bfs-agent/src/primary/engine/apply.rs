@@ -37,6 +37,7 @@ impl Engine {
         };
         // Before its room in the ring can be given back, so that a successor knows.
         self.note_mappings(&parsed, host)?;
+        self.note_foreign(&parsed);
         self.take_in(&parsed, host);
         // A write whose pieces are still arriving must be read again by a successor.
         if self.chunks.is_empty() && self.deferred.is_empty() {
@@ -97,7 +98,8 @@ impl Engine {
         // What these overlap with says nothing: the stores come later.
         let stores = matches!(act, Act::Dirtied { .. } | Act::Mapped { .. });
         tracing::trace!(?span, ?act, "taken in");
-        let ambiguous = !stores && self.note(&touches, &act, span);
+        let mut ambiguous = !stores && self.note(&touches, &act, span);
+        ambiguous |= self.shared_with_others(&act);
         self.apply(act, event, span, ambiguous, host);
         // What was read from the file system after this call started holds an unknown part of it.
         for thing in &touches {
@@ -149,6 +151,7 @@ impl Engine {
             Thing::Meta(object) => self.dirty.meta(*object, end_ns),
             Thing::Xattrs(object) => self.dirty.xattrs(*object),
             Thing::Entry(directory, name) => self.dirty.entry(*directory, name, deep),
+            Thing::List(directory) => self.dirty.rescan(*directory, false),
             Thing::Way(..) => {}
             Thing::Aside => self.suspect_multiple(end_ns),
             Thing::Everything => self.suspect_everything(end_ns),
@@ -191,7 +194,7 @@ impl Engine {
                         self.stain(other, span.end_ns, true);
                     }
                 }
-                Thing::Meta(_) | Thing::Xattrs(_) | Thing::Aside | Thing::Everything => {}
+                Thing::List(_) | Thing::Meta(_) | Thing::Xattrs(_) | Thing::Aside | Thing::Everything => {}
             }
         }
         if astray {
@@ -366,6 +369,7 @@ impl Engine {
                             self.dirty.xattrs(object);
                         }
                         self.mark_mapped(object, attr.id);
+                        self.mark_foreign(object, attr.id);
                         missed = self.strangers.missed(attr.id, span.start_ns);
                         object
                     }
@@ -444,6 +448,11 @@ impl Engine {
                 self.meta_after(object, attr.as_ref(), span);
                 if xattrs {
                     self.dirty.xattrs(object);
+                }
+            }
+            Act::Foreign { object } => {
+                if let Event::Foreign { event: e } = event {
+                    self.foreign_changed(object, e, span);
                 }
             }
             Act::Dirtied { object, range } => self.pages_dirtied(object, range, span.end_ns),

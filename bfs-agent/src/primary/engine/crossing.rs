@@ -43,6 +43,8 @@ impl Engine {
     fn deferred_touches(&self, host: &mut dyn Host) -> Vec<(Span, Things)> {
         let mut changed: HashMap<(ObjectId, Name), Earliest> = HashMap::new();
         let mut directories_changed = Earliest::default();
+        // By others: any entry.
+        let mut lists: HashMap<ObjectId, Earliest> = HashMap::new();
         let mut all = Vec::with_capacity(self.deferred.len());
         for (index, event) in self.deferred.iter().enumerate() {
             let Some(parsed) = Event::parse(&event.bytes) else {
@@ -51,6 +53,11 @@ impl Engine {
             };
             let (act, way) = interpret(&self.model, host, &parsed);
             let span = span_of(&parsed);
+            if let Act::Foreign { object } = act
+                && self.model.kind(object) == Some(FileKind::Directory)
+            {
+                lists.entry(object).or_default().note(index, span.start_ns);
+            }
             for (place, object) in act.changes(&self.model) {
                 if object.is_none_or(|kind| matches!(kind, FileKind::Directory | FileKind::Symlink)) {
                     directories_changed.note(index, span.start_ns);
@@ -64,7 +71,9 @@ impl Engine {
         let resolve_again = |index: usize, span: Span, act: &Act, way: &Way| {
             // Records stand in the order of their ends: a call that overlaps may stand behind.
             let by_another = |changes: &Earliest| changes.other_before(index, span.end_ns);
-            let entry = |entry: &(ObjectId, Name)| changed.get(entry).is_some_and(by_another);
+            let entry = |entry: &(ObjectId, Name)| {
+                changed.get(entry).is_some_and(by_another) || lists.get(&entry.0).is_some_and(by_another)
+            };
             way.entries.iter().any(entry)
                 || act.reaches_by().is_some_and(|place| {
                     by_another(&directories_changed) || place.entry().is_some_and(|e| entry(&e))

@@ -41,6 +41,8 @@ const READING_NS_MAX: u64 = 20_000_000;
 const AHEAD_BYTES: u64 = 1 << 20;
 /// See [`AHEAD_BYTES`]; in things.
 const AHEAD_THINGS: usize = 64;
+/// For how long cuts are tried in vain because of others than the selected processes: each try may read much.
+const OTHERS_NS_MAX: u64 = 300_000_000;
 /// Calls that are held back at most while a cut is tried.
 const DEFERRED_MAX: usize = 200_000;
 /// Bytes of their records.
@@ -112,6 +114,24 @@ pub enum CheckpointError {
         nr: u32,
         /// Since when, milliseconds.
         for_ms: u64,
+    },
+    /// Others changed something, which is not to be.
+    #[error(
+        "process {process} changed {what} and is not selected: nothing is confirmed any more (--foreign refuse)"
+    )]
+    Foreign {
+        /// Who.
+        process: String,
+        /// What.
+        what: String,
+    },
+    /// Others go on changing what has to be read.
+    #[error("process {process}, which is not selected, kept changing {what} while it was read")]
+    Crossed {
+        /// Who.
+        process: String,
+        /// What.
+        what: String,
     },
     /// Nothing settled, also not with the processes stopped.
     #[error(
@@ -202,6 +222,7 @@ impl Engine {
 
     fn place(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
         let begun = host.now();
+        self.tend_foreign(host)?;
         self.read_ahead(host)?;
         self.tend_mapped(host)?;
         let must_stop = request.stop != Stop::Never && self.restless;
@@ -228,13 +249,23 @@ impl Engine {
                     }
                     Tried::Again => {
                         self.stats.retries += 1;
+                        self.tried_in_vain();
                         self.replay(host)?;
+                        if host.now().saturating_sub(begun) > OTHERS_NS_MAX
+                            && let Some(error) = self.others_in_the_way(host, tries)
+                        {
+                            return Err(error);
+                        }
                     }
                     Tried::InStop => {
                         self.replay(host)?;
                         break;
                     }
                 }
+            }
+            // They would not stand.
+            if let Some(error) = self.others_in_the_way(host, tries) {
+                return Err(error);
             }
             if request.stop == Stop::Never {
                 return Err(CheckpointError::Unsettled { suspects: self.dirty.len() });
@@ -273,9 +304,15 @@ impl Engine {
                     let stopped_us = (host.now().saturating_sub(stopping) / 1000).max(1);
                     return self.mark(host, request, &How { begun, tries, at_ns, stopped_us });
                 }
-                Tried::Again => self.replay(host)?,
+                Tried::Again => {
+                    self.tried_in_vain();
+                    self.replay(host)?;
+                }
                 Tried::InStop => break,
             }
+        }
+        if let Some(error) = self.others_in_the_way(host, TRIES) {
+            return Err(error);
         }
         Err(CheckpointError::Unsettled { suspects: self.dirty.len() })
     }
@@ -362,6 +399,7 @@ impl Engine {
 
     fn try_cut(&mut self, host: &mut dyn Host) -> Result<Tried, CheckpointError> {
         self.drain(host)?;
+        self.is_refused(host)?;
         let t = host.now();
         self.settle_attributes(host)?;
         let crossing = match self.wait_covered(host, t)? {
@@ -385,6 +423,9 @@ impl Engine {
         if self.take_losses(host)? {
             return Ok(again("something was lost"));
         }
+        if self.others_crossed(t) {
+            return Ok(again("others changed something before and after"));
+        }
         if self.crosses(host, &crossing) {
             return Ok(again("a covered call shares something with a later one"));
         }
@@ -401,6 +442,9 @@ impl Engine {
                 return Ok(again("a call that began during the reading does not end"));
             }
             self.take_losses(host)?;
+            if self.others_crossed(t) {
+                return Ok(again("others changed something before and after"));
+            }
             self.stain_reads(host);
         }
         Ok(if !self.standing && self.mapped.silent() {
@@ -463,6 +507,8 @@ impl Engine {
             self.defer(std::mem::take(event));
             return Ok(());
         }
+        // It can stand for changes on both sides.
+        self.crosses_foreign(&parsed);
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
         if until_ns > t {
             let (act, way) = interpret(&self.model, host, &parsed);

@@ -29,6 +29,9 @@ pub struct Dirty {
     /// Asynchronous writes may go on: it is read when no direct I/O is in flight, whatever was
     /// captured since.
     pub restless: bool,
+    /// Others than the selected processes may be changing it: it is waited for who holds its lock before it is
+    /// read.
+    pub foreign: bool,
 }
 
 impl Dirty {
@@ -49,6 +52,7 @@ impl Dirty {
         }
         self.rescan = self.rescan.max(other.rescan);
         self.restless |= other.restless;
+        self.foreign |= other.foreign;
     }
 }
 
@@ -140,6 +144,11 @@ impl DirtySet {
     /// What is dirty of a file is read when no direct I/O is in flight on it.
     pub fn restless(&mut self, object: ObjectId) {
         self.at(object).restless = true;
+    }
+
+    /// Others may be changing the object.
+    pub fn foreign(&mut self, object: ObjectId) {
+        self.at(object).foreign = true;
     }
 
     /// The dirty objects with asynchronous writes.

@@ -290,6 +290,28 @@ pub trait Host {
     /// [`HostError::Read`].
     fn writable_mappings(&mut self, inode: InodeId) -> Result<Option<u32>, HostError>;
 
+    /// From now on each change of the inode shows as an event, and whoever was changing it when this was called,
+    /// with its lock held, is done. `false` when the inode is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn await_others(&mut self, inode: InodeId) -> Result<bool, HostError>;
+
+    /// How many open files, of whoever, may write to the inode; 0 when it is gone, `None` when that cannot be told.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    fn open_for_writing(&mut self, inode: InodeId) -> Result<Option<u32>, HostError>;
+
+    /// The files that processes which are not selected have open for writing, each with one of them.
+    ///
+    /// # Errors
+    /// [`HostError::Probes`].
+    fn foreign_writers(&mut self) -> Result<Vec<(InodeId, u32)>, HostError>;
+
+    /// What the process is called, or was.
+    fn command_of(&mut self, tgid: u32) -> Option<String>;
+
     /// Cleans ranges of a file: writes back what was dirty when it was called, so that the next store makes it
     /// dirty anew. Gives those ranges where that came about.
     ///

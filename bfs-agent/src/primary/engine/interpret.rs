@@ -103,6 +103,11 @@ pub enum Act {
         /// Where.
         range: Range<u64>,
     },
+    /// Somebody who is not selected changed something of it.
+    Foreign {
+        /// The object.
+        object: ObjectId,
+    },
     /// A call that may have changed an entry and what it names.
     Suspect {
         /// The entry.
@@ -166,6 +171,8 @@ pub enum Thing {
     Xattrs(ObjectId),
     /// An entry.
     Entry(ObjectId, Name),
+    /// All entries of a directory.
+    List(ObjectId),
     /// An entry that a winding path went through: shared with whoever changes the entry.
     Way(ObjectId, Name),
     /// Some object that has a name outside.
@@ -215,6 +222,9 @@ pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> (Act,
         },
         Event::Path { event, path1, path2 } if event.header.kind != kind::PATH_ENTER => {
             path(model, host, event, path1, path2, &mut way)
+        }
+        Event::Foreign { event } => {
+            model.find(event.id).map_or(Act::Nothing, |object| Act::Foreign { object })
         }
         // An end that comes this far is one of something unknown.
         Event::Task { event } if matches!(event.header.kind, kind::COMPAT | kind::ENDED) => Act::Everything,
@@ -538,6 +548,9 @@ impl Act {
             Self::Dirtied { object, range } => {
                 things.extend([Thing::Data(*object, range.clone()), Thing::Meta(*object)]);
             }
+            Self::Foreign { object } => {
+                things.extend(super::foreign::touches(*object, model.kind(*object)));
+            }
             Self::Touch { object } | Self::Held { object } => {
                 things.extend([
                     Thing::Data(*object, 0..u64::MAX),
@@ -636,6 +649,8 @@ impl Thing {
             (Self::Everything, _) | (_, Self::Everything) => true,
             (Self::Data(a, r), Self::Data(b, s)) => a == b && r.start < s.end && s.start < r.end,
             (Self::Aside, Self::Aside) => true,
+            (Self::List(a), Self::List(b) | Self::Entry(b, _) | Self::Way(b, _))
+            | (Self::Entry(b, _) | Self::Way(b, _), Self::List(a)) => a == b,
             (Self::Meta(a), Self::Meta(b)) | (Self::Xattrs(a), Self::Xattrs(b)) => a == b,
             (Self::Entry(a, n), Self::Entry(b, m) | Self::Way(b, m))
             | (Self::Way(b, m), Self::Entry(a, n)) => a == b && n == m,

@@ -15,6 +15,7 @@ mod crossing;
 mod cut;
 pub mod dirty;
 pub mod filter;
+pub mod foreign;
 pub mod host;
 pub mod interpret;
 pub mod links;
@@ -25,6 +26,7 @@ pub mod ranges;
 pub mod recent;
 pub mod resolve;
 pub mod same;
+pub mod sent;
 mod settle;
 #[cfg(test)]
 mod simulation;
@@ -119,6 +121,10 @@ impl Reads {
             Thing::Xattrs(object) => late(self.xattrs.get(object)),
             Thing::Entry(directory, name) => {
                 late(self.lists.get(directory)) || late(self.entries.get(&(*directory, name.clone())))
+            }
+            Thing::List(directory) => {
+                late(self.lists.get(directory))
+                    || self.entries.iter().any(|(entry, read)| entry.0 == *directory && late(Some(read)))
             }
             Thing::Way(..) => false,
             Thing::Aside | Thing::Everything => late(Some(&self.latest)),
@@ -229,6 +235,7 @@ pub struct Engine {
     spare: OwnedEvent,
     deferred_bytes: usize,
     mapped: Mapped,
+    foreign: foreign::Foreign,
     /// The processes stand for a checkpoint.
     standing: bool,
     /// Objects that were seen with more than one name.
@@ -278,6 +285,7 @@ impl Engine {
             spare: OwnedEvent::default(),
             deferred_bytes: 0,
             mapped: Mapped::default(),
+            foreign: foreign::Foreign::default(),
             standing: false,
             multiple,
             aside_ns: 0,
@@ -470,6 +478,7 @@ impl Engine {
         let object = self.model.create(new, &mut self.out);
         self.dirty.object_came(object);
         self.mark_mapped(object, stat.inode);
+        self.mark_foreign(object, stat.inode);
         if read_ns > 0 {
             self.reads.meta(object, read_ns);
         }

@@ -19,6 +19,7 @@ use super::filter::{Filter, Verdict};
 use super::links::Links;
 use super::outbox::Outbox;
 use super::same::Same;
+use super::sent::Sent;
 use crate::tree::Xattrs;
 
 /// One object of the group.
@@ -102,6 +103,8 @@ pub struct Model {
     orphans: HashSet<ObjectId>,
     /// What the destination is known to have, while that is asked for.
     pub same: Option<Same>,
+    /// What the stream has of files that others change.
+    pub sent: Sent,
     /// Device numbers and file systems.
     pub file_systems: FileSystems,
     /// What does not belong to the group.
@@ -402,6 +405,7 @@ impl Model {
 
     /// The stream says something about these bytes.
     fn says(&mut self, object: ObjectId, range: std::ops::Range<u64>) {
+        self.sent.changed(object, &range);
         if let Some(same) = &mut self.same {
             same.changed(object, range);
         }
@@ -489,6 +493,7 @@ impl Model {
                 }
             }
             out.push(&Record::Forget { object }, b"");
+            self.sent.forget(object);
             if let Some(same) = &mut self.same {
                 same.forget(object);
             }

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bfs_common::record::{FileKind, Name, ObjectId};
+use bfs_common::wire::DIGEST_BLOCK;
 
 use super::Engine;
 use super::dirty::Dirty;
@@ -14,7 +15,7 @@ use super::filter::Verdict;
 use super::host::{Host, HostError, Segment, Stat};
 use super::model::Model;
 use super::outbox::Outbox;
-use super::same::Known;
+use super::same::{Known, Same};
 
 /// Bytes that are read before what was read is shipped.
 const PIECE: u64 = 4 << 20;
@@ -64,9 +65,10 @@ impl Piece {
         }
     }
 
-    /// Puts what differs from what the stream has into the stream.
-    fn send(self, object: ObjectId, model: &mut Model, out: &mut Outbox) {
-        let Some(same) = &model.same else { return };
+    /// Puts what differs from what the stream has into the stream. `again`: it is going to be read again.
+    fn send(self, object: ObjectId, again: bool, model: &mut Model, out: &mut Outbox) {
+        let block = model.same.as_ref().map_or(DIGEST_BLOCK, Same::block);
+        let after = |at: u64, end: u64| (at / block + 1).saturating_mul(block).min(end);
         let (start, end) = (self.start, self.start + self.bytes.len() as u64);
         let slice =
             |range: Range<u64>| &self.bytes[(range.start - start) as usize..(range.end - start) as usize];
@@ -74,8 +76,10 @@ impl Piece {
         let mut differ: Vec<Range<u64>> = Vec::new();
         let mut at = start;
         while at < end {
-            let next = (at / same.block() + 1).saturating_mul(same.block()).min(end);
-            if !same.is(object, at, slice(at..next)) {
+            let next = after(at, end);
+            let bytes = slice(at..next);
+            let same = model.same.as_ref().is_some_and(|same| same.is(object, at, bytes));
+            if !same && !model.sent.is(object, at, bytes) {
                 match differ.last_mut() {
                     Some(last) if last.end == at => last.end = next,
                     _ => differ.push(at..next),
@@ -94,6 +98,12 @@ impl Piece {
                     false => model.zero(object, part.start, part.end - part.start, out),
                 }
             }
+        }
+        let mut at = start;
+        while again && at < end {
+            let next = after(at, end);
+            model.sent.note(object, at, slice(at..next));
+            at = next;
         }
     }
 }
@@ -187,6 +197,9 @@ impl Engine {
         tracing::trace!(?object, ino = known.inode.ino, ?dirty, now = host.now(), "is settled");
         let (inode, kind) = (known.inode, known.kind);
         let directory = kind == FileKind::Directory;
+        if dirty.foreign && !host.await_others(inode)? {
+            return Ok(false);
+        }
         let mut names: Vec<(Name, bool)> = Vec::new();
         if directory {
             names.extend(dirty.entries.iter().map(|(n, d)| (n.clone(), *d)));
@@ -222,7 +235,7 @@ impl Engine {
             if dirty.whole && kind == FileKind::Regular {
                 // What is appended meanwhile becomes dirty by its own record.
                 self.model.truncate(object, stat.size, &mut self.out);
-                if !self.read_range(object, 0..u64::MAX, stat.size, host, ahead)? {
+                if !self.read_range(object, 0..u64::MAX, stat.size, dirty.foreign, host, ahead)? {
                     return Ok(false);
                 }
             }
@@ -237,7 +250,7 @@ impl Engine {
                     },
                     end => end,
                 };
-                if !self.read_range(object, range, end, host, ahead)? {
+                if !self.read_range(object, range, end, dirty.foreign, host, ahead)? {
                     return Ok(false);
                 }
             }
@@ -251,12 +264,13 @@ impl Engine {
     }
 
     /// Reads a range of a file up to `end`, which is or was the end of the file where the range
-    /// goes further.
+    /// goes further. `again`: others change it, so it will be read again.
     fn read_range(
         &mut self,
         object: ObjectId,
         range: Range<u64>,
         end: u64,
+        again: bool,
         host: &mut dyn Host,
         ahead: bool,
     ) -> Result<bool, HostError> {
@@ -269,7 +283,7 @@ impl Engine {
             // Blocks that are compared lie in one piece.
             let next = (at / PIECE + 1).saturating_mul(PIECE).min(end);
             let (model, out) = (&mut self.model, &mut self.out);
-            let compared = model.same.as_ref().is_some_and(|same| same.has(object));
+            let compared = again || model.same.as_ref().is_some_and(|same| same.has(object));
             let mut piece = Piece { start: at, ..Piece::default() };
             let there = host.read(inode, at..next, &mut |segment| match segment {
                 Segment::Data(offset, bytes) if compared => {
@@ -282,7 +296,9 @@ impl Engine {
             if there.is_none() {
                 return Ok(false);
             }
-            piece.send(object, model, out);
+            if compared {
+                piece.send(object, again, model, out);
+            }
             self.breathe(host, ahead)?;
             at = next;
         }

@@ -66,8 +66,8 @@ fn shared_writable(line: &str) -> Option<&str> {
     (permissions.contains('w') && permissions.ends_with('s')).then_some(address)
 }
 
-/// The access mode stands in the flags, in octal (proc_pid_fdinfo(5)).
-fn is_for_writing(process: &Path, fd: &std::ffi::OsStr) -> bool {
+/// Whether a descriptor of a process is open for writing. The access mode stands in the flags, in octal (proc_pid_fdinfo(5)).
+pub(in crate::primary) fn is_for_writing(process: &Path, fd: &std::ffi::OsStr) -> bool {
     let text = fs::read_to_string(process.join("fdinfo").join(fd)).unwrap_or_default();
     let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
     let flags = flags.and_then(|f| i32::from_str_radix(f.trim(), 8).ok()).unwrap_or(0);

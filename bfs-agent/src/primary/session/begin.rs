@@ -18,6 +18,7 @@ use crate::primary::capture::{CaptureError, LoadOptions, Probes};
 use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{self, Inbound};
 use crate::primary::engine::Engine;
+use crate::primary::engine::foreign::Policy;
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::model::{FileSystems, Model};
 use crate::primary::engine::outbox::Outbox;
@@ -178,9 +179,23 @@ impl Ground {
         let ring_bytes = self.options.ring_bytes.map_or(RING_BYTES, |n| n.min(1 << 30) as u32);
         let mut load = LoadOptions::new(&self.options.group, self.reader.devices());
         load.cgroup = cgroup;
+        load.roots = self.roots.iter().map(|root| root.stat.inode).collect();
+        // What others changed is to stay as it is there.
+        load.foreign = !self.options.rollback_on_failure;
         load.inline_max = inline_max;
         load.ring_bytes = ring_bytes;
-        Ok(Probes::load(&load)?)
+        let probes = Probes::load(&load)?;
+        let policy = self.options.foreign;
+        if policy != Policy::Follow && !probes.foreign().is_seen() {
+            probes.unpin()?;
+            return Err(Failure::new(
+                Kind::NoBpf,
+                "--foreign refuse and ignore need to see what others change, which this kernel does not tell \
+                 (or, with --rollback-on-failure, is not looked at)",
+                "use a kernel >= 6.13, or leave --foreign out",
+            ));
+        }
+        Ok(probes)
     }
 
     /// The session at work. `complete`: capture went on since the agent before, so only what its
@@ -223,6 +238,9 @@ impl Ground {
             answers = Some(Answers::ask(connect, &options.group, position, welcome.highest_object));
         }
         let now = monotonic_ns();
+        engine.set_foreign(options.foreign);
+        engine.expect_writers();
+        probes.foreign().set_agent()?;
         engine.begin_epoch(welcome.epoch, boot_id, complete, now);
         engine.set_roots(roots.into_iter().map(|r| (r.path, r.stat)).collect());
         if complete {

@@ -250,6 +250,7 @@ impl Host for Link {
         event.bytes.clear();
         event.bytes.extend_from_slice(bytes.get(..length).unwrap_or(bytes));
         event.ring_position = ring_position;
+        super::foreign::taken(&self.probes, &mut event.bytes)?;
         Ok(true)
     }
 
@@ -305,6 +306,26 @@ impl Host for Link {
             None if self.reader.finds_by_number(inode) => Some(0),
             None => None,
         })
+    }
+
+    fn await_others(&mut self, inode: InodeId) -> Result<bool, HostError> {
+        self.reader.await_others(inode)
+    }
+
+    fn open_for_writing(&mut self, inode: InodeId) -> Result<Option<u32>, HostError> {
+        Ok(match self.reader.descriptor(inode)? {
+            Some(file) => self.probes.foreign().writers(file.as_fd()).map_err(probes_failed)?,
+            None if self.reader.finds_by_number(inode) => Some(0),
+            None => None,
+        })
+    }
+
+    fn foreign_writers(&mut self) -> Result<Vec<(InodeId, u32)>, HostError> {
+        super::foreign::writers(self)
+    }
+
+    fn command_of(&mut self, tgid: u32) -> Option<String> {
+        super::foreign::command_of(&self.probes, tgid)
     }
 
     fn clean(&mut self, inode: InodeId, ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, HostError> {

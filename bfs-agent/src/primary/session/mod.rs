@@ -1,6 +1,7 @@
 //! One group at work: capture, engine, shipper and control tied together.
 
 mod begin;
+mod foreign;
 mod known;
 mod left;
 mod link;
@@ -25,6 +26,7 @@ use super::capture::Probes;
 use super::capture::probes::group_dir;
 use super::control::WaitFor;
 use super::engine::filter::Filter;
+use super::engine::foreign::Policy;
 use super::failure::{Failure, Kind};
 use super::process::{Held, Inherited, Signals, exit_status, hold, tree_of};
 use super::schedule::Schedule;
@@ -62,6 +64,8 @@ pub struct SessionOptions {
     pub filter: Filter,
     /// How long the last checkpoint is waited for.
     pub final_wait: Duration,
+    /// What is done with what others change.
+    pub foreign: Policy,
     /// Where records go that the backup cannot take.
     pub spool: SpoolOptions,
     /// `run`: when the command fails, everything is brought back to what it was before.

@@ -87,6 +87,7 @@ impl Work {
             ));
         }
         self.options.roots.push(path);
+        self.tell_roots()?;
         self.write_roots()
     }
 
@@ -120,7 +121,18 @@ impl Work {
             return Err(refused);
         }
         self.engine.remove_root(&removed);
-        Ok(())
+        self.tell_roots()
+    }
+
+    /// What others change counts below these.
+    fn tell_roots(&mut self) -> Result<(), Refused> {
+        let model = self.engine.model();
+        let roots: Vec<_> = model.roots().iter().filter_map(|r| Some(model.get(r.1)?.inode)).collect();
+        self.link
+            .probes
+            .foreign()
+            .set_roots(&roots)
+            .map_err(|e| (e.to_string(), "try again, or end this agent and start anew"))
     }
 
     /// A successor needs to know them.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SessionOptions;
 use crate::primary::engine::filter::Filter;
+use crate::primary::engine::foreign::Policy;
 use crate::primary::spool::SpoolOptions;
 
 /// Where the state files lie: gone with the boot, like the probes that they describe.
@@ -42,6 +43,8 @@ pub struct State {
     exclude: Vec<String>,
     final_wait_ms: u64,
     #[serde(default)]
+    foreign: Policy,
+    #[serde(default)]
     spool: SpoolOptions,
     inline_max: Option<u64>,
     ring_bytes: Option<u64>,
@@ -69,6 +72,7 @@ impl State {
             include: options.filter.texts().0.to_vec(),
             exclude: options.filter.texts().1.to_vec(),
             final_wait_ms: options.final_wait.as_millis() as u64,
+            foreign: options.foreign,
             spool: options.spool.clone(),
             inline_max: options.inline_max,
             ring_bytes: options.ring_bytes,
@@ -93,6 +97,7 @@ impl State {
             socket: self.socket.clone(),
             filter: Filter::new(&self.include, &self.exclude)?,
             final_wait: Duration::from_millis(self.final_wait_ms),
+            foreign: self.foreign,
             spool: self.spool.clone(),
             // Who goes on is not the command's parent: it does not learn how the command ends.
             rollback_on_failure: false,

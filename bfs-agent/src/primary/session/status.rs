@@ -72,6 +72,7 @@ impl Work {
             stops: stop_times(&self.link.stops_us),
             ring_bytes: self.link.probes.ring().capacity(),
             ring_used_bytes: self.link.probes.ring().used_bytes(),
+            foreign: super::foreign::status(&self.engine, &self.link.probes),
             counters: Counters {
                 records: counters.get(counter::RECORDS) + went_on,
                 inline: counters.get(counter::INLINE),

@@ -303,7 +303,9 @@ impl Work {
                         self.tally.given_up += 1;
                         self.host_failed(host);
                     }
-                    CheckpointError::Unsettled { .. } => self.tally.given_up += 1,
+                    CheckpointError::Unsettled { .. }
+                    | CheckpointError::Foreign { .. }
+                    | CheckpointError::Crossed { .. } => self.tally.given_up += 1,
                 }
                 Err(e)
             }

@@ -549,6 +549,22 @@ impl Host for World {
         Ok(Some(self.memory.maps.get(&inode.ino).copied().unwrap_or(0)))
     }
 
+    fn await_others(&mut self, _inode: InodeId) -> Result<bool, HostError> {
+        Ok(true)
+    }
+
+    fn open_for_writing(&mut self, _inode: InodeId) -> Result<Option<u32>, HostError> {
+        Ok(Some(0))
+    }
+
+    fn foreign_writers(&mut self) -> Result<Vec<(InodeId, u32)>, HostError> {
+        Ok(Vec::new())
+    }
+
+    fn command_of(&mut self, _tgid: u32) -> Option<String> {
+        None
+    }
+
     fn clean(&mut self, inode: InodeId, ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, HostError> {
         Ok(self.clean_pages(inode.ino, ranges))
     }
