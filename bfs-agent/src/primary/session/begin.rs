@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use bfs_common::abi::counter;
 use bfs_common::record::CheckpointId;
 use bfs_common::wire::DIGEST_BLOCK;
 
@@ -222,8 +223,12 @@ impl Ground {
             Model::from_catalog(welcome.highest_object, file_systems, &welcome.roots, catalog)
         };
         model.filter = options.filter.clone();
+        // The suspects that probes named are taken out of their map when they are read, which may be before their
+        // gap is durable: whoever comes next does not know which there were.
+        let named = complete && probes.counters()?.get(counter::RESERVE_FAILED) > 0;
         // No probe saw what was brought back.
         let complete = complete
+            && !named
             && self.rolled_back.is_none()
             && !self.spool_lost
             && welcome.boot_id == boot_id
