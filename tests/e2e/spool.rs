@@ -177,9 +177,13 @@ fn an_agent_that_is_killed_while_it_spools_leaves_it_to_its_successor() {
         world.resume().unwrap();
         world.wait_applied(sealed).unwrap();
         exercise::cut(&world, program, index).unwrap();
-        let again = world.status_number(&["stream_bytes"]).unwrap();
+        let status = world.status().unwrap();
+        let again = status["counters"]["stream_bytes"].as_u64().unwrap();
         let own = BesideMuch::own_bytes(&world.place).unwrap();
-        assert!(again < BesideMuch::BYTES / 8 + 2 * own, "the successor sent {again} bytes, of {own} in use");
+        assert!(
+            again < BesideMuch::BYTES / 8 + 2 * own,
+            "{again} bytes were sent, of {own} in use: {status}"
+        );
     }
     exercise::stopped(&world, 0).unwrap();
     world.finish().unwrap();
