@@ -47,7 +47,9 @@ fn each_mistake_has_its_status_and_a_hint() {
     assert_eq!(agent(&["run", "--path", "/x"], &[]).0, 64);
     assert_eq!(agent(&["--help"], &[]).0, 0);
     let attach = ["attach", "--path", text(&data), "--backup", &store];
-    for more in [&[][..], &["--everyone"], &["--cgroup", "/x"]] {
+    for more in
+        [&[][..], &["--everyone", "--foreign", "refuse"], &["--everyone", "--pid", "1"], &["--cgroup", "/x"]]
+    {
         assert_eq!(agent(&[&attach[..], more].concat(), &[]).0, 64);
     }
 }

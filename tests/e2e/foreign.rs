@@ -238,11 +238,8 @@ fn steps(tree: &Path) -> (usize, usize, usize) {
     (lines("one"), lines("two"), marks[0].strip_prefix("mark.").unwrap().parse().unwrap())
 }
 
-/// The cut holds for strangers too, over files and directories.
-#[test]
-fn strangers_at_work_are_cut_like_the_program() {
-    let mut world = World::new("foreign-cut", Transport::Unix).unwrap();
-    start(&mut world, IDLE);
+/// The cut holds for those whose calls nobody follows, over files and directories.
+fn strangers_are_cut(world: &World) {
     let mut strangers = world.spawn_shell(STEPS).unwrap();
     let at_work = world.place.aux.join("at-work");
     until("the stranger at work", SOON, || at_work.exists().then_some(())).unwrap();
@@ -266,8 +263,49 @@ fn strangers_at_work_are_cut_like_the_program() {
     assert_eq!(status["checkpoints_stopped"], 0, "a stop is of no use: {status}");
     fs::write(world.place.stop(), "").unwrap();
     assert!(strangers.wait().unwrap().success());
+}
+
+#[test]
+fn strangers_at_work_are_cut_like_the_program() {
+    let mut world = World::new("foreign-cut", Transport::Unix).unwrap();
+    start(&mut world, IDLE);
+    strangers_are_cut(&world);
     assert!(world.finish().unwrap().success());
     exercise::equal(&world).unwrap();
+}
+
+/// Nobody is selected: what anybody changes is followed, until the agent is told to stop.
+#[test]
+fn everyone_is_followed_without_a_stop() {
+    let mut world = World::new("everyone", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    fs::write(world.place.data.join("before"), "it was there").unwrap();
+    world.attach_to(&["--everyone"]).unwrap();
+    let outside = world.beside().unwrap();
+    world.checkpoint().unwrap();
+    exercise::equal(&world).unwrap();
+    for (name, act) in acts() {
+        act(&world.place.data, &outside);
+        world.checkpoint().unwrap();
+        exercise::equal(&world).unwrap_or_else(|e| panic!("{name}: {e:#}"));
+    }
+    for entry in fs::read_dir(&world.place.data).unwrap().map(Result::unwrap) {
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) }.unwrap();
+    }
+    strangers_are_cut(&world);
+    world.checkpoint().unwrap();
+    exercise::equal(&world).unwrap();
+    let refused = world.checkpoint_stopped(&["true".to_owned()]).unwrap_err();
+    assert!(format!("{refused:#}").contains("--everyone"), "{refused:#}");
+    // The probes go on without an agent.
+    world.kill_agent().unwrap();
+    fs::write(world.place.data.join("one"), "while no agent ran").unwrap();
+    world.resume().unwrap();
+    world.checkpoint().unwrap();
+    exercise::equal(&world).unwrap();
+    let stopped = world.agent_command(&["stop"], SOON).unwrap();
+    assert!(stopped.status.success(), "{stopped:?}");
 }
 
 /// Who writes without a pause keeps checkpoints from settling, and is named; no one is stopped for it, and not more

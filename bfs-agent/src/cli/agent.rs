@@ -106,7 +106,8 @@ enum Command {
     ///   bfs-agent attach --path /srv/data --backup unix:/run/bfs/backup.sock \
     ///     --cgroup /sys/fs/cgroup/system.slice/postgresql.service
     ///
-    /// Ends when they have ended (with --cgroup: when it is removed), or with `bfs-agent stop`.
+    /// Ends when they have ended (with --cgroup: when it is removed), or with `bfs-agent stop` (with --everyone: only
+    /// so).
     #[command(verbatim_doc_comment)]
     Attach {
         #[command(flatten)]
@@ -121,8 +122,9 @@ enum Command {
         /// Where an agent of this group died, go on as `resume` does, with its options: for service managers
         #[arg(long)]
         resume: bool,
-        /// Not in this version
-        #[arg(long, hide = true)]
+        /// Any process: what anybody changes below --path. Each changed file is read whole, and nobody can be
+        /// stopped, so who writes without a pause keeps checkpoints from being taken (Linux 6.13)
+        #[arg(long, conflicts_with_all = ["pid", "cgroup"])]
         everyone: bool,
     },
     /// Go on for an agent that died, with the options that it was started with
@@ -462,17 +464,14 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             resume(&options.group.group, inherited)
         }
         Command::Attach { options, pid, cgroup, everyone, resume: _ } => {
-            let instead = "name processes with --pid, or a cgroup with --cgroup";
-            if everyone {
-                return Err(later("attach --everyone", instead));
-            }
             let whom = match cgroup {
                 Some(directory) => Whom::Cgroup(directory),
+                None if everyone => Whom::Everyone,
                 None if pid.is_empty() => {
                     return Err(Failure::new(
                         Kind::Usage,
                         "attach needs somebody to follow",
-                        "add --pid PID or --cgroup DIR",
+                        "add --pid PID, --cgroup DIR or --everyone",
                     ));
                 }
                 None => Whom::Processes(pid),

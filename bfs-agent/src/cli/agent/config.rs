@@ -38,7 +38,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 19] = [
+const KEYS: [Key; 20] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::Text),
     key("secret_file", "--secret-file", Form::Text),
@@ -54,6 +54,7 @@ const KEYS: [Key; 19] = [
     key("spool_time", "--spool-time", Form::Text),
     key("pid", "--pid", Form::Numbers),
     key("cgroup", "--cgroup", Form::Text),
+    key("everyone", "--everyone", Form::Flag),
     key("resume", "--resume", Form::Flag),
     key("rollback_on_failure", "--rollback-on-failure", Form::Flag),
     key("kill_descendants", "--kill-descendants", Form::Flag),
@@ -63,7 +64,9 @@ const KEYS: [Key; 19] = [
 /// Keys that belong to `run`.
 const OF_RUN: [&str; 3] = ["rollback_on_failure", "kill_descendants", "include_foreign"];
 /// Keys that belong to `attach`.
-const OF_ATTACH: [&str; 3] = ["pid", "cgroup", "resume"];
+const OF_ATTACH: [&str; 4] = ["pid", "cgroup", "everyone", "resume"];
+/// One of them says whom to attach to.
+const WHOM: [&str; 3] = ["pid", "cgroup", "everyone"];
 /// Words of `--checkpoint`.
 const WHEN: [&str; 3] = ["every", "bytes", "ops"];
 
@@ -190,7 +193,7 @@ fn arguments(name: &str, table: &Table, at: &str) -> Result<Vec<OsString>, Confi
         let Some(known) = KEYS.iter().find(|known| known.name == key) else {
             return Err(unknown(at, key, &known));
         };
-        let other = if run.is_some() { &OF_ATTACH } else { &OF_RUN };
+        let other = if run.is_some() { &OF_ATTACH[..] } else { &OF_RUN[..] };
         if other.contains(&known.name) {
             let with = if run.is_some() { "does not go together with" } else { "needs" };
             return Err(wrong(format!("{key} {with} run")));
@@ -206,9 +209,10 @@ fn arguments(name: &str, table: &Table, at: &str) -> Result<Vec<OsString>, Confi
             return Err(wrong(format!("{needed} is missing")));
         }
     }
-    if run.is_none() && !table.contains_key("pid") && !table.contains_key("cgroup") {
+    if run.is_none() && !WHOM.iter().any(|key| table.contains_key(*key)) {
         return Err(wrong(
-            "say whom to follow: run = [\"CMD\", \"ARG\"], cgroup = \"DIR\" or pid = NUMBER".into(),
+            "say whom to follow: run = [\"CMD\", \"ARG\"], cgroup = \"DIR\", pid = NUMBER or everyone = true"
+                .into(),
         ));
     }
     if let Some(run) = run {

@@ -373,7 +373,7 @@ impl Host for Link {
 
     fn stop(&mut self) -> Result<(), HostError> {
         let Some(stopper) = &mut self.stopper else {
-            return Err(HostError::Stop("there is no way to stop them".into()));
+            return Err(HostError::Stop("there is nobody who could be stopped (--everyone)".into()));
         };
         let stopped = stopper.stop(self.limits).map_err(|e| HostError::Stop(e.to_string()))?;
         self.reached = stopped.reached_in;

@@ -31,7 +31,6 @@ use super::failure::{Failure, Kind};
 use super::process::{Held, Inherited, Signals, exit_status, hold, tree_of};
 use super::schedule::Schedule;
 use super::spool::SpoolOptions;
-use super::stop::Stopper;
 use super::stop::freezer::Freezer;
 use super::stop::guard::Guard;
 use super::stop::ptrace::Ptrace;
@@ -201,6 +200,8 @@ pub enum Whom {
     Processes(Vec<u32>),
     /// Who is in this cgroup (v2), or one below it, and who comes into it.
     Cgroup(PathBuf),
+    /// Any process: nobody's calls are followed, but what they change.
+    Everyone,
 }
 
 /// Replicates what running processes do, until they end or `stop`.
@@ -217,6 +218,14 @@ pub fn attach(options: SessionOptions, whom: &Whom, inherited: &Inherited) -> Re
             None
         }
         Whom::Cgroup(directory) => Some(select::check_cgroup(directory)?),
+        Whom::Everyone if options.foreign != Policy::Follow => {
+            return Err(Failure::new(
+                Kind::Usage,
+                "--everyone leaves nobody to refuse or to ignore",
+                "leave --foreign out",
+            ));
+        }
+        Whom::Everyone => None,
     };
     let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
     let ground = Ground::open(options, false)?;
@@ -229,13 +238,13 @@ pub fn attach(options: SessionOptions, whom: &Whom, inherited: &Inherited) -> Re
         }
     };
     let state = State::new(&ground.options, &program, selection);
-    let mut work = ground.build(probes, Some(stopper), &state, false)?;
+    let mut work = ground.build(probes, stopper, &state, false)?;
     if let Err(e) = work.find_mapped() {
         work.close();
         return Err(e.into());
     }
     work.expect_asynchronous();
-    follow_processes(work, &group, inherited, cgroup.map(|c| c.directory))
+    follow_processes(work, &group, inherited, &state.selection)
 }
 
 /// Whether an agent of this group died and left something to go on with.
@@ -266,20 +275,21 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
     let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
     let ground = Ground::open(state.options(group).map_err(nothing)?, true)?;
     let probes = Probes::adopt(&pin_dir)?;
-    let stopper: Box<dyn Stopper> = match &state.selection {
-        Selection::Cgroup(directory) if directory.exists() => Box::new(Freezer::adopt(directory, guard)?),
-        Selection::Attached(directory) if directory.exists() => Box::new(Freezer::attach(directory, guard)?),
-        _ => Box::new(Ptrace::new(select::members(&probes)?)),
+    let stopper: select::Stops = match &state.selection {
+        Selection::Cgroup(directory) if directory.exists() => {
+            Some(Box::new(Freezer::adopt(directory, guard)?))
+        }
+        Selection::Attached(directory) if directory.exists() => {
+            Some(Box::new(Freezer::attach(directory, guard)?))
+        }
+        Selection::Everyone => None,
+        _ => Some(Box::new(Ptrace::new(select::members(&probes)?))),
     };
     let complete = !state.incomplete;
-    let mut work = ground.build(probes, Some(stopper), &state, complete)?;
+    let mut work = ground.build(probes, stopper, &state, complete)?;
     work.find_mapped()?;
     work.expect_asynchronous();
-    let attached = match &state.selection {
-        Selection::Attached(directory) => Some(directory.clone()),
-        _ => None,
-    };
-    let status = follow_processes(work, group, &inherited, attached)?;
+    let status = follow_processes(work, group, &inherited, &state.selection)?;
     if let Selection::Cgroup(directory) = &state.selection {
         remove_cgroup(directory);
     }
@@ -287,12 +297,12 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
 }
 
 /// Follows until no selected process is left, or a signal or command ends it. A cgroup can be empty
-/// and fill again: there it ends when the cgroup is removed.
+/// and fill again: there it ends when the cgroup is removed. With everyone nothing else ends it.
 fn follow_processes(
     mut work: work::Work,
     group: &str,
     inherited: &Inherited,
-    cgroup: Option<PathBuf>,
+    selection: &Selection,
 ) -> Result<u8, Failure> {
     let asked = Arc::new(AtomicBool::new(false));
     let signalled = Arc::clone(&asked);
@@ -307,9 +317,12 @@ fn follow_processes(
     work.link.service.ready(&format!("group {group} is followed"));
     work.follow(|| {
         asked.load(Ordering::Relaxed)
-            || match &cgroup {
-                Some(directory) => !directory.exists(),
-                None => probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty()),
+            || match selection {
+                Selection::Attached(directory) => !directory.exists(),
+                Selection::Everyone => false,
+                Selection::Cgroup(_) | Selection::Processes(_) => {
+                    probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty())
+                }
             }
     });
     work.link.service.stopping();

@@ -58,6 +58,9 @@ pub(super) fn check_cgroup(directory: &Path) -> Result<Cgroup, Failure> {
     Ok(Cgroup { directory, id })
 }
 
+/// A way to stop the selected processes, if there is one.
+pub(super) type Stops = Option<Box<dyn Stopper>>;
+
 /// Selects, and lets go what was in flight. Gives how to stop them, and who they are, in words and
 /// for the state file.
 pub(super) fn select(
@@ -65,12 +68,22 @@ pub(super) fn select(
     whom: &Whom,
     cgroup: Option<&Cgroup>,
     guard: Guard,
-) -> Result<(Box<dyn Stopper>, String, Selection), Failure> {
+) -> Result<(Stops, String, Selection), Failure> {
     let (mut stopper, program, selection): (Box<dyn Stopper>, _, _) = match (whom, cgroup) {
         (_, Some(Cgroup { directory, .. })) => {
             select_cgroup(probes, directory)?;
             let program = format!("cgroup {}", directory.display());
             (Box::new(Freezer::attach(directory, guard)?), program, Selection::Attached(directory.clone()))
+        }
+        (Whom::Everyone, None) => {
+            if !probes.foreign().is_seen() {
+                return Err(Failure::new(
+                    Kind::NoBpf,
+                    "--everyone needs to see what any process changes, which this kernel does not tell",
+                    "use a kernel >= 6.13, or name processes with --pid, or a cgroup with --cgroup",
+                ));
+            }
+            return Ok((None, "everyone".to_owned(), Selection::Everyone));
         }
         (Whom::Cgroup(_), None) => return Err(Failure::new(Kind::Other, "the cgroup was not looked up", "")),
         (Whom::Processes(pids), None) => {
@@ -85,7 +98,7 @@ pub(super) fn select(
     };
     stopper.stop(link::STOP_LIMITS)?;
     stopper.go()?;
-    Ok((stopper, program, selection))
+    Ok((Some(stopper), program, selection))
 }
 
 /// The processes, all their threads and descendants.

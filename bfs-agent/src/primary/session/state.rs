@@ -26,6 +26,8 @@ pub enum Selection {
     Attached(PathBuf),
     /// `attach --pid`: they are stopped one by one.
     Processes(Vec<u32>),
+    /// `attach --everyone`: whoever changes something; nobody is stopped.
+    Everyone,
 }
 
 /// The state file.
