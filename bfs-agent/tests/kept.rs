@@ -15,7 +15,7 @@ mod client;
 use client::*;
 
 fn keeping(store: &Path, keep: u32) -> ReplayerHandle {
-    let retention = Retention { keep, floor: 1 };
+    let retention = Retention::last(keep, 1);
     Replayer::start(ServeOptions { store: store.into(), retention, ..ServeOptions::default() }).unwrap()
 }
 
@@ -87,7 +87,7 @@ async fn only_the_last_the_tagged_and_the_held_are_kept() {
     let mut agent = Agent::new(replayer.connect_local()).await;
     agent.checkpoint().await;
     assert_eq!(kept(&replayer).await, [4, 8, 9]);
-    assert_eq!((files(&store, "kept"), files(&store, "images")), (1, 5));
+    assert_eq!((files(&store, "kept"), files(&store, "images")), (1, 2));
     let mut reader = replayer.connect_local();
     assert_eq!(content(&mut reader, 4).await.unwrap(), b"44");
     assert!(
@@ -220,7 +220,7 @@ async fn digests_are_of_the_position_that_is_asked_for() {
     let all = vec![(2, of(&[7; 5000])), (3, of(b"three"))];
     assert_eq!(digests(&replayer, applied).await, all);
     agent.write(3, 1, b"H");
-    agent.flush().await;
+    agent.acked().await;
     assert_eq!(digests(&replayer, applied).await, all, "what comes behind the position does not count");
     assert_eq!(digests(&replayer, applied + 1).await, all[..1]);
     assert_eq!(digests(&replayer, applied - 1).await, []);

@@ -484,7 +484,7 @@ impl Drop for Small {
 
 /// A store on a small disk, with generations that hold before-images of 2 MiB each; and what is free there.
 async fn on_a_small_disk(small: &Small) -> (ReplayerHandle, Agent) {
-    let retention = bfs_agent::backup::retention::Retention { keep: 64, floor: 2 };
+    let retention = bfs_agent::backup::retention::Retention::last(64, 2);
     let store = small.mount.join("store");
     let replayer = Replayer::start(ServeOptions { store, retention, ..ServeOptions::default() }).unwrap();
     let mut agent = Agent::new(replayer.connect_local()).await;

@@ -13,7 +13,7 @@
 //! The store must have no owner: the lock is taken. A step that was begun and is not complete leaves the
 //! tree between two checkpoints; then it is not looked at, and the report says so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CStr;
 use std::fmt;
 use std::fs::File;
@@ -256,13 +256,31 @@ impl Group<'_> {
     /// A checkpoint needs the images of all steps from it on.
     fn check_images(&mut self) -> Result<(), BackupError> {
         let dir = self.area.images().to_path_buf();
-        let Some(mut at) = self.generations.first().copied() else { return Ok(()) };
-        while at < self.row.checkpoint {
-            let needs: Vec<_> = self.generations.iter().copied().filter(|g| *g <= at).collect();
-            let (mut blocks, mut bad) = (Blocks::new(&dir), Vec::new());
+        let mut seen = BTreeSet::new();
+        // Steps of images that were merged, while the transaction that drops what they pass by was not done.
+        let mut passing = Vec::new();
+        for first in self.generations.clone() {
+            self.check_chain(&dir, first, &mut seen, &mut passing)?;
+        }
+        Ok(())
+    }
+
+    /// As far as it leads to images that were seen already.
+    fn check_chain(
+        &mut self,
+        dir: &Path,
+        mut at: CheckpointId,
+        seen: &mut BTreeSet<CheckpointId>,
+        passing: &mut Vec<(CheckpointId, CheckpointId)>,
+    ) -> Result<(), BackupError> {
+        while at < self.row.checkpoint && seen.insert(at) {
+            let passed = |g| passing.iter().any(|(from, to)| g <= *from && *from < at && at < *to);
+            let needs: Vec<_> =
+                self.generations.iter().copied().filter(|g| *g <= at && !passed(*g)).collect();
+            let (mut blocks, mut bad) = (Blocks::new(dir), Vec::new());
             let (mut lines, mut bytes, mut buffer) = (0, 0, Vec::new());
             let (read_data, kept) = (self.read_data, &mut self.kept);
-            let read = images::read(&dir, self.row.id, at, |line, block| {
+            let read = images::read(dir, self.row.id, at, |line, block| {
                 lines += 1;
                 if let images::Line::Object(object, Some(node)) = &line
                     && let Some(kept) = kept.get_mut(object).filter(|kept| kept.last == at)
@@ -290,16 +308,21 @@ impl Group<'_> {
                 self.problem(of, why, needs.clone());
             }
             match read {
-                Ok(to) if to > at => at = to,
+                Ok(to) if to > at => {
+                    if self.generations.iter().any(|g| at < *g && *g < to) {
+                        passing.push((at, to));
+                    }
+                    at = to;
+                }
                 Ok(_) => {
-                    self.problem(images::path(&dir, at).display(), "its step ends where it begins", needs);
+                    self.problem(images::path(dir, at).display(), "its step ends where it begins", needs);
                     return Ok(());
                 }
                 Err(error) => {
                     self.damage(error, needs)?;
                     // Where its step ends is not known: the next one that there is.
                     let next = self.generations.iter().copied().find(|g| *g > at);
-                    let Some(next) = next.filter(|next| images::path(&dir, *next).exists()) else {
+                    let Some(next) = next.filter(|next| images::path(dir, *next).exists()) else {
                         return Ok(());
                     };
                     at = next;
@@ -330,8 +353,9 @@ impl Group<'_> {
             Ok(true)
         })?;
         self.record(&mut new)?;
+        let lacking = self.lacking()?;
         for (object, kept) in std::mem::take(&mut self.kept) {
-            let why = self.check_kept(&view, object, &kept)?;
+            let why = self.check_kept(&view, object, &kept, lacking.contains(&object))?;
             if !why.why.is_empty() {
                 found.insert(object, why);
             }
@@ -357,7 +381,37 @@ impl Group<'_> {
     }
 
     /// What is wrong with the file of an object that is gone.
-    fn check_kept(&mut self, view: &View, object: ObjectId, kept: &Kept) -> Result<Wrong, BackupError> {
+    /// Kept files that are shorter than at the last checkpoint that needs them, and no image has what they lack.
+    fn lacking(&self) -> Result<BTreeSet<ObjectId>, BackupError> {
+        let mut short: BTreeMap<CheckpointId, Vec<(ObjectId, u64, u64)>> = BTreeMap::new();
+        for (object, kept) in &self.kept {
+            // What cannot be opened is said later.
+            let now = self.area.open_kept(*object).ok().flatten().and_then(|f| tree::stat_fd(f.as_fd()).ok());
+            if let Some((now, size)) = now.zip(kept.size).filter(|(now, size)| now.size < *size) {
+                short.entry(kept.last).or_default().push((*object, now.size, size));
+            }
+        }
+        let mut lacking = BTreeSet::new();
+        for (last, objects) in short {
+            let source = Source::at_rest(&self.area, self.index, &self.name, &self.row);
+            // With damaged images nobody can tell: then it is named there.
+            let Ok(past) = Past::open(source, last) else { continue };
+            for (object, now, size) in objects {
+                if past.stands_on(object, now, size)? {
+                    lacking.insert(object);
+                }
+            }
+        }
+        Ok(lacking)
+    }
+
+    fn check_kept(
+        &mut self,
+        view: &View,
+        object: ObjectId,
+        kept: &Kept,
+        lacking: bool,
+    ) -> Result<Wrong, BackupError> {
         let file = match self.area.open_kept(object) {
             Ok(Some(file)) => file,
             Ok(None) => return Ok(Wrong::whole(vec!["is gone, and its file was not kept".into()])),
@@ -368,18 +422,23 @@ impl Group<'_> {
         };
         // Where its images are damaged, that is named.
         let Some(size) = kept.size else { return Ok(Wrong::default()) };
-        match tree::stat_fd(file.as_fd()) {
-            Ok(now) if now.size == size => {}
-            Ok(now) => {
-                let why = format!("its kept file has {} bytes instead of {size}", now.size);
-                return Ok(Wrong::whole(vec![why]));
-            }
+        let now = match tree::stat_fd(file.as_fd()) {
+            Ok(now) => now.size,
             Err(error) => return Ok(Wrong::whole(vec![format!("cannot be read: {error}")])),
+        };
+        // Where checkpoints behind the last that needs it were dropped, it has the size of a later one. Then images
+        // have what it lacks, and its checksums are those of all of it.
+        if lacking || (now != size && sums::extent(&view.sums(object))? > sums::blocks(now)) {
+            return Ok(Wrong::whole(vec![format!("its kept file has {now} bytes instead of {size}")]));
         }
-        if !self.read_data {
+        if now == size && !self.read_data {
             return Ok(Wrong::default());
         }
-        Ok(self.compare(view, object, &file, size)?.0)
+        let mut wrong = self.compare(view, object, &file, now)?.0;
+        if now != size && !wrong.why.is_empty() {
+            wrong.why.insert(0, format!("its kept file has {now} bytes instead of {size}"));
+        }
+        Ok(wrong)
     }
 
     /// What is wrong with the file of an object.

@@ -89,6 +89,9 @@ pub enum BackupError {
         "a checkpoint of group {0:?} is half applied: try again when `bfs-replayer status` shows no trouble"
     )]
     Applying(String),
+    /// What a reader knew of before-images stands in another file now: it begins again.
+    #[error("the before-images from checkpoint {0} on were merged meanwhile")]
+    Merged(CheckpointId),
     /// An address to listen on cannot be used.
     #[error(transparent)]
     Address(#[from] AddressError),
@@ -117,6 +120,15 @@ impl BackupError {
     ) -> impl FnOnce(E) -> Self {
         let path = path.as_ref().to_path_buf();
         move |error| Self::Io { what, path, error: error.into() }
+    }
+
+    /// Whether it may be that a file of images was merged into another one meanwhile: whoever reads looks again.
+    pub(crate) fn is_merged(&self) -> bool {
+        match self {
+            Self::Merged(_) => true,
+            Self::Io { error, .. } => error.kind() == io::ErrorKind::NotFound,
+            _ => false,
+        }
     }
 
     pub(crate) fn corrupt(path: impl AsRef<Path>, why: impl ToString) -> Self {

@@ -96,7 +96,7 @@ impl Past<'_> {
             while at < node.size
                 && let Some((start, end, piece)) = self.next_piece(object, at, node.size)
             {
-                let bytes = self.piece((start, end, piece), &mut buffer)?;
+                let Some(bytes) = self.piece((start, end, piece), &mut buffer)? else { continue };
                 at = end;
                 let follows = waiting.0 + waiting.1.len() as u64 == start;
                 let zeros = matches!(piece, Piece::Zero);

@@ -5,10 +5,11 @@
 //! them. The applier holds the lock of the tree for a whole step; whoever reads the tree or the
 //! index together with the log (manifest, catalogue) takes that lock too.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 mod applying;
 #[cfg(test)]
@@ -37,7 +38,7 @@ const QUEUE: usize = 8;
 const GROUP_COMMIT_BYTES: usize = 32 << 20;
 
 /// What a group may take and keep.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Limits {
     /// Bytes of its log that may wait to be applied.
     pub pending_max: u64,
@@ -134,6 +135,15 @@ enum ToLog {
     Drain(oneshot::Sender<Result<(), String>>),
 }
 
+/// Generations that are being read, and those that go.
+#[derive(Debug, Default)]
+struct Held {
+    /// By how many.
+    readers: BTreeMap<CheckpointId, u32>,
+    /// Nobody begins to read these.
+    going: BTreeSet<CheckpointId>,
+}
+
 /// One group of a store.
 #[derive(Debug)]
 pub struct Group {
@@ -157,8 +167,10 @@ pub struct Group {
     limits: Limits,
     room: Arc<Room>,
     disks: Disks,
-    /// Generations that are being read, and by how many.
-    held: Mutex<BTreeMap<CheckpointId, u32>>,
+    /// Which generations must stay.
+    held: Mutex<Held>,
+    /// When it was last looked which ones go.
+    retired: Mutex<Option<Instant>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -291,7 +303,8 @@ impl Group {
             limits,
             room,
             disks,
-            held: Mutex::new(BTreeMap::new()),
+            held: Mutex::default(),
+            retired: Mutex::new(None),
             threads: Mutex::new(Vec::new()),
         });
         group.note_need(&group.state());
@@ -457,20 +470,20 @@ impl Group {
     pub fn hold(&self, checkpoint: CheckpointId) -> Result<(), BackupError> {
         let mut held = locked(&self.held);
         let all = self.index.generations(self.number)?;
-        if !all.iter().any(|(number, _)| *number == checkpoint) {
+        if held.going.contains(&checkpoint) || !all.iter().any(|(number, _)| *number == checkpoint) {
             return Err(past::no_generation(&self.name, checkpoint, &all));
         }
-        *held.entry(checkpoint).or_default() += 1;
+        *held.readers.entry(checkpoint).or_default() += 1;
         Ok(())
     }
 
     /// Nobody reads it any more, of those who called [`Self::hold`] once.
     pub fn release(&self, checkpoint: CheckpointId) {
         let mut held = locked(&self.held);
-        if let Some(count) = held.get_mut(&checkpoint) {
+        if let Some(count) = held.readers.get_mut(&checkpoint) {
             *count -= 1;
             if *count == 0 {
-                held.remove(&checkpoint);
+                held.readers.remove(&checkpoint);
             }
         }
     }

@@ -13,7 +13,7 @@ use bfs_common::record::{CheckpointId, FileKind, Name, ObjectId, PathBytes};
 use super::error::BackupError;
 use super::images::{self, Line};
 use super::index::{Base, GenerationRow, Node, Place, View};
-use super::past::{Past, Source};
+use super::past::{MERGES_MAX, Past, Source};
 use super::pieces::joined;
 
 /// Levels of directories, a bound for the way up.
@@ -30,39 +30,34 @@ fn touched(
     from: CheckpointId,
     to: CheckpointId,
 ) -> Result<BTreeMap<ObjectId, Ranges>, BackupError> {
-    let mut found: BTreeMap<ObjectId, Ranges> = BTreeMap::new();
-    let mut at = from;
-    while at < to {
-        at = images::read(source.area.images(), source.id, at, |line, block| {
-            match line {
-                Line::Object(object, _) => {
-                    found.entry(object).or_default();
+    begin_again(|| {
+        let mut found: BTreeMap<ObjectId, Ranges> = BTreeMap::new();
+        let mut at = from;
+        while at < to {
+            at = images::read(source.area.images(), source.id, at, |line, block| {
+                match line {
+                    Line::Object(object, _) => {
+                        found.entry(object).or_default();
+                    }
+                    Line::Bytes(object, start) => {
+                        found.entry(object).or_default().push((start, start + u64::from(block.len)));
+                    }
+                    Line::Zero(object, start, end) => found.entry(object).or_default().push((start, end)),
+                    Line::Entry(..) | Line::End(_) => {}
                 }
-                Line::Bytes(object, start) => {
-                    found.entry(object).or_default().push((start, start + u64::from(block.len)));
-                }
-                Line::Zero(object, start, end) => found.entry(object).or_default().push((start, end)),
-                Line::Entry(..) | Line::End(_) => {}
-            }
-            Ok(())
-        })?;
-    }
-    Ok(found)
+                Ok(())
+            })?;
+        }
+        Ok(found)
+    })
 }
 
-/// How often is begun again because generations were dropped meanwhile.
-const DROPS_MAX: u32 = 16;
-
-/// Does what reads images of generations that nobody holds, until none of them was dropped meanwhile.
+/// Does what reads images, until none of them was merged or dropped meanwhile.
 fn begin_again<T>(mut read: impl FnMut() -> Result<T, BackupError>) -> Result<T, BackupError> {
     let mut tries = 0;
     loop {
         match read() {
-            Err(BackupError::Io { error, .. })
-                if error.kind() == std::io::ErrorKind::NotFound && tries < DROPS_MAX =>
-            {
-                tries += 1;
-            }
+            Err(error) if error.is_merged() && tries < MERGES_MAX => tries += 1,
             other => return other,
         }
     }
@@ -258,14 +253,16 @@ struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    /// Goes back over the step that begins at a generation; says what it touched, and whether bytes of it.
+    /// Goes back over the step that begins at a generation and ends at another, where that is known; says what it
+    /// touched, and whether bytes of it.
     fn back(
         &mut self,
         source: &Source<'_>,
         from: CheckpointId,
+        to: Option<CheckpointId>,
     ) -> Result<HashMap<ObjectId, bool>, BackupError> {
         let mut touched: HashMap<ObjectId, bool> = HashMap::new();
-        images::read(source.area.images(), source.id, from, |line, _| {
+        let end = images::read(source.area.images(), source.id, from, |line, _| {
             match line {
                 Line::Object(object, node) => {
                     touched.entry(object).or_default();
@@ -281,6 +278,9 @@ impl Backward<'_> {
             }
             Ok(())
         })?;
+        if to.is_some_and(|to| to != end) {
+            return Err(BackupError::Merged(from));
+        }
         Ok(touched)
     }
 
@@ -434,22 +434,31 @@ fn walk(source: &Source<'_>, visit: Visit<'_>) -> Result<(), BackupError> {
     let rows = source.index.generations(source.number)?;
     let view = source.index.view(source.number)?;
     let sealed = source.area.sealed();
-    let Some((newest, _)) = rows.last() else { return Ok(()) };
-    let mut since = Vec::new();
-    let mut at = *newest;
+    let (Some((oldest, _)), Some(newest)) = (rows.first(), rows.last()) else { return Ok(()) };
+    let mut steps = Vec::new();
+    let mut at = *oldest;
     while at < sealed {
-        since.push(at);
-        at = images::read(source.area.images(), source.id, at, |_, _| Ok(()))?;
+        steps.push(at);
+        at = images::step_of(source.area.images(), source.id, at)?;
     }
     let mut state = Backward { view: &view, nodes: HashMap::new(), entries: HashMap::new() };
-    for from in since.iter().skip(1).rev() {
-        state.back(source, *from)?;
+    // By the steps since the row behind.
+    let mut touched = HashMap::new();
+    if newest.0 >= sealed && !visit(&state, newest, &touched)? {
+        return Ok(());
     }
-    for row in rows.iter().rev() {
-        let is_tree = row.0 == *newest && since.is_empty();
-        let touched = if is_tree { HashMap::new() } else { state.back(source, row.0)? };
-        if !visit(&state, row, &touched)? {
-            return Ok(());
+    let mut end = None;
+    for from in steps.into_iter().rev() {
+        for (object, written) in state.back(source, from, end)? {
+            *touched.entry(object).or_default() |= written;
+        }
+        end = Some(from);
+        // A generation that the steps pass by is just being dropped.
+        if let Ok(at) = rows.binary_search_by_key(&from, |(number, _)| *number) {
+            if !visit(&state, &rows[at], &touched)? {
+                return Ok(());
+            }
+            touched.clear();
         }
     }
     Ok(())

@@ -35,6 +35,9 @@ use crate::log::sync_dir;
 const MAGIC: &[u8; 8] = b"bfsimg1\n";
 const VERSION: u32 = 1;
 const HEADER: usize = 48;
+const WRONG_HEADER: &str = "its first bytes are not those of the images of this step";
+/// Where the header has the checkpoint after the step.
+const END_AT: u64 = 40;
 const PREFIX: usize = 16;
 /// Longest head of a line: an object with all the extended attributes that the stream takes.
 const HEAD_MAX: usize = 64 << 20;
@@ -75,6 +78,48 @@ pub fn path(dir: &Path, from: CheckpointId) -> PathBuf {
     dir.join(format!("{:020}.img", from.0))
 }
 
+/// Where a file stands until it takes the place of another one.
+fn beside(dir: &Path, from: CheckpointId) -> PathBuf {
+    path(dir, from).with_extension("new")
+}
+
+/// Puts a sealed file in the place of the one that begins at the same checkpoint, durably.
+///
+/// # Errors
+/// If it cannot be renamed or synced.
+pub fn put_in_place(dir: &Path, from: CheckpointId) -> Result<(), BackupError> {
+    let path = path(dir, from);
+    std::fs::rename(beside(dir, from), &path).map_err(BackupError::io("rename to", &path))?;
+    Ok(sync_dir(dir)?)
+}
+
+/// Removes what was begun beside a file. What cannot be removed is swept up at the next start.
+pub fn give_up(dir: &Path, from: CheckpointId) {
+    let _ = std::fs::remove_file(beside(dir, from));
+}
+
+/// Bytes that a file of images takes on the disk.
+#[must_use]
+pub fn allocated(dir: &Path, from: CheckpointId) -> u64 {
+    std::fs::metadata(path(dir, from)).map_or(0, |meta| std::os::unix::fs::MetadataExt::blocks(&meta) * 512)
+}
+
+/// The checkpoint after the step that begins at one.
+///
+/// # Errors
+/// If its file is missing, or its header damaged.
+pub fn step_of(dir: &Path, group: GroupId, from: CheckpointId) -> Result<CheckpointId, BackupError> {
+    let path = path(dir, from);
+    let mut found = [0; HEADER];
+    let file = File::open(&path).map_err(BackupError::io("open", &path))?;
+    file.read_exact_at(&mut found, 0).map_err(BackupError::io("read", &path))?;
+    let to = CheckpointId(u64::from_le_bytes(found[40..48].try_into().expect("8 bytes")));
+    if found != header(group, from, to) || to <= from {
+        return Err(BackupError::corrupt(&path, WRONG_HEADER));
+    }
+    Ok(to)
+}
+
 /// The number in the name of a file of images.
 #[must_use]
 pub fn number(name: &std::ffi::OsStr) -> Option<CheckpointId> {
@@ -112,7 +157,23 @@ impl ImageWriter {
         from: CheckpointId,
         to: CheckpointId,
     ) -> Result<Self, BackupError> {
-        let path = path(dir, from);
+        Self::at(path(dir, from), group, from, to)
+    }
+
+    /// Begins a file that will take the place of another one: [`put_in_place`].
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn beside(
+        dir: &Path,
+        group: GroupId,
+        from: CheckpointId,
+        to: CheckpointId,
+    ) -> Result<Self, BackupError> {
+        Self::at(beside(dir, from), group, from, to)
+    }
+
+    fn at(path: PathBuf, group: GroupId, from: CheckpointId, to: CheckpointId) -> Result<Self, BackupError> {
         let file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -179,7 +240,7 @@ pub fn read(
     take(&mut found)?;
     let to = CheckpointId(u64::from_le_bytes(found[40..48].try_into().expect("8 bytes")));
     if found != header(group, from, to) {
-        return Err(bad("its first bytes are not those of the images of this step"));
+        return Err(bad(WRONG_HEADER));
     }
     let mut at = HEADER as u64;
     let mut lines = 0;
@@ -220,6 +281,8 @@ pub fn read(
 pub struct Blocks {
     dir: PathBuf,
     open: HashMap<CheckpointId, File>,
+    /// Which step a file is of, by the checkpoint before it.
+    steps: HashMap<CheckpointId, CheckpointId>,
 }
 
 /// Files of images held open at once.
@@ -229,13 +292,18 @@ impl Blocks {
     /// Of the files in this folder.
     #[must_use]
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.into(), open: HashMap::new() }
+        Self { dir: dir.into(), open: HashMap::new(), steps: HashMap::new() }
+    }
+
+    /// The blocks of the file that begins at a checkpoint are of the step to this one.
+    pub fn expect(&mut self, from: CheckpointId, to: CheckpointId) {
+        self.steps.insert(from, to);
     }
 
     /// Reads a block and checks it.
     ///
     /// # Errors
-    /// If it cannot be read or is damaged.
+    /// If it cannot be read or is damaged; [`BackupError::Merged`] if another file stands there now.
     pub fn read(&mut self, block: BlockRef, into: &mut Vec<u8>) -> Result<(), BackupError> {
         let path = path(&self.dir, block.image);
         if self.open.len() >= OPEN_MAX && !self.open.contains_key(&block.image) {
@@ -244,7 +312,15 @@ impl Blocks {
         let file = match self.open.entry(block.image) {
             std::collections::hash_map::Entry::Occupied(open) => open.into_mut(),
             std::collections::hash_map::Entry::Vacant(free) => {
-                free.insert(File::open(&path).map_err(BackupError::io("open", &path))?)
+                let file = File::open(&path).map_err(BackupError::io("open", &path))?;
+                if let Some(to) = self.steps.get(&block.image) {
+                    let mut end = [0; 8];
+                    file.read_exact_at(&mut end, END_AT).map_err(BackupError::io("read", &path))?;
+                    if u64::from_le_bytes(end) != to.0 {
+                        return Err(BackupError::Merged(block.image));
+                    }
+                }
+                free.insert(file)
             }
         };
         into.resize(block.len as usize, 0);

@@ -487,6 +487,52 @@ impl Index {
         })
     }
 
+    /// Drops generations whose images were merged into those of an older one. What they had changed counts for the
+    /// one behind them; files that were kept for them are kept for another one from now on, or for none.
+    ///
+    /// # Errors
+    /// If the index fails; then nothing is changed.
+    pub fn merge_generations(
+        &self,
+        group: u32,
+        drop: &[CheckpointId],
+        newer: CheckpointId,
+        files: &[(ObjectId, Option<CheckpointId>)],
+    ) -> Result<(), BackupError> {
+        self.with(|db| {
+            let write = db.begin_write()?;
+            {
+                let mut generations = write.open_table(GENERATIONS)?;
+                let (mut changed, mut bytes) = (0, 0);
+                for checkpoint in drop {
+                    if let Some(row) = generations.remove((group, checkpoint.0))? {
+                        let row: GenerationRow = unpack("generation", row.value())?;
+                        changed += row.changed;
+                        bytes += row.bytes;
+                    }
+                }
+                let row = generations.get((group, newer.0))?;
+                let row = row.map(|row| unpack::<GenerationRow>("generation", row.value())).transpose()?;
+                if let Some(mut row) = row {
+                    row.changed += changed;
+                    row.bytes += bytes;
+                    generations.insert((group, newer.0), &pack(&row)[..])?;
+                }
+                let mut kept = write.open_table(KEPT)?;
+                let mut sums = write.open_table(SUMS)?;
+                for (object, of) in files {
+                    if let Some(checkpoint) = of {
+                        kept.insert((group, object.0), checkpoint.0)?;
+                    } else {
+                        kept.remove((group, object.0))?;
+                        sums.retain_in(rows(group, *object, 0, u64::MAX), |_, _| false)?;
+                    }
+                }
+            }
+            Ok(write.commit()?)
+        })
+    }
+
     /// A view of one group's objects that does not change while it is held.
     ///
     /// # Errors

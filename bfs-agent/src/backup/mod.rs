@@ -13,6 +13,7 @@ pub mod images;
 pub mod index;
 pub mod kinds;
 pub mod look;
+pub mod merge;
 pub mod past;
 pub mod pieces;
 pub mod places;
@@ -33,5 +34,7 @@ pub use serve::{Replayer, ReplayerHandle, ServeOptions};
 mod crash_tests;
 #[cfg(test)]
 mod exhaustive_tests;
+#[cfg(test)]
+mod merge_tests;
 #[cfg(test)]
 pub(crate) mod model;

@@ -110,6 +110,17 @@ impl Model {
         self.records.push((Record::Forget { object }, Vec::new()));
     }
 
+    pub fn write(&mut self, file: ObjectId, offset: u64, data: Vec<u8>) {
+        let bytes = &mut self.nodes.get_mut(&file).unwrap().data;
+        let end = offset as usize + data.len();
+        if bytes.len() < end {
+            bytes.resize(end, 0);
+        }
+        bytes[offset as usize..end].copy_from_slice(&data);
+        self.records.push((Record::Write { object: file, offset }, data));
+        self.touch(file);
+    }
+
     pub fn below(&self, top: ObjectId, object: ObjectId) -> bool {
         top == object || self.nodes[&top].entries.values().any(|child| self.below(*child, object))
     }
@@ -132,15 +143,7 @@ impl Model {
             2 => {
                 if let Some(file) = pick(files, a) {
                     let data = vec![c | 1; 1 + b as usize * 40];
-                    let offset = u64::from(c) * 50;
-                    let bytes = &mut self.nodes.get_mut(&file).unwrap().data;
-                    let end = offset as usize + data.len();
-                    if bytes.len() < end {
-                        bytes.resize(end, 0);
-                    }
-                    bytes[offset as usize..end].copy_from_slice(&data);
-                    self.records.push((Record::Write { object: file, offset }, data));
-                    self.touch(file);
+                    self.write(file, u64::from(c) * 50, data);
                 }
             }
             3 => {

@@ -31,6 +31,8 @@ use super::index::{Base, GenerationRow, GroupRow, Index, Node, View};
 use super::pieces::{Piece, Pieces};
 use super::plan::Plan;
 
+/// How often a reader begins again because images were merged under it.
+pub(super) const MERGES_MAX: u32 = 16;
 /// How often an object is looked for before the end of the step is waited for.
 const LOOKS: u32 = 3;
 /// How long a step that failed half way is waited for.
@@ -109,13 +111,26 @@ impl Loaded {
                 }
                 Ok(())
             })?;
-            if to <= at || to > upto {
-                let why = format!("the step from checkpoint {at} ends at {to}, the tree is at {upto}");
+            // One that was merged meanwhile may end at a step that was sealed meanwhile.
+            let sealed = source.area.sealed();
+            if to <= at || to > sealed {
+                let why = format!("the step from checkpoint {at} ends at {to}, the tree is at {sealed}");
                 return Err(BackupError::corrupt(images::path(dir, at), why));
             }
+            self.blocks.expect(at, to);
             self.upto = to;
         }
         Ok(())
+    }
+
+    /// Only the files that were found are still known. Of images that were read in part too, nothing may stay:
+    /// others may stand in their place the next time.
+    fn forget(&mut self, source: &Source<'_>) {
+        self.upto = self.checkpoint;
+        self.nodes.clear();
+        self.entries.clear();
+        self.pieces.clear();
+        self.blocks = Blocks::new(source.area.images());
     }
 }
 
@@ -241,7 +256,7 @@ impl<'a> Past<'a> {
         self.loaded.pieces.get(&object)?.next(at, end)
     }
 
-    /// The bytes of a piece; none of one that has only zeros.
+    /// The bytes of a piece; none if the images were merged meanwhile: then the pieces are others.
     ///
     /// # Errors
     /// If they cannot be read or are damaged.
@@ -249,9 +264,17 @@ impl<'a> Past<'a> {
         &mut self,
         piece: (u64, u64, Piece),
         buffer: &'b mut Vec<u8>,
-    ) -> Result<&'b [u8], BackupError> {
-        let (start, end, Piece::Block(block, skip)) = piece else { return Ok(&[]) };
-        self.loaded.blocks.part(block, skip, end - start, buffer)
+    ) -> Result<Option<&'b [u8]>, BackupError> {
+        let (start, end, Piece::Block(block, skip)) = piece else { return Ok(Some(&[])) };
+        match self.loaded.blocks.part(block, skip, end - start, buffer) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.is_merged() => {
+                self.loaded.forget(&self.source);
+                self.view = caught_up(&self.source, &mut self.loaded)?;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The bytes of a range of a file that are not zeros, in order: `each` gets the offset of each piece, of at
@@ -270,7 +293,7 @@ impl<'a> Past<'a> {
         while at < size {
             let piece = self.next_piece(object, at, size);
             if let Some(piece) = piece.filter(|(start, ..)| *start == at) {
-                let bytes = self.piece(piece, &mut buffer)?;
+                let Some(bytes) = self.piece(piece, &mut buffer)? else { continue };
                 if !bytes.is_empty() && !each(at, bytes) {
                     return Ok(false);
                 }
@@ -350,10 +373,21 @@ pub(super) fn no_generation(
 
 /// A view of the index, and with it all images that a step has sealed.
 fn caught_up(source: &Source<'_>, loaded: &mut Loaded) -> Result<View, BackupError> {
-    // In this order: the images go at least as far as the view.
-    let view = source.index.view(source.number)?;
-    loaded.take(source, source.area.sealed())?;
-    Ok(view)
+    let mut tries = 0;
+    loop {
+        // In this order: the images go at least as far as the view.
+        let view = source.index.view(source.number)?;
+        match loaded.take(source, source.area.sealed()) {
+            Ok(()) => return Ok(view),
+            Err(error) => {
+                loaded.forget(source);
+                if tries == MERGES_MAX || !error.is_merged() {
+                    return Err(error);
+                }
+                tries += 1;
+            }
+        }
+    }
 }
 
 /// The file of an object where it stands; none if a step has it between two places.

@@ -60,6 +60,9 @@ impl Pieces {
 
     /// What is said about the next range at or after `at`, below `end`.
     pub fn next(&self, at: u64, end: u64) -> Option<(u64, u64, Piece)> {
+        if at >= end {
+            return None;
+        }
         if let Some((start, (e, piece))) = self.0.range(..at).next_back()
             && *e > at
         {
@@ -88,6 +91,7 @@ mod tests {
                     model[at as usize].get_or_insert((index as u64, at - start));
                 }
             }
+            prop_assert!(pieces.next(95, 95).is_none());
             let mut found = [None; 100];
             let mut at = 0;
             while let Some((start, end, piece)) = pieces.next(at, 95) {

@@ -131,6 +131,13 @@ impl Disk {
         Ok(Self { fd, device })
     }
 
+    /// Bytes of the whole file system.
+    #[must_use]
+    pub fn size(&self) -> Option<u64> {
+        let now = rustix::fs::fstatvfs(&self.fd).ok()?;
+        Some(now.f_blocks * now.f_frsize)
+    }
+
     /// Free bytes, those of them that are the margin, and free inodes. What cannot be asked is found out by
     /// writing.
     fn free(&self) -> Option<(u64, u64, u64)> {

@@ -77,12 +77,14 @@ impl Shared {
         for dir in &options.allow_roots {
             allowed.push(std::fs::canonicalize(dir).map_err(BackupError::io("find the allowed root", dir))?);
         }
-        let limits =
-            Limits { pending_max: options.pending_max.unwrap_or(u64::MAX), retention: options.retention };
+        let limits = Limits {
+            pending_max: options.pending_max.unwrap_or(u64::MAX),
+            retention: options.retention.clone(),
+        };
         let room = Arc::new(Room::default());
         let mut groups = BTreeMap::new();
         for (name, row) in index.groups()? {
-            let group = open_group(&store, &index, &name, row, &allowed, limits, &room)?;
+            let group = open_group(&store, &index, &name, row, &allowed, limits.clone(), &room)?;
             groups.insert(name, group);
         }
         Ok(Self {
@@ -146,7 +148,7 @@ impl Shared {
             let highest = rows.iter().map(|(_, row)| row.number).max().unwrap_or(0);
             let row = GroupRow::new(begun.unwrap_or(highest + 1), id, maps.to_vec());
             self.index.put_group(name, &row)?;
-            open_group(&self.store, &self.index, name, row, &self.allowed, self.limits, &self.room)
+            open_group(&self.store, &self.index, name, row, &self.allowed, self.limits.clone(), &self.room)
         };
         let group = make().map_err(|e| Refusal::Store(e.to_string()))?;
         groups.insert(name.into(), group.clone());

@@ -320,6 +320,22 @@ pub struct Compared {
     pub bytes: u64,
 }
 
+/// How many blocks a file has at least, for it has a checksum of the last of them.
+///
+/// # Errors
+/// If the checksums cannot be looked up.
+pub fn extent(sums: &impl Sums) -> Result<u64, BackupError> {
+    let (mut blocks, mut next) = (0, 0);
+    while let Some(number) = sums.next_row(next)? {
+        if let Some(row) = sums.row(number)? {
+            let known = u64::from(u64::BITS - row.known.leading_zeros());
+            blocks = if known > 0 { number * ROW_BLOCKS + known } else { blocks };
+        }
+        next = number + 1;
+    }
+    Ok(blocks)
+}
+
 /// Reads a file of this size and compares it with its checksums.
 ///
 /// # Errors

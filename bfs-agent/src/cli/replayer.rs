@@ -2,6 +2,7 @@
 
 mod changes;
 mod giveback;
+mod keep;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use bfs_common::wire::{Frame, GroupStatus, StoreState};
 use clap::{Args, Parser, Subcommand};
 
-use crate::backup::retention::{self, Retention};
+use crate::backup::retention;
 use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
 use crate::generation::At;
 use crate::net::{self, AddressError, ConnectError, Destination, Secret, SecretError};
@@ -100,10 +101,14 @@ The backup files of group G stand at STORE/tree/G/ followed by the path on the p
         /// times
         #[arg(long, value_name = "DIR")]
         allow_root: Vec<PathBuf>,
-        /// How many checkpoints without a tag are kept, and how many with one
-        #[arg(long, value_name = "N", default_value_t = retention::KEEP)]
-        keep: u32,
-        /// How many are kept even when room is short
+        /// Which checkpoints are kept, beside all with a tag: a comma list of all=AGE (everything that is younger),
+        /// SPAN=AGE (up to that age the last of each span), last=NUMBER
+        #[arg(long, value_name = "RULES", default_value = keep::DEFAULT)]
+        keep: keep::Rules,
+        /// How much of the disk they may take together; the oldest without a tag go first
+        #[arg(long, value_name = "PERCENT", default_value_t = retention::SPACE_PERCENT, value_parser = clap::value_parser!(u8).range(1..=100))]
+        keep_space: u8,
+        /// So many of the last ones are kept in any case, whatever a primary sends and how little room there is
         #[arg(long, value_name = "N", default_value_t = retention::KEEP_MIN)]
         keep_min: u32,
         /// How much of a group's stream may wait to be applied; then nothing more is taken. Without a bound: as much as
@@ -265,8 +270,17 @@ pub fn main() -> ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match cli.command {
-        Command::Serve { store, listen, secret_file, allow_root, keep, keep_min, pending_max } => {
-            let retention = Retention { keep, floor: keep_min };
+        Command::Serve {
+            store,
+            listen,
+            secret_file,
+            allow_root,
+            keep,
+            keep_space,
+            keep_min,
+            pending_max,
+        } => {
+            let retention = keep.retention(keep_space, keep_min);
             let options =
                 ServeOptions { store, listen, secret: None, allow_roots: allow_root, retention, pending_max };
             serve(options, secret_file.as_deref())

@@ -249,7 +249,9 @@ impl Agent {
             self.dirty.clear();
         }
         let checkpoint = primary.stream.checkpoint().next();
-        let label = CheckpointLabel { wall_ns: primary.wall_ns(), ..CheckpointLabel::default() };
+        // Those with a tag stay: so others are dropped in the middle.
+        let tag = if checkpoint.0.is_multiple_of(3) { "kept".into() } else { String::new() };
+        let label = CheckpointLabel { wall_ns: primary.wall_ns(), tag, ..CheckpointLabel::default() };
         lines.push((Record::Checkpoint { checkpoint, label }, Vec::new()));
         self.tell(primary, lines);
     }

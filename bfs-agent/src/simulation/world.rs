@@ -166,7 +166,7 @@ impl World {
             std::fs::create_dir(folder.join(name)).unwrap();
             assert_eq!(disk::install(&folder.join(name), random.next()), host);
         }
-        let retention = Retention { keep: 2 + random.below(4) as u32, floor: 1 };
+        let retention = Retention::last(2 + random.below(4) as u32, 1);
         let primary = Primary {
             model: Model::new(),
             ring: VecDeque::new(),
@@ -288,7 +288,7 @@ impl World {
         }
         if self.replayer.is_none() && (self.calm || self.random.chance(10)) {
             let refused = disk::refused(BACKUP);
-            match Simulated::open(&self.folder.join("backup"), GROUP, self.retention) {
+            match Simulated::open(&self.folder.join("backup"), GROUP, self.retention.clone()) {
                 Ok(replayer) => {
                     self.replayer = Some(replayer);
                     self.check_kept();

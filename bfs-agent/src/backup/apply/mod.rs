@@ -207,14 +207,21 @@ impl Area {
         Ok(())
     }
 
-    /// Removes the images of steps from before the oldest generation.
+    /// Bytes that the file of an object takes that is gone; none if it was not kept.
+    #[must_use]
+    pub fn kept_bytes(&self, object: ObjectId) -> u64 {
+        let stat = rustix::fs::statat(&*self.kept, anchor(object), AtFlags::SYMLINK_NOFOLLOW);
+        stat.map_or(0, |stat| stat.st_blocks as u64 * 512)
+    }
+
+    /// Removes all images but those of the steps that begin at a checkpoint that is needed.
     ///
     /// # Errors
     /// If the folder cannot be read or something not be removed.
-    pub fn drop_images(&self, oldest: CheckpointId) -> Result<(), BackupError> {
+    pub fn drop_images(&self, is_needed: impl Fn(CheckpointId) -> bool) -> Result<(), BackupError> {
         for entry in std::fs::read_dir(&self.images).map_err(BackupError::io("read", &self.images))? {
             let name = entry.map_err(BackupError::io("read", &self.images))?.file_name();
-            if super::images::number(&name).is_none_or(|number| number < oldest) {
+            if super::images::number(&name).is_none_or(|number| !is_needed(number)) {
                 let path = self.images.join(name);
                 std::fs::remove_file(&path).map_err(BackupError::io("remove", &path))?;
             }
@@ -226,14 +233,14 @@ impl Area {
     ///
     /// # Errors
     /// If a folder cannot be read or something not be removed.
-    pub fn sweep(&self, view: &View, oldest: CheckpointId) -> Result<(), BackupError> {
+    pub fn sweep(&self, view: &View, is_needed: impl Fn(CheckpointId) -> bool) -> Result<(), BackupError> {
         for name in names(&self.kept, "kept objects")? {
             let object = name.to_str().ok().and_then(|n| n.parse().ok()).map(ObjectId);
             if !object.map(|o| view.is_kept(o)).transpose()?.unwrap_or(false) {
                 find::remove(self.kept.as_fd(), &name)?;
             }
         }
-        self.drop_images(oldest)
+        self.drop_images(is_needed)
     }
 
     /// Opens the directory of a root (`O_PATH`); `None` if it is not there.
@@ -263,7 +270,7 @@ pub struct CrashPoint {
 
 impl CrashPoint {
     #[cfg(test)]
-    fn pass(&mut self) -> Result<(), BackupError> {
+    pub(in crate::backup) fn pass(&mut self) -> Result<(), BackupError> {
         crate::simulation::disk::change().map_err(|_| BackupError::Crash)?;
         match &mut self.left {
             Some(0) => Err(BackupError::Crash),
@@ -277,7 +284,7 @@ impl CrashPoint {
 
     #[cfg(not(test))]
     #[allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "the test build does something here")]
-    fn pass(&mut self) -> Result<(), BackupError> {
+    pub(in crate::backup) fn pass(&mut self) -> Result<(), BackupError> {
         Ok(())
     }
 }

@@ -4,15 +4,17 @@
 //! device comes back. Before each try the group's row is read from the index, because a transaction that was
 //! said to have failed may stand there all the same.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use bfs_common::record::DISCARDED;
+use bfs_common::record::{CheckpointId, DISCARDED};
 
 use super::super::apply::{self, CrashPoint};
 use super::super::error::BackupError;
-use super::super::index::GroupRow;
-use super::super::retention::Kept;
+use super::super::images;
+use super::super::merge::Dropping;
+use super::super::retention::{Kept, Space};
 use super::super::step::apply_step;
 use super::{Group, locked};
 use crate::log::writer::LogWriter;
@@ -134,44 +136,88 @@ impl Group {
         });
     }
 
-    /// Removes the generations that are not to be kept, all but the floor when room is short, and what is applied
-    /// from the log. A step under way does not mind: the generation that its images begin from is the newest.
+    /// Drops the generations that are not to be kept, and removes what is applied from the log. A step under way
+    /// does not mind: the generation that its images begin from is the newest.
     pub(super) fn tidy(&self, applied: bool) -> Result<(), BackupError> {
-        let tree = locked(&self.tree);
-        self.retire(&tree)?;
+        self.retire()?;
         if !applied {
             return Ok(());
         }
+        let tree = locked(&self.tree);
         Ok(LogWriter::remove_applied(&self.log, tree.applied.sequence)?)
     }
 
-    /// Drops the generations that are not to be kept. The caller holds the lock of the tree.
-    fn retire(&self, row: &GroupRow) -> Result<(), BackupError> {
-        let held = locked(&self.held);
-        let kept: Vec<Kept> = self
-            .index
-            .generations(row.number)?
-            .into_iter()
-            .map(|(checkpoint, row)| Kept {
-                checkpoint,
-                tagged: !row.label.tag.is_empty(),
-                discarded: row.label.trigger == DISCARDED,
-                held: held.contains_key(&checkpoint),
-            })
-            .collect();
+    /// Drops generations. Nobody waits for it but the applier: readers look again. The oldest go at once, which
+    /// costs nothing; what is merged goes together, once in a while.
+    fn retire(&self) -> Result<(), BackupError> {
         let short = self.room.is_short(&self.disks);
-        let gone = self.limits.retention.gone(&kept, short);
-        if !gone.is_empty() {
-            let (oldest, objects) = self.index.drop_generations(row.number, &gone)?;
-            self.area.drop_kept(&objects)?;
-            self.area.drop_images(oldest)?;
+        let due = locked(&self.retired).is_none_or(|then| then.elapsed() >= self.limits.retention.pause);
+        let dropping = Dropping { group: self.number, id: self.id, index: &self.index, area: &self.area };
+        let mut has_room = |bytes| self.room.check(&self.disks, bytes).is_ok();
+        // What was merged takes room in the older one: so there may still be too much.
+        let (mut left, mut again) = (usize::MAX, true);
+        while again {
+            let (all, gone) = self.going(short, due)?;
+            again = !gone.is_empty() && all.len() < left;
+            left = all.len();
+            let dropped = if again {
+                dropping.drop(&all, &gone, &mut has_room, &mut CrashPoint::default())
+            } else {
+                Ok(())
+            };
+            locked(&self.held).going.clear();
+            dropped?;
+        }
+        if due {
+            *locked(&self.retired) = Some(Instant::now());
         }
         // What was dropped may have failed between the index and the files.
-        if self.state().untidy
-            && let Some((oldest, _)) = self.index.generations(row.number)?.first()
-        {
-            self.area.sweep(&self.index.view(row.number)?, *oldest)?;
+        if self.state().untidy {
+            let needed = dropping.needed()?;
+            self.area.sweep(&self.index.view(self.number)?, |image| needed.has(image))?;
         }
         Ok(())
+    }
+
+    /// All generations, and those that go; nobody begins to read these from now on.
+    fn going(
+        &self,
+        short: bool,
+        due: bool,
+    ) -> Result<(Vec<CheckpointId>, BTreeSet<CheckpointId>), BackupError> {
+        let mut held = locked(&self.held);
+        let rows = self.index.generations(self.number)?;
+        // How much they take is asked only now and then.
+        let mut bytes: BTreeMap<CheckpointId, u64> = BTreeMap::new();
+        if due {
+            for (object, last) in self.index.view(self.number)?.kept()? {
+                *bytes.entry(last).or_default() += self.area.kept_bytes(object);
+            }
+            for (checkpoint, _) in &rows {
+                *bytes.entry(*checkpoint).or_default() += images::allocated(self.area.images(), *checkpoint);
+            }
+        }
+        let kept: Vec<Kept> = rows
+            .iter()
+            .map(|(checkpoint, row)| Kept {
+                checkpoint: *checkpoint,
+                wall_ns: row.label.wall_ns,
+                tagged: !row.label.tag.is_empty(),
+                discarded: row.label.trigger == DISCARDED,
+                held: held.readers.contains_key(checkpoint),
+                bytes: bytes.get(checkpoint).copied().unwrap_or(0),
+            })
+            .collect();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as i64);
+        let space = Space { short, disk_bytes: if due { self.disks.store.size() } else { None } };
+        let mut gone = self.limits.retention.gone(&kept, now, space);
+        let all: Vec<_> = rows.into_iter().map(|(checkpoint, _)| checkpoint).collect();
+        if !short && !due {
+            // Only those before which none stays.
+            let stays = all.iter().copied().find(|checkpoint| !gone.contains(checkpoint));
+            gone.retain(|checkpoint| stays.is_none_or(|stays| *checkpoint < stays));
+        }
+        held.going.extend(gone.iter().copied());
+        Ok((all, gone))
     }
 }

@@ -43,7 +43,7 @@ impl From {
         match (connected, &self.owner.store) {
             (Ok(client), _) => Ok((client, None)),
             (Err(OpenError::Connect(ConnectError::Unreachable { .. })), Some(store)) => {
-                let everything = Retention { keep: u32::MAX, floor: u32::MAX };
+                let everything = Retention::everything();
                 let options =
                     ServeOptions { store: store.clone(), retention: everything, ..ServeOptions::default() };
                 let handle = Replayer::start(options)?;
