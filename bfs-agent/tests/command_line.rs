@@ -83,8 +83,12 @@ fn a_configuration_is_checked() {
 fn commands_without_an_agent_say_so() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("agent-x.sock");
+    let spool = dir.path().join("spool");
     for command in ["status", "flush", "verify", "stop", "checkpoint"] {
-        let (status, error) = agent(&[command, "--socket", text(&socket)], &[]);
+        // Where an agent before left a spool, flush sends it.
+        let of_flush = ["--spool", text(&spool)];
+        let more = if command == "flush" { &of_flush[..] } else { &[] };
+        let (status, error) = agent(&[&[command, "--socket", text(&socket)], more].concat(), &[]);
         assert_eq!(status, 72, "{command}: {error}");
         assert!(error.contains(text(&socket)), "{error}");
     }
