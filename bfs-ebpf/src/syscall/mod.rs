@@ -13,6 +13,7 @@ use bfs_common::abi::TaskState;
 
 use crate::{
     calls::{CALLS, CLASS, COMPAT, class, nr},
+    file::opaque,
     kernel, maps,
 };
 
@@ -75,8 +76,9 @@ fn number_of(number: u64, compat: bool) -> u64 {
     if !compat {
         return number;
     }
-    let like = if number < CALLS as u64 { COMPAT[number as usize & (CALLS - 1)] } else { 0 };
-    if like == 0 { CALLS as u64 } else { u64::from(like) }
+    // The mask must stay: the verifier of 6.1 also follows the branch that a larger number would take.
+    let like = COMPAT[opaque(&(number as u32)) as usize & (CALLS - 1)];
+    if number >= CALLS as u64 || like == 0 { CALLS as u64 } else { u64::from(like) }
 }
 
 /// Whether a call may matter at its start, if its task is followed.
