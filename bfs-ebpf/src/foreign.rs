@@ -12,20 +12,18 @@
 //! A second write within one tick of the clock changes no time, if nobody has asked for the time meanwhile. So who
 //! opens a file for writing is told as well.
 
-use core::sync::atomic::{Ordering, compiler_fence};
-
 use aya_ebpf::helpers::{
     bpf_get_current_comm, bpf_get_current_pid_tgid,
     generated::{bpf_ktime_get_ns, bpf_task_pt_regs},
 };
 use bfs_common::abi::{
-    EventHeader, ForeignEvent, InodeId, ROOTS_MAX, Stranger, Suspect, TaskState, counter, foreign, kind, role,
+    EventHeader, ForeignEvent, InodeId, ROOTS_MAX, Stranger, TaskState, counter, foreign, kind, role,
 };
 
 use crate::{
     file,
     kernel::{self, field, read},
-    maps::{FOREIGN, META, NO_WAKEUP, RING, ROOTS, STRANGERS, SUSPECTS, TASKS, count, off, setting},
+    maps::{self, FOREIGN, META, NO_WAKEUP, RING, ROOTS, STRANGERS, TASKS, count, off, setting},
     syscall, task,
 };
 
@@ -35,10 +33,6 @@ const DEPTH_MAX: u32 = 48;
 /// `PF_IO_WORKER`, `PF_USER_WORKER`, `PF_KTHREAD` (include/linux/sched.h).
 const PF_WORKERS: u32 = 0x10 | 0x4000 | 0x20_0000;
 
-const S_IFMT: u32 = 0o170_000;
-const S_IFREG: u32 = 0o100_000;
-const S_IFDIR: u32 = 0o040_000;
-const FMODE_WRITE: u32 = 2;
 const O_ACCMODE: u32 = 3;
 
 /// A change without an end that is seen began at most so long ago.
@@ -65,13 +59,10 @@ pub fn changed(inode: *const u8) {
         }
         (sb as u64, field::<u32>(sb, off!(sb_dev)))
     };
-    let dev = kernel::device_of(sb, inode as u64, dev);
+    let (dev, _) = kernel::device_of(sb, inode as u64, dev);
     if !kernel::in_scope(dev) {
         return;
     }
-    // The same as plain numbers.
-    let sb: u64 = read(inode as u64 + off!(inode_sb) as u64);
-    let inode: u64 = read(inode as u64 + off!(inode_self) as u64);
     let pid_tgid = bpf_get_current_pid_tgid();
     let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
     if is_agent(tgid) {
@@ -89,16 +80,15 @@ pub fn changed(inode: *const u8) {
     if worker && TASKS.get_ptr_mut(tgid).is_some_and(|state| unsafe { (*state).role } != role::FOREIGN) {
         return;
     }
+    // The same as plain numbers.
+    let sb: u64 = read(inode as u64 + off!(inode_sb) as u64);
+    let inode: u64 = read(inode as u64 + off!(inode_self) as u64);
     match is_in_scope(inode, sb) {
         0 => return,
         HERE => tally(tgid),
         _ => {}
     }
-    let id = InodeId {
-        ino: read(inode + off!(inode_ino) as u64),
-        dev,
-        generation: read(inode + off!(inode_generation) as u64),
-    };
+    let id = id_of(inode, dev);
     // SAFETY: the registers of the current task, which the helper gives as the verifier knows them.
     let call = if worker {
         None
@@ -116,6 +106,15 @@ pub fn changed(inode: *const u8) {
     if !noted {
         let now = now();
         emit(id, now.saturating_sub(UNSEEN_NS), u32::MAX, foreign::CHANGED, pid_tgid, false);
+    }
+}
+
+#[inline(always)]
+fn id_of(inode: u64, dev: u32) -> InodeId {
+    InodeId {
+        ino: read(inode + off!(inode_ino) as u64),
+        dev,
+        generation: read(inode + off!(inode_generation) as u64),
     }
 }
 
@@ -147,7 +146,7 @@ extern "C" fn is_in_scope(inode: u64, sb: u64) -> i32 {
         return 0;
     }
     // The names that the kernel has in memory are not all that there are.
-    let elsewhere = if links > 1 && mode & S_IFMT != S_IFDIR { MAYBE } else { 0 };
+    let elsewhere = if links > 1 && mode & kernel::S_IFMT != kernel::S_IFDIR { MAYBE } else { 0 };
     let alias: u64 = read(inode + off!(inode_aliases) as u64);
     if alias == 0 {
         return elsewhere;
@@ -210,14 +209,9 @@ fn note(state: &mut TaskState, number: u32, id: InodeId) -> bool {
     if state.active == 0 {
         state.nr = number;
         state.known_flags = 0;
-        // As in `syscall::enter`.
+        task::begin_call(state);
         // SAFETY: the task's own slot.
-        unsafe {
-            core::ptr::write_volatile(&raw mut state.active, 1);
-            add_one(&raw mut state.start_ns);
-            compiler_fence(Ordering::SeqCst);
-            core::ptr::write_volatile(&raw mut state.start_ns, now());
-        }
+        unsafe { core::ptr::write_volatile(&raw mut state.start_ns, now()) };
     }
     let second = u64::from(id.generation) << 32 | u64::from(id.dev);
     let known = state.known_flags;
@@ -240,22 +234,6 @@ fn note(state: &mut TaskState, number: u32, id: InodeId) -> bool {
     true
 }
 
-/// A locked instruction (`core` has no such operation for this target).
-///
-/// # Safety
-/// The pointer is to a word in a map.
-#[inline(always)]
-unsafe fn add_one(to: *mut u64) {
-    // SAFETY: as promised by the caller.
-    unsafe {
-        core::arch::asm!(
-            "lock *(u64 *)({to} + 0) += {one}",
-            to = in(reg) to,
-            one = in(reg) 1u64,
-        );
-    }
-}
-
 /// A call of a task that is not selected ended, or the task.
 #[inline(always)]
 pub fn ended(state: &mut TaskState, pid_tgid: u64) {
@@ -263,12 +241,7 @@ pub fn ended(state: &mut TaskState, pid_tgid: u64) {
         return;
     }
     emit_noted(state, pid_tgid);
-    // SAFETY: the task's own slot.
-    unsafe {
-        core::ptr::write_volatile(&raw mut state.start_ns, 0);
-        compiler_fence(Ordering::SeqCst);
-        core::ptr::write_volatile(&raw mut state.active, 0);
-    }
+    task::end_call(state);
 }
 
 #[unsafe(no_mangle)]
@@ -309,33 +282,27 @@ pub fn opened(regs: *const u64, number: u32, ret: i64, pid_tgid: u64) {
         return;
     }
     let (address, _) = kernel::file_of(ret as u32);
-    if address == 0 || read::<u32>(address + off!(file_mode) as u64) & FMODE_WRITE == 0 {
+    if address == 0 || read::<u32>(address + off!(file_mode) as u64) & kernel::FMODE_WRITE == 0 {
         return;
     }
     let inode: u64 = read(address + off!(file_inode) as u64);
     let sb: u64 = read(inode + off!(inode_sb) as u64);
-    let dev = kernel::device_of(sb, inode, read(sb + off!(sb_dev) as u64));
+    let (dev, _) = kernel::device_of(sb, inode, read(sb + off!(sb_dev) as u64));
     let mode = u32::from(read::<u16>(inode + off!(inode_mode) as u64));
     if !kernel::in_scope(dev)
-        || mode & S_IFMT != S_IFREG
+        || mode & kernel::S_IFMT != kernel::S_IFREG
         || is_agent((pid_tgid >> 32) as u32)
         || is_in_scope(inode, sb) == 0
     {
         return;
     }
-    let id = InodeId {
-        ino: read(inode + off!(inode_ino) as u64),
-        dev,
-        generation: read(inode + off!(inode_generation) as u64),
-    };
-    emit(id, now(), number, foreign::OPENED, pid_tgid, false);
+    emit(id_of(inode, dev), now(), number, foreign::OPENED, pid_tgid, false);
 }
 
 /// Whether the file of a descriptor of the current task has a name below a root, or may have one.
 #[inline(always)]
 pub fn concerns(descriptor: u32) -> i32 {
-    let (file, _) = kernel::file_of(descriptor);
-    let inode: u64 = read(file + off!(file_inode) as u64);
+    let inode = kernel::inode_of(descriptor);
     is_in_scope(inode, read(inode + off!(inode_sb) as u64))
 }
 
@@ -343,11 +310,10 @@ pub fn concerns(descriptor: u32) -> i32 {
 /// where that cannot be told.
 #[inline(always)]
 pub fn writers(descriptor: u32) -> i32 {
-    let (file, _) = kernel::file_of(descriptor);
-    if file == 0 {
+    let inode = kernel::inode_of(descriptor);
+    if inode == 0 {
         return 0;
     }
-    let inode: u64 = read(file + off!(file_inode) as u64);
     let count: i32 = read(inode + off!(inode_writers) as u64);
     // Below 0: it is executed, and writing is denied.
     if count < 0 { 1 } else { count.saturating_add(1) }
@@ -368,11 +334,8 @@ fn emit(id: InodeId, start_ns: u64, number: u32, how: u32, pid_tgid: u64, waits:
         }
     }
     let Some(mut entry) = RING.reserve::<ForeignEvent>(0) else {
-        count(counter::RESERVE_FAILED);
         let _ = FOREIGN.remove(&id);
-        if SUSPECTS.insert(&id, Suspect { lost: 1, last_ns: now() }, 0).is_err() {
-            count(counter::RESCAN);
-        }
+        maps::name(&id, now());
         return;
     };
     let header = EventHeader {
@@ -400,12 +363,12 @@ extern "C" fn count_stranger(tgid: u32) -> i32 {
     if let Some(known) = STRANGERS.get_ptr_mut(&tgid) {
         // SAFETY: the map's own entry.
         unsafe {
-            add_one(&raw mut (*known).changes);
+            task::add_one(&raw mut (*known).changes);
             core::ptr::write_volatile(&raw mut (*known).last_ns, now());
         }
     } else if let Some(others) = STRANGERS.get_ptr_mut(&0) {
         // SAFETY: as above.
-        unsafe { add_one(&raw mut (*others).changes) };
+        unsafe { task::add_one(&raw mut (*others).changes) };
     } else {
         let _ = STRANGERS.insert(&0, Stranger { changes: 1, last_ns: now(), command: [0; 16] }, 0);
     }

@@ -12,10 +12,13 @@ use crate::maps::{
 };
 
 /// `S_IFMT` and the types that are followed (`include/uapi/linux/stat.h`).
-const S_IFMT: u32 = 0o170_000;
+pub const S_IFMT: u32 = 0o170_000;
 const S_IFIFO: u32 = 0o010_000;
-const S_IFREG: u32 = 0o100_000;
-const S_IFDIR: u32 = 0o040_000;
+pub const S_IFREG: u32 = 0o100_000;
+pub const S_IFDIR: u32 = 0o040_000;
+
+/// `f_mode` of a file that may be written to (`include/linux/fs.h`).
+pub const FMODE_WRITE: u32 = 2;
 
 /// `BTRFS_SUPER_MAGIC` (`include/uapi/linux/magic.h`).
 const BTRFS_MAGIC: u64 = 0x9123_683E;
@@ -110,12 +113,15 @@ pub fn has_threads() -> bool {
 /// Direct I/O in flight on the file of a descriptor of the current task; -1 without such a file.
 #[inline(always)]
 pub fn direct_io(fd: u32) -> i32 {
+    let inode = inode_of(fd);
+    if inode == 0 { -1 } else { read(inode + off!(inode_dio_count) as u64) }
+}
+
+/// The inode of a descriptor of the current task, 0 without one.
+#[inline(always)]
+pub fn inode_of(fd: u32) -> u64 {
     let (file, _) = file_of(fd);
-    if file == 0 {
-        return -1;
-    }
-    let inode: u64 = read(file + off!(file_inode) as u64);
-    read::<i32>(inode + off!(inode_dio_count) as u64)
+    if file == 0 { 0 } else { read(file + off!(file_inode) as u64) }
 }
 
 /// Whether another thread may change the strings or the working directory of a path call.
@@ -206,7 +212,12 @@ pub fn read_parent(scratch: &mut Scratch, inode: u64) {
 #[inline(always)]
 fn device(block: *const u64, inode: u64) -> (u32, bool) {
     let sb: u64 = at(block, off!(inode_sb));
-    let dev = read(sb + off!(sb_dev) as u64);
+    device_of(sb, inode, read(sb + off!(sb_dev) as u64))
+}
+
+/// The same, given the inode's super block and that one's number.
+#[inline(always)]
+pub fn device_of(sb: u64, inode: u64, dev: u32) -> (u32, bool) {
     // A number that is in scope is not that of a btrfs super block: its subvolumes, and only they
     // are ever in scope, have numbers of their own.
     if off!(btrfs_root) as u32 != 0
@@ -216,19 +227,6 @@ fn device(block: *const u64, inode: u64) -> (u32, bool) {
         return (btrfs_device(inode), true);
     }
     (dev, false)
-}
-
-/// The device of an inode, given its super block and that one's number.
-#[inline(always)]
-pub fn device_of(sb: u64, inode: u64, dev: u32) -> u32 {
-    // As in `device`.
-    if off!(btrfs_root) as u32 != 0
-        && !in_scope(dev)
-        && read::<u64>(sb + off!(sb_magic) as u64) == BTRFS_MAGIC
-    {
-        return btrfs_device(inode);
-    }
-    dev
 }
 
 /// `btrfs_inode.root->anon_dev`.

@@ -127,11 +127,10 @@ pub fn file_at(state: &TaskState, number: u32) -> u64 {
 /// have been taken out of the page tables (`unlink_file_vma` after `unmap_vmas`, mm/memory.c).
 #[inline(always)]
 pub fn writable(descriptor: u32) -> i32 {
-    let (file, _) = kernel::file_of(descriptor);
-    if file == 0 {
+    let inode = kernel::inode_of(descriptor);
+    if inode == 0 {
         return 0;
     }
-    let inode: u64 = read(file + off!(file_inode) as u64);
     let mapping: u64 = read(inode + off!(inode_mapping) as u64);
     if mapping == 0 {
         return 0;

@@ -1,6 +1,8 @@
 //! Which tasks are followed: inherited by fork (or by the cgroup that the child is born in), kept
 //! through exec, dropped at exit.
 
+use core::sync::atomic::{Ordering, compiler_fence};
+
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns};
 use bfs_common::abi::{NO_CALL, TaskEvent, TaskState, counter, kind, role};
 
@@ -39,6 +41,46 @@ pub const IDLE: TaskState = TaskState {
     run_calls: 0,
     role: role::SELECTED,
 };
+
+/// A call of the current task begins that matters; its time is still to be taken.
+#[inline(always)]
+pub fn begin_call(state: &mut TaskState) {
+    // SAFETY: the task's own slot.
+    unsafe {
+        core::ptr::write_volatile(&raw mut state.active, 1);
+        // So that the store is visible to every CPU before the time is taken: whoever reads a later time, and then
+        // `active`, sees the call (no membarrier needed).
+        add_one(&raw mut state.start_ns);
+    }
+    compiler_fence(Ordering::SeqCst);
+}
+
+/// It has ended, and its record stands in the ring.
+#[inline(always)]
+pub fn end_call(state: &mut TaskState) {
+    // SAFETY: the task's own slot.
+    unsafe {
+        core::ptr::write_volatile(&raw mut state.start_ns, 0);
+        compiler_fence(Ordering::SeqCst);
+        core::ptr::write_volatile(&raw mut state.active, 0);
+    }
+}
+
+/// A locked instruction (`core` has no such operation for this target).
+///
+/// # Safety
+/// The pointer is to a word in a map.
+#[inline(always)]
+pub unsafe fn add_one(to: *mut u64) {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        core::arch::asm!(
+            "lock *(u64 *)({to} + 0) += {one}",
+            to = in(reg) to,
+            one = in(reg) 1u64,
+        );
+    }
+}
 
 /// Puts a [`TaskEvent`] into the ring.
 #[inline(always)]

@@ -380,7 +380,6 @@ impl Group<'_> {
         Ok(())
     }
 
-    /// What is wrong with the file of an object that is gone.
     /// Kept files that are shorter than at the last checkpoint that needs them, and no image has what they lack.
     fn lacking(&self) -> Result<BTreeSet<ObjectId>, BackupError> {
         let mut short: BTreeMap<CheckpointId, Vec<(ObjectId, u64, u64)>> = BTreeMap::new();
@@ -405,6 +404,7 @@ impl Group<'_> {
         Ok(lacking)
     }
 
+    /// What is wrong with the file of an object that is gone.
     fn check_kept(
         &mut self,
         view: &View,

@@ -113,11 +113,15 @@ pub fn step_of(dir: &Path, group: GroupId, from: CheckpointId) -> Result<Checkpo
     let mut found = [0; HEADER];
     let file = File::open(&path).map_err(BackupError::io("open", &path))?;
     file.read_exact_at(&mut found, 0).map_err(BackupError::io("read", &path))?;
+    end_of(&found, group, from)
+        .filter(|to| *to > from)
+        .ok_or_else(|| BackupError::corrupt(&path, WRONG_HEADER))
+}
+
+/// The checkpoint after the step, if this is the header of its images.
+fn end_of(found: &[u8; HEADER], group: GroupId, from: CheckpointId) -> Option<CheckpointId> {
     let to = CheckpointId(u64::from_le_bytes(found[40..48].try_into().expect("8 bytes")));
-    if found != header(group, from, to) || to <= from {
-        return Err(BackupError::corrupt(&path, WRONG_HEADER));
-    }
-    Ok(to)
+    (*found == header(group, from, to)).then_some(to)
 }
 
 /// The number in the name of a file of images.
@@ -238,10 +242,7 @@ pub fn read(
     let mut take = |bytes: &mut [u8]| reader.read_exact(bytes).map_err(BackupError::io("read", &path));
     let mut found = [0; HEADER];
     take(&mut found)?;
-    let to = CheckpointId(u64::from_le_bytes(found[40..48].try_into().expect("8 bytes")));
-    if found != header(group, from, to) {
-        return Err(bad(WRONG_HEADER));
-    }
+    let to = end_of(&found, group, from).ok_or_else(|| bad(WRONG_HEADER))?;
     let mut at = HEADER as u64;
     let mut lines = 0;
     let mut skipped = vec![0; BLOCK];

@@ -1,7 +1,5 @@
 //! The start of a call: whether it is followed, and what is known only then.
 
-use core::sync::atomic::{Ordering, compiler_fence};
-
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user};
 use bfs_common::abi::{InodeId, TaskState, counter, flag, kind, slot};
 
@@ -18,9 +16,6 @@ use crate::{
 
 /// `__O_TMPFILE`, without the directory bit.
 pub const O_TMPFILE: u32 = 0o20_000_000;
-
-/// `include/linux/fs.h`
-const FMODE_WRITE: u32 = 2;
 
 /// `MAP_SHARED`, `MAP_SHARED_VALIDATE` and the mask of the type.
 const MAP_TYPE: u64 = 0xf;
@@ -149,18 +144,9 @@ pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64
     if !follow {
         return;
     }
+    task::begin_call(state);
     // SAFETY: the task's own slot.
     unsafe {
-        core::ptr::write_volatile(&raw mut state.active, 1);
-        // A locked instruction, so that the store is visible to every CPU before the time is taken:
-        // whoever reads a later time, and then `active`, sees the call (no membarrier needed).
-        // (`core` has no such operation for this target.)
-        core::arch::asm!(
-            "lock *(u64 *)({start} + 0) += {one}",
-            start = in(reg) &raw mut state.start_ns,
-            one = in(reg) 1u64,
-        );
-        compiler_fence(Ordering::SeqCst);
         // A write that may join a run needs no time of its own: that of the run is earlier, and while there is no cut
         // that is all that counts. (A cut that this one does not see yet is still to look at the slot.)
         let start_ns = if going_on && run::goes_on(state) { state.run_first_ns } else { bpf_ktime_get_ns() };
@@ -303,7 +289,7 @@ fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     // SAFETY: this CPU's entry of this hook.
     let scratch = unsafe { &mut *scratch };
     let file = kernel::read_file(scratch, address, table_shared);
-    let writable = file.mode & FMODE_WRITE != 0;
+    let writable = file.mode & kernel::FMODE_WRITE != 0;
     if (class == class::CLOSE || class == class::MMAP || class == class::SEEK) && !writable {
         return false;
     }

@@ -1,7 +1,5 @@
 //! The end of a call: its record.
 
-use core::sync::atomic::{Ordering, compiler_fence};
-
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use bfs_common::abi::{FileEvent, InodeAttr, NO_CALL, TaskState, counter, ending, flag, kind, slot};
 
@@ -43,12 +41,7 @@ pub fn exit(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64) {
                 record(state, number, class, ret, pid_tgid, unsafe { &mut *scratch });
             }
         }
-        // SAFETY: the task's own slot.
-        unsafe {
-            core::ptr::write_volatile(&raw mut state.start_ns, 0);
-            compiler_fence(Ordering::SeqCst);
-            core::ptr::write_volatile(&raw mut state.active, 0);
-        }
+        task::end_call(state);
     }
     state.nr = NO_CALL;
 }
