@@ -4,7 +4,7 @@
 //! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication),
 //! [`log`] (records in segments, durable), [`tree`] (files and attributes), [`generation`] (reading checkpoints
 //! that are kept), [`mount`] (one of them as a file system) and [`service`] (the service manager). [`cli`] holds the two command lines; the binaries
-//! are thin. [`durable`] is what makes things survive a power cut, [`mutant`] nothing but tests.
+//! are thin. [`nearest`] finds the word that was meant. [`durable`] is what makes things survive a power cut, [`mutant`] nothing but tests.
 
 pub mod backup;
 pub mod cli;
@@ -13,6 +13,7 @@ pub mod generation;
 pub mod log;
 pub mod mount;
 pub mod mutant;
+pub mod nearest;
 pub mod net;
 pub mod primary;
 pub mod service;

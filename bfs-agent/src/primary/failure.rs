@@ -83,13 +83,14 @@ impl Failure {
 
     /// What an agent answered.
     #[must_use]
-    pub fn of_reply(kind: FailureKind, message: String, hint: String) -> Self {
+    fn of_reply(kind: FailureKind, message: String, hint: String) -> Self {
         let kind = match kind {
             FailureKind::Timeout => Kind::Timeout,
             FailureKind::Refused => Kind::Refused,
             FailureKind::GivenUp | FailureKind::Busy => Kind::GivenUp,
             FailureKind::Ending => Kind::NoAgent,
-            FailureKind::Bad | FailureKind::Failed => Kind::Other,
+            FailureKind::Denied => Kind::NotRoot,
+            FailureKind::Bad | FailureKind::Unknown | FailureKind::Failed => Kind::Other,
         };
         Self { kind, message, hint }
     }
@@ -138,6 +139,13 @@ impl From<ProcessError> for Failure {
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let (kind, hint) = match &error {
+            ClientError::Failed { kind, message, hint, .. } => {
+                return Self::of_reply(*kind, message.clone(), hint.clone());
+            }
+            ClientError::Bad { .. } => {
+                (Kind::Other, "use bfs-agent of the same release as the agent that runs")
+            }
+            ClientError::Silent { .. } => (Kind::Timeout, "look at what the agent does: is it stopped?"),
             ClientError::NoAgent { .. } => (
                 Kind::NoAgent,
                 "start one with `bfs-agent run` or `bfs-agent attach`, or name its --group or --socket; \

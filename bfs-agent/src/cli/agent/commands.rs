@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{PathChange, Target, show};
-use crate::primary::control::{Client, FailureKind, Reply, Request, VerifyReport, WaitFor, default_socket};
+use crate::primary::control::{Client, Reply, Request, VerifyReport, WaitFor, default_socket, milliseconds};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::{self, Inherited};
 use crate::primary::session;
@@ -22,27 +22,15 @@ fn connect(target: &Target) -> Result<Client, Failure> {
 }
 
 fn ask(target: &Target, request: &Request) -> Result<Reply, Failure> {
-    sound(connect(target)?.ask(request)?)
-}
-
-/// Makes a failure of an answer that is one.
-fn sound(reply: Reply) -> Result<Reply, Failure> {
-    match reply {
-        Reply::Failed { kind, message, hint } => Err(Failure::of_reply(kind, message, hint)),
-        reply => Ok(reply),
-    }
+    Ok(connect(target)?.ask(request)?)
 }
 
 fn unexpected(reply: &Reply) -> Failure {
-    Failure::of_reply(
-        FailureKind::Bad,
+    Failure::new(
+        Kind::Other,
         format!("the agent answered something else than was asked: {reply:?}"),
-        "use bfs-agent of the same release as the agent that runs".into(),
+        "use bfs-agent of the same release as the agent that runs",
     )
-}
-
-fn milliseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Output that is asked for; a reader that went away is not an error of ours.
@@ -56,14 +44,8 @@ pub(super) fn checkpoint(
     wait: WaitFor,
     timeout: Duration,
 ) -> Result<u8, Failure> {
-    let request = Request::Checkpoint { tag, wait, timeout_ms: milliseconds(timeout) };
-    match ask(target, &request)? {
-        Reply::Checkpoint { checkpoint, .. } => {
-            print(&checkpoint.to_string());
-            Ok(0)
-        }
-        other => Err(unexpected(&other)),
-    }
+    print(&connect(target)?.checkpoint(&tag, wait, timeout)?.to_string());
+    Ok(0)
 }
 
 /// Runs CMD between two messages. Its status is ours when it is not 0.
@@ -83,14 +65,14 @@ pub(super) fn checkpoint_stopped(
         timeout_ms: milliseconds(timeout),
         limit_ms: milliseconds(limit),
     };
-    let Reply::Standing { checkpoint, .. } = sound(client.ask(&request)?)? else {
+    let Reply::Standing { checkpoint, .. } = client.ask(&request)? else {
         return Err(Failure::new(Kind::Other, "the agent did not stop the program", ""));
     };
     // From here on every way out lets the processes go: the end of the connection does, too.
     let ran = run_command(command, &checkpoint.to_string(), inherited);
-    let reply = client.go()?;
+    let reply = client.go();
     let status = ran?;
-    match sound(reply)? {
+    match reply? {
         Reply::Checkpoint { checkpoint, .. } => {
             print(&checkpoint.to_string());
             Ok(status)
@@ -113,19 +95,15 @@ fn run_command(command: &[OsString], checkpoint: &str, inherited: &Inherited) ->
 }
 
 pub(super) fn status(target: &Target, json: bool) -> Result<u8, Failure> {
-    match ask(target, &Request::Status)? {
-        Reply::Status(status) => {
-            if json {
-                let text = serde_json::to_string_pretty(&status)
-                    .map_err(|e| Failure::new(Kind::Other, format!("cannot print the status: {e}"), ""))?;
-                print(&text);
-            } else {
-                print(&show::status(&status));
-            }
-            Ok(0)
-        }
-        other => Err(unexpected(&other)),
+    let status = connect(target)?.status()?;
+    if json {
+        let text = serde_json::to_string_pretty(&status)
+            .map_err(|e| Failure::new(Kind::Other, format!("cannot print the status: {e}"), ""))?;
+        print(&text);
+    } else {
+        print(&show::status(&status));
     }
+    Ok(0)
 }
 
 pub(super) fn flush(target: &Target, timeout: Duration, spool: &SpoolOptions) -> Result<u8, Failure> {
@@ -181,13 +159,8 @@ pub(super) fn change_path(change: &PathChange, add: bool) -> Result<u8, Failure>
 }
 
 pub(super) fn paths(target: &Target) -> Result<u8, Failure> {
-    match ask(target, &Request::Status)? {
-        Reply::Status(status) => {
-            status.roots.iter().for_each(|root| print(root));
-            Ok(0)
-        }
-        other => Err(unexpected(&other)),
-    }
+    connect(target)?.status()?.roots.iter().for_each(|root| print(root));
+    Ok(0)
 }
 
 pub(super) fn stop(target: &Target, timeout: Duration) -> Result<u8, Failure> {

@@ -9,6 +9,8 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
+use crate::nearest::{did_you_mean, nearest};
+
 /// What a value has to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
@@ -91,7 +93,7 @@ pub enum ConfigError {
     #[error("{0}")]
     Syntax(toml::de::Error),
     /// A key that nobody knows.
-    #[error("{at}: there is no {key:?}{}", nearest(.near))]
+    #[error("{at}: there is no {key:?}{}", did_you_mean(*.near))]
     Unknown {
         /// Where.
         at: String,
@@ -118,10 +120,6 @@ pub enum ConfigError {
         /// What is wrong.
         why: String,
     },
-}
-
-fn nearest(near: &Option<&'static str>) -> String {
-    near.map_or_else(String::new, |near| format!("; did you mean {near:?}?"))
 }
 
 /// A group of the file.
@@ -171,9 +169,7 @@ pub fn parse(text: &str) -> Result<Vec<ConfigGroup>, ConfigError> {
 }
 
 fn unknown(at: &str, key: &str, known: &[&'static str]) -> ConfigError {
-    let near = known.iter().copied().map(|name| (strsim::damerau_levenshtein(name, key), name)).min();
-    let near = near.filter(|(distance, name)| *distance <= name.len() / 2 + 1).map(|(_, name)| name);
-    ConfigError::Unknown { at: at.into(), key: key.into(), near }
+    ConfigError::Unknown { at: at.into(), key: key.into(), near: nearest(known, key) }
 }
 
 fn form(at: &str, key: &str, form: &'static str) -> ConfigError {

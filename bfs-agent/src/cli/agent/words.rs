@@ -30,6 +30,8 @@ impl From<Foreign> for Policy {
 /// `--wait`: how far a checkpoint has to come.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum Wait {
+    /// Its instant is behind us
+    Taken,
     /// All of it is durable somewhere
     Sealed,
     /// It is durable on the backup
@@ -41,6 +43,7 @@ pub(super) enum Wait {
 impl From<Wait> for WaitFor {
     fn from(wait: Wait) -> Self {
         match wait {
+            Wait::Taken => Self::Taken,
             Wait::Sealed => Self::Sealed,
             Wait::Confirmed => Self::Confirmed,
             Wait::Applied => Self::Applied,

@@ -1,11 +1,16 @@
-//! The command's side of the control socket.
+//! The client's side of the control socket, for commands and for programs of the user.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bfs_common::record::CheckpointId;
 
 use super::REPLY_MAX;
-use super::messages::{Reply, Request};
+use super::messages::{FailureKind, Reply, Status};
+use super::request::{GRACE, Request, WaitFor};
 
 /// Why an agent was not asked or did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -34,16 +39,39 @@ pub enum ClientError {
         /// What is wrong.
         why: String,
     },
+    /// It was asked and not done.
+    #[error("{message}")]
+    Failed {
+        /// What kind of failure.
+        kind: FailureKind,
+        /// Which field of the request is to blame.
+        field: Option<String>,
+        /// What failed, on what, why.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
+    /// Nothing came back.
+    #[error("the agent at {path} did not answer within {limit_s} s")]
+    Silent {
+        /// The socket.
+        path: PathBuf,
+        /// How long was waited.
+        limit_s: u64,
+    },
     /// The agent ended the connection.
     #[error("the agent at {0} ended before it had answered")]
     Ended(PathBuf),
 }
 
-/// A connection to an agent, for one request.
+/// A connection to an agent, for one request after the other. An agent with too many clients ends connections that
+/// have been silent: connect again then.
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
     stream: BufReader<UnixStream>,
+    /// How long an answer is waited for.
+    limit: Duration,
 }
 
 impl Client {
@@ -53,7 +81,7 @@ impl Client {
     /// [`ClientError::NoAgent`] when nobody listens there.
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
         match UnixStream::connect(path) {
-            Ok(stream) => Ok(Self { path: path.to_owned(), stream: BufReader::new(stream) }),
+            Ok(stream) => Ok(Self { path: path.to_owned(), stream: BufReader::new(stream), limit: GRACE }),
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                 Err(ClientError::NoAgent { path: path.to_owned(), others: others(path) })
             }
@@ -61,15 +89,21 @@ impl Client {
         }
     }
 
-    /// Asks, and returns the first reply.
+    /// Asks, and returns the first reply; one that says that it failed is an error.
     ///
     /// # Errors
     /// [`ClientError`].
     pub fn ask(&mut self, request: &Request) -> Result<Reply, ClientError> {
         let mut line = serde_json::to_vec(request).map_err(|e| self.bad(&e.to_string()))?;
         line.push(b'\n');
-        self.write(&line)?;
-        self.next_reply()
+        // The agent has the first word about what takes too long.
+        self.limit = request.limits().0 + GRACE;
+        let written = self.write(&line);
+        // Whom the agent turns away at the door cannot write any more, and is told why all the same.
+        match (self.next_reply(), written) {
+            (Err(ClientError::Io { .. } | ClientError::Ended(_)), Err(e)) => Err(e),
+            (reply, _) => reply,
+        }
     }
 
     /// After [`Reply::Standing`]: lets the processes go, and returns the next reply.
@@ -81,18 +115,84 @@ impl Client {
         self.next_reply()
     }
 
+    /// How the agent stands.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn status(&mut self) -> Result<Status, ClientError> {
+        match self.ask(&Request::Status)? {
+            Reply::Status(status) => Ok(*status),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Takes a checkpoint, waits until it is so far, and gives its number.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn checkpoint(
+        &mut self,
+        tag: &str,
+        wait: WaitFor,
+        timeout: Duration,
+    ) -> Result<CheckpointId, ClientError> {
+        let request = Request::Checkpoint { tag: tag.into(), wait, timeout_ms: milliseconds(timeout) };
+        match self.ask(&request)? {
+            Reply::Checkpoint { checkpoint, .. } => Ok(checkpoint),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Says that something changed, in these bytes of a file or anywhere in it: every checkpoint with a higher number
+    /// than the one that this gives has it.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn report_update(
+        &mut self,
+        path: &Path,
+        bytes: Option<Range<u64>>,
+        timeout: Duration,
+    ) -> Result<CheckpointId, ClientError> {
+        let request = Request::ReportUpdate {
+            path: path.to_owned(),
+            offset: bytes.as_ref().map(|bytes| bytes.start),
+            length: bytes.map(|bytes| bytes.end.saturating_sub(bytes.start)),
+            timeout_ms: milliseconds(timeout),
+        };
+        match self.ask(&request)? {
+            Reply::Reported { after } => Ok(after),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    fn unexpected(&self, reply: &Reply) -> ClientError {
+        self.bad(&format!("something else than was asked: {reply:?}"))
+    }
+
     fn write(&mut self, line: &[u8]) -> Result<(), ClientError> {
         self.stream.get_mut().write_all(line).map_err(|e| self.io(e))
     }
 
     fn next_reply(&mut self) -> Result<Reply, ClientError> {
+        self.stream.get_ref().set_read_timeout(Some(self.limit)).map_err(|e| self.io(e))?;
         let mut line = Vec::new();
         let read = (&mut self.stream).take(REPLY_MAX as u64).read_until(b'\n', &mut line);
-        read.map_err(|e| self.io(e))?;
+        read.map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => {
+                ClientError::Silent { path: self.path.clone(), limit_s: self.limit.as_secs() }
+            }
+            _ => self.io(e),
+        })?;
         if line.is_empty() {
             return Err(ClientError::Ended(self.path.clone()));
         }
-        serde_json::from_slice(&line).map_err(|e| self.bad(&e.to_string()))
+        match serde_json::from_slice(&line).map_err(|e| self.bad(&e.to_string()))? {
+            Reply::Failed { kind, field, message, hint } => {
+                Err(ClientError::Failed { kind, field, message, hint })
+            }
+            reply => Ok(reply),
+        }
     }
 
     fn io(&self, source: io::Error) -> ClientError {
@@ -102,6 +202,12 @@ impl Client {
     fn bad(&self, why: &str) -> ClientError {
         ClientError::Bad { path: self.path.clone(), why: why.to_owned() }
     }
+}
+
+/// As requests have it.
+#[must_use]
+pub fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Which agents listen in the same folder, so that a wrong group name is easy to see.
@@ -123,9 +229,8 @@ fn others(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FailureKind, Inbound, Server, ServerError, Status, WaitFor};
+    use super::super::{Inbound, Server, ServerError};
     use super::*;
-    use bfs_common::record::CheckpointId;
     use std::os::unix::fs::PermissionsExt;
     use std::sync::mpsc;
     use std::time::Duration;
@@ -149,10 +254,68 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         let mut client = Client::connect(server.path()).unwrap();
         let expected = status.clone();
-        let asking = std::thread::spawn(move || client.ask(&Request::Status).unwrap());
-        let Inbound::Request { request: Request::Status, replies, .. } = next(&inbound) else { panic!() };
-        replies.send(Reply::Status(Box::new(status)));
-        assert_eq!(asking.join().unwrap(), Reply::Status(Box::new(expected)));
+        // One connection is good for many requests.
+        let asking = std::thread::spawn(move || [client.status().unwrap(), client.status().unwrap()]);
+        for _ in 0..2 {
+            let Inbound::Request { request: Request::Status, replies, .. } = next(&inbound) else { panic!() };
+            replies.send(Reply::Status(Box::new(status.clone())));
+        }
+        assert_eq!(asking.join().unwrap(), [expected.clone(), expected]);
+    }
+
+    #[test]
+    fn what_is_asked_has_its_answer_or_an_error_with_the_field() {
+        let (server, inbound, _dir) = server();
+        let mut client = Client::connect(server.path()).unwrap();
+        let asking = std::thread::spawn(move || {
+            let limit = Duration::from_secs(5);
+            let taken = client.checkpoint("t", WaitFor::Taken, limit).unwrap();
+            let after = client.report_update(Path::new("/srv/f"), Some(4096..4100), limit).unwrap();
+            let relative = client.report_update(Path::new("f"), None, limit).unwrap_err();
+            (taken, after, relative)
+        });
+        let Inbound::Request { request, replies, .. } = next(&inbound) else { panic!() };
+        let (wait, timeout_ms) = (WaitFor::Taken, 5_000);
+        assert_eq!(request, Request::Checkpoint { tag: "t".into(), wait, timeout_ms });
+        replies.send(Reply::Checkpoint { checkpoint: CheckpointId(3), reached: wait, stopped_us: 0 });
+        let Inbound::Request { request, replies, .. } = next(&inbound) else { panic!() };
+        let (path, offset, length) = ("/srv/f".into(), Some(4096), Some(4));
+        assert_eq!(request, Request::ReportUpdate { path, offset, length, timeout_ms });
+        replies.send(Reply::Reported { after: CheckpointId(3) });
+        let (taken, after, relative) = asking.join().unwrap();
+        assert_eq!((taken, after), (CheckpointId(3), CheckpointId(3)));
+        let ClientError::Failed { kind: FailureKind::Bad, field: Some(field), .. } = relative else {
+            panic!("{relative:?}")
+        };
+        assert_eq!(field, "path");
+    }
+
+    /// Who connects and says nothing, or does not read, keeps nobody from being answered.
+    #[test]
+    fn silent_clients_make_room() {
+        let (server, inbound, _dir) = server();
+        let mut silent: Vec<UnixStream> =
+            (0..200).map(|_| UnixStream::connect(server.path()).unwrap()).collect();
+        let path = server.path().to_owned();
+        let asking = std::thread::spawn(move || {
+            let deadline = std::time::Instant::now() + Duration::from_secs(30);
+            loop {
+                match Client::connect(&path).unwrap().status() {
+                    Ok(status) => break status.pid,
+                    Err(ClientError::Failed { kind: FailureKind::Busy, .. }) => {}
+                    Err(e) => panic!("{e}"),
+                }
+                assert!(std::time::Instant::now() < deadline);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        let Inbound::Request { replies, .. } = next(&inbound) else { panic!() };
+        replies.send(Reply::Status(Box::new(Status { pid: 7, ..Status::default() })));
+        assert_eq!(asking.join().unwrap(), 7);
+        // Those that were told to go see the end; what they were told first says why.
+        let mut said = String::new();
+        silent.last_mut().unwrap().read_to_string(&mut said).unwrap();
+        assert!(said.contains("\"busy\""), "{said}");
     }
 
     #[test]
@@ -186,9 +349,10 @@ mod tests {
     fn a_request_that_is_dropped_is_answered_all_the_same() {
         let (server, inbound, _dir) = server();
         let mut client = Client::connect(server.path()).unwrap();
-        let asking = std::thread::spawn(move || client.ask(&Request::Stop { timeout_ms: 1 }).unwrap());
+        let asking = std::thread::spawn(move || client.ask(&Request::Stop { timeout_ms: 1 }).unwrap_err());
         drop(next(&inbound));
-        assert!(matches!(asking.join().unwrap(), Reply::Failed { kind: FailureKind::Ending, .. }));
+        let error = asking.join().unwrap();
+        assert!(matches!(error, ClientError::Failed { kind: FailureKind::Ending, .. }), "{error:?}");
     }
 
     #[test]

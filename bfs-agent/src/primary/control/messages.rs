@@ -1,4 +1,4 @@
-//! What commands ask of an agent, and what it answers.
+//! What the agent answers.
 
 use std::path::PathBuf;
 
@@ -6,80 +6,8 @@ use bfs_common::record::{CheckpointId, Epoch, Sequence};
 use bfs_common::wire::StoreState;
 use serde::{Deserialize, Serialize};
 
+use super::request::{BadRequest, WaitFor};
 use crate::primary::engine::foreign::Policy;
-
-/// A state of a checkpoint that can be waited for, in order.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum WaitFor {
-    /// All its records are durable somewhere.
-    Sealed,
-    /// Durable on the backup.
-    #[default]
-    Confirmed,
-    /// The backup's files are as at the checkpoint.
-    Applied,
-}
-
-/// What a command asks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "snake_case")]
-pub enum Request {
-    /// How does it stand? Answered by [`Reply::Status`].
-    Status,
-    /// Take a checkpoint. Answered by [`Reply::Checkpoint`] when `wait` is reached.
-    Checkpoint {
-        /// The user's tag, empty for none.
-        tag: String,
-        /// Which state to wait for.
-        wait: WaitFor,
-        /// How long, altogether.
-        timeout_ms: u64,
-    },
-    /// Stop the selected processes, take a checkpoint, answer [`Reply::Standing`], let them go at
-    /// [`Inbound::Go`](super::Inbound::Go), and answer [`Reply::Checkpoint`] when `wait` is
-    /// reached.
-    CheckpointStopped {
-        /// The user's tag, empty for none.
-        tag: String,
-        /// Which state to wait for after they go on.
-        wait: WaitFor,
-        /// How long to wait, altogether.
-        timeout_ms: u64,
-        /// They stand no longer than this, whatever happens.
-        limit_ms: u64,
-    },
-    /// Send everything that is captured. Answered by [`Reply::Flushed`].
-    Flush {
-        /// How long to wait.
-        timeout_ms: u64,
-    },
-    /// Take a checkpoint, wait until it is applied, compare. Answered by [`Reply::Verified`].
-    Verify {
-        /// How long, altogether.
-        timeout_ms: u64,
-    },
-    /// Replicate a further subtree. Answered by [`Reply::Checkpoint`] when one that has it is confirmed.
-    PathAdd {
-        /// The directory.
-        path: PathBuf,
-        /// How long, altogether.
-        timeout_ms: u64,
-    },
-    /// Replicate a subtree no longer. Answered by [`Reply::Checkpoint`] when one without it is confirmed.
-    PathRemove {
-        /// The directory.
-        path: PathBuf,
-        /// How long, altogether.
-        timeout_ms: u64,
-    },
-    /// Take a last checkpoint, wait for it, and end. Answered by [`Reply::Ended`], as late as
-    /// possible.
-    Stop {
-        /// How long to wait for the last checkpoint.
-        timeout_ms: u64,
-    },
-}
 
 /// What the agent answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -104,6 +32,11 @@ pub enum Reply {
         /// How long processes stood for it, microseconds.
         stopped_us: u64,
     },
+    /// The update is noted, and that is durable somewhere: it will not be forgotten, whatever happens to the agent.
+    Reported {
+        /// Every checkpoint with a higher number has what was reported.
+        after: CheckpointId,
+    },
     /// Everything captured until the request is durable at the destination.
     Flushed {
         /// The last durable record.
@@ -126,6 +59,9 @@ pub enum Reply {
     Failed {
         /// What kind of failure, for the exit status.
         kind: FailureKind,
+        /// Which field of the request is to blame.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        field: Option<String>,
         /// What failed, on what, why.
         message: String,
         /// What to do.
@@ -143,7 +79,14 @@ impl Reply {
     /// A failure.
     #[must_use]
     pub fn failed(kind: FailureKind, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self::Failed { kind, message: message.into(), hint: hint.into() }
+        Self::Failed { kind, field: None, message: message.into(), hint: hint.into() }
+    }
+
+    /// A request that cannot be done as it is written.
+    #[must_use]
+    pub fn bad(why: BadRequest) -> Self {
+        let kind = if why.is_unknown { FailureKind::Unknown } else { FailureKind::Bad };
+        Self::Failed { kind, field: why.field, message: why.message, hint: why.hint }
     }
 }
 
@@ -161,8 +104,12 @@ pub enum FailureKind {
     Busy,
     /// The agent ends or ended.
     Ending,
-    /// The request is not understood.
+    /// The request is not understood, or asks for what cannot be.
     Bad,
+    /// The agent does not know such a request: it may be one of another release.
+    Unknown,
+    /// Neither root nor the agent's own user asks.
+    Denied,
     /// Something else went wrong.
     Failed,
 }

@@ -1,21 +1,25 @@
 //! The socket through which commands reach a running agent.
 //!
 //! One line of JSON a message ([`Request`], [`Reply`]), over a unix socket of mode 0600 whose
-//! peer must be root or the agent's own user. The [`Server`] turns requests into [`Inbound`]
-//! messages on a channel that the engine reads between two events; the engine never waits for a
-//! client.
+//! peer must be root or the agent's own user. Commands and programs of the user speak the same: docs/interface.md is
+//! written for the latter. The [`Server`] turns requests into [`Inbound`] messages on a channel that the engine reads
+//! between two events; the engine never waits for a client. [`Client`] is what a program in Rust uses.
 
 mod client;
+mod lines;
 mod messages;
+mod real_path;
+mod request;
 mod server;
 
 use std::path::PathBuf;
 
-pub use client::{Client, ClientError};
+pub use client::{Client, ClientError, milliseconds};
 pub use messages::{
-    CheckpointStatus, Counters, DestinationStatus, FailureKind, ForeignStatus, Reply, Request, SpoolStatus,
-    State, Status, StopTimes, StrangerStatus, VerifyReport, WaitFor,
+    CheckpointStatus, Counters, DestinationStatus, FailureKind, ForeignStatus, Reply, SpoolStatus, State,
+    Status, StopTimes, StrangerStatus, VerifyReport,
 };
+pub use request::{BadRequest, Request, WaitFor};
 pub use server::{Inbound, Replies, Server, ServerError, Ticket};
 
 /// Longest request.

@@ -1,31 +1,35 @@
 //! The agent's side of the control socket: threads that carry lines, no decisions.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::messages::{FailureKind, Reply, Request};
+use super::lines::{LINE_LIMIT, Line, Lines};
+use super::messages::{FailureKind, Reply};
+use super::real_path::real_path;
+use super::request::{BadRequest, Request};
 use super::{REQUEST_MAX, default_socket};
 use crate::net::auth::uid_is_trusted;
 
 /// Most clients at a time.
-const CLIENTS_MAX: usize = 16;
-/// For a client to say what it wants, and to take an answer.
+const CLIENTS_MAX: usize = 64;
+/// For a client to take an answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(30);
-/// Beyond what a request allows, for the engine to answer.
-const GRACE: Duration = Duration::from_secs(30);
+/// When there are too many clients, one that the agent has waited for this long makes room for another.
+const SILENT_MIN: Duration = Duration::from_secs(1);
 
 /// Names one request, until its last reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -104,7 +108,61 @@ struct Clients {
     engine: Sender<Inbound>,
     wake: Box<dyn Fn() + Send + Sync>,
     tickets: AtomicU64,
-    count: AtomicUsize,
+    slots: Mutex<Vec<Slot>>,
+}
+
+/// One connection.
+struct Slot {
+    stream: Arc<UnixStream>,
+    /// Since when the agent waits for the client, to say something or to take an answer; `None` while the client
+    /// waits for the agent.
+    waits_since: Option<Instant>,
+}
+
+/// A client that was let in, until it is dropped.
+struct Admitted {
+    stream: Arc<UnixStream>,
+    clients: Arc<Clients>,
+}
+
+impl Clients {
+    fn slots(&self) -> std::sync::MutexGuard<'_, Vec<Slot>> {
+        // Nothing in it can be half done.
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a client in, if need be in the place of the one that has been waited for longest; `None` when all
+    /// wait for the agent.
+    fn admit(self: &Arc<Self>, stream: UnixStream) -> Result<Admitted, UnixStream> {
+        let mut slots = self.slots();
+        if slots.len() >= CLIENTS_MAX {
+            let silent = |slot: &Slot| slot.waits_since.filter(|since| since.elapsed() >= SILENT_MIN);
+            let since = slots.iter().enumerate().filter_map(|(at, slot)| Some((silent(slot)?, at)));
+            let Some((_, at)) = since.min() else { return Err(stream) };
+            // Its thread wakes up with the end of the stream.
+            let _ = slots.swap_remove(at).stream.shutdown(Shutdown::Both);
+        }
+        let stream = Arc::new(stream);
+        slots.push(Slot { stream: Arc::clone(&stream), waits_since: Some(Instant::now()) });
+        drop(slots);
+        Ok(Admitted { stream, clients: Arc::clone(self) })
+    }
+}
+
+impl Admitted {
+    /// The agent waits for the client from now on, or the client for the agent.
+    fn is_waited_for(&self, waited_for: bool) {
+        let mut slots = self.clients.slots();
+        if let Some(slot) = slots.iter_mut().find(|slot| Arc::ptr_eq(&slot.stream, &self.stream)) {
+            slot.waits_since = waited_for.then(Instant::now);
+        }
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.clients.slots().retain(|slot| !Arc::ptr_eq(&slot.stream, &self.stream));
+    }
 }
 
 impl Server {
@@ -156,7 +214,7 @@ impl Server {
             engine,
             wake: Box::new(wake),
             tickets: AtomicU64::new(1),
-            count: AtomicUsize::new(0),
+            slots: Mutex::default(),
         });
         let thread = std::thread::Builder::new()
             .name("bfs-control".into())
@@ -193,45 +251,70 @@ fn accept(listener: &UnixListener, stopped: &impl AsFd, clients: &Arc<Clients>) 
             return;
         }
         let Ok((stream, _)) = listener.accept() else { continue };
+        if stream.set_write_timeout(Some(CLIENT_LIMIT)).is_err() {
+            continue;
+        }
         let trusted = rustix::net::sockopt::socket_peercred(&stream)
             .is_ok_and(|peer| uid_is_trusted(peer.uid.as_raw()));
+        // What is written here fits into any socket that is still empty: nobody is waited for.
         if !trusted {
+            let why = "only root and the user that runs the agent may ask";
+            let _ = write_line(&stream, &Reply::failed(FailureKind::Denied, why, "use one of them"));
             continue;
         }
-        let mine = Arc::clone(clients);
-        if clients.count.fetch_add(1, Ordering::Relaxed) >= CLIENTS_MAX {
-            clients.count.fetch_sub(1, Ordering::Relaxed);
-            let busy = Reply::failed(FailureKind::Busy, "too many commands at a time", "try again");
-            let _ = write_line(&stream, &busy);
-            continue;
-        }
-        let spawned = std::thread::Builder::new().name("bfs-command".into()).spawn(move || {
-            serve(&stream, &mine);
-            mine.count.fetch_sub(1, Ordering::Relaxed);
-        });
-        if spawned.is_err() {
-            clients.count.fetch_sub(1, Ordering::Relaxed);
+        match clients.admit(stream) {
+            Ok(client) => {
+                let thread = std::thread::Builder::new().name("bfs-command".into());
+                // Without a thread the client is dropped, and sees its connection end.
+                let _ = thread.spawn(move || serve(&client));
+            }
+            Err(stream) => {
+                let why = "too many commands at a time";
+                let _ = write_line(&stream, &Reply::failed(FailureKind::Busy, why, "try again"));
+            }
         }
     }
 }
 
-fn serve(stream: &UnixStream, clients: &Clients) {
-    let limits =
-        stream.set_read_timeout(Some(CLIENT_LIMIT)).and(stream.set_write_timeout(Some(CLIENT_LIMIT)));
-    if limits.is_err() {
-        return;
-    }
-    let mut lines = Lines { stream, have: Vec::new() };
-    let Ok(Some(line)) = lines.next() else { return };
-    let request: Request = match serde_json::from_slice(&line) {
-        Ok(request) => request,
-        Err(e) => {
-            let hint = "use bfs-agent of the same release";
-            let _ = write_line(stream, &Reply::failed(FailureKind::Bad, format!("bad request: {e}"), hint));
+/// One request after the other, until the client goes.
+fn serve(client: &Admitted) {
+    let mut lines = Lines::new(&client.stream, REQUEST_MAX);
+    loop {
+        let bad = match lines.next(None) {
+            Ok(Line::Whole(line)) => match Request::parse(&line).and_then(with_real_path) {
+                Ok(request) => match answer(client, &mut lines, request) {
+                    true => continue,
+                    false => return,
+                },
+                Err(bad) => bad,
+            },
+            Ok(Line::TooLong) => BadRequest::line(format!("the line is longer than {REQUEST_MAX} bytes")),
+            Ok(Line::TooSlow) => {
+                let why = format!("the line did not end within {} s", LINE_LIMIT.as_secs());
+                let _ = write_line(&client.stream, &Reply::bad(BadRequest::line(why)));
+                return;
+            }
+            Ok(Line::End) | Err(_) => return,
+        };
+        if write_line(&client.stream, &Reply::bad(bad)).is_err() {
             return;
         }
-    };
-    let (answer_limit, stand_limit) = limits_of(&request);
+    }
+}
+
+/// What names a file is asked with the path that has neither symlinks nor `..`.
+fn with_real_path(mut request: Request) -> Result<Request, BadRequest> {
+    if let Request::ReportUpdate { path, .. } = &mut request {
+        *path = real_path(path)
+            .map_err(|e| BadRequest::field("path", e, "give a path of a file, or of one that was there"))?;
+    }
+    Ok(request)
+}
+
+/// Has a request answered; `false` when nothing more can be asked on the connection.
+fn answer(client: &Admitted, lines: &mut Lines<'_>, request: Request) -> bool {
+    let (clients, stream) = (&client.clients, &*client.stream);
+    let (answer_limit, stand_limit) = request.limits();
     let ticket = Ticket(clients.tickets.fetch_add(1, Ordering::Relaxed));
     let (replies, answers) = Replies::channel();
     let tell = |message| {
@@ -241,9 +324,10 @@ fn serve(stream: &UnixStream, clients: &Clients) {
     };
     if !tell(Inbound::Request { ticket, request, replies }) {
         let _ = write_line(stream, &ending());
-        return;
+        return false;
     }
     loop {
+        client.is_waited_for(false);
         let reply = match answers.recv_timeout(answer_limit) {
             Ok(reply) => reply,
             Err(RecvTimeoutError::Disconnected) => ending(),
@@ -253,14 +337,16 @@ fn serve(stream: &UnixStream, clients: &Clients) {
             }
         };
         let last = reply.is_last();
+        if last {
+            client.is_waited_for(true);
+        }
         let written = write_line(stream, &reply);
         if last {
-            return;
+            return written.is_ok();
         }
+        // Any line, the end of the stream and the limit all mean: go.
         if written.is_ok() {
-            let _ = stream.set_read_timeout(Some(stand_limit));
-            // Any line, the end of the stream and the limit all mean: go.
-            let _ = lines.next();
+            let _ = lines.next(Some(stand_limit));
         }
         tell(Inbound::Go { ticket });
     }
@@ -268,49 +354,6 @@ fn serve(stream: &UnixStream, clients: &Clients) {
 
 fn ending() -> Reply {
     Reply::failed(FailureKind::Ending, "the agent ended before it had answered", "")
-}
-
-/// How long the engine may take to answer, and how long processes may stand.
-fn limits_of(request: &Request) -> (Duration, Duration) {
-    match request {
-        Request::Status => (GRACE, GRACE),
-        Request::Checkpoint { timeout_ms, .. }
-        | Request::Stop { timeout_ms }
-        | Request::Flush { timeout_ms }
-        | Request::PathAdd { timeout_ms, .. }
-        | Request::PathRemove { timeout_ms, .. }
-        | Request::Verify { timeout_ms } => (Duration::from_millis(*timeout_ms) + GRACE, GRACE),
-        Request::CheckpointStopped { timeout_ms, limit_ms, .. } => {
-            let stand = Duration::from_millis((*limit_ms).max(1));
-            (Duration::from_millis(*timeout_ms) + stand + GRACE, stand)
-        }
-    }
-}
-
-struct Lines<'a> {
-    stream: &'a UnixStream,
-    have: Vec<u8>,
-}
-
-impl Lines<'_> {
-    fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
-        loop {
-            if let Some(end) = self.have.iter().position(|b| *b == b'\n') {
-                let rest = self.have.split_off(end + 1);
-                return Ok(Some(std::mem::replace(&mut self.have, rest)));
-            }
-            if self.have.len() > REQUEST_MAX {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            let mut buffer = [0; 4096];
-            match self.stream.read(&mut buffer) {
-                Ok(0) => return Ok(None),
-                Ok(read) => self.have.extend_from_slice(&buffer[..read]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-    }
 }
 
 fn write_line(mut stream: &UnixStream, reply: &Reply) -> io::Result<()> {

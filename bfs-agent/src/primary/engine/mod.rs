@@ -24,6 +24,7 @@ pub mod model;
 pub mod outbox;
 pub mod ranges;
 pub mod recent;
+mod reported;
 pub mod resolve;
 pub mod same;
 pub mod sent;

@@ -1,6 +1,7 @@
 //! One group at work: capture, engine, shipper and control tied together.
 
 mod begin;
+mod commands;
 mod foreign;
 mod known;
 mod left;
@@ -8,6 +9,7 @@ mod link;
 mod mapped;
 mod notes;
 mod paths;
+mod reports;
 mod requests;
 mod rollback;
 mod select;

@@ -8,9 +8,10 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::commands::Awaited;
 use super::left;
 use super::link::probes_failed;
-use super::work::{Awaited, Work};
+use super::work::Work;
 use crate::primary::control::{FailureKind, Replies, Reply, WaitFor};
 use crate::primary::engine::Stop;
 use crate::primary::engine::host::{Host, HostError};

@@ -9,8 +9,9 @@ use bfs_common::record::{CheckpointId, DISCARDED, FileKind, GapScope, Record};
 use bfs_common::wire::Digests;
 
 use super::begin::Ground;
+use super::commands::reached;
 use super::state::{Selection, State};
-use super::work::{Work, reached};
+use super::work::Work;
 use super::{SessionOptions, cannot};
 use crate::generation::{At, Client, OpenError, time_text};
 use crate::net::Destination;

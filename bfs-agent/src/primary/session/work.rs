@@ -1,5 +1,5 @@
 //! A session at work: one loop that takes in events, ships, takes checkpoints when they are due,
-//! and answers commands. Nothing in it waits for a client.
+//! and looks at commands.
 
 use std::path::Path;
 use std::sync::{Arc, mpsc};
@@ -8,19 +8,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bfs_common::record::{CheckpointId, Epoch, Sequence};
 
 use super::SessionOptions;
-use super::link::{Link, STOP_LIMITS};
-use super::paths::Change;
+use super::commands::{Held, Waiter, reached};
+use super::link::Link;
 use super::triggers::Since;
 use crate::backup::ReplayerHandle;
 use crate::primary::clock::monotonic_ns;
-use crate::primary::control::{
-    self, FailureKind, Inbound, Replies, Reply, Request as Command, State, Ticket, WaitFor,
-};
+use crate::primary::control::{self, Inbound, Replies, Reply, State, WaitFor};
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::{CheckpointError, Engine, RECENT_NS, Request, Stop, Taken};
-use crate::primary::ship::Progress;
-use crate::primary::stop::Limits;
-use crate::primary::verify;
 
 /// Records wait at most this long for their batch, unless a checkpoint or a command comes: each batch is
 /// a sync at the replayer, maybe on the disk that the program works on.
@@ -43,28 +38,6 @@ const SMALL_RING: u64 = 16 << 20;
 const LOOK_MAX: Duration = Duration::from_millis(4);
 /// Most recent checkpoints whose instant and tag are remembered.
 const REMEMBERED: usize = 4096;
-
-/// A command that waits for a checkpoint.
-struct Waiter {
-    replies: Replies,
-    what: Awaited,
-    checkpoint: CheckpointId,
-    sequence: Sequence,
-    deadline: Instant,
-    stopped_us: u64,
-}
-
-pub(super) enum Awaited {
-    Checkpoint(WaitFor),
-    Flush,
-    Verify,
-}
-
-/// The processes stand for a client.
-struct Held {
-    ticket: Ticket,
-    waiter: Waiter,
-}
 
 /// A checkpoint that was taken.
 #[derive(Clone, Debug)]
@@ -102,7 +75,7 @@ pub struct Ending {
 pub struct Work {
     pub(super) options: SessionOptions,
     _server: control::Server,
-    inbound: mpsc::Receiver<Inbound>,
+    pub(super) inbound: mpsc::Receiver<Inbound>,
     pub(super) engine: Engine,
     pub(super) link: Link,
     pub(super) epoch: Epoch,
@@ -113,13 +86,13 @@ pub struct Work {
     pub(super) last_error: Option<String>,
     pub(super) detached: Option<String>,
     pub(super) failing: Option<String>,
-    waiters: Vec<Waiter>,
-    held: Option<Held>,
+    pub(super) waiters: Vec<Waiter>,
+    pub(super) held: Option<Held>,
     last_flush: Instant,
     last_care: Instant,
     pub(super) since: Since,
     look: Duration,
-    stop_asked: Option<(Replies, Duration)>,
+    pub(super) stop_asked: Option<(Replies, Duration)>,
     _local: Option<Arc<ReplayerHandle>>,
 }
 
@@ -227,7 +200,7 @@ impl Work {
         }
     }
 
-    fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         self.last_flush = Instant::now();
         if let Err(e) = self.engine.flush(&mut self.link) {
             self.host_failed(&e);
@@ -312,244 +285,6 @@ impl Work {
         }
     }
 
-    pub(super) fn take_commands(&mut self) {
-        while let Ok(inbound) = self.inbound.try_recv() {
-            match inbound {
-                Inbound::Go { ticket } => {
-                    if self.held.as_ref().is_some_and(|h| h.ticket == ticket)
-                        && let Some(held) = self.held.take()
-                    {
-                        self.let_go(held);
-                    }
-                }
-                Inbound::Request { ticket, request, replies } => self.command(ticket, request, replies),
-            }
-        }
-    }
-
-    fn let_go(&mut self, held: Held) {
-        use crate::primary::engine::host::Host;
-        self.link.go();
-        self.state = State::Following;
-        let mut waiter = held.waiter;
-        waiter.stopped_us = self.link.stops_us.last().copied().unwrap_or(0);
-        match self.link.let_go.take() {
-            None => self.waiters.push(waiter),
-            Some(why) => waiter.replies.send(Reply::failed(
-                FailureKind::GivenUp,
-                format!(
-                    "checkpoint {} stands, but {why}: what your command did meanwhile is not of that instant",
-                    waiter.checkpoint
-                ),
-                "make the command quicker",
-            )),
-        }
-    }
-
-    fn command(&mut self, ticket: Ticket, request: Command, replies: Replies) {
-        let millis = Duration::from_millis;
-        match request {
-            Command::Status => replies.send(Reply::Status(Box::new(self.status()))),
-            Command::Checkpoint { tag, wait, timeout_ms } => {
-                let deadline = Instant::now() + millis(timeout_ms);
-                self.wait_for_manual(tag, Stop::IfNeeded, Awaited::Checkpoint(wait), deadline, replies);
-            }
-            Command::CheckpointStopped { tag, wait, timeout_ms, limit_ms } => {
-                let deadline = Instant::now() + millis(timeout_ms);
-                let stand = millis(limit_ms);
-                self.link.limits = Limits { reach: STOP_LIMITS.reach.min(stand), stand };
-                let waited = Awaited::Checkpoint(wait);
-                if let Some(waiter) = self.manual(tag, Stop::Hold, waited, deadline, replies) {
-                    self.state = State::Stopped;
-                    let reached_us = self.link.reached.as_micros() as u64;
-                    waiter.replies.send(Reply::Standing { checkpoint: waiter.checkpoint, reached_us });
-                    self.held = Some(Held { ticket, waiter });
-                }
-            }
-            Command::Flush { .. } if self.detached.is_some() => {
-                let why = self.detached.clone().unwrap_or_default();
-                replies.send(Reply::failed(FailureKind::Failed, why, "end this agent and start again"));
-            }
-            Command::Flush { timeout_ms } => {
-                if let Err(e) = self.engine.drain(&mut self.link) {
-                    self.host_failed(&e);
-                }
-                self.flush();
-                self.waiters.push(Waiter {
-                    replies,
-                    what: Awaited::Flush,
-                    checkpoint: self.engine.last_checkpoint(),
-                    sequence: self.engine.last_sequence(),
-                    deadline: Instant::now() + millis(timeout_ms),
-                    stopped_us: 0,
-                });
-            }
-            Command::Verify { timeout_ms } => {
-                let deadline = Instant::now() + millis(timeout_ms);
-                self.wait_for_manual(String::new(), Stop::IfNeeded, Awaited::Verify, deadline, replies);
-            }
-            Command::PathAdd { path, timeout_ms } => {
-                self.change_paths(&Change::Add(path), millis(timeout_ms), replies);
-            }
-            Command::PathRemove { path, timeout_ms } => {
-                self.change_paths(&Change::Remove(path), millis(timeout_ms), replies);
-            }
-            Command::Stop { timeout_ms } => self.stop_asked = Some((replies, millis(timeout_ms))),
-        }
-    }
-
-    /// Why no checkpoint can be taken on demand now.
-    pub(super) fn cannot_take(&self) -> Option<Reply> {
-        if let Some(why) = &self.detached {
-            let hint = "end this agent and start again";
-            return Some(Reply::failed(FailureKind::Failed, why.clone(), hint));
-        }
-        self.held.as_ref().map(|_| {
-            Reply::failed(
-                FailureKind::Busy,
-                "the processes stand for another `checkpoint --stopped`",
-                "try again when it has ended",
-            )
-        })
-    }
-
-    /// A checkpoint on demand that somebody waits for.
-    pub(super) fn wait_for_manual(
-        &mut self,
-        tag: String,
-        stop: Stop,
-        what: Awaited,
-        deadline: Instant,
-        replies: Replies,
-    ) {
-        let waiter = self.manual(tag, stop, what, deadline, replies);
-        self.waiters.extend(waiter);
-    }
-
-    /// A checkpoint on demand; refusals are answered here.
-    fn manual(
-        &mut self,
-        tag: String,
-        stop: Stop,
-        what: Awaited,
-        deadline: Instant,
-        replies: Replies,
-    ) -> Option<Waiter> {
-        if let Some(why) = self.cannot_take() {
-            replies.send(why);
-            return None;
-        }
-        match self.checkpoint(tag, "manual", stop) {
-            Ok(taken) => Some(Waiter {
-                replies,
-                what,
-                checkpoint: taken.checkpoint,
-                sequence: taken.sequence,
-                deadline,
-                stopped_us: if taken.stopped { self.link.stops_us.last().copied().unwrap_or(0) } else { 0 },
-            }),
-            Err(e) => {
-                replies.send(Reply::failed(
-                    FailureKind::GivenUp,
-                    e.to_string(),
-                    "look at `bfs-agent status`",
-                ));
-                None
-            }
-        }
-    }
-
-    pub(super) fn answer_waiters(&mut self) {
-        if self.waiters.is_empty() {
-            return;
-        }
-        let progress = self.link.shipper.progress();
-        let now = Instant::now();
-        for waiter in std::mem::take(&mut self.waiters) {
-            if !self.answered(&waiter, &progress, now) {
-                self.waiters.push(waiter);
-            }
-        }
-    }
-
-    fn answered(&mut self, waiter: &Waiter, progress: &Progress, now: Instant) -> bool {
-        let reached = reached(waiter.checkpoint, waiter.sequence, progress);
-        let done = match &waiter.what {
-            Awaited::Checkpoint(wait) => reached >= Some(*wait),
-            Awaited::Flush => progress.durable.sequence >= waiter.sequence,
-            Awaited::Verify => reached >= Some(WaitFor::Confirmed),
-        };
-        if done {
-            match (&waiter.what, reached) {
-                (Awaited::Checkpoint(_), Some(reached)) => waiter.replies.send(Reply::Checkpoint {
-                    checkpoint: waiter.checkpoint,
-                    reached,
-                    stopped_us: waiter.stopped_us,
-                }),
-                (Awaited::Verify, _) => self.verify(waiter, now),
-                _ => waiter.replies.send(Reply::Flushed {
-                    durable: progress.durable.sequence,
-                    confirmed: progress.confirmed,
-                }),
-            }
-            return true;
-        }
-        if let Some(refusal) = &progress.refusal {
-            waiter.replies.send(Reply::failed(
-                FailureKind::Refused,
-                format!("the replayer refuses this agent: {refusal}"),
-                "look at `bfs-replayer status`, then start again",
-            ));
-            return true;
-        }
-        if now < waiter.deadline {
-            return false;
-        }
-        let so_far = reached.map_or("not durable yet", |r| match r {
-            WaitFor::Sealed => "sealed",
-            WaitFor::Confirmed => "confirmed",
-            WaitFor::Applied => "applied",
-        });
-        let mut message = format!(
-            "checkpoint {} was taken, but was no more than {so_far} within the time",
-            waiter.checkpoint
-        );
-        if let Some(error) = &progress.last_error {
-            message.push_str(&format!(" ({error})"));
-        }
-        waiter.replies.send(Reply::failed(
-            FailureKind::Timeout,
-            message,
-            "it goes on by itself: look at `bfs-agent status`, or give a longer --timeout",
-        ));
-        true
-    }
-
-    /// Compares on a thread of its own.
-    fn verify(&self, waiter: &Waiter, now: Instant) {
-        let remote = self.link.shipper.remote();
-        let replies = waiter.replies.clone();
-        let group = self.options.group.clone();
-        let filter = self.options.filter.clone();
-        let checkpoint = waiter.checkpoint;
-        let limit = waiter.deadline.saturating_duration_since(now);
-        let walls: Vec<(CheckpointId, i64)> = self.marks.iter().map(|m| (m.checkpoint, m.wall_ns)).collect();
-        std::thread::spawn(move || {
-            let reply = match remote.manifest(&group, checkpoint, limit) {
-                Ok(manifest) => {
-                    let wall = walls.iter().find(|w| w.0 == manifest.checkpoint).map(|w| w.1);
-                    Reply::Verified(verify::compare(&manifest, wall, &filter))
-                }
-                Err(e) => Reply::failed(
-                    FailureKind::Failed,
-                    format!("the backup's list of files: {e}"),
-                    "look at `bfs-replayer status`, then try again",
-                ),
-            };
-            replies.send(reply);
-        });
-    }
-
     /// The last checkpoint, and the wait for it. Also answers the command that asked for the end.
     pub fn finish(&mut self) -> Ending {
         self.state = State::Ending;
@@ -624,19 +359,6 @@ impl Work {
             tracing::warn!("cannot remove the probes at {}: {e}", Path::new(&pin_dir).display());
         }
         super::state::State::remove(&self.options.group);
-    }
-}
-
-/// How far a checkpoint has come.
-pub(super) fn reached(checkpoint: CheckpointId, marker: Sequence, progress: &Progress) -> Option<WaitFor> {
-    if progress.applied >= checkpoint {
-        Some(WaitFor::Applied)
-    } else if progress.confirmed >= checkpoint {
-        Some(WaitFor::Confirmed)
-    } else if progress.sealed >= marker {
-        Some(WaitFor::Sealed)
-    } else {
-        None
     }
 }
 

@@ -1,0 +1,464 @@
+//! What programs and commands ask of an agent: a line with one JSON object each. Pure.
+//!
+//! Reading one is strict, because a field that is passed over in silence is one that somebody relied on: fields that
+//! are not known, given twice or of another form are refused, with the name of the field and what is wrong.
+//! docs/interface.md is the same for those who write programs.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::nearest::{did_you_mean, nearest};
+
+/// How long is waited where the request does not say.
+const TIMEOUT_MS: u64 = 60_000;
+/// The same for what reads all files.
+const LONG_TIMEOUT_MS: u64 = 600_000;
+/// Longest time that can be asked for: a year.
+const TIMEOUT_MS_MAX: u64 = 365 * 24 * 3_600_000;
+/// Longest tag.
+const TAG_BYTES_MAX: usize = 255;
+/// Beyond what a request allows, for the agent to answer.
+pub(super) const GRACE: Duration = Duration::from_secs(30);
+
+/// A state of a checkpoint that can be waited for, in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitFor {
+    /// Its instant is behind us: nothing that happens from now on will be in it.
+    Taken,
+    /// All its records are durable somewhere.
+    Sealed,
+    /// Durable on the backup.
+    #[default]
+    Confirmed,
+    /// The backup's files are as at the checkpoint.
+    Applied,
+}
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum Request {
+    /// How does it stand? Answered by [`Reply::Status`](super::Reply::Status).
+    Status,
+    /// Take a checkpoint. Answered by [`Reply::Checkpoint`](super::Reply::Checkpoint) when `wait` is reached.
+    Checkpoint {
+        /// The user's tag, empty for none.
+        tag: String,
+        /// Which state to wait for.
+        wait: WaitFor,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Stop the selected processes, take a checkpoint, answer [`Reply::Standing`](super::Reply::Standing), let them
+    /// go at [`Inbound::Go`](super::Inbound::Go), and answer [`Reply::Checkpoint`](super::Reply::Checkpoint) when
+    /// `wait` is reached.
+    CheckpointStopped {
+        /// The user's tag, empty for none.
+        tag: String,
+        /// Which state to wait for after they go on.
+        wait: WaitFor,
+        /// How long to wait, altogether.
+        timeout_ms: u64,
+        /// They stand no longer than this, whatever happens.
+        limit_ms: u64,
+    },
+    /// Something changed that capture may not have seen: it is read before the next checkpoint. Answered by
+    /// [`Reply::Reported`](super::Reply::Reported) when that cannot be forgotten any more.
+    ReportUpdate {
+        /// The file or directory; its names are read, too, so it may be new or gone.
+        path: PathBuf,
+        /// Where the change begins.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
+        /// How many bytes it has; without it, all from `offset` on.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        length: Option<u64>,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Send everything that is captured. Answered by [`Reply::Flushed`](super::Reply::Flushed).
+    Flush {
+        /// How long to wait.
+        timeout_ms: u64,
+    },
+    /// Take a checkpoint, wait until it is applied, compare. Answered by [`Reply::Verified`](super::Reply::Verified).
+    Verify {
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Replicate a further subtree. Answered by [`Reply::Checkpoint`](super::Reply::Checkpoint) when one that has
+    /// it is confirmed.
+    PathAdd {
+        /// The directory.
+        path: PathBuf,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Replicate a subtree no longer. Answered by [`Reply::Checkpoint`](super::Reply::Checkpoint) when one without
+    /// it is confirmed.
+    PathRemove {
+        /// The directory.
+        path: PathBuf,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Take a last checkpoint, wait for it, and end. Answered by [`Reply::Ended`](super::Reply::Ended), as late as
+    /// possible.
+    Stop {
+        /// How long to wait for the last checkpoint.
+        timeout_ms: u64,
+    },
+}
+
+/// The names of all requests.
+const KNOWN: [&str; 9] = [
+    "status",
+    "checkpoint",
+    "checkpoint_stopped",
+    "report_update",
+    "flush",
+    "verify",
+    "path_add",
+    "path_remove",
+    "stop",
+];
+
+/// Why a line asks nothing that can be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadRequest {
+    /// The field that is to blame, if it is one.
+    pub field: Option<String>,
+    /// What is wrong.
+    pub message: String,
+    /// What would be right.
+    pub hint: String,
+    /// There is no such request.
+    pub is_unknown: bool,
+}
+
+impl BadRequest {
+    /// The line as a whole is wrong.
+    pub(super) fn line(message: impl Into<String>) -> Self {
+        let hint = "write one JSON object in one line, like {\"request\":\"status\"}".into();
+        Self { field: None, message: message.into(), hint, is_unknown: false }
+    }
+
+    /// A field is wrong.
+    #[must_use]
+    pub fn field(field: &str, why: impl fmt::Display, hint: impl Into<String>) -> Self {
+        let message = format!("{field}: {why}");
+        Self { field: Some(field.into()), message, hint: hint.into(), is_unknown: false }
+    }
+}
+
+impl Request {
+    /// Reads a line, without its end.
+    ///
+    /// # Errors
+    /// [`BadRequest`].
+    pub fn parse(line: &[u8]) -> Result<Self, BadRequest> {
+        let text = std::str::from_utf8(line).map_err(|e| {
+            BadRequest::line(format!("byte {} of the line is not UTF-8", e.valid_up_to() + 1))
+        })?;
+        if text.trim().is_empty() {
+            return Err(BadRequest::line("the line is empty"));
+        }
+        let mut fields: Fields =
+            serde_json::from_str(text).map_err(|e| BadRequest::line(format!("it is not a request: {e}")))?;
+        if let Some(twice) = fields.twice.take() {
+            return Err(BadRequest::field(&twice, "it is given twice", "give it once"));
+        }
+        let Some(name) = fields.optional::<String>("request")? else {
+            return Err(BadRequest::field("request", "it is missing", known()));
+        };
+        let request = match name.as_str() {
+            "status" => Self::Status,
+            "checkpoint" => Self::Checkpoint {
+                tag: fields.tag()?,
+                wait: fields.wait()?,
+                timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)?,
+            },
+            "checkpoint_stopped" => Self::CheckpointStopped {
+                tag: fields.tag()?,
+                wait: fields.wait()?,
+                timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)?,
+                limit_ms: fields.time("limit_ms", TIMEOUT_MS)?,
+            },
+            "report_update" => fields.update()?,
+            "flush" => Self::Flush { timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)? },
+            "verify" => Self::Verify { timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)? },
+            "path_add" => Self::PathAdd {
+                path: fields.path()?,
+                timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
+            },
+            "path_remove" => Self::PathRemove {
+                path: fields.path()?,
+                timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
+            },
+            "stop" => Self::Stop { timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)? },
+            _ => {
+                let near = did_you_mean(nearest(&KNOWN, &name));
+                let why = format!("{name:?} is not known{near}");
+                return Err(BadRequest { is_unknown: true, ..BadRequest::field("request", why, known()) });
+            }
+        };
+        fields.end(&name)?;
+        Ok(request)
+    }
+
+    /// How long the agent may take to answer, and how long processes may stand.
+    pub(super) fn limits(&self) -> (Duration, Duration) {
+        match self {
+            Self::Status => (GRACE, GRACE),
+            Self::Checkpoint { timeout_ms, .. }
+            | Self::ReportUpdate { timeout_ms, .. }
+            | Self::Stop { timeout_ms }
+            | Self::Flush { timeout_ms }
+            | Self::PathAdd { timeout_ms, .. }
+            | Self::PathRemove { timeout_ms, .. }
+            | Self::Verify { timeout_ms } => (Duration::from_millis(*timeout_ms) + GRACE, GRACE),
+            Self::CheckpointStopped { timeout_ms, limit_ms, .. } => {
+                let stand = Duration::from_millis((*limit_ms).max(1));
+                (Duration::from_millis(*timeout_ms) + stand + GRACE, stand)
+            }
+        }
+    }
+}
+
+fn known() -> String {
+    format!("known are {}", KNOWN.join(", "))
+}
+
+/// The fields of an object that were not taken yet.
+#[derive(Default)]
+struct Fields {
+    left: Vec<(String, Value)>,
+    /// Names that were asked for: what the request can have.
+    asked: Vec<&'static str>,
+    /// The first name that came twice, which JSON allows and nobody means.
+    twice: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Fields;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+                let mut fields = Fields::default();
+                while let Some((name, value)) = map.next_entry::<String, Value>()? {
+                    if fields.left.iter().any(|(known, _)| *known == name) {
+                        fields.twice.get_or_insert(name);
+                    } else {
+                        fields.left.push((name, value));
+                    }
+                }
+                Ok(fields)
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+impl Fields {
+    fn optional<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<Option<T>, BadRequest> {
+        self.asked.push(name);
+        let Some(at) = self.left.iter().position(|(known, _)| known == name) else { return Ok(None) };
+        let value = self.left.swap_remove(at).1;
+        let read = serde_json::from_value(value);
+        read.map(Some).map_err(|e| BadRequest::field(name, e, "docs/interface.md says what it can be"))
+    }
+
+    fn tag(&mut self) -> Result<String, BadRequest> {
+        let tag: String = self.optional("tag")?.unwrap_or_default();
+        if tag.len() > TAG_BYTES_MAX {
+            let why = format!("it has {} bytes", tag.len());
+            return Err(BadRequest::field("tag", why, format!("give at most {TAG_BYTES_MAX}")));
+        }
+        if tag.chars().any(char::is_control) {
+            return Err(BadRequest::field("tag", "it has a control character", "give a name in one line"));
+        }
+        Ok(tag)
+    }
+
+    fn wait(&mut self) -> Result<WaitFor, BadRequest> {
+        Ok(self.optional("wait")?.unwrap_or_default())
+    }
+
+    fn time(&mut self, name: &'static str, default: u64) -> Result<u64, BadRequest> {
+        let ms = self.optional(name)?.unwrap_or(default);
+        if ms > TIMEOUT_MS_MAX {
+            let why = format!("{ms} milliseconds are more than a year");
+            return Err(BadRequest::field(name, why, "give less"));
+        }
+        Ok(ms)
+    }
+
+    fn path(&mut self) -> Result<PathBuf, BadRequest> {
+        let Some(path) = self.optional::<PathBuf>("path")? else {
+            return Err(BadRequest::field("path", "it is missing", "give an absolute path"));
+        };
+        // The agent has another working directory, and the kernel takes no zero in a path.
+        if !path.is_absolute() {
+            return Err(BadRequest::field("path", "it is not absolute", "give an absolute path"));
+        }
+        if path.to_string_lossy().contains('\0') {
+            return Err(BadRequest::field("path", "it has a zero in it", "give a path that can be"));
+        }
+        Ok(path)
+    }
+
+    fn update(&mut self) -> Result<Request, BadRequest> {
+        let path = self.path()?;
+        let offset: Option<u64> = self.optional("offset")?;
+        let length: Option<u64> = self.optional("length")?;
+        if length == Some(0) {
+            let hint = "leave it out for all that follows offset";
+            return Err(BadRequest::field("length", "it is 0: nothing would be read", hint));
+        }
+        let end = offset.unwrap_or(0).checked_add(length.unwrap_or(0));
+        if end.is_none_or(|end| end > i64::MAX as u64) {
+            let field = if length.is_some() { "length" } else { "offset" };
+            return Err(BadRequest::field(
+                field,
+                "it ends beyond what a file can have",
+                "give what was written",
+            ));
+        }
+        Ok(Request::ReportUpdate { path, offset, length, timeout_ms: self.time("timeout_ms", TIMEOUT_MS)? })
+    }
+
+    /// Whatever is left nobody knows.
+    fn end(self, request: &str) -> Result<(), BadRequest> {
+        let Some((name, _)) = self.left.first() else { return Ok(()) };
+        let near = did_you_mean(nearest(&self.asked, name));
+        let why = format!("there is no such field in {request}{near}");
+        Err(BadRequest::field(name, why, format!("it has {}", self.asked.join(", "))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn refused(line: &str) -> (String, String) {
+        let bad = Request::parse(line.as_bytes()).unwrap_err();
+        (bad.field.unwrap_or_default(), bad.message)
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_usual_value() {
+        let ask = |line: &str| Request::parse(line.as_bytes()).unwrap();
+        assert_eq!(ask(r#"{"request":"status"}"#), Request::Status);
+        assert_eq!(
+            ask(" {\"request\": \"checkpoint\"}\r"),
+            Request::Checkpoint { tag: String::new(), wait: WaitFor::Confirmed, timeout_ms: 60_000 }
+        );
+        assert_eq!(
+            ask(r#"{"offset":4096,"request":"report_update","path":"/srv/ä"}"#),
+            Request::ReportUpdate {
+                path: "/srv/ä".into(),
+                offset: Some(4096),
+                length: None,
+                timeout_ms: 60_000
+            }
+        );
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let (path, timeout_ms) = (PathBuf::from("/a"), 5);
+        let all = [
+            Request::Status,
+            Request::Checkpoint { tag: "t".into(), wait: WaitFor::Taken, timeout_ms },
+            Request::CheckpointStopped { tag: "t".into(), wait: WaitFor::Applied, timeout_ms, limit_ms: 7 },
+            Request::ReportUpdate { path: path.clone(), offset: Some(1), length: Some(2), timeout_ms },
+            Request::ReportUpdate { path: path.clone(), offset: None, length: None, timeout_ms },
+            Request::Flush { timeout_ms },
+            Request::Verify { timeout_ms },
+            Request::PathAdd { path: path.clone(), timeout_ms },
+            Request::PathRemove { path, timeout_ms },
+            Request::Stop { timeout_ms },
+        ];
+        let mut names = std::collections::BTreeSet::new();
+        for request in all {
+            let line = serde_json::to_vec(&request).unwrap();
+            assert_eq!(Request::parse(&line), Ok(request));
+            let value: Value = serde_json::from_slice(&line).unwrap();
+            names.insert(value["request"].as_str().unwrap().to_owned());
+        }
+        assert_eq!(names, KNOWN.iter().map(|name| (*name).to_owned()).collect());
+    }
+
+    #[test]
+    fn the_documentation_has_every_request_and_field() {
+        let text = include_str!("../../../../docs/interface.md");
+        for name in KNOWN {
+            assert!(text.contains(&format!("`{name}`")), "{name}");
+            let line = format!(r#"{{"request":"{name}","path":"/a","no such":1}}"#);
+            let hint = Request::parse(line.as_bytes()).unwrap_err().hint;
+            for field in hint.trim_start_matches("it has ").split(", ") {
+                assert!(text.contains(&format!("`{field}`")), "{name}: {field}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (line, field, why) in [
+            ("", "", "empty"),
+            ("status", "", "not a request: expected value"),
+            ("[]", "", "expected an object"),
+            ("{}", "request", "missing"),
+            (r#"{"request":7}"#, "request", "invalid type"),
+            (r#"{"request":"checkpont"}"#, "request", "did you mean \"checkpoint\""),
+            (r#"{"request":"recover","path":"/x"}"#, "request", "\"recover\" is not known"),
+            (r#"{"request":"status","x":1}"#, "x", "no such field in status"),
+            (r#"{"request":"checkpoint","wiat":"sealed"}"#, "wiat", "did you mean \"wait\""),
+            (r#"{"request":"checkpoint","wait":"done"}"#, "wait", "unknown variant `done`"),
+            (r#"{"request":"checkpoint","tag":"a","tag":"b"}"#, "tag", "twice"),
+            (r#"{"request":"checkpoint","tag":"a\nb"}"#, "tag", "control"),
+            (r#"{"request":"checkpoint","timeout_ms":-1}"#, "timeout_ms", "-1"),
+            (r#"{"request":"checkpoint","timeout_ms":1.5}"#, "timeout_ms", "1.5"),
+            (r#"{"request":"checkpoint","timeout_ms":99999999999999}"#, "timeout_ms", "year"),
+            (r#"{"request":"report_update"}"#, "path", "missing"),
+            (r#"{"request":"report_update","path":"a"}"#, "path", "not absolute"),
+            (r#"{"request":"report_update","path":"/a\u0000"}"#, "path", "zero"),
+            (r#"{"request":"report_update","path":"/a","length":0}"#, "length", "0"),
+            (r#"{"request":"report_update","path":"/a","offset":9223372036854775808}"#, "offset", "beyond"),
+            (
+                r#"{"request":"report_update","path":"/a","offset":9,"length":18446744073709551615}"#,
+                "length",
+                "beyond",
+            ),
+            (r#"{"request":"status"} {}"#, "", "trailing"),
+        ] {
+            let (at, message) = refused(line);
+            assert!(at == field && message.contains(why), "{line}: {at:?}: {message}");
+        }
+        let long = format!(r#"{{"request":"checkpoint","tag":"{}"}}"#, "x".repeat(256));
+        assert_eq!(refused(&long).0, "tag");
+        let bad = Request::parse(b"{\"request\":\"st\xff\"}").unwrap_err();
+        assert_eq!(bad.message, "byte 15 of the line is not UTF-8");
+        assert!(Request::parse(br#"{"request":"policy_suspend"}"#).unwrap_err().is_unknown);
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_answered(line in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Request::parse(&line);
+        }
+    }
+}

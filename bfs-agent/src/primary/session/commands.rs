@@ -1,0 +1,326 @@
+//! What commands and programs ask of a session, and when they are answered. Nothing in it waits for a client.
+
+use std::time::{Duration, Instant};
+
+use bfs_common::record::{CheckpointId, Sequence};
+
+use super::link::STOP_LIMITS;
+use super::paths::Change;
+use super::work::Work;
+use crate::primary::control::{
+    FailureKind, Inbound, Replies, Reply, Request as Command, State, Ticket, WaitFor,
+};
+use crate::primary::engine::Stop;
+use crate::primary::ship::Progress;
+use crate::primary::stop::Limits;
+use crate::primary::verify;
+
+/// Commands that are taken before the loop looks at anything else: who asks without a pause must not keep it from
+/// its events.
+const COMMANDS_AT_ONCE: usize = 16;
+
+/// A command that waits for a checkpoint.
+pub(super) struct Waiter {
+    replies: Replies,
+    what: Awaited,
+    checkpoint: CheckpointId,
+    sequence: Sequence,
+    deadline: Instant,
+    stopped_us: u64,
+}
+
+pub(super) enum Awaited {
+    Checkpoint(WaitFor),
+    Flush,
+    Verify,
+    Report,
+}
+
+/// The processes stand for a client.
+pub(super) struct Held {
+    ticket: Ticket,
+    waiter: Waiter,
+}
+
+impl Work {
+    pub(super) fn take_commands(&mut self) {
+        for _ in 0..COMMANDS_AT_ONCE {
+            let Ok(inbound) = self.inbound.try_recv() else { return };
+            match inbound {
+                Inbound::Go { ticket } => {
+                    if self.held.as_ref().is_some_and(|h| h.ticket == ticket)
+                        && let Some(held) = self.held.take()
+                    {
+                        self.let_go(held);
+                    }
+                }
+                Inbound::Request { ticket, request, replies } => self.command(ticket, request, replies),
+            }
+        }
+    }
+
+    pub(super) fn let_go(&mut self, held: Held) {
+        use crate::primary::engine::host::Host;
+        self.link.go();
+        self.state = State::Following;
+        let mut waiter = held.waiter;
+        waiter.stopped_us = self.link.stops_us.last().copied().unwrap_or(0);
+        match self.link.let_go.take() {
+            None => self.waiters.push(waiter),
+            Some(why) => waiter.replies.send(Reply::failed(
+                FailureKind::GivenUp,
+                format!(
+                    "checkpoint {} stands, but {why}: what your command did meanwhile is not of that instant",
+                    waiter.checkpoint
+                ),
+                "make the command quicker",
+            )),
+        }
+    }
+
+    fn command(&mut self, ticket: Ticket, request: Command, replies: Replies) {
+        let millis = Duration::from_millis;
+        match request {
+            Command::Status => replies.send(Reply::Status(Box::new(self.status()))),
+            Command::Checkpoint { tag, wait, timeout_ms } => {
+                let deadline = Instant::now() + millis(timeout_ms);
+                self.wait_for_manual(tag, Stop::IfNeeded, Awaited::Checkpoint(wait), deadline, replies);
+            }
+            Command::CheckpointStopped { tag, wait, timeout_ms, limit_ms } => {
+                let deadline = Instant::now() + millis(timeout_ms);
+                let stand = millis(limit_ms);
+                self.link.limits = Limits { reach: STOP_LIMITS.reach.min(stand), stand };
+                let waited = Awaited::Checkpoint(wait);
+                if let Some(waiter) = self.manual(tag, Stop::Hold, waited, deadline, replies) {
+                    self.state = State::Stopped;
+                    let reached_us = self.link.reached.as_micros() as u64;
+                    waiter.replies.send(Reply::Standing { checkpoint: waiter.checkpoint, reached_us });
+                    self.held = Some(Held { ticket, waiter });
+                }
+            }
+            Command::ReportUpdate { path, offset, length, timeout_ms } => {
+                let bytes = (offset.is_some() || length.is_some()).then(|| {
+                    let start = offset.unwrap_or(0);
+                    start..length.map_or(u64::MAX, |length| start.saturating_add(length))
+                });
+                self.report_update(&path, bytes, millis(timeout_ms), replies);
+            }
+            Command::Flush { timeout_ms } => {
+                if let Some(why) = self.is_detached() {
+                    return replies.send(why);
+                }
+                self.drain();
+                self.wait_for_records(Awaited::Flush, millis(timeout_ms), replies);
+            }
+            Command::Verify { timeout_ms } => {
+                let deadline = Instant::now() + millis(timeout_ms);
+                self.wait_for_manual(String::new(), Stop::IfNeeded, Awaited::Verify, deadline, replies);
+            }
+            Command::PathAdd { path, timeout_ms } => {
+                self.change_paths(&Change::Add(path), millis(timeout_ms), replies);
+            }
+            Command::PathRemove { path, timeout_ms } => {
+                self.change_paths(&Change::Remove(path), millis(timeout_ms), replies);
+            }
+            Command::Stop { timeout_ms } => self.stop_asked = Some((replies, millis(timeout_ms))),
+        }
+    }
+
+    /// Takes in what was captured until now.
+    pub(super) fn drain(&mut self) {
+        if let Err(e) = self.engine.drain(&mut self.link) {
+            self.host_failed(&e);
+        }
+    }
+
+    /// Sends what there is, and answers when it is durable.
+    pub(super) fn wait_for_records(&mut self, what: Awaited, limit: Duration, replies: Replies) {
+        self.flush();
+        self.waiters.push(Waiter {
+            replies,
+            what,
+            checkpoint: self.engine.last_checkpoint(),
+            sequence: self.engine.last_sequence(),
+            deadline: Instant::now() + limit,
+            stopped_us: 0,
+        });
+    }
+
+    /// Why nothing can be asked of the capture any more.
+    pub(super) fn is_detached(&self) -> Option<Reply> {
+        let why = self.detached.as_ref()?;
+        Some(Reply::failed(FailureKind::Failed, why.clone(), "end this agent and start again"))
+    }
+
+    /// Why no checkpoint can be taken on demand now.
+    pub(super) fn cannot_take(&self) -> Option<Reply> {
+        self.is_detached().or_else(|| {
+            self.held.as_ref().map(|_| {
+                Reply::failed(
+                    FailureKind::Busy,
+                    "the processes stand for another `checkpoint --stopped`",
+                    "try again when it has ended",
+                )
+            })
+        })
+    }
+
+    /// A checkpoint on demand that somebody waits for.
+    pub(super) fn wait_for_manual(
+        &mut self,
+        tag: String,
+        stop: Stop,
+        what: Awaited,
+        deadline: Instant,
+        replies: Replies,
+    ) {
+        let waiter = self.manual(tag, stop, what, deadline, replies);
+        self.waiters.extend(waiter);
+    }
+
+    /// A checkpoint on demand; refusals are answered here.
+    fn manual(
+        &mut self,
+        tag: String,
+        stop: Stop,
+        what: Awaited,
+        deadline: Instant,
+        replies: Replies,
+    ) -> Option<Waiter> {
+        if let Some(why) = self.cannot_take() {
+            replies.send(why);
+            return None;
+        }
+        match self.checkpoint(tag, "manual", stop) {
+            Ok(taken) => Some(Waiter {
+                replies,
+                what,
+                checkpoint: taken.checkpoint,
+                sequence: taken.sequence,
+                deadline,
+                stopped_us: if taken.stopped { self.link.stops_us.last().copied().unwrap_or(0) } else { 0 },
+            }),
+            Err(e) => {
+                replies.send(Reply::failed(
+                    FailureKind::GivenUp,
+                    e.to_string(),
+                    "look at `bfs-agent status`",
+                ));
+                None
+            }
+        }
+    }
+
+    pub(super) fn answer_waiters(&mut self) {
+        if self.waiters.is_empty() {
+            return;
+        }
+        let progress = self.link.shipper.progress();
+        let now = Instant::now();
+        for waiter in std::mem::take(&mut self.waiters) {
+            if !self.answered(&waiter, &progress, now) {
+                self.waiters.push(waiter);
+            }
+        }
+    }
+
+    fn answered(&mut self, waiter: &Waiter, progress: &Progress, now: Instant) -> bool {
+        let reached = reached(waiter.checkpoint, waiter.sequence, progress);
+        let done = match &waiter.what {
+            Awaited::Checkpoint(wait) => reached.unwrap_or(WaitFor::Taken) >= *wait,
+            Awaited::Report => progress.sealed >= waiter.sequence,
+            Awaited::Flush => progress.durable.sequence >= waiter.sequence,
+            Awaited::Verify => reached >= Some(WaitFor::Confirmed),
+        };
+        if done {
+            match &waiter.what {
+                Awaited::Checkpoint(_) => waiter.replies.send(Reply::Checkpoint {
+                    checkpoint: waiter.checkpoint,
+                    reached: reached.unwrap_or(WaitFor::Taken),
+                    stopped_us: waiter.stopped_us,
+                }),
+                Awaited::Report => {
+                    waiter.replies.send(Reply::Reported { after: waiter.checkpoint });
+                }
+                Awaited::Verify => self.verify(waiter, now),
+                Awaited::Flush => waiter.replies.send(Reply::Flushed {
+                    durable: progress.durable.sequence,
+                    confirmed: progress.confirmed,
+                }),
+            }
+            return true;
+        }
+        if let Some(refusal) = &progress.refusal {
+            waiter.replies.send(Reply::failed(
+                FailureKind::Refused,
+                format!("the replayer refuses this agent: {refusal}"),
+                "look at `bfs-replayer status`, then start again",
+            ));
+            return true;
+        }
+        if now < waiter.deadline {
+            return false;
+        }
+        let so_far = reached.map_or("not durable yet", |r| match r {
+            WaitFor::Taken => "taken",
+            WaitFor::Sealed => "sealed",
+            WaitFor::Confirmed => "confirmed",
+            WaitFor::Applied => "applied",
+        });
+        let mut message = match waiter.what {
+            Awaited::Report => "the update is noted, but that was not durable within the time".to_owned(),
+            Awaited::Flush => "what was captured was not durable within the time".to_owned(),
+            Awaited::Checkpoint(_) | Awaited::Verify => format!(
+                "checkpoint {} was taken, but was no more than {so_far} within the time",
+                waiter.checkpoint
+            ),
+        };
+        if let Some(error) = &progress.last_error {
+            message.push_str(&format!(" ({error})"));
+        }
+        waiter.replies.send(Reply::failed(
+            FailureKind::Timeout,
+            message,
+            "it goes on by itself: look at `bfs-agent status`, or give a longer --timeout",
+        ));
+        true
+    }
+
+    /// Compares on a thread of its own.
+    fn verify(&self, waiter: &Waiter, now: Instant) {
+        let remote = self.link.shipper.remote();
+        let replies = waiter.replies.clone();
+        let group = self.options.group.clone();
+        let filter = self.options.filter.clone();
+        let checkpoint = waiter.checkpoint;
+        let limit = waiter.deadline.saturating_duration_since(now);
+        let walls: Vec<(CheckpointId, i64)> = self.marks.iter().map(|m| (m.checkpoint, m.wall_ns)).collect();
+        std::thread::spawn(move || {
+            let reply = match remote.manifest(&group, checkpoint, limit) {
+                Ok(manifest) => {
+                    let wall = walls.iter().find(|w| w.0 == manifest.checkpoint).map(|w| w.1);
+                    Reply::Verified(verify::compare(&manifest, wall, &filter))
+                }
+                Err(e) => Reply::failed(
+                    FailureKind::Failed,
+                    format!("the backup's list of files: {e}"),
+                    "look at `bfs-replayer status`, then try again",
+                ),
+            };
+            replies.send(reply);
+        });
+    }
+}
+
+/// How far a checkpoint has come.
+pub(super) fn reached(checkpoint: CheckpointId, marker: Sequence, progress: &Progress) -> Option<WaitFor> {
+    if progress.applied >= checkpoint {
+        Some(WaitFor::Applied)
+    } else if progress.confirmed >= checkpoint {
+        Some(WaitFor::Confirmed)
+    } else if progress.sealed >= marker {
+        Some(WaitFor::Sealed)
+    } else {
+        None
+    }
+}
