@@ -7,6 +7,7 @@
 mod commands;
 mod config;
 mod groups;
+mod hooks;
 mod show;
 mod spool;
 mod words;
@@ -354,6 +355,8 @@ struct Options {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     foreign: words::Foreign,
     #[command(flatten)]
+    hooks: hooks::Hooks,
+    #[command(flatten)]
     spool: spool::Spool,
     /// Longest write whose bytes travel through the ring
     #[arg(long, value_name = "SIZE", hide = true, value_parser = parse_size)]
@@ -457,6 +460,7 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             let options = SessionOptions { rollback_on_failure, going_back, ..options.check()? };
             if rollback_on_failure {
                 options.no_filter("--rollback-on-failure")?;
+                options.no_hooks("--rollback-on-failure")?;
             }
             session::run(options, command, inherited)
         }
@@ -588,6 +592,7 @@ impl Options {
             final_wait: self.final_wait,
             foreign: self.foreign.into(),
             spool,
+            hooks: self.hooks.options(),
             rollback_on_failure: false,
             going_back: GoingBack::default(),
             inline_max: self.inline_max,

@@ -6,6 +6,7 @@
 //! agent was started with. If the agent dies before the release, the command never starts.
 
 mod cgroup;
+mod hook;
 mod tree;
 
 use std::ffi::OsString;
@@ -22,6 +23,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 pub use cgroup::{in_cgroup, tasks_of_cgroup};
+pub use hook::{Hook, HookError};
 pub use tree::{Task, any_alive, start_of, threads_of, tree_of};
 
 /// Signals that the agent takes instead of dying of them. For `run` they go on to the command;

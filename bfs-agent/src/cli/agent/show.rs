@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use bfs_common::wire::StoreState;
 
-use crate::primary::control::{CheckpointStatus, ForeignStatus, SpoolStatus, State, Status, VerifyReport};
+use crate::primary::control::{
+    CheckpointStatus, ForeignStatus, HookStatus, SpoolStatus, State, Status, VerifyReport,
+};
 
 /// A status for people, first what matters most.
 #[must_use]
@@ -89,6 +91,9 @@ pub fn status(status: &Status) -> String {
             status.checkpoints_taken, status.schedule, status.checkpoints_late, status.checkpoints_given_up
         ),
     );
+    for text in hooks(&status.hooks) {
+        line("hooks", text);
+    }
     let stops = &status.stops;
     if stops.count > 0 {
         line(
@@ -128,6 +133,19 @@ pub fn status(status: &Status) -> String {
     }
     text.truncate(text.trim_end().len());
     text
+}
+
+/// What is run around checkpoints, where there is anything to tell.
+fn hooks(hooks: &HookStatus) -> Vec<String> {
+    let mut lines = Vec::new();
+    if let Some(which) = &hooks.running {
+        lines
+            .push(format!("the one {which} a checkpoint runs, for {}", duration_us(hooks.running_ms * 1000)));
+    }
+    if let Some(failure) = &hooks.last_failure {
+        lines.push(format!("{} failed; the last: {failure}", hooks.failures));
+    }
+    lines
 }
 
 /// What others than the selected processes changed, where there is anything to tell.

@@ -301,10 +301,29 @@ pub struct Status {
     pub ring_used_bytes: u64,
     /// What others than the selected processes changed.
     pub foreign: ForeignStatus,
+    /// What is run before and after each checkpoint.
+    pub hooks: HookStatus,
     /// Counters.
     pub counters: Counters,
     /// The last thing that went wrong, also when it was overcome.
     pub last_error: Option<String>,
+}
+
+/// Commands that are run before and after each checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookStatus {
+    /// `--before-checkpoint`.
+    pub before: Option<String>,
+    /// `--after-checkpoint`.
+    pub after: Option<String>,
+    /// Which of them runs now: `before`, `after`.
+    pub running: Option<String>,
+    /// For how long.
+    pub running_ms: u64,
+    /// How often one of them failed.
+    pub failures: u64,
+    /// The last failure.
+    pub last_failure: Option<String>,
 }
 
 /// What others than the selected processes changed.

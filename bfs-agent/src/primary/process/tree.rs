@@ -76,9 +76,17 @@ pub fn any_alive(processes: impl IntoIterator<Item = (u32, u64)>) -> bool {
     })
 }
 
+/// Whether a process of this process group runs.
+pub(super) fn group_lives(group: u32) -> bool {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut processes = entries.filter_map(|entry| stat_of(number(&entry.file_name())?));
+    processes.any(|s| s.group == group && (s.state != 'Z' || s.threads > 1))
+}
+
 struct Stat {
     state: char,
     parent: u32,
+    group: u32,
     threads: u64,
     start_ticks: u64,
 }
@@ -93,6 +101,7 @@ fn parse_stat(stat: &str) -> Option<Stat> {
     Some(Stat {
         state: fields.first()?.chars().next()?,
         parent: fields.get(1)?.parse().ok()?,
+        group: fields.get(2)?.parse().ok()?,
         threads: fields.get(17)?.parse().ok()?,
         start_ticks: fields.get(19)?.parse().ok()?,
     })
@@ -111,5 +120,6 @@ mod tests {
         let stat = "7 (a) R 1) S 5 7 7 0 -1 4194560 1 0 0 0 1 1 0 0 20 0 3 0 99 1 1";
         let stat = parse_stat(stat).unwrap();
         assert_eq!((stat.state, stat.parent, stat.threads, stat.start_ticks), ('S', 5, 3, 99));
+        assert_eq!(stat.group, 7);
     }
 }

@@ -36,6 +36,39 @@ pub(super) enum Awaited {
     Report,
 }
 
+/// A checkpoint that is to be taken.
+pub(super) struct Ask {
+    /// The user's tag, empty for none.
+    pub tag: String,
+    /// Why it is taken.
+    pub trigger: &'static str,
+    /// Whether processes are stopped for it.
+    pub stop: Stop,
+    /// Who waits for it.
+    pub client: Option<Asker>,
+}
+
+impl Ask {
+    /// It is not taken: whoever waits for it is told why.
+    pub(super) fn refused(self, kind: FailureKind, why: &str, hint: &str) {
+        if let Some(client) = self.client {
+            client.replies.send(Reply::failed(kind, why, hint));
+        }
+    }
+}
+
+/// Who waits for a checkpoint.
+pub(super) struct Asker {
+    /// For what.
+    pub what: Awaited,
+    /// How long.
+    pub deadline: Instant,
+    /// Where it is told.
+    pub replies: Replies,
+    /// The processes stand for it, for so long.
+    pub holds: Option<(Ticket, Limits)>,
+}
+
 /// The processes stand for a client.
 pub(super) struct Held {
     ticket: Ticket,
@@ -84,19 +117,15 @@ impl Work {
             Command::Status => replies.send(Reply::Status(Box::new(self.status()))),
             Command::Checkpoint { tag, wait, timeout_ms } => {
                 let deadline = Instant::now() + millis(timeout_ms);
-                self.wait_for_manual(tag, Stop::IfNeeded, Awaited::Checkpoint(wait), deadline, replies);
+                self.ask_for(tag, "manual", Awaited::Checkpoint(wait), deadline, replies);
             }
             Command::CheckpointStopped { tag, wait, timeout_ms, limit_ms } => {
                 let deadline = Instant::now() + millis(timeout_ms);
                 let stand = millis(limit_ms);
-                self.link.limits = Limits { reach: STOP_LIMITS.reach.min(stand), stand };
-                let waited = Awaited::Checkpoint(wait);
-                if let Some(waiter) = self.manual(tag, Stop::Hold, waited, deadline, replies) {
-                    self.state = State::Stopped;
-                    let reached_us = self.link.reached.as_micros() as u64;
-                    waiter.replies.send(Reply::Standing { checkpoint: waiter.checkpoint, reached_us });
-                    self.held = Some(Held { ticket, waiter });
-                }
+                let limits = Limits { reach: STOP_LIMITS.reach.min(stand), stand };
+                let (what, holds) = (Awaited::Checkpoint(wait), Some((ticket, limits)));
+                let client = Some(Asker { what, deadline, replies, holds });
+                self.ask(Ask { tag, trigger: "manual", stop: Stop::Hold, client });
             }
             Command::ReportUpdate { path, offset, length, timeout_ms } => {
                 let bytes = (offset.is_some() || length.is_some()).then(|| {
@@ -114,7 +143,7 @@ impl Work {
             }
             Command::Verify { timeout_ms } => {
                 let deadline = Instant::now() + millis(timeout_ms);
-                self.wait_for_manual(String::new(), Stop::IfNeeded, Awaited::Verify, deadline, replies);
+                self.ask_for(String::new(), "verify", Awaited::Verify, deadline, replies);
             }
             Command::PathAdd { path, timeout_ms } => {
                 self.change_paths(&Change::Add(path), millis(timeout_ms), replies);
@@ -165,49 +194,46 @@ impl Work {
         })
     }
 
-    /// A checkpoint on demand that somebody waits for.
-    pub(super) fn wait_for_manual(
+    /// A checkpoint that somebody waits for.
+    pub(super) fn ask_for(
         &mut self,
         tag: String,
-        stop: Stop,
+        trigger: &'static str,
         what: Awaited,
         deadline: Instant,
         replies: Replies,
     ) {
-        let waiter = self.manual(tag, stop, what, deadline, replies);
-        self.waiters.extend(waiter);
+        let client = Some(Asker { what, deadline, replies, holds: None });
+        self.ask(Ask { tag, trigger, stop: Stop::IfNeeded, client });
     }
 
-    /// A checkpoint on demand; refusals are answered here.
-    fn manual(
-        &mut self,
-        tag: String,
-        stop: Stop,
-        what: Awaited,
-        deadline: Instant,
-        replies: Replies,
-    ) -> Option<Waiter> {
-        if let Some(why) = self.cannot_take() {
-            replies.send(why);
-            return None;
+    /// Takes a checkpoint now; whoever asked waits from now on, or is told why there is none.
+    pub(super) fn take(&mut self, ask: Ask) -> bool {
+        if let Some((_, limits)) = ask.client.as_ref().and_then(|client| client.holds) {
+            self.link.limits = limits;
         }
-        match self.checkpoint(tag, "manual", stop) {
-            Ok(taken) => Some(Waiter {
-                replies,
-                what,
-                checkpoint: taken.checkpoint,
-                sequence: taken.sequence,
-                deadline,
-                stopped_us: if taken.stopped { self.link.stops_us.last().copied().unwrap_or(0) } else { 0 },
-            }),
-            Err(e) => {
-                replies.send(Reply::failed(
-                    FailureKind::GivenUp,
-                    e.to_string(),
-                    "look at `bfs-agent status`",
-                ));
-                None
+        match (self.checkpoint(ask.tag, ask.trigger, ask.stop), ask.client) {
+            (Ok(taken), Some(Asker { what, deadline, replies, holds })) => {
+                let stopped_us =
+                    if taken.stopped { self.link.stops_us.last().copied().unwrap_or(0) } else { 0 };
+                let (checkpoint, sequence) = (taken.checkpoint, taken.sequence);
+                let waiter = Waiter { replies, what, checkpoint, sequence, deadline, stopped_us };
+                if let Some((ticket, _)) = holds {
+                    self.state = State::Stopped;
+                    let reached_us = self.link.reached.as_micros() as u64;
+                    waiter.replies.send(Reply::Standing { checkpoint, reached_us });
+                    self.held = Some(Held { ticket, waiter });
+                } else {
+                    self.waiters.push(waiter);
+                }
+                true
             }
+            (Err(e), Some(client)) => {
+                let hint = "look at `bfs-agent status`";
+                client.replies.send(Reply::failed(FailureKind::GivenUp, e.to_string(), hint));
+                false
+            }
+            (taken, None) => taken.is_ok(),
         }
     }
 

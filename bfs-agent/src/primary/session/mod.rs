@@ -3,6 +3,7 @@
 mod begin;
 mod commands;
 mod foreign;
+mod hooks;
 mod known;
 mod left;
 mod link;
@@ -39,6 +40,7 @@ use super::stop::ptrace::Ptrace;
 use crate::net::Destination;
 use crate::service::Service;
 use begin::Ground;
+pub use hooks::{HookOptions, LIMIT as HOOK_LIMIT};
 pub use left::flush;
 pub use rollback::rollback;
 use state::{Selection, State};
@@ -69,6 +71,8 @@ pub struct SessionOptions {
     pub foreign: Policy,
     /// Where records go that the backup cannot take.
     pub spool: SpoolOptions,
+    /// What is run before and after each checkpoint.
+    pub hooks: HookOptions,
     /// `run`: when the command fails, everything is brought back to what it was before.
     pub rollback_on_failure: bool,
     /// How files are brought back.
@@ -92,6 +96,21 @@ impl SessionOptions {
             Kind::Usage,
             format!("{what} together with --include or --exclude comes in a later version"),
             "restore what is needed with `bfs-replayer restore`",
+        ))
+    }
+
+    /// Refuses what does not look at what others than the command change, as hooks are.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`].
+    pub fn no_hooks(&self, what: &str) -> Result<(), Failure> {
+        if self.hooks.is_empty() {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Kind::Usage,
+            format!("{what} does not go together with --before-checkpoint or --after-checkpoint"),
+            "leave one of them out",
         ))
     }
 }
@@ -150,6 +169,7 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
     let sender = running.sender()?;
     let _signals = Signals::start(&inherited, move |received| sender.forward(received))
         .map_err(|e| cannot("read signals", &e))?;
+    work.start_hooks(&inherited);
     let mut status = None;
     work.follow(|| {
         status = running.wait(Duration::ZERO).ok().flatten();
@@ -317,6 +337,7 @@ fn follow_processes(
     let probes = Probes::adopt(&group_dir(group))?;
     work.link.service = Service::of_environment();
     work.link.service.ready(&format!("group {group} is followed"));
+    work.start_hooks(inherited);
     work.follow(|| {
         asked.load(Ordering::Relaxed)
             || match selection {

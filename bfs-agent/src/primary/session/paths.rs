@@ -13,7 +13,6 @@ use super::left;
 use super::link::probes_failed;
 use super::work::Work;
 use crate::primary::control::{FailureKind, Replies, Reply, WaitFor};
-use crate::primary::engine::Stop;
 use crate::primary::engine::host::{Host, HostError};
 use crate::primary::preflight;
 use crate::primary::reader::Root;
@@ -45,7 +44,7 @@ impl Work {
             return replies.send(Reply::failed(FailureKind::Failed, why, hint));
         }
         let wait = Awaited::Checkpoint(WaitFor::Confirmed);
-        self.wait_for_manual(String::new(), Stop::IfNeeded, wait, deadline, replies);
+        self.ask_for(String::new(), "paths", wait, deadline, replies);
     }
 
     fn add_path(&mut self, path: &Path) -> Result<(), Refused> {

@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bfs_common::record::GroupId;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::SessionOptions;
+use super::hooks::{HookOptions, Owed};
 use crate::primary::engine::filter::Filter;
 use crate::primary::engine::foreign::Policy;
 use crate::primary::spool::SpoolOptions;
@@ -48,6 +50,8 @@ pub struct State {
     foreign: Policy,
     #[serde(default)]
     spool: SpoolOptions,
+    #[serde(default)]
+    hooks: HookOptions,
     inline_max: Option<u64>,
     ring_bytes: Option<u64>,
     /// Events were thrown away: a successor cannot go on, it has to copy everything.
@@ -76,6 +80,7 @@ impl State {
             final_wait_ms: options.final_wait.as_millis() as u64,
             foreign: options.foreign,
             spool: options.spool.clone(),
+            hooks: options.hooks.clone(),
             inline_max: options.inline_max,
             ring_bytes: options.ring_bytes,
             incomplete: false,
@@ -101,6 +106,7 @@ impl State {
             final_wait: Duration::from_millis(self.final_wait_ms),
             foreign: self.foreign,
             spool: self.spool.clone(),
+            hooks: self.hooks.clone(),
             // Who goes on is not the command's parent: it does not learn how the command ends.
             rollback_on_failure: false,
             going_back: super::GoingBack::default(),
@@ -119,13 +125,7 @@ impl State {
     /// # Errors
     /// What the system says.
     pub fn write(&self, group: &str) -> io::Result<()> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
-        let path = path(group);
-        let new = path.with_extension("new");
-        let _ = fs::remove_file(&new);
-        let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-        serde_json::to_writer(&file, self)?;
-        fs::rename(&new, &path)
+        write_whole(&path(group), self)
     }
 
     /// Reads it; `None` when there is none.
@@ -133,17 +133,55 @@ impl State {
     /// # Errors
     /// What the system says, or that it is not understood.
     pub fn read(group: &str) -> io::Result<Option<Self>> {
-        match fs::read(path(group)) {
-            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e),
-        }
+        read_whole(&path(group))
     }
 
     /// Removes it at a clean end.
     pub fn remove(group: &str) {
         let _ = fs::remove_file(path(group));
         let _ = fs::remove_file(relies(group));
+    }
+}
+
+/// Writes a file whole or not at all.
+fn write_whole(path: &Path, what: &impl Serialize) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
+    let new = path.with_extension("new");
+    let _ = fs::remove_file(&new);
+    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    serde_json::to_writer(&file, what)?;
+    fs::rename(&new, path)
+}
+
+fn read_whole<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn owed(group: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(format!("hook-{group}.json"))
+}
+
+/// The hook after a checkpoint that an agent before did not come to run. (One that cannot be read is of another
+/// release; nobody knows what it is.)
+pub(super) fn owed_hook(group: &str) -> Option<Owed> {
+    read_whole(&owed(group)).ok().flatten()
+}
+
+/// Notes that one is owed, or none any more.
+///
+/// # Errors
+/// What the system says.
+pub(super) fn owe_hook(group: &str, hook: Option<&Owed>) -> io::Result<()> {
+    match hook {
+        Some(hook) => write_whole(&owed(group), hook),
+        None => match fs::remove_file(owed(group)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        },
     }
 }
 

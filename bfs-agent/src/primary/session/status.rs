@@ -89,6 +89,7 @@ impl Work {
                 stream_records,
                 stream_bytes,
             },
+            hooks: self.hook_status(),
             last_error: self.last_error.clone(),
         }
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use crate::primary::engine::host::Host;
 use crate::primary::engine::{Stats, Stop};
 
+use super::commands::Ask;
 use super::work::Work;
 
 /// How often writes that have no record yet are looked at, where their number or their bytes are a trigger.
@@ -36,6 +37,10 @@ impl Since {
 impl Work {
     /// What makes a checkpoint due now.
     pub(super) fn due(&self) -> Option<&'static str> {
+        // Another one waits for its hooks, or theirs for the processes to go on.
+        if self.held.is_some() || self.hooks_at_work() || self.hooks.rest() {
+            return None;
+        }
         let schedule = &self.options.schedule;
         // The first copy has to come about, whatever the schedule.
         if self.tally.taken == 0 && self.since.tried.elapsed() >= Duration::from_millis(200) {
@@ -63,7 +68,7 @@ impl Work {
         let idle = trigger == "every" && self.is_idle();
         self.since.tried = Instant::now();
         if !idle {
-            let _ = self.checkpoint(String::new(), trigger, Stop::IfNeeded);
+            self.ask(Ask { tag: String::new(), trigger, stop: Stop::IfNeeded, client: None });
         }
     }
 

@@ -9,6 +9,7 @@ use bfs_common::record::{CheckpointId, Epoch, Sequence};
 
 use super::SessionOptions;
 use super::commands::{Held, Waiter, reached};
+use super::hooks::Hooks;
 use super::link::Link;
 use super::triggers::Since;
 use crate::backup::ReplayerHandle;
@@ -88,6 +89,7 @@ pub struct Work {
     pub(super) failing: Option<String>,
     pub(super) waiters: Vec<Waiter>,
     pub(super) held: Option<Held>,
+    pub(super) hooks: Hooks,
     last_flush: Instant,
     last_care: Instant,
     pub(super) since: Since,
@@ -125,6 +127,7 @@ impl Work {
             failing: None,
             waiters: Vec::new(),
             held: None,
+            hooks: Hooks::default(),
             last_flush: now,
             last_care: now,
             since: Since::new(now),
@@ -157,6 +160,17 @@ impl Work {
 
     /// One turn of the loop.
     pub(super) fn turn(&mut self) {
+        self.tend_hooks();
+        self.capture();
+        if self.detached.is_none()
+            && let Some(trigger) = self.due()
+        {
+            self.scheduled(trigger);
+        }
+    }
+
+    /// Takes in what is there, and answers who asks.
+    pub(super) fn capture(&mut self) {
         self.link.service.alive();
         self.take_commands();
         self.answer_waiters();
@@ -187,11 +201,6 @@ impl Work {
         }
         self.link.release_ring();
         self.look_at_runs();
-        if self.held.is_none()
-            && let Some(trigger) = self.due()
-        {
-            self.scheduled(trigger);
-        }
         if taken == 0 {
             std::thread::sleep(self.look);
             self.look = (self.look * 2).min(LOOK_MAX);
@@ -291,30 +300,34 @@ impl Work {
         if let Some(held) = self.held.take() {
             self.let_go(held);
         }
+        self.end_hooks();
         let asked = self.stop_asked.take();
         let limit = asked.as_ref().map_or(self.options.final_wait, |a| a.1);
         let deadline = Instant::now() + limit;
-        let mut why = None;
-        let mut taken = self.checkpoint(String::new(), "end", Stop::IfNeeded);
-        while let Err(e) = &taken {
-            why = Some(e.to_string());
-            if Instant::now() >= deadline || self.detached.is_some() {
-                break;
+        let taken = self.with_hooks("end", |work| work.take_last(deadline));
+        let ending = match taken {
+            Ok(taken) => self.wait_end(&taken, deadline),
+            Err(why) => {
+                let checkpoint = self.engine.last_checkpoint();
+                Ending { checkpoint, reached: None, why: Some(why), send_by: None }
             }
-            std::thread::sleep(Duration::from_millis(50));
-            taken = self.checkpoint(String::new(), "end", Stop::IfNeeded);
-        }
-        let checkpoint = self.engine.last_checkpoint();
-        let mut ending = Ending { checkpoint, reached: None, why, send_by: None };
-        if let Ok(taken) = taken {
-            ending = self.wait_end(&taken, deadline);
-        }
+        };
         self.answer_waiters();
         if let Some((replies, _)) = asked {
             let Ending { checkpoint, reached, send_by, .. } = ending.clone();
             replies.send(Reply::Ended { checkpoint, reached, send_by });
         }
         ending
+    }
+
+    fn take_last(&mut self, deadline: Instant) -> Result<Taken, String> {
+        loop {
+            match self.checkpoint(String::new(), "end", Stop::IfNeeded) {
+                Ok(taken) => return Ok(taken),
+                Err(e) if Instant::now() >= deadline || self.detached.is_some() => return Err(e.to_string()),
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
     }
 
     fn wait_end(&mut self, taken: &Taken, mut deadline: Instant) -> Ending {
