@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bfs_tests::oracle;
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World, binary};
+use bfs_tests::{exercise, oracle};
 
 /// Two groups; what each command does.
 fn write(world: &World, file: &Path, scripts: [&str; 2]) {
@@ -74,4 +75,35 @@ fn each_group_is_what_its_options_would_be() {
     assert_eq!(ended.unwrap().unwrap().code(), Some(128 + libc::SIGTERM));
     is_equal("one");
     is_equal("two");
+}
+
+/// A minute of the calendar makes a checkpoint, where something changed.
+#[test]
+fn a_time_of_the_calendar_makes_a_checkpoint() {
+    let mut world = World::new("cron", Transport::Unix).unwrap();
+    world.checkpoints("cron=* * * * *");
+    world.start_replayer().unwrap();
+    let (data, ready, stop) = (&world.place.data, world.place.aux.join("ready"), world.place.stop());
+    let script = format!(
+        "touch {}; while ! [ -e {} ]; do echo x >> {}/f; sleep 0.2; done",
+        ready.display(),
+        stop.display(),
+        data.display()
+    );
+    world.run(&["sh".to_owned(), "-c".to_owned(), script]).unwrap();
+    // The first copy comes whatever the schedule.
+    let confirmed = |number: u64| {
+        until("the checkpoint", Duration::from_secs(150), || {
+            (world.status_number(&["confirmed"]).ok()? >= number).then_some(())
+        })
+    };
+    confirmed(1).unwrap();
+    let next = world.status().unwrap()["next_by_calendar"].as_str().unwrap().to_owned();
+    assert!(next.ends_with(":00Z"), "{next}");
+    confirmed(2).unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    assert!(now % 60 < 20, "it came {} s after the minute", now % 60);
+    assert_eq!(world.status().unwrap()["checkpoints_taken"], 2);
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
 }

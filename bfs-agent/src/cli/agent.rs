@@ -328,7 +328,8 @@ struct Options {
     backup: Vec<Destination>,
     #[command(flatten)]
     group: Group,
-    /// When checkpoints are taken: a comma list of every=TIME, bytes=SIZE, ops=NUMBER, or manual
+    /// When checkpoints are taken: a comma list of every=TIME, bytes=SIZE, ops=NUMBER, cron=EXPRESSION (five fields,
+    /// in the time zone of this host, like "cron=0 3 * * *"), or manual
     #[arg(long, value_name = "WHEN", default_value = "every=1s")]
     checkpoint: Schedule,
     /// Keep files below FROM at TO on the backup, instead of at the same path (may be repeated)

@@ -3,6 +3,7 @@
 pub mod capture;
 pub mod clock;
 pub mod control;
+pub mod cron;
 pub mod engine;
 pub mod failure;
 pub mod preflight;

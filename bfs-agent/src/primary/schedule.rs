@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::cron::Cron;
+
 /// When checkpoints are taken; whichever comes first. With none of them only on demand.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Schedule {
@@ -13,6 +15,8 @@ pub struct Schedule {
     pub bytes: Option<u64>,
     /// After this many operations.
     pub ops: Option<u64>,
+    /// At times of the calendar.
+    pub cron: Option<Cron>,
 }
 
 /// Why a text is no schedule.
@@ -20,7 +24,7 @@ pub struct Schedule {
 pub enum ScheduleError {
     /// Not one of the words.
     #[error(
-        "{0:?} is not one of every=TIME, bytes=SIZE, ops=NUMBER, manual (for example every=1s,bytes=64M)"
+        "{0:?} is not one of every=TIME, bytes=SIZE, ops=NUMBER, cron=EXPRESSION, manual (for example every=1s,bytes=64M)"
     )]
     Word(String),
     /// The same word twice.
@@ -35,6 +39,17 @@ pub enum ScheduleError {
     /// Not a size.
     #[error("{0:?} is not a size: write bytes, or 64K, 64M, 1G")]
     Size(String),
+    /// Not a cron expression.
+    #[error(
+        "{text:?} is not a cron expression: {why}; write minute, hour, day of the month, month, day of the week, \
+         like cron=0 3 * * *"
+    )]
+    Cron {
+        /// What was written.
+        text: String,
+        /// What is wrong.
+        why: String,
+    },
     /// Not a number.
     #[error("{0:?} is not a number above 0")]
     Number(String),
@@ -46,7 +61,8 @@ impl FromStr for Schedule {
     fn from_str(text: &str) -> Result<Self, ScheduleError> {
         let mut schedule = Self::default();
         let mut manual = false;
-        for word in text.split(',').map(str::trim) {
+        for word in words(text) {
+            let word = word.trim();
             let before = schedule.clone();
             match word.split_once('=') {
                 None if word == "manual" => manual = true,
@@ -56,6 +72,10 @@ impl FromStr for Schedule {
                     let ops = number.parse().ok().filter(|n| *n > 0);
                     schedule.ops = Some(ops.ok_or_else(|| ScheduleError::Number(number.into()))?);
                 }
+                Some(("cron", text)) => {
+                    let bad = |why| ScheduleError::Cron { text: text.into(), why };
+                    schedule.cron = Some(text.parse().map_err(bad)?);
+                }
                 _ => return Err(ScheduleError::Word(word.into())),
             }
             let key = word.split('=').next().unwrap_or(word);
@@ -63,6 +83,7 @@ impl FromStr for Schedule {
                 "every" => before.every.is_some(),
                 "bytes" => before.bytes.is_some(),
                 "ops" => before.ops.is_some(),
+                "cron" => before.cron.is_some(),
                 _ => false,
             };
             if was {
@@ -88,8 +109,30 @@ impl fmt::Display for Schedule {
         if let Some(ops) = self.ops {
             words.push(format!("ops={ops}"));
         }
+        if let Some(cron) = &self.cron {
+            words.push(format!("cron={cron}"));
+        }
         if words.is_empty() { f.write_str("manual") } else { f.write_str(&words.join(",")) }
     }
+}
+
+/// The words of a list. A cron expression has commas of its own: what follows one belongs to it until the next word.
+fn words(text: &str) -> Vec<String> {
+    let mut words: Vec<String> = Vec::new();
+    for piece in text.split(',') {
+        match words.last_mut() {
+            Some(last)
+                if last.trim_start().starts_with("cron=")
+                    && !piece.contains('=')
+                    && piece.trim() != "manual" =>
+            {
+                last.push(',');
+                last.push_str(piece);
+            }
+            _ => words.push(piece.to_owned()),
+        }
+    }
+    words
 }
 
 /// A time with its unit: `10ms`, `1s`, `5m`, `1h`; above zero, at most a year.
@@ -142,6 +185,9 @@ mod tests {
         assert_eq!((schedule.bytes, schedule.ops), (Some(64 << 20), Some(10)));
         assert_eq!(schedule.to_string().parse::<Schedule>(), Ok(schedule));
         assert_eq!("manual".parse::<Schedule>(), Ok(Schedule::default()));
+        let schedule: Schedule = "ops=5, cron=0,30 3-5 * * 1,2 , every=1h".parse().unwrap();
+        assert_eq!(schedule.to_string(), "every=3600000ms,ops=5,cron=0,30 3-5 * * 1,2");
+        assert_eq!(schedule.to_string().parse::<Schedule>(), Ok(schedule));
         assert_eq!(Schedule::default().to_string(), "manual");
         assert_eq!(parse_time("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(parse_time("2m"), Ok(Duration::from_secs(120)));
@@ -164,6 +210,10 @@ mod tests {
             "ops=0",
             "ops=x",
             "manual,ops=1",
+            "cron=0 3 * * *,manual",
+            "cron=",
+            "cron=0 3 * *",
+            "cron=0 3 * * *,cron=0 4 * * *",
             "sometimes",
             "every=é",
             "every=999999999999h",

@@ -73,7 +73,7 @@ const OF_ATTACH: [&str; 4] = ["pid", "cgroup", "everyone", "resume"];
 /// One of them says whom to attach to.
 const WHOM: [&str; 3] = ["pid", "cgroup", "everyone"];
 /// Words of `--checkpoint`.
-const WHEN: [&str; 3] = ["every", "bytes", "ops"];
+const WHEN: [&str; 4] = ["every", "bytes", "ops", "cron"];
 
 /// The names of all keys of a group.
 #[cfg(test)]
@@ -261,7 +261,9 @@ fn values(key: &Key, value: &Value, at: &str) -> Result<Vec<Option<String>>, Con
             }
             vec![words.join(",")]
         }
-        (Form::When, _) => return Err(bad("a text like \"every=1s\", or a table of every, bytes, ops")),
+        (Form::When, _) => {
+            return Err(bad("a text like \"every=1s\", or a table of every, bytes, ops, cron"));
+        }
     };
     Ok(all.into_iter().map(Some).collect())
 }

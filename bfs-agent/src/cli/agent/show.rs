@@ -87,8 +87,12 @@ pub fn status(status: &Status) -> String {
     line(
         "checkpoints",
         format!(
-            "{} taken ({}), {} late, {} given up",
-            status.checkpoints_taken, status.schedule, status.checkpoints_late, status.checkpoints_given_up
+            "{} taken ({}{}), {} late, {} given up",
+            status.checkpoints_taken,
+            status.schedule,
+            status.next_by_calendar.as_ref().map_or_else(String::new, |next| format!(", next at {next}")),
+            status.checkpoints_late,
+            status.checkpoints_given_up
         ),
     );
     for text in hooks(&status.hooks) {

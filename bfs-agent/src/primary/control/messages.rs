@@ -261,6 +261,8 @@ pub struct Status {
     pub roots: Vec<String>,
     /// When checkpoints are taken, as given to `--checkpoint`.
     pub schedule: String,
+    /// When the next one is due by the calendar (cron), in UTC.
+    pub next_by_calendar: Option<String>,
     /// Where the stream goes.
     pub destinations: Vec<DestinationStatus>,
     /// What is kept for a destination that is away.

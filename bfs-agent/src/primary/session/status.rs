@@ -42,6 +42,7 @@ impl Work {
             selected_threads: selected,
             roots: self.options.roots.iter().map(|r| r.display().to_string()).collect(),
             schedule: self.options.schedule.to_string(),
+            next_by_calendar: self.since.calendar.as_ref().and_then(|calendar| calendar.next()),
             destinations: vec![DestinationStatus {
                 address: self.options.backup.to_string(),
                 connected: progress.connected,

@@ -2,14 +2,20 @@
 
 use std::time::{Duration, Instant};
 
-use crate::primary::engine::host::Host;
-use crate::primary::engine::{Stats, Stop};
+use jiff::tz::TimeZone;
 
 use super::commands::Ask;
-use super::work::Work;
+use super::work::{Work, wall_ns};
+use crate::primary::cron::Calendar;
+use crate::primary::engine::host::Host;
+use crate::primary::engine::{Stats, Stop};
+use crate::primary::schedule::Schedule;
 
 /// How often writes that have no record yet are looked at, where their number or their bytes are a trigger.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// What is due by the calendar and did not come about is tried again after this time.
+const CALENDAR_RETRY: Duration = Duration::from_secs(1);
 
 /// What the triggers count from.
 pub(super) struct Since {
@@ -20,23 +26,39 @@ pub(super) struct Since {
     /// Writes that went on, as the probes counted them when they were last looked at.
     went_on: u64,
     looked: Instant,
+    /// What the calendar asks for.
+    pub calendar: Option<Calendar>,
 }
 
 impl Since {
-    pub(super) fn new(now: Instant) -> Self {
-        Self { tried: now, ops: 0, bytes: 0, went_on: 0, looked: now }
+    pub(super) fn new(now: Instant, schedule: &Schedule) -> Self {
+        let calendar = schedule.cron.clone().map(|cron| Calendar::new(cron, TimeZone::system(), wall_s()));
+        Self { tried: now, ops: 0, bytes: 0, went_on: 0, looked: now, calendar }
     }
 
     /// A checkpoint was taken.
     pub(super) fn checkpoint(&mut self, stats: &Stats) {
+        self.calendar_is_served();
         self.ops = stats.ops;
         self.bytes = stats.written_bytes;
     }
+
+    /// What was due by the calendar is not any more.
+    fn calendar_is_served(&mut self) {
+        if let Some(calendar) = &mut self.calendar {
+            calendar.taken(wall_s());
+        }
+    }
+}
+
+/// Seconds since 1970, as the clock of the host shows them.
+fn wall_s() -> i64 {
+    wall_ns() / 1_000_000_000
 }
 
 impl Work {
     /// What makes a checkpoint due now.
-    pub(super) fn due(&self) -> Option<&'static str> {
+    pub(super) fn due(&mut self) -> Option<&'static str> {
         // Another one waits for its hooks, or theirs for the processes to go on.
         if self.held.is_some() || self.hooks_at_work() || self.hooks.rest() {
             return None;
@@ -48,6 +70,10 @@ impl Work {
         }
         if schedule.every.is_some_and(|every| self.since.tried.elapsed() >= every) {
             return Some("every");
+        }
+        let rested = self.since.tried.elapsed() >= CALENDAR_RETRY;
+        if rested && self.since.calendar.as_mut().is_some_and(|calendar| calendar.is_due(wall_s())) {
+            return Some("cron");
         }
         let stats = &self.engine.stats;
         if schedule.bytes.is_some_and(|limit| stats.written_bytes >= self.since.bytes.saturating_add(limit)) {
@@ -61,13 +87,16 @@ impl Work {
             self.since.tried = Instant::now();
             return;
         }
-        if trigger == "every" && self.is_idle() {
+        let by_time = matches!(trigger, "every" | "cron");
+        if by_time && self.is_idle() {
             self.take_runs();
         }
         // An idle group needs no new checkpoint.
-        let idle = trigger == "every" && self.is_idle();
+        let idle = by_time && self.is_idle();
         self.since.tried = Instant::now();
-        if !idle {
+        if idle {
+            self.since.calendar_is_served();
+        } else {
             self.ask(Ask { tag: String::new(), trigger, stop: Stop::IfNeeded, client: None });
         }
     }

@@ -111,6 +111,7 @@ impl Work {
         local: Option<Arc<ReplayerHandle>>,
     ) -> Self {
         let now = Instant::now();
+        let since = Since::new(now, &options.schedule);
         Self {
             options,
             _server: server,
@@ -130,7 +131,7 @@ impl Work {
             hooks: Hooks::default(),
             last_flush: now,
             last_care: now,
-            since: Since::new(now),
+            since,
             look: LOOK_MIN,
             stop_asked: None,
             _local: local,
@@ -375,7 +376,7 @@ impl Work {
     }
 }
 
-fn wall_ns() -> i64 {
+pub(super) fn wall_ns() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
