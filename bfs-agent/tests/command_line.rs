@@ -92,7 +92,7 @@ fn commands_without_an_agent_say_so() {
         assert_eq!(status, 72, "{command}: {error}");
         assert!(error.contains(text(&socket)), "{error}");
     }
-    assert_eq!(agent(&["verify", "--repair", "--socket", text(&socket)], &[]).0, 64);
+    assert_eq!(agent(&["verify", "--repair", "--socket", text(&socket)], &[]).0, 72);
 }
 
 #[test]

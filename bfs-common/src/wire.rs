@@ -225,6 +225,8 @@ pub enum StoreState {
     Behind,
     /// Its log failed: it takes nothing until that is over.
     LogFailed,
+    /// It takes what comes, but bytes of backup files are lost: [`Frame::GetDamage`] says of which.
+    Damaged,
 }
 
 /// How many bytes of state each destination has, for status.
@@ -511,6 +513,22 @@ pub enum Frame {
     Digests {
         /// Some of the lines.
         lines: Vec<DigestLine>,
+        /// No more to come.
+        last: bool,
+    },
+    /// Agent: of which files of the applied checkpoint are bytes lost? Answered by [`Frame::Damage`] frames.
+    GetDamage {
+        /// Name of the group.
+        group: String,
+        /// First compare the whole tree with what is known of it, and put back what is not as it should be.
+        heal: bool,
+        /// Files whose bytes are then compared with their checksums.
+        suspects: Vec<ObjectId>,
+    },
+    /// Replayer: files of which bytes are lost; they are as they should be when all of them came again.
+    Damage {
+        /// Some of them.
+        objects: Vec<ObjectId>,
         /// No more to come.
         last: bool,
     },

@@ -2,9 +2,10 @@
 //! replication goes on, over a replayer that is killed, and while the applier is at work.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bfs_tests::programs::Program;
 use bfs_tests::programs::append::AppendWriters;
@@ -181,4 +182,96 @@ fn a_database_is_opened_in_place() {
     assert!(databases > 0);
     let at = mounted.at.to_str().unwrap().to_owned();
     mounted.end(&["umount", &at]);
+}
+
+/// What a byte range of a file has: wrong bytes are none of the answers.
+fn lost_or_right(path: &Path, at: u64, right: &[u8]) -> bool {
+    let mut there = vec![0; right.len()];
+    match fs::File::open(path).and_then(|file| file.read_exact_at(&mut there, at)) {
+        Ok(()) => assert!(there == right, "{} at {at}", path.display()),
+        Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EIO), "{}: {error}", path.display()),
+    }
+    there == right
+}
+
+/// Bytes of a checkpoint that others changed in the backup are an error where it is mounted, and are named; all else in
+/// it is right, also while the tree is repaired.
+#[test]
+fn what_is_lost_is_an_error_and_never_wrong_bytes() {
+    const BLOCK: usize = 65_536;
+    let mut world = World::new("mounts-lost", Transport::Unix).unwrap();
+    let data = world.place.data.clone();
+    let whole = |n: u8| (0..300_000u32).map(|at| (at % 251) as u8 ^ n).collect::<Vec<u8>>();
+    let names = ["written", "resting", "good"];
+    for (n, name) in (0..).zip(names) {
+        fs::write(data.join(name), whole(n)).unwrap();
+    }
+    let script = "touch \"$1/ready\"; while ! test -e \"$1/go\"; do sleep 0.02; done; \
+                  printf more | dd of=\"$0/written\" bs=1 seek=7 conv=notrunc status=none; touch \"$1/done\"; \
+                  while ! test -e \"$2\"; do sleep 0.02; done";
+    world.start_replayer().unwrap();
+    let (aux, stop) = (world.place.aux.clone(), world.place.stop());
+    let words = ["sh", "-c", script, data.to_str().unwrap(), aux.to_str().unwrap(), stop.to_str().unwrap()];
+    world.run(&words.map(str::to_owned)).unwrap();
+    let copy = world.scratch.join("then");
+    let first = world.checkpoint_stopped(&copy::command(&data, &copy)).unwrap();
+    world.wait_applied(first).unwrap();
+    // In the first block of one and the third of the other, under the times that the applier gave them.
+    for (name, at) in [("written", 100), ("resting", 150_000)] {
+        let file = fs::File::options().read(true).write(true).open(world.backup().join(name)).unwrap();
+        let times = file.metadata().unwrap().modified().unwrap();
+        file.write_all_at(b"spoiled", at).unwrap();
+        file.set_modified(times).unwrap();
+    }
+    let mounted = mount(&world, first, copy);
+    let shown = mounted.data(&world);
+    let blocks = |name: &str, n: u8| -> Vec<bool> {
+        let (path, whole) = (shown.join(name), whole(n));
+        let of = |(block, right): (usize, &[u8])| lost_or_right(&path, (block * BLOCK) as u64, right);
+        whole.chunks(BLOCK).enumerate().map(of).collect()
+    };
+    assert_eq!(blocks("written", 0), [false, true, true, true, true]);
+    assert_eq!(blocks("resting", 1), [true, true, false, true, true]);
+    assert_eq!(blocks("good", 2), [true; 5]);
+    let named = fs::read_to_string(world.logs().join("mount.log")).unwrap();
+    assert!(named.contains("bytes 0 to 65536 of object ") && named.contains(" are lost: "), "{named}");
+    // The program writes into the spoiled block: the step marks it, and the agent sends all of it.
+    fs::write(aux.join("go"), "").unwrap();
+    let done = aux.join("done");
+    until("the program", SOON, || done.exists().then_some(())).unwrap();
+    let repaired = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut rounds = 0u32;
+            while !repaired.load(Ordering::SeqCst) || rounds == 0 {
+                assert_eq!(blocks("good", 2), [true; 5]);
+                assert!(!blocks("written", 0)[0]);
+                assert!(blocks("resting", 1)[0]);
+                rounds += 1;
+            }
+        });
+        let said = world.agent_command(&["verify", "--repair"], SOON);
+        repaired.store(true, Ordering::SeqCst);
+        let said = said.unwrap();
+        let text = String::from_utf8_lossy(&said.stdout).into_owned();
+        assert_eq!(said.status.code(), Some(0), "{text}");
+        reader.join().unwrap();
+    });
+    until("the agent to send again what is lost", SOON, || {
+        (world.replayer_status().ok()?["state"] == "ready").then_some(())
+    })
+    .unwrap();
+    // What was written over before it was sent again is lost for good; the other is as it was.
+    assert_eq!(blocks("written", 0), [false, true, true, true, true]);
+    assert_eq!(blocks("resting", 1), [true; 5]);
+    let copy = world.scratch.join("now");
+    let last = world.checkpoint_stopped(&copy::command(&data, &copy)).unwrap();
+    world.wait_applied(last).unwrap();
+    let newest = mount(&world, last, copy);
+    newest.is_equal(&world);
+    for mounted in [mounted, newest] {
+        let at = mounted.at.to_str().unwrap().to_owned();
+        mounted.end(&["umount", &at]);
+    }
+    assert!(world.finish().unwrap().success());
 }

@@ -112,8 +112,18 @@ pub fn check(path: &Path, read_data: bool, allowed: &[PathBuf]) -> Result<Report
         let kept =
             index.view(row.number)?.kept()?.into_iter().map(|(o, last)| (o, Kept { last, size: None }));
         let kept = kept.collect();
-        let mut group =
-            Group { name, row, index, area, log, generations, kept, read_data, report: &mut report };
+        let mut group = Group {
+            name,
+            row,
+            index,
+            area,
+            log,
+            generations,
+            kept,
+            lost: None,
+            read_data,
+            report: &mut report,
+        };
         group.check_log()?;
         group.check_images()?;
         group.check_tree()?;
@@ -155,6 +165,8 @@ struct Group<'a> {
     /// Kept checkpoints, the oldest first.
     generations: Vec<CheckpointId>,
     kept: BTreeMap<ObjectId, Kept>,
+    /// The last images that say of something that it is lost.
+    lost: Option<CheckpointId>,
     read_data: bool,
     report: &'a mut Report,
 }
@@ -279,9 +291,12 @@ impl Group<'_> {
                 self.generations.iter().copied().filter(|g| *g <= at && !passed(*g)).collect();
             let (mut blocks, mut bad) = (Blocks::new(dir), Vec::new());
             let (mut lines, mut bytes, mut buffer) = (0, 0, Vec::new());
-            let (read_data, kept) = (self.read_data, &mut self.kept);
+            let (read_data, kept, lost) = (self.read_data, &mut self.kept, &mut self.lost);
             let read = images::read(dir, self.row.id, at, |line, block| {
                 lines += 1;
+                if matches!(line, images::Line::Unknown(..)) {
+                    *lost = (*lost).max(Some(at));
+                }
                 if let images::Line::Object(object, Some(node)) = &line
                     && let Some(kept) = kept.get_mut(object).filter(|kept| kept.last == at)
                 {
@@ -360,6 +375,7 @@ impl Group<'_> {
                 found.insert(object, why);
             }
         }
+        self.check_lost()?;
         if found.is_empty() {
             return Ok(());
         }
@@ -367,6 +383,27 @@ impl Group<'_> {
         for (object, wrong) in found {
             let what = format!("object {object}{}", place_of(&view, object)?);
             self.problem(what, wrong.why.join(", "), needs.get(&object).cloned().unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    /// What was lost before it became a before-image.
+    fn check_lost(&mut self) -> Result<(), BackupError> {
+        let mut lost: BTreeMap<ObjectId, ((u64, u64), Vec<CheckpointId>)> = BTreeMap::new();
+        // Those behind the last images that say so stand on none of them: mostly that is all.
+        for generation in self.generations.iter().copied().filter(|of| self.lost >= Some(*of)) {
+            // With damaged images nobody can tell: then it is named there.
+            let source = Source::at_rest(&self.area, self.index, &self.name, &self.row);
+            let Ok(past) = Past::open(source, generation) else { continue };
+            for object in past.unknown() {
+                if let Some(range) = past.lost_of(object)? {
+                    lost.entry(object).or_insert((range, Vec::new())).1.push(generation);
+                }
+            }
+        }
+        for (object, ((start, end), needs)) in lost {
+            let why = format!("bytes {start} to {end} were lost before they were written over");
+            self.problem(format!("object {object}"), why, needs);
         }
         Ok(())
     }
@@ -549,7 +586,12 @@ impl Group<'_> {
         let found = sums::compare(&view.sums(object), file, size)?;
         self.report.bytes += found.bytes;
         let (mut why, mut only) = (Vec::new(), Vec::new());
-        for (start, end) in found.bad {
+        let known = view.damage(object)?;
+        for (start, end) in known.within(0, size) {
+            why.push(format!("bytes {start} to {end} are lost, and come again with a checkpoint"));
+            only.push((start, end));
+        }
+        for (start, end) in found.bad.into_iter().flat_map(|(start, end)| known.without(start, end)) {
             why.push(format!("bytes {start} to {end} do not fit their checksums"));
             only.push((start, end));
         }

@@ -33,6 +33,8 @@ const SLOT_WAIT: Duration = Duration::from_secs(2);
 const WRITE_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 /// Lines in a frame about generations: tags are short, and a path has less than 4 KiB.
 const LINES_AT_ONCE: usize = 256;
+/// Files that are named as damaged in one frame.
+const DAMAGE_AT_ONCE: usize = 65_536;
 /// Bytes of text in a refusal: it may quote what the peer sent.
 const TEXT_MAX: usize = 4096;
 /// How long a refused peer may take to read that.
@@ -237,6 +239,15 @@ impl Session {
                 })
                 .await
             }
+            Frame::GetDamage { group, heal, suspects } => {
+                let group = self.group(&group)?;
+                let found = blocking(move || group.damage(heal, &suspects.into_iter().collect())).await?;
+                for piece in found.chunks(DAMAGE_AT_ONCE) {
+                    self.answer(Frame::Damage { objects: piece.to_vec(), last: false }).await;
+                }
+                self.answer(Frame::Damage { objects: Vec::new(), last: true }).await;
+                Ok(())
+            }
             Frame::GetGenerations { group } => {
                 let group = self.group(&group)?;
                 let all = blocking(move || group.generations()).await?;
@@ -403,7 +414,11 @@ impl Session {
                     position: p.durable,
                     confirmed: p.confirmed,
                     applied: p.applied,
-                    state: if p.stuck { StoreState::Stuck } else { StoreState::Ready },
+                    state: match (p.stuck, p.damaged) {
+                        (true, _) => StoreState::Stuck,
+                        (false, 0) => StoreState::Ready,
+                        (false, _) => StoreState::Damaged,
+                    },
                 };
                 if out.send((ack, Bytes::new())).await.is_err() {
                     return;

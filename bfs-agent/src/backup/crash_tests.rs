@@ -19,7 +19,7 @@ use super::error::BackupError;
 use super::gate::Marker;
 use super::history::differences;
 use super::index::{Base, GroupRow, Index};
-use super::model::{Model, TOP};
+use super::model::{May, Model, TOP};
 use super::past::{Loaded, Past, Source};
 use super::plan::Plan;
 use super::step::apply_step;
@@ -27,7 +27,8 @@ use super::store::Store;
 use super::sums;
 use crate::log::writer::{Batch, LogWriter};
 
-const GROUP: &str = "g";
+pub(super) const GROUP: &str = "g";
+
 pub(super) fn append(log: &mut LogWriter, records: Vec<(Record, Vec<u8>)>) -> Position {
     let before = log.durable();
     let mut position = before;
@@ -42,8 +43,8 @@ pub(super) fn append(log: &mut LogWriter, records: Vec<(Record, Vec<u8>)>) -> Po
     position
 }
 
-/// Every byte of the tree, and of what is kept, has its checksum.
-pub(super) fn compare_sums(area: &Area, index: &Index) {
+/// Every byte of the tree, and of what is kept if that is wanted, has its checksum.
+pub(super) fn compare_sums(area: &Area, index: &Index, kept: bool) {
     let view = index.view(1).unwrap();
     let (plan, mut never) = (Plan::default(), CrashPoint::default());
     let fits = |object, file: &fs::File, size| {
@@ -58,7 +59,7 @@ pub(super) fn compare_sums(area: &Area, index: &Index) {
         Ok(true)
     })
     .unwrap();
-    for (object, _) in view.kept().unwrap() {
+    for (object, _) in view.kept().unwrap().into_iter().filter(|_| kept) {
         let file = area.open_kept(object).unwrap().unwrap();
         fits(object, &file, file.metadata().unwrap().len());
     }
@@ -122,18 +123,18 @@ pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
                 Source { area: &area, index: &index, group: GROUP, number: 1, id: row.id, tree: None };
             if let (Some(known), Some(model)) = (reader.take(), models.first()) {
                 let mut past = Past::again(source, known).unwrap();
-                model.compare_past(&mut past, true);
+                model.compare_past(&mut past, May::Wait);
                 reader = Some(past.rest());
             }
             if let Some(model) = models.last() {
                 let newest = CheckpointId(models.len() as u64);
-                model.compare_past(&mut Past::open(source, newest).unwrap(), true);
+                model.compare_past(&mut Past::open(source, newest).unwrap(), May::Wait);
             }
         };
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
         apply::clean(&area, &index.view(row.number).unwrap()).unwrap();
         model.compare(TOP, &store.path().join("tree/g/r"));
-        compare_sums(&area, &index);
+        compare_sums(&area, &index, true);
         for left in ["stage", "aside"] {
             assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");
         }
@@ -143,7 +144,7 @@ pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
         for (then, model) in (1..).zip(&models) {
             let source = Source::at_rest(&area, &index, GROUP, &row);
-            model.compare_past(&mut Past::open(source, CheckpointId(then)).unwrap(), false);
+            model.compare_past(&mut Past::open(source, CheckpointId(then)).unwrap(), May::Nothing);
             for (later, other) in (1..).zip(&models).skip(then as usize - 1) {
                 let found = differences(source, CheckpointId(then), CheckpointId(later)).unwrap();
                 model.compare_differences(other, &found);
@@ -158,12 +159,12 @@ pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
     let area = Area::open(&store, GROUP, &[], &[]).unwrap();
     for (then, model) in (1..).zip(&models) {
         let mut past = Past::open(Source::at_rest(&area, &index, GROUP, &row), CheckpointId(then)).unwrap();
-        model.compare_past(&mut past, false);
+        model.compare_past(&mut past, May::Nothing);
         let (oldest, gone) = index.drop_generations(row.number, &[CheckpointId(then)]).unwrap();
         area.drop_kept(&gone).unwrap();
         area.drop_images(|image| image >= oldest).unwrap();
     }
-    compare_sums(&area, &index);
+    compare_sums(&area, &index, true);
     for left in ["kept", "images"] {
         assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");
     }

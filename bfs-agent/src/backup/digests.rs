@@ -15,7 +15,6 @@ use rustix::fs::OFlags;
 use super::apply::{CrashPoint, Step};
 use super::error::BackupError;
 use super::group::Group;
-use super::index::View;
 use super::plan::{Plan, plan};
 use super::target::Target;
 use crate::log::read_range;
@@ -65,7 +64,7 @@ pub fn digests(
 
 /// The digests of one file; false if nobody wants more. A file that others changed has none, or others.
 fn of_file(
-    step: &mut Step<'_, View>,
+    step: &mut Step<'_>,
     object: ObjectId,
     size: u64,
     buffer: &mut [u8],

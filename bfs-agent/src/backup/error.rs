@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bfs_common::record::{CheckpointId, Sequence};
+use bfs_common::record::{CheckpointId, ObjectId, Sequence};
 
 use crate::log::LogError;
 use crate::net::AddressError;
@@ -83,6 +83,21 @@ pub enum BackupError {
         checkpoint: CheckpointId,
         /// What there is.
         range: String,
+    },
+    /// Bytes of a generation are lost.
+    #[error(
+        "checkpoint {checkpoint}: bytes {start} to {end} of object {object} are lost: its backup file was changed by \
+         something else than the replayer, or damaged; `bfs-replayer check --read-data` names all that is"
+    )]
+    Lost {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// The file.
+        object: ObjectId,
+        /// Where it begins.
+        start: u64,
+        /// Where it ends.
+        end: u64,
     },
     /// A step is under way, or failed half way.
     #[error(

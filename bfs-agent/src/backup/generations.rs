@@ -96,7 +96,7 @@ impl Past<'_> {
             while at < node.size
                 && let Some((start, end, piece)) = self.next_piece(object, at, node.size)
             {
-                let Some(bytes) = self.piece((start, end, piece), &mut buffer)? else { continue };
+                let Some(bytes) = self.piece(object, (start, end, piece), &mut buffer)? else { continue };
                 at = end;
                 let follows = waiting.0 + waiting.1.len() as u64 == start;
                 let zeros = matches!(piece, Piece::Zero);
@@ -108,7 +108,7 @@ impl Past<'_> {
                 }
                 match piece {
                     Piece::Zero if !frame(start, end - start, false, Vec::new()) => return Ok(()),
-                    Piece::Zero => {}
+                    Piece::Zero | Piece::Unknown => {}
                     Piece::Block(..) => {
                         if waiting.1.is_empty() {
                             waiting.0 = start;

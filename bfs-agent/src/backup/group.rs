@@ -57,6 +57,8 @@ pub struct Progress {
     pub applied: CheckpointId,
     /// The applied one cannot be followed by the next.
     pub stuck: bool,
+    /// Files of which bytes are lost.
+    pub damaged: u64,
     /// The log takes nothing any more, and why.
     pub refuses: Option<String>,
 }
@@ -266,6 +268,7 @@ impl Group {
             confirmed,
             applied: row.checkpoint,
             stuck: false,
+            damaged: index.view(row.number)?.damaged()?.len() as u64,
             refuses: None,
         };
         let state = State {
@@ -537,11 +540,19 @@ impl Group {
                 (Some(_), ..) => StoreState::LogFailed,
                 (None, Some((why_not, _)), _) => *why_not,
                 (None, None, Some(_)) => StoreState::Stuck,
+                (None, None, None) if progress.damaged > 0 => StoreState::Damaged,
                 (None, None, None) => StoreState::Ready,
             },
             trouble: {
                 let why_not = why_not.map(|(_, why)| why);
-                let all = [&state.log_trouble, &why_not, &state.apply_trouble, &state.tidy_trouble];
+                let damaged = (progress.damaged > 0).then(|| {
+                    let n = progress.damaged;
+                    format!(
+                        "bytes of {n} backup files are lost: others changed them, or the disk did; they come again \
+                         with a checkpoint of a running agent, and `bfs-replayer check` names them"
+                    )
+                });
+                let all = [&state.log_trouble, &why_not, &state.apply_trouble, &damaged, &state.tidy_trouble];
                 let all: Vec<&str> = all.into_iter().flatten().map(String::as_str).collect();
                 (!all.is_empty()).then(|| all.join("; "))
             },

@@ -42,7 +42,9 @@ fn touched(
                     Line::Bytes(object, start) => {
                         found.entry(object).or_default().push((start, start + u64::from(block.len)));
                     }
-                    Line::Zero(object, start, end) => found.entry(object).or_default().push((start, end)),
+                    Line::Zero(object, start, end) | Line::Unknown(object, start, end) => {
+                        found.entry(object).or_default().push((start, end));
+                    }
                     Line::Entry(..) | Line::End(_) => {}
                 }
                 Ok(())
@@ -205,9 +207,9 @@ fn difference(
             let mut at = start;
             while at < end.min(both) {
                 let until = (at + COMPARE_BYTES).min(end).min(both);
-                let (a, b) = (range(older, was, at, until)?, range(newer, is, at, until)?);
-                bytes += a.iter().zip(&b).filter(|(a, b)| a != b).count() as u64;
-                at = until;
+                let (differ, to) = compared([(older, was), (newer, is)], at, until)?;
+                bytes += differ;
+                at = to;
             }
         }
     }
@@ -227,6 +229,28 @@ fn difference(
     changed.sort_unstable();
     let (before, after) = (Some(side_before), Some(side_after));
     Ok((!changed.is_empty()).then_some(Difference { before, after, changed, bytes }))
+}
+
+/// How many bytes of a range differ, from its begin up to where. What one of the two has lost counts as different.
+fn compared(
+    [(older, was), (newer, is)]: [(&mut Past<'_>, ObjectId); 2],
+    at: u64,
+    mut until: u64,
+) -> Result<(u64, u64), BackupError> {
+    loop {
+        let both = range(older, was, at, until).and_then(|a| Ok((a, range(newer, is, at, until)?)));
+        match both {
+            Ok((a, b)) => return Ok((a.iter().zip(&b).filter(|(a, b)| a != b).count() as u64, until)),
+            // What stands before it is compared first.
+            Err(BackupError::Lost { start, .. }) if start > at && start < until => until = start,
+            Err(BackupError::Lost { checkpoint, object, start, end }) => {
+                tracing::warn!("checkpoint {checkpoint}: bytes {start} to {end} of object {object} are lost");
+                let to = if end > at { end.min(until) } else { until };
+                return Ok((to - at, to));
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// The bytes of a range that lies in the file.
@@ -271,7 +295,7 @@ impl Backward<'_> {
                 Line::Entry(directory, name, object) => {
                     self.entries.entry(directory).or_default().insert(name, object);
                 }
-                Line::Bytes(object, _) | Line::Zero(object, ..) => {
+                Line::Bytes(object, _) | Line::Zero(object, ..) | Line::Unknown(object, ..) => {
                     touched.insert(object, true);
                 }
                 Line::End(_) => {}

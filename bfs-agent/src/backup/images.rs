@@ -55,6 +55,8 @@ pub enum Line {
     Bytes(ObjectId, u64),
     /// The file had zeros here: offset and end.
     Zero(ObjectId, u64, u64),
+    /// What the file had here is lost: offset and end (since store format 3).
+    Unknown(ObjectId, u64, u64),
     /// That was all: so many lines.
     End(u64),
 }
@@ -366,6 +368,7 @@ mod tests {
             (Line::Entry(ObjectId(1), name, Some(FILE)), vec![]),
             (Line::Bytes(FILE, 4096), b"some bytes".to_vec()),
             (Line::Zero(FILE, 10, 20), vec![]),
+            (Line::Unknown(FILE, 20, 30), vec![]),
         ]
     }
 

@@ -8,6 +8,7 @@
 //! holds is the state before or after the transaction that failed. So it is closed at once, the next who needs
 //! it opens it, and whoever was told of a failure must read again where it stands.
 
+mod generations;
 mod view;
 
 pub use view::{Base, SumsOf, View};
@@ -24,6 +25,7 @@ use bytes::Bytes;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
+use super::damage::Damage;
 use super::error::BackupError;
 use super::gate::{Marker, PositionRow};
 use super::sums::{Edit, SumChange, SumRow};
@@ -44,8 +46,11 @@ const KEPT: TableDefinition<(u32, u64), u64> = TableDefinition::new("kept");
 /// (group number, object, row) -> SumRow: checksums of what the object's file has, also of a kept one
 const SUMS: TableDefinition<(u32, u64, u64), &[u8]> = TableDefinition::new("sums");
 
+/// (group number, object) -> Damage: bytes that the object's file does not have as it should
+const DAMAGE: TableDefinition<(u32, u64), &[u8]> = TableDefinition::new("damage");
+
 /// How many tables there are.
-const TABLES: usize = 7;
+const TABLES: usize = 8;
 
 /// Memory for the index's pages.
 const CACHE_BYTES: usize = 64 << 20;
@@ -156,6 +161,8 @@ pub struct StepResult {
     pub kept: Vec<ObjectId>,
     /// Checksums of files that were written.
     pub sums: Vec<(ObjectId, SumChange)>,
+    /// What is still damaged of files that were.
+    pub damage: Vec<(ObjectId, Damage)>,
     /// Objects that changed, and bytes that were written.
     pub extent: (u64, u64),
 }
@@ -389,10 +396,15 @@ impl Index {
                     };
                 }
                 let mut sums = write.open_table(SUMS)?;
+                let mut damage = write.open_table(DAMAGE)?;
                 for (object, _) in result.objects.iter().filter(|(_, node)| node.is_none()) {
                     if !imaged || !result.kept.contains(object) {
                         sums.retain_in(rows(row.number, *object, 0, u64::MAX), |_, _| false)?;
+                        damage.remove((row.number, object.0))?;
                     }
+                }
+                for (object, left) in &result.damage {
+                    put_damage(&mut damage, row.number, *object, left)?;
                 }
                 for (object, change) in &result.sums {
                     change_sums(&mut sums, row.number, *object, change)?;
@@ -413,63 +425,6 @@ impl Index {
         })
     }
 
-    /// The generations of a group, the oldest first.
-    ///
-    /// # Errors
-    /// If the index fails.
-    pub fn generations(&self, group: u32) -> Result<Vec<(CheckpointId, GenerationRow)>, BackupError> {
-        self.with(|db| {
-            let read = db.begin_read()?;
-            let table = read.open_table(GENERATIONS)?;
-            let mut found = Vec::new();
-            for line in table.range((group, 0)..=(group, u64::MAX))? {
-                let (key, row) = line?;
-                found.push((CheckpointId(key.value().1), unpack("generation", row.value())?));
-            }
-            Ok(found)
-        })
-    }
-
-    /// Drops generations. Returns the oldest that is left, and the objects whose files were kept
-    /// only for the others.
-    ///
-    /// # Errors
-    /// If the index fails; then nothing is changed.
-    pub fn drop_generations(
-        &self,
-        group: u32,
-        drop: &[CheckpointId],
-    ) -> Result<(CheckpointId, Vec<ObjectId>), BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            let mut gone = Vec::new();
-            let oldest = {
-                let mut generations = write.open_table(GENERATIONS)?;
-                for checkpoint in drop {
-                    generations.remove((group, checkpoint.0))?;
-                }
-                let oldest = match generations.range((group, 0)..=(group, u64::MAX))?.next() {
-                    Some(line) => line?.0.value().1,
-                    None => u64::MAX,
-                };
-                let all = (group, 0)..=(group, u64::MAX);
-                write.open_table(KEPT)?.retain_in(all, |(_, object), last| {
-                    if last < oldest {
-                        gone.push(ObjectId(object));
-                    }
-                    last >= oldest
-                })?;
-                let mut sums = write.open_table(SUMS)?;
-                for object in &gone {
-                    sums.retain_in(rows(group, *object, 0, u64::MAX), |_, _| false)?;
-                }
-                CheckpointId(oldest)
-            };
-            write.commit()?;
-            Ok((oldest, gone))
-        })
-    }
-
     /// Notes checksums of files, durably: of files that had none.
     ///
     /// # Errors
@@ -487,46 +442,41 @@ impl Index {
         })
     }
 
-    /// Drops generations whose images were merged into those of an older one. What they had changed counts for the
-    /// one behind them; files that were kept for them are kept for another one from now on, or for none.
+    /// Notes what is damaged of files, beside what was noted before, durably.
     ///
     /// # Errors
     /// If the index fails; then nothing is changed.
-    pub fn merge_generations(
-        &self,
-        group: u32,
-        drop: &[CheckpointId],
-        newer: CheckpointId,
-        files: &[(ObjectId, Option<CheckpointId>)],
-    ) -> Result<(), BackupError> {
+    pub fn add_damage(&self, group: u32, found: &[(ObjectId, Damage)]) -> Result<(), BackupError> {
         self.with(|db| {
             let write = db.begin_write()?;
             {
-                let mut generations = write.open_table(GENERATIONS)?;
-                let (mut changed, mut bytes) = (0, 0);
-                for checkpoint in drop {
-                    if let Some(row) = generations.remove((group, checkpoint.0))? {
-                        let row: GenerationRow = unpack("generation", row.value())?;
-                        changed += row.changed;
-                        bytes += row.bytes;
-                    }
+                let mut table = write.open_table(DAMAGE)?;
+                for (object, more) in found {
+                    let had = table.get((group, object.0))?;
+                    let mut all: Damage =
+                        had.map_or(Ok(Damage::default()), |row| unpack("damage", row.value()))?;
+                    more.iter().for_each(|(start, end)| all.add(start, end));
+                    put_damage(&mut table, group, *object, &all)?;
                 }
-                let row = generations.get((group, newer.0))?;
-                let row = row.map(|row| unpack::<GenerationRow>("generation", row.value())).transpose()?;
-                if let Some(mut row) = row {
-                    row.changed += changed;
-                    row.bytes += bytes;
-                    generations.insert((group, newer.0), &pack(&row)[..])?;
-                }
-                let mut kept = write.open_table(KEPT)?;
-                let mut sums = write.open_table(SUMS)?;
-                for (object, of) in files {
-                    if let Some(checkpoint) = of {
-                        kept.insert((group, object.0), checkpoint.0)?;
-                    } else {
-                        kept.remove((group, object.0))?;
-                        sums.retain_in(rows(group, *object, 0, u64::MAX), |_, _| false)?;
-                    }
+            }
+            Ok(write.commit()?)
+        })
+    }
+
+    /// Notes the files that objects have now, durably.
+    ///
+    /// # Errors
+    /// If the index fails; then nothing is changed.
+    pub fn put_inos(&self, group: u32, inos: &[(ObjectId, u64)]) -> Result<(), BackupError> {
+        self.with(|db| {
+            let write = db.begin_write()?;
+            {
+                let mut objects = write.open_table(OBJECTS)?;
+                for (object, ino) in inos {
+                    let row = objects.get((group, object.0))?;
+                    let node = row.map(|row| unpack::<Node>("object", row.value())).transpose()?;
+                    let Some(node) = node else { continue };
+                    objects.insert((group, object.0), &pack(&Node { ino: *ino, ..node })[..])?;
                 }
             }
             Ok(write.commit()?)
@@ -540,11 +490,14 @@ impl Index {
     pub fn view(&self, group: u32) -> Result<View, BackupError> {
         self.with(|db| {
             let read = db.begin_read()?;
+            let newest = read.open_table(GENERATIONS)?.range((group, 0)..=(group, u64::MAX))?.next_back();
             Ok(View {
+                newest: newest.transpose()?.map(|(key, _)| CheckpointId(key.value().1)),
                 objects: read.open_table(OBJECTS)?,
                 entries: read.open_table(ENTRIES)?,
                 kept: read.open_table(KEPT)?,
                 sums: read.open_table(SUMS)?,
+                damage: read.open_table(DAMAGE)?,
                 group,
             })
         })
@@ -580,6 +533,7 @@ fn open(path: &Path) -> Result<Database, BackupError> {
     write.open_table(GENERATIONS)?;
     write.open_table(KEPT)?;
     write.open_table(SUMS)?;
+    write.open_table(DAMAGE)?;
     write.commit()?;
     Ok(db)
 }
@@ -607,6 +561,20 @@ fn change_sums(
             Some(row) => table.insert(key, &row.encode()[..])?,
             None => table.remove(key)?,
         };
+    }
+    Ok(())
+}
+
+fn put_damage(
+    table: &mut redb::Table<'_, (u32, u64), &'static [u8]>,
+    group: u32,
+    object: ObjectId,
+    damage: &Damage,
+) -> Result<(), BackupError> {
+    if damage.is_empty() {
+        table.remove((group, object.0))?;
+    } else {
+        table.insert((group, object.0), &pack(damage)[..])?;
     }
     Ok(())
 }

@@ -3,6 +3,8 @@
 //! The images from A on say what A had and later steps changed. When the generations between A and C go, one file
 //! of the step from A to C takes the place of all of theirs: of each object, entry and byte the oldest line stays,
 //! and what A cannot need (bytes beyond its size, bytes and names in objects that came later) goes. So room is freed.
+//! That bytes are lost is such a line too: what a later step had there is not what A had. The images of a step that is
+//! under way begin at the newest generation, which stays, and are never merged.
 //!
 //! Each line is durable before the next begins:
 //! 1. the merged file under a name of its own;
@@ -83,6 +85,9 @@ impl Merged {
             Line::Zero(object, start, end) => {
                 self.pieces.entry(object).or_default().fill(start, end, Piece::Zero);
             }
+            Line::Unknown(object, start, end) => {
+                self.pieces.entry(object).or_default().fill(start, end, Piece::Unknown);
+            }
             Line::End(_) => {}
         }
     }
@@ -111,6 +116,7 @@ impl Merged {
             while let Some((start, end, piece)) = pieces.next(at, size) {
                 match piece {
                     Piece::Zero => writer.line(&Line::Zero(*object, start, end), b"")?,
+                    Piece::Unknown => writer.line(&Line::Unknown(*object, start, end), b"")?,
                     Piece::Block(block, skip) => {
                         debug_assert!(end - start <= BLOCK as u64, "a piece lies in its block");
                         let bytes = blocks.part(block, skip, end - start, &mut buffer)?;

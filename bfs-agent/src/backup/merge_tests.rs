@@ -20,7 +20,7 @@ use super::history::{differences, versions};
 use super::images;
 use super::index::{GroupRow, Index};
 use super::merge::Dropping;
-use super::model::{Model, TOP};
+use super::model::{May, Model, TOP};
 use super::past::{Loaded, Past, Source};
 use super::step::apply_step;
 use super::store::Store;
@@ -111,7 +111,7 @@ impl Kept {
         let all = self.all();
         for (at, number) in all.iter().enumerate() {
             let model = &self.models[number];
-            model.compare_past(&mut Past::open(self.source(), *number).unwrap(), false);
+            model.compare_past(&mut Past::open(self.source(), *number).unwrap(), May::Nothing);
             for later in all.get(at + 1).into_iter().chain(all.last()) {
                 let found = differences(self.source(), *number, *later).unwrap();
                 model.compare_differences(&self.models[later], &found);
@@ -270,7 +270,7 @@ fn damage_stops_only_the_merge_that_needs_what_is_damaged() {
     assert!(matches!(&error, BackupError::Corrupt { path, .. } if *path == damaged), "{error}");
     assert_eq!(kept.all(), [2, 3, 4, 5, 7, 8].map(CheckpointId));
     for number in [4, 5, 7, 8].map(CheckpointId) {
-        kept.models[&number].compare_past(&mut Past::open(kept.source(), number).unwrap(), false);
+        kept.models[&number].compare_past(&mut Past::open(kept.source(), number).unwrap(), May::Nothing);
     }
 }
 
@@ -332,7 +332,7 @@ fn every_crash_point_of_a_merge_converges() {
                 if last && other == &gone {
                     assert_eq!(kept.images(), kept.all().len() - 1);
                 }
-                compare_sums(&kept.area, &kept.index);
+                compare_sums(&kept.area, &kept.index, true);
                 kept.check();
                 if last {
                     break;
@@ -372,7 +372,7 @@ proptest! {
                 readers.entry(number).or_insert_with(|| {
                     let mut past = Past::open(kept.source(), number).unwrap();
                     if (turn as u64 + number.0).is_multiple_of(2) {
-                        kept.models[&number].compare_past(&mut past, false);
+                        kept.models[&number].compare_past(&mut past, May::Nothing);
                     }
                     past.rest()
                 });
@@ -394,7 +394,7 @@ proptest! {
                 .filter(|(number, _)| all.contains(number))
                 .map(|(number, loaded)| {
                     let mut past = Past::again(kept.source(), loaded).unwrap();
-                    kept.models[&number].compare_past(&mut past, false);
+                    kept.models[&number].compare_past(&mut past, May::Nothing);
                     (number, past.rest())
                 })
                 .collect();
@@ -404,7 +404,7 @@ proptest! {
             kept = kept.check();
         }
         kept.compare();
-        compare_sums(&kept.area, &kept.index);
+        compare_sums(&kept.area, &kept.index, true);
         let needed = kept.dropping().needed().unwrap();
         let files = fs::read_dir(kept.area.images()).unwrap().map(|entry| entry.unwrap().file_name());
         prop_assert!(files.into_iter().all(|file| images::number(&file).is_some_and(|n| needed.has(n))));
@@ -489,7 +489,7 @@ fn readers_beside_applier_and_merging_see_their_generation() {
                             Some(loaded) => Past::again(source, loaded).unwrap(),
                             None => Past::open(source, *number).unwrap(),
                         };
-                        kept.models[number].compare_past(&mut past, false);
+                        kept.models[number].compare_past(&mut past, May::Nothing);
                         known.insert(*number, past.rest());
                     }
                     let (from, to) = (held[reader % 2], held[2]);

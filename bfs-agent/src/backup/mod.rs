@@ -3,6 +3,7 @@
 pub mod apply;
 pub mod check;
 pub mod connection;
+pub mod damage;
 pub mod digests;
 pub mod error;
 pub mod gate;
@@ -34,6 +35,8 @@ pub use serve::{Replayer, ReplayerHandle, ServeOptions};
 mod crash_tests;
 #[cfg(test)]
 mod exhaustive_tests;
+#[cfg(test)]
+mod foreign_tests;
 #[cfg(test)]
 mod merge_tests;
 #[cfg(test)]

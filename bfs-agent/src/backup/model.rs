@@ -19,6 +19,16 @@ pub(crate) const ROOT: &str = "/r";
 /// Its object.
 pub(crate) const TOP: ObjectId = ObjectId(1);
 
+/// What may be in the way of a reader.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum May {
+    Nothing,
+    /// A step is half done, so a file may be nowhere.
+    Wait,
+    /// And somebody else was at the tree.
+    Lose,
+}
+
 /// An object.
 #[derive(Clone, Debug)]
 pub(crate) struct ModelNode {
@@ -199,8 +209,19 @@ impl Model {
         }
     }
 
-    /// The generation, read as it would be given out. `between`: a step is half done, so a file may be nowhere.
-    pub fn compare_past(&self, past: &mut Past<'_>, between: bool) {
+    /// All bytes of these files again.
+    pub fn say_again(&mut self, objects: &[ObjectId]) {
+        for object in objects {
+            if let Some(node) = self.nodes.get(object).filter(|n| !n.data.is_empty()) {
+                let data = node.data.clone();
+                self.records.push((Record::Write { object: *object, offset: 0 }, data));
+            }
+        }
+    }
+
+    /// The generation, read as it would be given out; how often bytes were named as lost.
+    pub fn compare_past(&self, past: &mut Past<'_>, may: May) -> u64 {
+        let mut named = 0;
         assert_eq!(past.roots(), [(PathBytes::new(ROOT.as_ref()), TOP)]);
         let mut found = Vec::new();
         past.each(&mut |object, node| {
@@ -232,10 +253,12 @@ impl Model {
                 true
             });
             match read {
-                Err(BackupError::Applying(_)) if between => {}
+                Err(BackupError::Applying(_)) if may != May::Nothing => {}
+                Err(BackupError::Lost { .. } | BackupError::Foreign(_)) if may == May::Lose => named += 1,
                 other => assert!(other.unwrap() && data == model.data, "content of {what}"),
             }
         }
+        named
     }
 
     /// The places of all objects that have one, and their paths.

@@ -13,10 +13,16 @@
 //! that is not newer than the images that are known. A file that was found once is that object's
 //! for as long as the generation is held: the applier writes in place, and what it deletes moves.
 //! Only when a step has an object between two places does the reader wait for the end of it.
+//!
+//! Nothing of the tree is given out that does not fit its checksum. The view has the checksums of its own
+//! checkpoint, and a step may be changing these blocks: so the images of that one step are put over a block
+//! before it is compared. What does not fit is looked for once more while no step runs, and only then named
+//! as lost.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,14 +30,16 @@ use bfs_common::record::{CheckpointId, GroupId, Name, ObjectId, PathBytes};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::apply::{Area, CrashPoint, Step, next_data};
+use super::apply::{Area, CrashPoint, Step};
 use super::error::BackupError;
 use super::images::{self, BLOCK, Blocks, Line};
 use super::index::{Base, GenerationRow, GroupRow, Index, Node, View};
 use super::pieces::{Piece, Pieces};
 use super::plan::Plan;
+use super::sums::{self, Next};
+use crate::tree;
 
-/// How often a reader begins again because images were merged under it.
+/// How often a reader begins again because images were merged under it, or steps went by.
 pub(super) const MERGES_MAX: u32 = 16;
 /// How often an object is looked for before the end of the step is waited for.
 const LOOKS: u32 = 3;
@@ -81,17 +89,31 @@ pub struct Loaded {
     nodes: BTreeMap<ObjectId, Option<Node>>,
     entries: BTreeMap<ObjectId, BTreeMap<Name, Option<ObjectId>>>,
     pieces: HashMap<ObjectId, Pieces>,
+    /// The step behind the view, if its images are known: where it begins, and what it writes over.
+    running: Option<(CheckpointId, HashMap<ObjectId, Pieces>)>,
     blocks: Blocks,
     files: HashMap<ObjectId, Arc<File>>,
 }
 
 impl Loaded {
-    /// Takes in the images of all steps up to a checkpoint, the oldest first.
-    fn take(&mut self, source: &Source<'_>, upto: CheckpointId) -> Result<(), BackupError> {
+    /// Takes in the images of all steps up to a checkpoint, the oldest first. `view`: that of the view.
+    fn take(
+        &mut self,
+        source: &Source<'_>,
+        view: CheckpointId,
+        upto: CheckpointId,
+    ) -> Result<(), BackupError> {
         let dir = source.area.images();
         while self.upto < upto {
             let at = self.upto;
             let (nodes, entries, pieces) = (&mut self.nodes, &mut self.entries, &mut self.pieces);
+            let mut running = (at >= view).then(HashMap::<ObjectId, Pieces>::new);
+            let mut had = |object, start, end, piece| {
+                pieces.entry(object).or_default().fill(start, end, piece);
+                if let Some(running) = &mut running {
+                    running.entry(object).or_default().fill(start, end, piece);
+                }
+            };
             let to = images::read(dir, source.id, at, |line, block| {
                 match line {
                     Line::Object(object, node) => {
@@ -101,12 +123,10 @@ impl Loaded {
                         entries.entry(directory).or_default().entry(name).or_insert(object);
                     }
                     Line::Bytes(object, start) => {
-                        let end = start + u64::from(block.len);
-                        pieces.entry(object).or_default().fill(start, end, Piece::Block(block, 0));
+                        had(object, start, start + u64::from(block.len), Piece::Block(block, 0));
                     }
-                    Line::Zero(object, start, end) => {
-                        pieces.entry(object).or_default().fill(start, end, Piece::Zero);
-                    }
+                    Line::Zero(object, start, end) => had(object, start, end, Piece::Zero),
+                    Line::Unknown(object, start, end) => had(object, start, end, Piece::Unknown),
                     Line::End(_) => {}
                 }
                 Ok(())
@@ -117,6 +137,7 @@ impl Loaded {
                 let why = format!("the step from checkpoint {at} ends at {to}, the tree is at {sealed}");
                 return Err(BackupError::corrupt(images::path(dir, at), why));
             }
+            self.running = running.map(|running| (at, running));
             self.blocks.expect(at, to);
             self.upto = to;
         }
@@ -130,6 +151,7 @@ impl Loaded {
         self.nodes.clear();
         self.entries.clear();
         self.pieces.clear();
+        self.running = None;
         self.blocks = Blocks::new(source.area.images());
     }
 }
@@ -159,6 +181,7 @@ impl<'a> Past<'a> {
             nodes: BTreeMap::new(),
             entries: BTreeMap::new(),
             pieces: HashMap::new(),
+            running: None,
             blocks: Blocks::new(source.area.images()),
             files: HashMap::new(),
         };
@@ -220,6 +243,39 @@ impl<'a> Past<'a> {
         Ok(false)
     }
 
+    /// That it cannot give out these bytes.
+    const fn lost(&self, object: ObjectId, start: u64, end: u64) -> BackupError {
+        BackupError::Lost { checkpoint: self.loaded.checkpoint, object, start, end }
+    }
+
+    /// Which bytes of a file it has not any more.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn lost_of(&self, object: ObjectId) -> Result<Option<(u64, u64)>, BackupError> {
+        let Some(node) = self.node(object)? else { return Ok(None) };
+        let mut at = 0;
+        while at < node.size
+            && let Some((start, end, piece)) = self.next_piece(object, at, node.size)
+        {
+            if matches!(piece, Piece::Unknown) {
+                return Ok(Some((start, end)));
+            }
+            at = end;
+        }
+        for (start, end) in self.view.damage(object)?.within(0, node.size) {
+            if self.stands_on(object, start, end)? {
+                return Ok(Some((start, end)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Files of which images say that something is lost.
+    pub fn unknown(&self) -> impl Iterator<Item = ObjectId> + '_ {
+        self.loaded.pieces.iter().filter(|(_, pieces)| pieces.has_unknown()).map(|(object, _)| *object)
+    }
+
     /// All objects; false if `each` gave up.
     ///
     /// # Errors
@@ -259,13 +315,18 @@ impl<'a> Past<'a> {
     /// The bytes of a piece; none if the images were merged meanwhile: then the pieces are others.
     ///
     /// # Errors
-    /// If they cannot be read or are damaged.
+    /// [`BackupError::Lost`] if nobody knows them any more, or if they cannot be read or are damaged.
     pub fn piece<'b>(
         &mut self,
-        piece: (u64, u64, Piece),
+        object: ObjectId,
+        (start, end, piece): (u64, u64, Piece),
         buffer: &'b mut Vec<u8>,
     ) -> Result<Option<&'b [u8]>, BackupError> {
-        let (start, end, Piece::Block(block, skip)) = piece else { return Ok(Some(&[])) };
+        let (block, skip) = match piece {
+            Piece::Zero => return Ok(Some(&[])),
+            Piece::Unknown => return Err(self.lost(object, start, end)),
+            Piece::Block(block, skip) => (block, skip),
+        };
         match self.loaded.blocks.part(block, skip, end - start, buffer) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.is_merged() => {
@@ -293,7 +354,7 @@ impl<'a> Past<'a> {
         while at < size {
             let piece = self.next_piece(object, at, size);
             if let Some(piece) = piece.filter(|(start, ..)| *start == at) {
-                let Some(bytes) = self.piece(piece, &mut buffer)? else { continue };
+                let Some(bytes) = self.piece(object, piece, &mut buffer)? else { continue };
                 if !bytes.is_empty() && !each(at, bytes) {
                     return Ok(false);
                 }
@@ -302,18 +363,124 @@ impl<'a> Past<'a> {
             }
             let until = piece.map_or(size, |(start, ..)| start);
             let file = self.file(object)?;
-            let found = read_some(&file, at, until, &mut buffer);
+            let found = self.standing(object, &file, at..until, &mut buffer);
             // What the tree had counts only if no step began meanwhile; an error too.
             if self.look_again()? {
                 continue;
             }
-            let data = found.map_err(BackupError::io("read object", object.to_string()))?;
-            if !buffer.is_empty() && !each(data, &buffer) {
-                return Ok(false);
+            let found = match found? {
+                Some(Standing::Bad(..)) => self.doubted(object, at, size, &mut buffer)?,
+                other => other,
+            };
+            match found {
+                // Something is known now that was not before.
+                None => {}
+                Some(Standing::Zeros(until)) => at = until,
+                Some(Standing::Data(from, part)) => {
+                    at = from + part.len() as u64;
+                    if !each(from, &buffer[part]) {
+                        return Ok(false);
+                    }
+                }
+                Some(Standing::Bad(start, end)) => return Err(self.lost(object, start, end)),
             }
-            at = data + buffer.len() as u64;
         }
         Ok(true)
+    }
+
+    /// The first of these bytes of a file, about which no image says anything, as the file has them; none if the
+    /// images were merged meanwhile. It counts only if no other step has begun since.
+    fn standing(
+        &mut self,
+        object: ObjectId,
+        file: &File,
+        mut wanted: Range<u64>,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Option<Standing>, BackupError> {
+        let failed = |error: std::io::Error| BackupError::io("read object", object.to_string())(error);
+        let damage = self.view.damage(object)?;
+        if let Some((start, end)) = damage.within(wanted.start, wanted.end).next() {
+            return Ok(Some(Standing::Bad(start, end)));
+        }
+        // A block of which a part is damaged has no checksum: nothing vouches for the rest of it.
+        let block = |at: u64| (at - at % BLOCK as u64, (at / BLOCK as u64 + 1) * BLOCK as u64);
+        let ((first, first_end), (last, last_end)) = (block(wanted.start), block(wanted.end - 1));
+        if damage.touches(first, first_end) {
+            return Ok(Some(Standing::Bad(wanted.start, first_end.min(wanted.end))));
+        }
+        if damage.touches(last, last_end) {
+            wanted.end = last;
+        }
+        let size = match self.view.node(object)? {
+            Some(node) => node.size,
+            None => file.metadata().map_err(failed)?.len(),
+        };
+        let running = self.loaded.running.as_ref().and_then(|(_, running)| running.get(&object));
+        let written = |start, end| running.is_some_and(|pieces| pieces.next(start, end).is_some());
+        let next = sums::next(&self.view.sums(object), file, size, wanted.clone(), written)?;
+        let (start, end, sum) = match next {
+            Next::Zeros(until) => return Ok(Some(Standing::Zeros(until))),
+            Next::Bad(start, end) => return Ok(Some(Standing::Bad(start, end))),
+            Next::Block(start, end, sum) => (start, end, sum),
+        };
+        let over: Vec<_> =
+            std::iter::successors(running.and_then(|pieces| pieces.next(start, end)), |last| {
+                running.and_then(|pieces| pieces.next(last.1, end))
+            })
+            .collect();
+        let bad = Ok(Some(Standing::Bad(start, end)));
+        buffer.clear();
+        buffer.resize((end - start) as usize, 0);
+        let there = start + sums::read_there(file, start, buffer).map_err(failed)? as u64;
+        let (from, to) = (start.max(wanted.start), end.min(wanted.end));
+        if to > there {
+            return bad;
+        }
+        if let Some(sum) = sum {
+            // What the step wrote, or is about to, is put back first.
+            let mut before = Vec::new();
+            let mut image = Vec::new();
+            if !over.is_empty() {
+                before.clone_from(buffer);
+            }
+            for (at, until, piece) in over {
+                if matches!(piece, Piece::Unknown) {
+                    return bad;
+                }
+                let Some(bytes) = self.piece(object, (at, until, piece), &mut image)? else {
+                    return Ok(None);
+                };
+                let part = &mut before[(at - start) as usize..(until - start) as usize];
+                if bytes.is_empty() { part.fill(0) } else { part.copy_from_slice(bytes) }
+            }
+            if crc32c::crc32c(if before.is_empty() { buffer } else { &before }) != sum {
+                return bad;
+            }
+        }
+        Ok(Some(Standing::Data(from, (from - start) as usize..(to - start) as usize)))
+    }
+
+    /// Looks again at what seems to be lost, for the file and its state anew, while no step changes anything.
+    fn doubted(
+        &mut self,
+        object: ObjectId,
+        at: u64,
+        size: u64,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Option<Standing>, BackupError> {
+        self.loaded.files.remove(&object);
+        let _step = self.source.tree.map(|tree| tree.lock().unwrap_or_else(PoisonError::into_inner));
+        self.view = caught_up(&self.source, &mut self.loaded)?;
+        let until = match self.next_piece(object, at, size) {
+            Some((start, ..)) if start == at => return Ok(None),
+            Some((start, ..)) => start,
+            None => size,
+        };
+        match current(self.source.area, &self.view, object)? {
+            Some(file) => self.standing(object, &file, at..until, buffer),
+            // Whoever looks for it says why.
+            None => Ok(None),
+        }
     }
 
     /// The file of an object as it stands now.
@@ -358,6 +525,16 @@ impl<'a> Past<'a> {
     }
 }
 
+/// What a file has, where it stands now.
+enum Standing {
+    /// Nothing but zeros, up to here.
+    Zeros(u64),
+    /// Bytes from this offset on: this part of the buffer.
+    Data(u64, Range<usize>),
+    /// These bytes are not what they should be: offset and end.
+    Bad(u64, u64),
+}
+
 /// That there is no such generation.
 pub(super) fn no_generation(
     group: &str,
@@ -371,28 +548,40 @@ pub(super) fn no_generation(
     BackupError::NoGeneration { group: group.into(), checkpoint, range }
 }
 
-/// A view of the index, and with it all images that a step has sealed.
+/// A view of the index, and with it all images that a step has sealed: of one step at most that the view has not.
 fn caught_up(source: &Source<'_>, loaded: &mut Loaded) -> Result<View, BackupError> {
     let mut tries = 0;
     loop {
         // In this order: the images go at least as far as the view.
         let view = source.index.view(source.number)?;
-        match loaded.take(source, source.area.sealed()) {
-            Ok(()) => return Ok(view),
+        let stands = view.newest().unwrap_or_default();
+        let trouble = match loaded.take(source, stands, source.area.sealed()) {
+            Ok(()) if loaded.upto == stands => {
+                loaded.running = None;
+                return Ok(view);
+            }
+            Ok(()) if loaded.running.as_ref().is_some_and(|(from, _)| *from == stands) => return Ok(view),
+            // Several steps went by.
+            Ok(()) => BackupError::Applying(source.group.into()),
             Err(error) => {
                 loaded.forget(source);
-                if tries == MERGES_MAX || !error.is_merged() {
+                if !error.is_merged() {
                     return Err(error);
                 }
-                tries += 1;
+                error
             }
+        };
+        if tries == MERGES_MAX {
+            return Err(trouble);
         }
+        tries += 1;
     }
 }
 
 /// The file of an object where it stands; none if a step has it between two places.
 fn current(area: &Area, view: &View, object: ObjectId) -> Result<Option<File>, BackupError> {
-    if view.node(object)?.is_some() {
+    let node = view.node(object)?;
+    if node.is_some() {
         let (plan, mut never) = (Plan::default(), CrashPoint::default());
         match Step::new(area, view, &plan, &mut never).open(object, OFlags::RDONLY) {
             Ok(fd) => return Ok(Some(File::from(fd))),
@@ -405,16 +594,11 @@ fn current(area: &Area, view: &View, object: ObjectId) -> Result<Option<File>, B
             Err(error) => return Err(error),
         }
     }
-    area.open_kept(object)
-}
-
-/// Reads the next bytes of a range that are not in a hole, at most a block; returns where they begin.
-fn read_some(file: &File, at: u64, until: u64, buffer: &mut Vec<u8>) -> std::io::Result<u64> {
-    buffer.clear();
-    let (data, end) = next_data(file, at, until)?;
-    buffer.resize((end - data).min(BLOCK as u64) as usize, 0);
-    file.read_exact_at(buffer, data)?;
-    Ok(data)
+    let Some(file) = area.open_kept(object)? else { return Ok(None) };
+    // One that was made again in the midst of a step is another.
+    let failed = |error| BackupError::io("stat object", object.to_string())(error);
+    let ino = tree::stat_fd(file.as_fd()).map_err(failed)?.ino;
+    Ok(node.is_none_or(|node| node.ino == 0 || node.ino == ino).then_some(file))
 }
 
 impl Base for Past<'_> {

@@ -9,6 +9,8 @@ use super::images::BlockRef;
 pub enum Piece {
     /// Zeros.
     Zero,
+    /// Nobody knows any more.
+    Unknown,
     /// These bytes, from the so-manieth on.
     Block(BlockRef, u64),
 }
@@ -17,8 +19,8 @@ impl Piece {
     /// Without its first bytes.
     const fn behind(self, bytes: u64) -> Self {
         match self {
-            Self::Zero => Self::Zero,
             Self::Block(block, skip) => Self::Block(block, skip + bytes),
+            other => other,
         }
     }
 }
@@ -42,6 +44,12 @@ pub fn joined(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
 pub struct Pieces(BTreeMap<u64, (u64, Piece)>);
 
 impl Pieces {
+    /// Whether nobody knows some of it any more.
+    #[must_use]
+    pub fn has_unknown(&self) -> bool {
+        self.0.values().any(|(_, piece)| matches!(piece, Piece::Unknown))
+    }
+
     /// Says what a range held, where nothing is said yet: older images come first, and count.
     pub fn fill(&mut self, start: u64, end: u64, piece: Piece) {
         let mut at = start;

@@ -24,9 +24,10 @@ use rustix::fs::FlockOperation;
 use super::error::BackupError;
 use crate::log::sync_dir;
 
-/// Format of the store that this release writes. 1 had no checksums of the tree: a store of it is taken over and
-/// becomes one of 2, because a release that does not know them would not keep them true.
-pub const FORMAT: u32 = 2;
+/// Format of the store that this release writes. 1 had no checksums of the tree, and 2 did not say which bytes are
+/// lost: a store of them is taken over and becomes one of 3, because a release that does not know these would not keep
+/// them true.
+pub const FORMAT: u32 = 3;
 /// The oldest that it takes over.
 const FORMAT_OLDEST: u32 = 1;
 
@@ -187,10 +188,12 @@ mod tests {
         drop(store);
         drop(Store::open(&path).unwrap());
         // One of an earlier release becomes one of this.
-        fs::write(path.join("format"), "bfs store 1\n").unwrap();
-        assert_eq!(check_format(&path).unwrap(), 1);
-        drop(Store::open(&path).unwrap());
-        assert_eq!(check_format(&path).unwrap(), FORMAT);
+        for earlier in FORMAT_OLDEST..FORMAT {
+            fs::write(path.join("format"), format!("bfs store {earlier}\n")).unwrap();
+            assert_eq!(check_format(&path).unwrap(), earlier);
+            drop(Store::open(&path).unwrap());
+            assert_eq!(check_format(&path).unwrap(), FORMAT);
+        }
         fs::write(path.join("format"), "bfs store 99\n").unwrap();
         assert!(matches!(Store::open(&path), Err(BackupError::NewerFormat { found: 99, .. })));
         fs::write(path.join("format"), "junk").unwrap();

@@ -8,12 +8,18 @@
 //! *whole* (all its blocks were made by a release that keeps checksums, or were read by `check`), so holes cost
 //! nothing; else nothing is known about it. What is empty is whole.
 
+mod compare;
+#[cfg(test)]
+mod tests;
+
+pub use compare::{Compared, Next, compare, look, next, read_there};
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use bfs_common::record::ObjectId;
 
-use super::apply::next_data;
+use super::damage::Damage;
 use super::error::BackupError;
 use super::images::BLOCK;
 use super::pieces::joined;
@@ -243,7 +249,7 @@ fn affected(content: &Content, before: u64, after: u64) -> Affected {
 }
 
 /// The checksums that a change of content gives, read from the file after it was done. `before` is the size it had;
-/// `None` for a new one.
+/// `None` for a new one; `damage` what is still damaged of it.
 ///
 /// # Errors
 /// If the file cannot be read.
@@ -253,6 +259,7 @@ pub fn of_change(
     content: &Content,
     before: Option<u64>,
     after: u64,
+    damage: &Damage,
     buffer: &mut Vec<u8>,
 ) -> Result<SumChange, BackupError> {
     let had = before.unwrap_or(0);
@@ -262,10 +269,59 @@ pub fn of_change(
     let mut change = SumChange { fresh, holes, sums: Vec::new(), blocks: blocks(after) };
     for (first, end) in affected.read {
         for block in first..end {
+            let (start, end) = range(block, after);
+            if damage.touches(start, end) {
+                // What is wrong with it must not become right.
+                change.holes.push((block, block + 1));
+                continue;
+            }
             change.sums.push((block, read_sum(object, file, block, after, buffer)?));
         }
     }
     Ok(change)
+}
+
+/// The checksum of its own that a block has. It has none where it is zeros, and where it is damaged in part.
+///
+/// # Errors
+/// If it cannot be looked up.
+pub fn own(sums: &impl Sums, block: u64) -> Result<Option<u32>, BackupError> {
+    Ok(sums.row(row_of(block))?.and_then(|row| row.get(block)))
+}
+
+/// The checksum of a block in a file of this size, zeros too.
+fn of_block(sums: &impl Sums, block: u64, size: u64) -> Result<Option<u32>, BackupError> {
+    if let Some(sum) = own(sums, block)? {
+        return Ok(Some(sum));
+    }
+    Ok(sums.row(0)?.is_some_and(|row| row.whole).then(|| zero_sum(block, size)))
+}
+
+/// The blocks that ranges of a file of this size lie in, with their bytes: number, offset, end.
+pub fn blocks_of(ranges: &[(u64, u64)], size: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    let mut all: Vec<u64> =
+        ranges.iter().flat_map(|(start, end)| start / BLOCK_BYTES..blocks(*end)).collect();
+    all.dedup();
+    all.into_iter().map(move |block| {
+        let (start, end) = range(block, size);
+        (block, start, end)
+    })
+}
+
+/// How many blocks a file has at least, for it has a checksum of the last of them.
+///
+/// # Errors
+/// If the checksums cannot be looked up.
+pub fn extent(sums: &impl Sums) -> Result<u64, BackupError> {
+    let (mut blocks, mut next) = (0, 0);
+    while let Some(number) = sums.next_row(next)? {
+        if let Some(row) = sums.row(number)? {
+            let known = u64::from(u64::BITS - row.known.leading_zeros());
+            blocks = if known > 0 { number * ROW_BLOCKS + known } else { blocks };
+        }
+        next = number + 1;
+    }
+    Ok(blocks)
 }
 
 /// The checksum of a block as the file has it.
@@ -305,253 +361,4 @@ pub trait Sums {
     /// # Errors
     /// If it cannot be looked up.
     fn next_row(&self, row: u64) -> Result<Option<u64>, BackupError>;
-}
-
-/// What comparing a file with its checksums gave.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Compared {
-    /// Ranges of bytes that do not fit: offset and end, in order.
-    pub bad: Vec<(u64, u64)>,
-    /// What could not be read, and why.
-    pub unreadable: Vec<(u64, u64, String)>,
-    /// Some blocks had no checksum: these are what the file has, all of them, should nothing else be wrong.
-    pub unknown: Option<SumChange>,
-    /// Bytes that were read.
-    pub bytes: u64,
-}
-
-/// How many blocks a file has at least, for it has a checksum of the last of them.
-///
-/// # Errors
-/// If the checksums cannot be looked up.
-pub fn extent(sums: &impl Sums) -> Result<u64, BackupError> {
-    let (mut blocks, mut next) = (0, 0);
-    while let Some(number) = sums.next_row(next)? {
-        if let Some(row) = sums.row(number)? {
-            let known = u64::from(u64::BITS - row.known.leading_zeros());
-            blocks = if known > 0 { number * ROW_BLOCKS + known } else { blocks };
-        }
-        next = number + 1;
-    }
-    Ok(blocks)
-}
-
-/// Reads a file of this size and compares it with its checksums.
-///
-/// # Errors
-/// If the checksums cannot be looked up.
-pub fn compare(sums: &impl Sums, file: &File, size: u64) -> Result<Compared, BackupError> {
-    let mut found = Compared::default();
-    let whole = size == 0 || sums.row(0)?.is_some_and(|row| row.whole);
-    let mut all = SumChange { fresh: true, blocks: blocks(size), ..SumChange::default() };
-    let mut buffer = vec![0; BLOCK];
-    let mut row: Option<(u64, SumRow)> = None;
-    let mut block = 0;
-    while block < blocks(size) {
-        let (start, end) = range(block, size);
-        let number = row_of(block);
-        if row.as_ref().is_none_or(|(at, _)| *at != number) {
-            row = Some((number, sums.row(number)?.unwrap_or_default()));
-        }
-        let known = row.as_ref().and_then(|(_, row)| row.get(block));
-        let data = match next_data(file, start, size) {
-            Ok((data, _)) => data,
-            // Reading says what is wrong.
-            Err(_) => start,
-        };
-        let hole = data >= end;
-        let sum = if hole {
-            Ok(zero_sum(block, size))
-        } else {
-            let buffer = &mut buffer[..(end - start) as usize];
-            found.bytes += end - start;
-            file.read_exact_at(buffer, start).map(|()| crc32c::crc32c(buffer))
-        };
-        match (sum, known) {
-            (Err(error), _) => found.unreadable.push((start, end, error.to_string())),
-            (Ok(sum), Some(known)) if sum != known => bad(&mut found.bad, start, end),
-            (Ok(sum), None) if whole && sum != zero_sum(block, size) => bad(&mut found.bad, start, end),
-            (Ok(sum), _) if !hole && !whole => all.sums.push((block, sum)),
-            (Ok(_), _) => {}
-        }
-        block += 1;
-        if hole {
-            // To where there is data or a checksum.
-            let next = match sums.next_row(row_of(block))? {
-                Some(next) => (next * ROW_BLOCKS).max(block),
-                None => u64::MAX,
-            };
-            block = next.min(data / BLOCK_BYTES).max(block);
-        }
-    }
-    if !whole {
-        found.unknown = Some(all);
-    }
-    Ok(found)
-}
-
-fn bad(ranges: &mut Vec<(u64, u64)>, start: u64, end: u64) {
-    match ranges.last_mut() {
-        Some(last) if last.1 == start => last.1 = end,
-        _ => ranges.push((start, end)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::log::LogRef;
-    use proptest::prelude::*;
-    use std::collections::BTreeMap;
-
-    const FILE: ObjectId = ObjectId(7);
-
-    #[derive(Default)]
-    struct Rows(BTreeMap<u64, SumRow>);
-
-    impl Sums for Rows {
-        fn row(&self, row: u64) -> Result<Option<SumRow>, BackupError> {
-            Ok(self.0.get(&row).cloned())
-        }
-        fn next_row(&self, row: u64) -> Result<Option<u64>, BackupError> {
-            Ok(self.0.range(row..).next().map(|(row, _)| *row))
-        }
-    }
-
-    #[test]
-    fn golden_bytes_of_a_row() {
-        let mut row = SumRow { whole: true, ..SumRow::default() };
-        row.set(ROW_BLOCKS + 9, 0x0403_0201);
-        row.set(ROW_BLOCKS, 0x0807_0605);
-        let bytes = row.encode();
-        assert_eq!(bytes, [1, 1, 2, 0, 0, 0, 0, 0, 0, 5, 6, 7, 8, 1, 2, 3, 4]);
-        assert_eq!(SumRow::decode(&bytes), Some(row.clone()));
-        assert_eq!((row.get(0), row.get(9), row.get(10)), (Some(0x0807_0605), Some(0x0403_0201), None));
-        for cut in 0..bytes.len() {
-            assert_eq!(SumRow::decode(&bytes[..cut]), None, "{cut}");
-        }
-        row.clear(0);
-        assert_eq!((row.get(0), row.get(9), row.encode().len()), (None, Some(0x0403_0201), 13));
-        // A flipped bit is no row, or another one: the index has checksums of its own.
-        for bit in 0..bytes.len() * 8 {
-            let mut flipped = bytes.clone();
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            assert_ne!(SumRow::decode(&flipped), SumRow::decode(&bytes), "bit {bit}");
-        }
-    }
-
-    #[derive(Clone, Debug)]
-    enum Op {
-        Write(u64, u64),
-        Zero(u64, u64),
-        Truncate(u64),
-    }
-
-    /// Offsets near the borders of blocks and of rows.
-    fn offset() -> impl Strategy<Value = u64> {
-        (prop_oneof![0..4u64, 62..67u64], prop_oneof![Just(0), Just(1), Just(100), 0..BLOCK_BYTES])
-            .prop_map(|(block, at)| block * BLOCK_BYTES + at)
-    }
-
-    fn op() -> impl Strategy<Value = Op> {
-        prop_oneof![
-            (offset(), 1..200_000u64).prop_map(|(o, l)| Op::Write(o, l)),
-            (offset(), 1..300_000u64).prop_map(|(o, l)| Op::Zero(o, l)),
-            offset().prop_map(Op::Truncate),
-        ]
-    }
-
-    /// The content that some operations come to, done to the file as well.
-    fn done(ops: &[Op], file: &File, seed: &mut u8) -> Content {
-        use bfs_common::record::Record;
-        let mut target = super::super::target::Target::default();
-        let at = LogRef { segment: 1, offset: 0 };
-        let mut fold = |record, payload: Vec<u8>| target.fold(record, &payload.into(), at).unwrap();
-        for op in ops {
-            match op {
-                Op::Write(offset, length) => {
-                    *seed = seed.wrapping_add(1);
-                    let bytes = vec![*seed | 1; *length as usize];
-                    file.write_all_at(&bytes, *offset).unwrap();
-                    fold(Record::Write { object: FILE, offset: *offset }, bytes);
-                }
-                Op::Zero(offset, length) => {
-                    let size = file.metadata().unwrap().len();
-                    let end = (offset + length).min(size);
-                    if *offset < end {
-                        file.write_all_at(&vec![0; (end - offset) as usize], *offset).unwrap();
-                    }
-                    fold(Record::Zero { object: FILE, offset: *offset, length: *length }, Vec::new());
-                }
-                Op::Truncate(size) => {
-                    file.set_len(*size).unwrap();
-                    fold(Record::Truncate { object: FILE, size: *size }, Vec::new());
-                }
-            }
-        }
-        target.objects.remove(&FILE).map(|c| c.content).unwrap_or_default()
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
-
-        /// However a file comes about, its checksums fit; a byte that is spoiled is found, in its block; and
-        /// where a file began without checksums, only what was written since is known.
-        #[test]
-        fn checksums_follow_the_changes(
-            steps in prop::collection::vec(prop::collection::vec(op(), 0..4), 1..5),
-            old in any::<bool>(),
-            spoil in any::<u64>(),
-        ) {
-            let file = tempfile::tempfile().unwrap();
-            let (mut rows, mut seed, mut before) = (Rows::default(), 0, None);
-            if old {
-                file.write_all_at(&[9; 70_000], 0).unwrap();
-                before = Some(70_000);
-            }
-            for ops in &steps {
-                let content = done(ops, &file, &mut seed);
-                let size = file.metadata().unwrap().len();
-                prop_assert_eq!(content.size(before.unwrap_or(0)), size);
-                let mut change = of_change(FILE, &file, &content, before, size, &mut Vec::new()).unwrap();
-                if before.is_none() {
-                    change.fresh = true;
-                }
-                change.apply(&mut rows);
-                before = Some(size);
-                let found = compare(&rows, &file, size).unwrap();
-                prop_assert_eq!(&found.bad, &[]);
-                prop_assert_eq!(&found.unreadable, &[]);
-                prop_assert!(old || found.unknown.is_none());
-            }
-            let size = before.unwrap();
-            if let Some(all) = compare(&rows, &file, size).unwrap().unknown {
-                all.apply(&mut rows);
-            }
-            let found = compare(&rows, &file, size).unwrap();
-            prop_assert!(found.bad.is_empty() && found.unknown.is_none(), "{:?}", found);
-            if size > 0 {
-                let at = spoil % size;
-                let mut byte = [0];
-                file.read_exact_at(&mut byte, at).unwrap();
-                file.write_all_at(&[byte[0] ^ 64], at).unwrap();
-                let found = compare(&rows, &file, size).unwrap();
-                prop_assert_eq!(found.bad, [range(at / BLOCK_BYTES, size)]);
-            }
-        }
-    }
-
-    impl SumChange {
-        fn apply(&self, rows: &mut Rows) {
-            let edit = Edit::of(self);
-            edit.gone.iter().for_each(|(first, end)| rows.0.retain(|row, _| !(first..end).contains(&row)));
-            for number in edit.rows {
-                let row = self.row(number, rows.0.get(&number));
-                match row {
-                    Some(row) => rows.0.insert(number, row),
-                    None => rows.0.remove(&number),
-                };
-            }
-        }
-    }
 }

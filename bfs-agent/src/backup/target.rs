@@ -58,6 +58,12 @@ impl Extents {
         self.0.iter().map(|(s, (e, source))| (*s, *e, *source))
     }
 
+    /// The ranges that have some of these bytes, in order: offset, end, source.
+    pub fn over(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64, Source)> + '_ {
+        let before = self.0.range(..start).next_back().filter(|(_, (e, _))| *e > start);
+        before.into_iter().chain(self.0.range(start..end)).map(|(s, (e, source))| (*s, *e, *source))
+    }
+
     /// Whether nothing is said.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -65,7 +71,7 @@ impl Extents {
     }
 }
 
-const fn shifted(source: Source, by: u64) -> Source {
+pub(super) const fn shifted(source: Source, by: u64) -> Source {
     match source {
         Source::Log(at) => Source::Log(LogRef { segment: at.segment, offset: at.offset + by }),
         Source::Zero => Source::Zero,

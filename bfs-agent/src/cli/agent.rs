@@ -203,7 +203,8 @@ enum Command {
     /// Example:
     ///   bfs-agent verify
     ///
-    /// Ends with 0 when they are equal, 1 when they differ (each difference is listed), 2 when
+    /// What the program changes meanwhile is compared at a later checkpoint, a few times. Ends with 0 when
+    /// they are equal (or with --repair became so), 1 when they differ (each difference is listed), 2 when
     /// not everything could be compared, because the program was changing it.
     #[command(verbatim_doc_comment)]
     Verify {
@@ -212,8 +213,8 @@ enum Command {
         /// How long to wait
         #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_time)]
         timeout: Duration,
-        /// Not in this version
-        #[arg(long, hide = true)]
+        /// Put back what others changed in the backup, and send again what differs
+        #[arg(long)]
         repair: bool,
     },
     /// Bring the files of the primary back to a checkpoint that is kept
@@ -500,12 +501,9 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             asks(inherited)?;
             commands::flush(&target, timeout, &spool.options())
         }
-        Command::Verify { repair: true, .. } => {
-            Err(later("verify --repair", "without --repair each difference is listed"))
-        }
-        Command::Verify { target, timeout, .. } => {
+        Command::Verify { target, timeout, repair } => {
             asks(inherited)?;
-            commands::verify(&target, timeout)
+            commands::verify(&target, timeout, repair)
         }
         Command::Rollback { options, to, dry_run, stop, discard, include_foreign } => {
             let going_back = GoingBack { discard, include_foreign, end_processes: stop };

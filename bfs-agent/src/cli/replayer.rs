@@ -465,6 +465,7 @@ fn table(groups: &[GroupStatus]) -> String {
                 StoreState::Full => "FULL      ",
                 StoreState::Behind => "BEHIND    ",
                 StoreState::LogFailed => "LOG FAILED",
+                StoreState::Damaged => "DAMAGED   ",
             };
             let _ = writeln!(out, "  {what}  {trouble}");
         }

@@ -4,7 +4,7 @@
 //! is *not comparable*, never called equal and never called different. Everything is read from
 //! the files themselves, so this is independent of what was captured.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use bfs_common::record::{FileKind, Name, ObjectId};
 use bfs_common::wire::ManifestLine;
 use rustix::fs::{Dir, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::control::VerifyReport;
 use super::engine::filter::Filter;
@@ -32,15 +33,45 @@ struct Local {
     xattrs: [u8; 32],
 }
 
+/// A path: that of its root, and the way below it.
+pub type Place = (Vec<u8>, Vec<u8>);
+/// Some of them.
+pub type Places = HashSet<Place>;
+
+/// What a comparison found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// For people; without what is left.
+    pub report: VerifyReport,
+    /// What could not be compared because it changed, in words.
+    pub left: BTreeMap<Place, String>,
+    /// What differs, and how; as many as the report has lines.
+    pub different: BTreeMap<Place, Vec<String>>,
+    /// The objects that differ, and the directories of what is on one side only.
+    pub objects: BTreeSet<ObjectId>,
+}
+
 /// Compares. `wall_ns` is the wall time of the checkpoint's instant, when it is known: what
 /// changed later is not comparable. Without it every difference counts. What the filter leaves out is not
-/// looked at.
+/// looked at. With `only` nothing else is compared.
 #[must_use]
-pub fn compare(manifest: &Manifest, wall_ns: Option<i64>, filter: &Filter) -> VerifyReport {
+pub fn compare(manifest: &Manifest, wall_ns: Option<i64>, filter: &Filter, only: Option<&Places>) -> Found {
+    let roots: Vec<Vec<u8>> = manifest.roots.iter().map(|root| root.0.to_vec()).collect();
+    let wanted = |l: &&ManifestLine| {
+        let root = roots.get(l.root as usize).cloned().unwrap_or_default();
+        only.is_none_or(|only| only.contains(&(root, l.path.0.to_vec())))
+    };
+    let directories = manifest.lines.iter().filter(|l| l.kind == FileKind::Directory);
     let mut compare = Comparison {
         filter,
+        only,
         report: VerifyReport { checkpoint: manifest.checkpoint, ..VerifyReport::default() },
-        lines: manifest.lines.iter().map(|l| ((l.root, l.path.0.to_vec()), l)).collect(),
+        lines: manifest.lines.iter().filter(wanted).map(|l| ((l.root, l.path.0.to_vec()), l)).collect(),
+        directories: directories.map(|l| ((l.root, &l.path.0[..]), l.object)).collect(),
+        roots: &roots,
+        left: BTreeMap::new(),
+        different: BTreeMap::new(),
+        suspects: BTreeSet::new(),
         skipped: HashSet::new(),
         objects: HashMap::new(),
         inodes: HashMap::new(),
@@ -51,12 +82,20 @@ pub fn compare(manifest: &Manifest, wall_ns: Option<i64>, filter: &Filter) -> Ve
         compare.root(index, root.as_path());
     }
     compare.leftovers(manifest);
-    compare.report
+    let Comparison { report, left, different, suspects, .. } = compare;
+    Found { report, left, different, objects: suspects }
 }
 
 struct Comparison<'a> {
     filter: &'a Filter,
+    only: Option<&'a Places>,
     report: VerifyReport,
+    /// The backup's directories.
+    directories: HashMap<(u32, &'a [u8]), ObjectId>,
+    roots: &'a [Vec<u8>],
+    left: BTreeMap<Place, String>,
+    different: BTreeMap<Place, Vec<String>>,
+    suspects: BTreeSet<ObjectId>,
     /// Lines that were not met yet, by root and path.
     lines: BTreeMap<(u32, Vec<u8>), &'a ManifestLine>,
     /// Directories whose inside was not compared.
@@ -72,11 +111,28 @@ impl Comparison<'_> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::open(root, flags, Mode::empty()) {
             Ok(fd) => self.walk(index, root, fd),
-            Err(e) => {
-                self.skipped.insert((index, Vec::new()));
-                self.report.skipped(format!("{}: {e}", root.display()));
-            }
+            Err(e) => self.skip(index, root, Vec::new(), &e.to_string()),
         }
+    }
+
+    fn place(&self, index: u32, path: &[u8]) -> Place {
+        (self.roots.get(index as usize).cloned().unwrap_or_default(), path.to_vec())
+    }
+
+    /// What changed, and so was not compared, and all below it.
+    fn leave(&mut self, index: u32, path: Vec<u8>, line: String) {
+        self.left.insert(self.place(index, &path), line);
+        self.skipped.insert((index, path));
+    }
+
+    fn differ(&mut self, index: u32, path: &[u8], object: Option<ObjectId>, line: String) {
+        let up = path.iter().rposition(|b| *b == b'/').map_or(&[][..], |slash| &path[..slash]);
+        self.suspects.extend(object.filter(|object| *object != ObjectId::default()));
+        self.suspects.extend(self.directories.get(&(index, up)));
+        if self.report.different.len() < VerifyReport::LINES_MAX {
+            self.different.entry(self.place(index, path)).or_default().push(line.clone());
+        }
+        self.report.differs(line);
     }
 
     /// Depth first, with descriptors on a stack of its own: only one path's worth is open.
@@ -103,6 +159,11 @@ impl Comparison<'_> {
                         stack.push(level);
                     }
                 }
+                Err(Errno::NOENT) => {
+                    self.lines.remove(&(index, path.clone()));
+                    let line = format!("{}: changed while it was read", place(root, &path).display());
+                    self.leave(index, path, line);
+                }
                 Err(e) => self.skip(index, root, path, &e.to_string()),
             }
         }
@@ -120,10 +181,22 @@ impl Comparison<'_> {
         if self.is_left_out(&path, fd.as_fd()) {
             return None;
         }
+        if let Some(only) = self.only
+            && !only.contains(&self.place(index, &path))
+        {
+            // Only on the way to others.
+            let stat = tree::stat_fd(fd.as_fd()).ok()?;
+            if stat.kind != FileKind::Directory || Some(stat.on_device) != device {
+                return None;
+            }
+            return names(fd.as_fd()).ok().map(|names| Level { fd, path, names });
+        }
         let local = match read(fd.as_fd()) {
             Ok(Some(local)) => local,
             Ok(None) => {
-                self.skip(index, root, path, "changed while it was read");
+                self.lines.remove(&(index, path.clone()));
+                let line = format!("{}: changed while it was read", place(root, &path).display());
+                self.leave(index, path, line);
                 return None;
             }
             Err(e) => {
@@ -154,12 +227,12 @@ impl Comparison<'_> {
         if differences.is_empty() {
             self.report.compared += 1;
         } else if changed_since {
-            self.report.skipped(format!("{}: changed since the checkpoint", shown.display()));
-            self.skipped.insert((index, path.clone()));
+            self.leave(index, path.clone(), format!("{}: changed since the checkpoint", shown.display()));
         } else {
             self.report.compared += 1;
             for difference in differences {
-                self.report.differs(format!("{}: {difference}", shown.display()));
+                let line_object = line.map(|line| line.object);
+                self.differ(index, &path, line_object, format!("{}: {difference}", shown.display()));
             }
         }
         if local.stat.kind != FileKind::Directory {
@@ -184,23 +257,25 @@ impl Comparison<'_> {
     }
 
     fn skip(&mut self, index: u32, root: &Path, path: Vec<u8>, why: &str) {
-        self.report.skipped(format!("{}: {why}", place(root, &path).display()));
         self.lines.remove(&(index, path.clone()));
+        self.report.skipped(format!("{}: {why}", place(root, &path).display()));
         self.skipped.insert((index, path));
     }
 
     /// What is on the backup only.
     fn leftovers(&mut self, manifest: &Manifest) {
-        for (root, path) in std::mem::take(&mut self.lines).into_keys() {
+        for ((root, path), line) in std::mem::take(&mut self.lines) {
             let Some(at) = manifest.roots.get(root as usize) else {
                 self.report.differs(format!("the backup has a line of root {root}, which does not exist"));
                 continue;
             };
             let shown = place(at.as_path(), &path);
             if self.below_skipped(root, &path) || self.changed_above(at.as_path(), &shown) {
-                self.report.skipped(format!("{}: changed since the checkpoint", shown.display()));
+                let line = format!("{}: changed since the checkpoint", shown.display());
+                self.left.insert(self.place(root, &path), line);
             } else {
-                self.report.differs(format!("{}: is on the backup only", shown.display()));
+                let why = format!("{}: is on the backup only", shown.display());
+                self.differ(root, &path, Some(line.object), why);
             }
         }
     }
@@ -351,7 +426,7 @@ mod tests {
     #[test]
     fn an_equal_tree_is_equal() {
         let dir = tree();
-        let report = compare(&manifest(dir.path()), None, &Filter::default());
+        let report = compare(&manifest(dir.path()), None, &Filter::default(), None).report;
         assert_eq!((report.different_count, report.not_compared_count, report.compared), (0, 0, 5));
     }
 
@@ -365,7 +440,7 @@ mod tests {
         expected.lines[f].content = [1; 32];
         expected.lines[g].object = ObjectId(1);
         expected.lines[l].path = PathBytes((*b"only").into());
-        let report = compare(&expected, None, &Filter::default());
+        let report = compare(&expected, None, &Filter::default(), None).report;
         let text = report.different.join("\n");
         for part in [
             "d/f: content differs",
@@ -385,7 +460,7 @@ mod tests {
         let below_d = |l: &ManifestLine| l.path.0.starts_with(b"d");
         expected.lines.retain(|l| !below_d(l) && &*l.path.0 != b"l");
         let filter = Filter::new(&[], &["/d".into(), "l".into()]).unwrap();
-        let report = compare(&expected, None, &filter);
+        let report = compare(&expected, None, &filter, None).report;
         assert_eq!((report.different_count, report.not_compared_count, report.compared), (0, 0, 2));
     }
 
@@ -395,8 +470,29 @@ mod tests {
         let expected = manifest(dir.path());
         fs::write(dir.path().join("d/f"), "other").unwrap();
         fs::remove_file(dir.path().join("l")).unwrap();
-        let report = compare(&expected, Some(0), &Filter::default());
-        assert_eq!(report.different_count, 0, "{report:?}");
-        assert!(report.not_compared_count >= 3, "{report:?}");
+        let found = compare(&expected, Some(0), &Filter::default(), None);
+        assert_eq!((found.report.different_count, found.report.not_compared_count), (0, 0), "{found:?}");
+        assert!(found.left.len() >= 3, "{found:?}");
+        // At a later checkpoint, only these.
+        let later = manifest(dir.path());
+        let only: Places = found.left.into_keys().collect();
+        let found = compare(&later, Some(i64::MAX), &Filter::default(), Some(&only));
+        assert!(found.left.is_empty() && found.report.different_count == 0, "{found:?}");
+        // The symlink is gone on both sides.
+        assert_eq!(found.report.compared as usize, only.len() - 1, "{found:?}");
+    }
+
+    #[test]
+    fn what_differs_names_its_objects() {
+        let dir = tree();
+        let mut expected = manifest(dir.path());
+        let at = |m: &Manifest, p: &str| m.lines.iter().position(|l| &*l.path.0 == p.as_bytes()).unwrap();
+        let (l, d) = (at(&expected, "l"), at(&expected, ""));
+        expected.lines[l].content = [1; 32];
+        let found = compare(&expected, None, &Filter::default(), None);
+        let both = [expected.lines[l].object, expected.lines[d].object];
+        assert_eq!(found.objects, BTreeSet::from(both));
+        let place = (dir.path().as_os_str().as_bytes().to_vec(), b"l".to_vec());
+        assert_eq!(found.different.into_keys().collect::<Vec<_>>(), [place]);
     }
 }

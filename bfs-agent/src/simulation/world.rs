@@ -14,7 +14,7 @@ use super::agent::{Agent, GROUP};
 use super::disk::{self, Failure};
 use super::stream::{Line, Stream};
 use crate::backup::group::simulated::Simulated;
-use crate::backup::model::{Model, TOP};
+use crate::backup::model::{May, Model, TOP};
 use crate::backup::retention::Retention;
 
 /// The backup's disk: the applier works on the first one.
@@ -598,7 +598,7 @@ impl World {
         }
         for checkpoint in kept {
             let read = replayer.read(checkpoint, |past| {
-                state(checkpoint).compare_past(past, false);
+                state(checkpoint).compare_past(past, May::Nothing);
                 Ok(())
             });
             read.unwrap_or_else(|error| panic!("generation {checkpoint}: {error}"));

@@ -135,11 +135,13 @@ pub fn frames() -> Vec<Vec<u8>> {
             last: true,
         },
         Frame::GetContents { group: group.clone(), at, objects: vec![FILE, ObjectId(9)] },
-        Frame::GetDigests { group, position: Sequence(7) },
+        Frame::GetDigests { group: group.clone(), position: Sequence(7) },
         Frame::Digests {
             lines: vec![DigestLine { object: FILE, digests: Bytes::from_static(&[7; 32]) }],
             last: true,
         },
+        Frame::GetDamage { group, heal: true, suspects: vec![FILE, ObjectId(9)] },
+        Frame::Damage { objects: vec![FILE; 3], last: true },
         Frame::Status { groups: vec![GroupStatus::default(); 2] },
         Frame::Ping(u64::MAX),
     ];

@@ -3,7 +3,8 @@
 //! Before the displaced objects are all aside, an object stands at its old place or aside; after
 //! that, in `stage/`, aside, or at its new place. Within each of the two phases the way up from
 //! an object is a path of one consistent tree, so the search ends. What is found must be the
-//! inode that the index holds for the object.
+//! inode that the index holds for the object; of one that the step makes it holds none, so there
+//! what is of another type is somebody else's, and the object is not there.
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
@@ -17,13 +18,16 @@ use rustix::io::Errno;
 use super::super::error::BackupError;
 use super::super::index::{Base, Node, Place};
 use super::{Step, anchor, show};
-use crate::tree;
+use crate::tree::{self, FileStat};
 
 /// Nothing of a path is followed but what lies below the directory, on the same mount.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS)
     .union(ResolveFlags::NO_XDEV);
+
+/// Of folders above a root.
+const MODE_ABOVE: Mode = Mode::from_raw_mode(0o755);
 
 /// Directories held open at once.
 const DIRS_MAX: usize = 256;
@@ -41,7 +45,7 @@ pub(in crate::backup) fn open_beneath(dir: impl AsFd, name: &[u8], flags: OFlags
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY);
 
-impl<B: Base> Step<'_, B> {
+impl Step<'_> {
     /// The directory and name of a place; `None` if the directory is gone for good.
     pub(super) fn place(&mut self, place: &Place, make: bool) -> Result<Option<Spot>, BackupError> {
         self.place_at(place, make, 0)
@@ -64,8 +68,7 @@ impl<B: Base> Step<'_, B> {
             open_beneath(&*self.area.tree, b".", DIRECTORY).map_err(BackupError::io("open", path))?;
         for name in names {
             if make {
-                let mode = Mode::from_raw_mode(0o755);
-                match rustix::fs::mkdirat(&dir, &name[..], mode) {
+                match rustix::fs::mkdirat(&dir, &name[..], MODE_ABOVE) {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(error) => return Err(BackupError::io("make a folder above", path)(error)),
                 }
@@ -73,6 +76,16 @@ impl<B: Base> Step<'_, B> {
             dir = match open_beneath(&dir, &name, DIRECTORY) {
                 Ok(dir) => dir,
                 Err(Errno::NOENT) => return Ok(None),
+                // In the store itself nobody else has anything.
+                Err(Errno::NOTDIR | Errno::LOOP) if self.area.base.is_none() => {
+                    if !make {
+                        return Ok(None);
+                    }
+                    self.displace(&dir, &name)?;
+                    rustix::fs::mkdirat(&dir, &name[..], MODE_ABOVE)
+                        .and_then(|()| open_beneath(&dir, &name, DIRECTORY))
+                        .map_err(BackupError::io("make a folder above", path))?
+                }
                 Err(error) => return Err(BackupError::io("open a folder above", path)(error)),
             };
         }
@@ -88,6 +101,9 @@ impl<B: Base> Step<'_, B> {
         let dir = match open_beneath(&*parent, &name, DIRECTORY) {
             Ok(dir) => Arc::new(dir),
             Err(Errno::NOENT) => return Ok(None),
+            Err(Errno::NOTDIR | Errno::LOOP) => {
+                return Err(BackupError::Foreign(format!("object {object} was a directory, found is none")));
+            }
             Err(error) => return Err(BackupError::io("open directory", show(&name))(error)),
         };
         self.check(object, dir.as_fd())?;
@@ -99,6 +115,9 @@ impl<B: Base> Step<'_, B> {
     }
 
     /// Where an object stands now; `None` if it stands nowhere.
+    ///
+    /// # Errors
+    /// [`BackupError::Foreign`] if something else stands where one should that was there before the step.
     pub(super) fn locate(&mut self, object: ObjectId) -> Result<Option<Spot>, BackupError> {
         self.locate_at(object, 0)
     }
@@ -127,13 +146,29 @@ impl<B: Base> Step<'_, B> {
             }
         }
         let Some(node) = node else { return Ok(None) };
+        let is_new = plan.objects.get(&object).is_some_and(|touched| touched.before.is_none());
+        let mut foreign = None;
         for place in &node.places {
-            let Some((dir, name)) = self.place_at(place, false, depth)? else { continue };
-            if rustix::fs::statat(&*dir, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            let (dir, name) = match self.place_at(place, false, depth) {
+                Ok(Some(spot)) => spot,
+                Ok(None) => continue,
+                // It may have a name elsewhere.
+                Err(BackupError::Foreign(why)) => {
+                    foreign.get_or_insert(why);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let Ok(there) = tree::stat_at(dir.as_fd(), &name[..]) else { continue };
+            let known = is_new || node.ino == 0 || node.ino == there.ino;
+            if there.kind == node.kind && known || self.mended.get(&object) == Some(&there.ino) {
                 return Ok(Some((dir, name)));
             }
+            if !is_new {
+                foreign.get_or_insert_with(|| is_another(object, &node, &there));
+            }
         }
-        Ok(None)
+        foreign.map_or(Ok(None), |why| Err(BackupError::Foreign(why)))
     }
 
     /// Opens an object that must be there.
@@ -145,7 +180,13 @@ impl<B: Base> Step<'_, B> {
             return Err(BackupError::Foreign(format!("object {object} is missing")));
         };
         let flags = if access == OFlags::PATH { access } else { access | OFlags::NONBLOCK };
-        let fd = open_beneath(&*dir, &name, flags).map_err(BackupError::io("open", show(&name)))?;
+        let fd = match open_beneath(&*dir, &name, flags) {
+            Ok(fd) => fd,
+            Err(Errno::NOTDIR | Errno::LOOP | Errno::ISDIR | Errno::NXIO) => {
+                return Err(BackupError::Foreign(format!("object {object} is a file of another type")));
+            }
+            Err(error) => return Err(BackupError::io("open", show(&name))(error)),
+        };
         self.check(object, fd.as_fd())?;
         Ok(fd)
     }
@@ -158,17 +199,25 @@ impl<B: Base> Step<'_, B> {
             None => self.base.node(object)?.map(Cow::Owned),
         };
         let Some(node) = node else { return Ok(()) };
+        if self.mended.get(&object) == Some(&stat.ino) {
+            return Ok(());
+        }
         if node.kind != stat.kind || (node.ino != 0 && node.ino != stat.ino) {
-            return Err(BackupError::Foreign(format!(
-                "object {object} was {:?} with inode {}, found is {:?} with inode {}",
-                node.kind, node.ino, stat.kind, stat.ino
-            )));
+            return Err(BackupError::Foreign(is_another(object, &node, &stat)));
         }
         if node.ino == 0 {
             self.new_inos.insert(object, stat.ino);
         }
         Ok(())
     }
+}
+
+/// That something else stands where an object should.
+fn is_another(object: ObjectId, node: &Node, found: &FileStat) -> String {
+    format!(
+        "object {object} was {:?} with inode {}, found is {:?} with inode {}",
+        node.kind, node.ino, found.kind, found.ino
+    )
 }
 
 /// Removes an entry and all below it. A directory below that is not empty is first moved up

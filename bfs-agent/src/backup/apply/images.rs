@@ -12,13 +12,17 @@ use bfs_common::record::{CheckpointId, FileKind, GroupId, ObjectId};
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::super::damage::Damage;
 use super::super::error::BackupError;
 use super::super::images::{BLOCK, ImageWriter, Line};
-use super::super::index::{Base, Place};
+use super::super::index::Place;
+use super::super::plan::Touched;
+use super::super::sums;
+use super::super::target::{self, Content, Source};
 use super::Step;
 use crate::tree;
 
-impl<B: Base> Step<'_, B> {
+impl Step<'_> {
     /// Writes everything that the step changes, as it is now, and seals it. Nothing of the step may
     /// have been done.
     ///
@@ -45,8 +49,12 @@ impl<B: Base> Step<'_, B> {
             if lost.is_empty() {
                 continue;
             }
+            let damage = self.base.damage(*object)?;
+            for (start, end) in self.lost_for_good(*object, touched, before.size, &lost, &damage)? {
+                writer.line(&Line::Unknown(*object, start, end), b"")?;
+            }
             let file = File::from(self.open(*object, OFlags::RDONLY)?);
-            for (start, end) in lost {
+            for (start, end) in lost.into_iter().flat_map(|(start, end)| damage.without(start, end)) {
                 self.region(&mut writer, *object, &file, start, end)?;
             }
         }
@@ -59,6 +67,47 @@ impl<B: Base> Step<'_, B> {
         self.crash.pass()?;
         writer.seal()?;
         self.crash.pass()
+    }
+
+    /// Which of the bytes that are written over are damaged, so that nobody knows what they were. Where the new bytes
+    /// of a block fit its old checksum they were these: then nothing is lost, for the tree has them again. It must be one
+    /// of its own: it has none where it was zeros, but also where a step wrote only a part of what was damaged.
+    fn lost_for_good(
+        &mut self,
+        object: ObjectId,
+        touched: &Touched,
+        size: u64,
+        lost: &[(u64, u64)],
+        damage: &Damage,
+    ) -> Result<Vec<(u64, u64)>, BackupError> {
+        let damaged: Vec<_> = lost.iter().flat_map(|(start, end)| damage.within(*start, *end)).collect();
+        let mut gone = Vec::new();
+        for (block, start, end) in sums::blocks_of(&damaged, size) {
+            let old = sums::own(&self.base.sums(object), block)?;
+            if old.is_none() || self.rewritten(&touched.change.content, start, end)? != old {
+                let here = damaged.iter().map(|(s, e)| (*s.max(&start), *e.min(&end)));
+                gone.extend(here.filter(|(s, e)| s < e));
+            }
+        }
+        Ok(gone)
+    }
+
+    /// The checksum of bytes as the step writes them; `None` if it does not write all of them.
+    fn rewritten(&mut self, content: &Content, start: u64, end: u64) -> Result<Option<u32>, BackupError> {
+        let (mut at, mut sum) = (start, 0);
+        for (from, to, source) in content.extents.over(start, end) {
+            let to = to.min(end);
+            if from > at {
+                return Ok(None);
+            }
+            let len = (to - at) as usize;
+            sum = match target::shifted(source, at - from) {
+                Source::Log(from) => crc32c::crc32c_append(sum, self.logged(from, len)?),
+                Source::Zero => crc32c::crc32c_append(sum, &vec![0; len]),
+            };
+            at = to;
+        }
+        Ok((at >= end && content.size(0) >= end).then_some(sum))
     }
 
     fn region(

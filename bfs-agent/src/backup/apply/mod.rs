@@ -24,42 +24,38 @@
 //! descriptor was opened, which is before the first write of the step. For ten thousand small
 //! files it is one journal commit instead of ten thousand.
 
+mod content;
 mod find;
+mod heal;
 mod images;
+mod look;
 
 pub(super) use find::open_beneath;
 pub(super) use images::next_data;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bfs_common::record::{CheckpointId, FileKind, ObjectId, PathBytes};
-use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
+use super::damage::Damage;
 use super::error::BackupError;
-use super::index::{Base, Phase, Place, StepResult, View};
+use super::index::{Base, Node, Phase, Place, StepResult, View};
 use super::places::{self, RootPlace};
-use super::plan::{Plan, Touched};
+use super::plan::Plan;
 use super::room::Disk;
 use super::store::Store;
-use super::sums::{self, SumChange};
-use super::target::Source;
+use super::sums::SumChange;
 use crate::durable;
-use crate::log::LogRef;
-use crate::log::segment_path;
 use crate::mutant::{self, Mutant};
 use crate::tree;
-
-/// Bytes copied at once from the log to a file.
-const COPY: usize = 1 << 20;
 
 /// The folders that one group's applier works in, all on one file system.
 #[derive(Debug)]
@@ -290,9 +286,9 @@ impl CrashPoint {
 }
 
 /// Does one step. Made anew for every step, also for a redo.
-pub struct Step<'a, B> {
+pub struct Step<'a> {
     area: &'a Area,
-    base: &'a B,
+    base: &'a View,
     plan: &'a Plan,
     /// Roots before and after: places of root objects are looked up here too.
     detached: bool,
@@ -300,13 +296,18 @@ pub struct Step<'a, B> {
     segments: HashMap<u64, File>,
     new_inos: HashMap<ObjectId, u64>,
     sums: Vec<(ObjectId, SumChange)>,
+    damage: Vec<(ObjectId, Damage)>,
+    /// Files that were made again.
+    mended: HashMap<ObjectId, u64>,
+    /// How many things of others were moved away.
+    displaced: u64,
     buffer: Vec<u8>,
     crash: &'a mut CrashPoint,
 }
 
-impl<'a, B: Base> Step<'a, B> {
+impl<'a> Step<'a> {
     /// Prepares a step.
-    pub fn new(area: &'a Area, base: &'a B, plan: &'a Plan, crash: &'a mut CrashPoint) -> Self {
+    pub fn new(area: &'a Area, base: &'a View, plan: &'a Plan, crash: &'a mut CrashPoint) -> Self {
         Self {
             area,
             base,
@@ -316,6 +317,9 @@ impl<'a, B: Base> Step<'a, B> {
             segments: HashMap::new(),
             new_inos: HashMap::new(),
             sums: Vec::new(),
+            damage: Vec::new(),
+            mended: HashMap::new(),
+            displaced: 0,
             buffer: Vec::new(),
             crash,
         }
@@ -363,7 +367,15 @@ impl<'a, B: Base> Step<'a, B> {
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(BackupError::io("stat", show(&name))(error)),
             };
-            self.check_ino(*object, stat.ino)?;
+            if let Err(foreign) = self.check_ino(*object, stat.ino) {
+                match self.open(*object, OFlags::PATH) {
+                    // It has another name, and this is what somebody put here instead.
+                    Ok(_) => self.displace(&dir, &name)?,
+                    Err(BackupError::Foreign(_)) => return Err(foreign),
+                    Err(error) => return Err(error),
+                }
+                continue;
+            }
             self.crash.pass()?;
             let anchor = anchor(*object);
             let moved = rustix::fs::renameat_with(
@@ -404,28 +416,36 @@ impl<'a, B: Base> Step<'a, B> {
         let plan = self.plan;
         for (object, touched) in &plan.objects {
             let (None, Some(after)) = (&touched.before, &touched.after) else { continue };
-            if self.locate(*object)?.is_some() {
-                continue;
+            if let Some((dir, name)) = self.locate(*object)? {
+                if tree::stat_at(dir.as_fd(), &name[..]).is_ok_and(|there| there.kind == after.kind) {
+                    continue;
+                }
+                self.displace(&dir, &name)?;
             }
             self.crash.pass()?;
-            let (stage, name) = (&*self.area.stage, anchor(*object));
-            let private = Mode::RUSR | Mode::WUSR;
-            let node = |kind| rustix::fs::mknodat(stage, &name, kind, private, after.device);
-            let made = match after.kind {
-                FileKind::Regular => {
-                    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-                    rustix::fs::openat(stage, &name, flags, private).map(drop)
-                }
-                FileKind::Directory => rustix::fs::mkdirat(stage, &name, Mode::RWXU),
-                FileKind::Symlink => rustix::fs::symlinkat(&after.target[..], stage, &name),
-                FileKind::Fifo => node(FileType::Fifo),
-                FileKind::Socket => node(FileType::Socket),
-                FileKind::CharDevice => node(FileType::CharacterDevice),
-                FileKind::BlockDevice => node(FileType::BlockDevice),
-            };
-            made.map_err(BackupError::io("make object", object.to_string()))?;
+            self.make_one(*object, after)?;
         }
         Ok(())
+    }
+
+    /// Makes an object in `stage/`, empty and private.
+    fn make_one(&self, object: ObjectId, wanted: &Node) -> Result<(), BackupError> {
+        let (stage, name) = (&*self.area.stage, anchor(object));
+        let private = Mode::RUSR | Mode::WUSR;
+        let node = |kind| rustix::fs::mknodat(stage, &name, kind, private, wanted.device);
+        let made = match wanted.kind {
+            FileKind::Regular => {
+                let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+                rustix::fs::openat(stage, &name, flags, private).map(drop)
+            }
+            FileKind::Directory => rustix::fs::mkdirat(stage, &name, Mode::RWXU),
+            FileKind::Symlink => rustix::fs::symlinkat(&wanted.target[..], stage, &name),
+            FileKind::Fifo => node(FileType::Fifo),
+            FileKind::Socket => node(FileType::Socket),
+            FileKind::CharDevice => node(FileType::CharacterDevice),
+            FileKind::BlockDevice => node(FileType::BlockDevice),
+        };
+        made.map_err(BackupError::io("make object", object.to_string()))
     }
 
     /// Data and attributes of everything but directories.
@@ -451,92 +471,27 @@ impl<'a, B: Base> Step<'a, B> {
         Ok(())
     }
 
-    fn content(&mut self, object: ObjectId, fd: &OwnedFd, touched: &Touched) -> Result<(), BackupError> {
-        let content = &touched.change.content;
-        let failed = |what, error: Errno| BackupError::io(what, format!("object {object}"))(error);
-        let now = tree::stat_fd(fd.as_fd()).map_err(BackupError::io("stat", object.to_string()))?.size;
-        let size = touched.after.as_ref().map_or(0, |n| n.size);
-        if content.keep < now {
-            rustix::fs::ftruncate(fd, content.keep).map_err(|e| failed("cut", e))?;
-        }
-        if content.keep.min(now) != size {
-            rustix::fs::ftruncate(fd, size).map_err(|e| failed("set the size of", e))?;
-        }
-        for (start, end, source) in content.extents.iter() {
-            let end = end.min(size);
-            if start >= end {
-                continue;
-            }
-            self.crash.pass()?;
-            match source {
-                Source::Log(from) => self.copy(object, fd, start, end, from)?,
-                // All that is kept of a new file is nothing: it has a hole there.
-                Source::Zero if start >= content.keep => {}
-                Source::Zero => zero(fd, start, end).map_err(|e| failed("make a hole in", e))?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Notes what the file has now; a redo does the same.
-    fn checksums(
-        &mut self,
-        object: ObjectId,
-        fd: &OwnedFd,
-        touched: &Touched,
-        size: u64,
-    ) -> Result<(), BackupError> {
-        let file =
-            File::from(rustix::io::dup(fd).map_err(BackupError::io("open object", object.to_string()))?);
-        let before = touched.before.as_ref().map(|node| node.size);
-        let content = &touched.change.content;
-        let change = sums::of_change(object, &file, content, before, size, &mut self.buffer)?;
-        self.sums.push((object, change));
-        Ok(())
-    }
-
-    fn copy(
-        &mut self,
-        object: ObjectId,
-        fd: &OwnedFd,
-        start: u64,
-        end: u64,
-        from: LogRef,
-    ) -> Result<(), BackupError> {
-        let path = segment_path(&self.area.log, from.segment);
-        let file = match self.segments.entry(from.segment) {
-            Entry::Occupied(open) => open.into_mut(),
-            Entry::Vacant(free) => free.insert(File::open(&path).map_err(BackupError::io("open", &path))?),
-        };
-        let mut at = start;
-        while at < end {
-            let len = (end - at).min(COPY as u64) as usize;
-            if self.buffer.len() < len {
-                self.buffer.resize(len, 0);
-            }
-            let buffer = &mut self.buffer[..len];
-            file.read_exact_at(buffer, from.offset + (at - start)).map_err(BackupError::io("read", &path))?;
-            write_all_at(fd, buffer, at).map_err(BackupError::io("write object", object.to_string()))?;
-            at += len as u64;
-        }
-        Ok(())
-    }
-
     /// Fills the places.
     fn attach(&mut self) -> Result<(), BackupError> {
         let plan = self.plan;
         for (place, object) in &plan.attach {
             let Some((dir, name)) = self.place(place, true)? else {
-                return Err(BackupError::Stream(format!(
-                    "object {object} goes into a directory that is gone"
+                return Err(BackupError::Foreign(format!(
+                    "the directory that object {object} goes into is missing"
                 )));
             };
             let places =
                 plan.objects.get(object).and_then(|t| t.after.as_ref()).map_or(0, |n| n.places.len());
             if let Ok(there) = tree::stat_at(dir.as_fd(), &name[..]) {
-                // A redo: it is there already, or something is that we did not put there.
-                self.check_ino(*object, there.ino)?;
-                continue;
+                let ours = self.open(*object, OFlags::PATH)?;
+                let ours = tree::stat_fd(ours.as_fd())
+                    .map_err(BackupError::io("stat object", object.to_string()))?;
+                // A redo: it is there already.
+                if ours.ino == there.ino {
+                    continue;
+                }
+                // Something that we did not put there.
+                self.displace(&dir, &name)?;
             }
             let Some((from, old)) = self.locate(*object)? else {
                 return Err(BackupError::Foreign(format!("object {object} is missing")));
@@ -591,6 +546,7 @@ impl<'a, B: Base> Step<'a, B> {
         }
         result.kept = plan.kept();
         result.sums = self.sums;
+        result.damage = self.damage;
         result.extent = plan.extent();
         for place in plan.detach.keys().filter(|p| !plan.attach.contains_key(p)) {
             if let Place::Entry(directory, name) = place {
@@ -622,37 +578,6 @@ fn syncfs(fd: &OwnedFd) -> Result<(), BackupError> {
 fn reopen_dir(fd: &OwnedFd) -> Result<OwnedFd, BackupError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::openat(fd, c".", flags, Mode::empty()).map_err(BackupError::io("open", "the tree"))
-}
-
-fn zero(fd: &OwnedFd, start: u64, end: u64) -> Result<(), Errno> {
-    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(fd, hole, start, end - start) {
-        Err(Errno::OPNOTSUPP) => {
-            let zeros = vec![0; COPY];
-            let mut at = start;
-            while at < end {
-                let len = (end - at).min(COPY as u64) as usize;
-                write_all_at(fd, &zeros[..len], at)?;
-                at += len as u64;
-            }
-            Ok(())
-        }
-        other => other,
-    }
-}
-
-fn write_all_at(fd: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
-    while !bytes.is_empty() {
-        match rustix::io::pwrite(fd, bytes, at) {
-            Ok(len) => {
-                bytes = &bytes[len..];
-                at += len as u64;
-            }
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// Tidies up after a finished step in `stage/` and `aside/`: everything goes but objects that have

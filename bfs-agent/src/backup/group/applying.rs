@@ -4,18 +4,18 @@
 //! device comes back. Before each try the group's row is read from the index, because a transaction that was
 //! said to have failed may stand there all the same.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::PoisonError;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use bfs_common::record::{CheckpointId, DISCARDED};
+use bfs_common::record::{CheckpointId, DISCARDED, ObjectId};
 
 use super::super::apply::{self, CrashPoint};
 use super::super::error::BackupError;
 use super::super::images;
 use super::super::merge::Dropping;
 use super::super::retention::{Kept, Space};
-use super::super::step::apply_step;
+use super::super::step::{self, apply_step};
 use super::{Group, locked};
 use crate::log::writer::LogWriter;
 
@@ -108,7 +108,9 @@ impl Group {
         };
         if let Some(marker) = next {
             let never = &mut CrashPoint::default();
-            *tree = apply_step(&self.name, &tree, &self.index, &self.area, &self.log, marker, never)?;
+            let applied = apply_step(&self.name, &tree, &self.index, &self.area, &self.log, marker, never);
+            self.note_damage(tree.number)?;
+            *tree = applied?;
         }
         {
             let mut state = self.state();
@@ -121,6 +123,29 @@ impl Group {
             apply::clean(&self.area, &self.index.view(tree.number)?)?;
         }
         Ok(())
+    }
+
+    /// Files of the applied checkpoint of which bytes are lost. With `heal` the whole tree is compared with the index
+    /// first, what is not as it should be is put back, and the bytes of `suspects` are compared with their checksums.
+    ///
+    /// # Errors
+    /// [`BackupError::Applying`], or what stopped it; it can be done again.
+    pub fn damage(&self, heal: bool, suspects: &HashSet<ObjectId>) -> Result<Vec<ObjectId>, BackupError> {
+        let mut tree = locked(&self.tree);
+        if heal {
+            *tree = self.index.group(&self.name)?;
+            step::heal(&self.name, &tree, &self.index, &self.area, suspects)?;
+            apply::clean(&self.area, &self.index.view(tree.number)?)?;
+        }
+        self.note_damage(tree.number)
+    }
+
+    /// Tells of how many files bytes are lost, and which these are.
+    fn note_damage(&self, group: u32) -> Result<Vec<ObjectId>, BackupError> {
+        let damaged = self.index.view(group)?.damaged()?;
+        let count = damaged.len() as u64;
+        self.progress.send_if_modified(|p| std::mem::replace(&mut p.damaged, count) != count);
+        Ok(damaged)
     }
 
     /// The tree stands at the checkpoint of its row.

@@ -2,6 +2,7 @@
 
 use bfs_common::record::{CheckpointId, FileKind, Name, ObjectId};
 
+use super::super::damage::Damage;
 use super::super::error::BackupError;
 use super::super::sums::{SumRow, Sums};
 use super::{Node, rows, sum_row, unpack};
@@ -16,7 +17,9 @@ pub struct View {
     pub(super) entries: redb::ReadOnlyTable<(u32, u64, &'static [u8]), u64>,
     pub(super) kept: redb::ReadOnlyTable<(u32, u64), u64>,
     pub(super) sums: redb::ReadOnlyTable<(u32, u64, u64), &'static [u8]>,
+    pub(super) damage: redb::ReadOnlyTable<(u32, u64), &'static [u8]>,
     pub(super) group: u32,
+    pub(super) newest: Option<CheckpointId>,
 }
 
 /// The checksums of one object in a [`View`].
@@ -82,12 +85,43 @@ impl Base for View {
 }
 
 impl View {
+    /// The newest generation: it is the applied checkpoint.
+    #[must_use]
+    pub const fn newest(&self) -> Option<CheckpointId> {
+        self.newest
+    }
+
     /// Whether the file of an object that is gone is kept.
     ///
     /// # Errors
     /// If the index fails.
     pub fn is_kept(&self, object: ObjectId) -> Result<bool, BackupError> {
         Ok(self.kept.get((self.group, object.0))?.is_some())
+    }
+
+    /// What is known to be damaged of an object's file.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn damage(&self, object: ObjectId) -> Result<Damage, BackupError> {
+        let found = self.damage.get((self.group, object.0))?;
+        found.map_or(Ok(Damage::default()), |row| unpack("damage", row.value()))
+    }
+
+    /// Objects of which something is damaged. Those that are gone and only kept are not among them: of these nothing
+    /// comes again.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn damaged(&self) -> Result<Vec<ObjectId>, BackupError> {
+        let mut found = Vec::new();
+        for line in self.damage.range((self.group, 0)..=(self.group, u64::MAX))? {
+            let object = line?.0.value().1;
+            if self.objects.get((self.group, object))?.is_some() {
+                found.push(ObjectId(object));
+            }
+        }
+        Ok(found)
     }
 
     /// The checksums of an object's file.

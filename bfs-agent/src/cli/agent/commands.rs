@@ -120,8 +120,8 @@ pub(super) fn flush(target: &Target, timeout: Duration, spool: &SpoolOptions) ->
     Ok(0)
 }
 
-pub(super) fn verify(target: &Target, timeout: Duration) -> Result<u8, Failure> {
-    match ask(target, &Request::Verify { timeout_ms: milliseconds(timeout) })? {
+pub(super) fn verify(target: &Target, timeout: Duration, repair: bool) -> Result<u8, Failure> {
+    match ask(target, &Request::Verify { timeout_ms: milliseconds(timeout), repair })? {
         Reply::Verified(report) => {
             print(&show::verify(&report));
             Ok(verify_status(&report))

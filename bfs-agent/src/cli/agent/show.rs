@@ -46,6 +46,9 @@ pub fn status(status: &Status) -> String {
             StoreState::Behind => {
                 line("", "as much waits there to be applied as may (--pending-max)".to_owned())
             }
+            StoreState::Damaged => {
+                line("", "backup files were changed or damaged there: they are sent again".to_owned())
+            }
         }
         if let Some(refusal) = &destination.refusal {
             line("", format!("refused: {refusal}"));
@@ -230,6 +233,7 @@ pub fn verify(report: &VerifyReport) -> String {
             let _ = writeln!(text, "{word}: {more} more");
         }
     };
+    list("repaired", &report.repaired, report.repaired_count);
     list("different", &report.different, report.different_count);
     list("not compared", &report.not_compared, report.not_compared_count);
     let verdict = match (report.different_count, report.not_compared_count) {
@@ -238,10 +242,13 @@ pub fn verify(report: &VerifyReport) -> String {
         (different, 0) => format!("{different} DIFFERENCES"),
         (different, skipped) => format!("{different} DIFFERENCES, and {skipped} could not be compared"),
     };
+    let checkpoints = match report.last {
+        last if last > report.checkpoint => format!("checkpoints {} to {last}", report.checkpoint),
+        _ => format!("checkpoint {}", report.checkpoint),
+    };
     let _ = write!(
         text,
-        "checkpoint {}: {} files, directories and links compared ({}): {verdict}",
-        report.checkpoint,
+        "{checkpoints}: {} files, directories and links compared ({}): {verdict}",
         report.compared,
         size(report.bytes)
     );

@@ -362,6 +362,12 @@ pub struct StrangerStatus {
 pub struct VerifyReport {
     /// The applied checkpoint that was compared.
     pub checkpoint: CheckpointId,
+    /// The last one: what changed meanwhile was compared at later checkpoints.
+    pub last: CheckpointId,
+    /// What differed and was sent again, one line each; the first [`VerifyReport::LINES_MAX`].
+    pub repaired: Vec<String>,
+    /// How many there are.
+    pub repaired_count: u64,
     /// Entries that were compared.
     pub compared: u64,
     /// Bytes that were read on the primary.
@@ -385,6 +391,14 @@ impl VerifyReport {
         self.different_count += 1;
         if self.different.len() < Self::LINES_MAX {
             self.different.push(line);
+        }
+    }
+
+    /// Notes what differed and does not any more.
+    pub fn was_repaired(&mut self, line: String) {
+        self.repaired_count += 1;
+        if self.repaired.len() < Self::LINES_MAX {
+            self.repaired.push(line);
         }
     }
 

@@ -91,6 +91,8 @@ pub enum Request {
     Verify {
         /// How long, altogether.
         timeout_ms: u64,
+        /// Put back what others changed in the backup, and send again what differs.
+        repair: bool,
     },
     /// Replicate a further subtree. Answered by [`Reply::Checkpoint`](super::Reply::Checkpoint) when one that has
     /// it is confirmed.
@@ -192,7 +194,10 @@ impl Request {
             },
             "report_update" => fields.update()?,
             "flush" => Self::Flush { timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)? },
-            "verify" => Self::Verify { timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)? },
+            "verify" => Self::Verify {
+                timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
+                repair: fields.optional("repair")?.unwrap_or_default(),
+            },
             "path_add" => Self::PathAdd {
                 path: fields.path()?,
                 timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
@@ -222,7 +227,7 @@ impl Request {
             | Self::Flush { timeout_ms }
             | Self::PathAdd { timeout_ms, .. }
             | Self::PathRemove { timeout_ms, .. }
-            | Self::Verify { timeout_ms } => (Duration::from_millis(*timeout_ms) + GRACE, GRACE),
+            | Self::Verify { timeout_ms, .. } => (Duration::from_millis(*timeout_ms) + GRACE, GRACE),
             Self::CheckpointStopped { timeout_ms, limit_ms, .. } => {
                 let stand = Duration::from_millis((*limit_ms).max(1));
                 (Duration::from_millis(*timeout_ms) + stand + GRACE, stand)
@@ -387,7 +392,7 @@ mod tests {
             Request::ReportUpdate { path: path.clone(), offset: Some(1), length: Some(2), timeout_ms },
             Request::ReportUpdate { path: path.clone(), offset: None, length: None, timeout_ms },
             Request::Flush { timeout_ms },
-            Request::Verify { timeout_ms },
+            Request::Verify { timeout_ms, repair: true },
             Request::PathAdd { path: path.clone(), timeout_ms },
             Request::PathRemove { path, timeout_ms },
             Request::Stop { timeout_ms },
@@ -432,6 +437,7 @@ mod tests {
             (r#"{"request":"checkpoint","tag":"a\nb"}"#, "tag", "control"),
             (r#"{"request":"checkpoint","timeout_ms":-1}"#, "timeout_ms", "-1"),
             (r#"{"request":"checkpoint","timeout_ms":1.5}"#, "timeout_ms", "1.5"),
+            (r#"{"request":"verify","repair":1}"#, "repair", "invalid type"),
             (r#"{"request":"checkpoint","timeout_ms":99999999999999}"#, "timeout_ms", "year"),
             (r#"{"request":"report_update"}"#, "path", "missing"),
             (r#"{"request":"report_update","path":"a"}"#, "path", "not absolute"),

@@ -432,6 +432,16 @@ impl Engine {
         }
     }
 
+    /// The backup has lost bytes of a file: it is read before the next checkpoint, and all of it is sent, also what the
+    /// stream has.
+    pub fn send_again(&mut self, object: ObjectId, now: u64) {
+        self.model.sent.forget(object);
+        if let Some(same) = &mut self.model.same {
+            same.forget(object);
+        }
+        self.suspect(&GapScope::Object(object), now);
+    }
+
     /// Something changed that no event tells of: it is read before the next checkpoint.
     pub fn suspect(&mut self, scope: &GapScope, now: u64) {
         match scope {

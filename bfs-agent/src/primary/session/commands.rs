@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use bfs_common::record::{CheckpointId, Sequence};
 
+use super::comparing::Comparing;
 use super::link::STOP_LIMITS;
 use super::paths::Change;
 use super::work::Work;
@@ -13,7 +14,6 @@ use crate::primary::control::{
 use crate::primary::engine::Stop;
 use crate::primary::ship::Progress;
 use crate::primary::stop::Limits;
-use crate::primary::verify;
 
 /// Commands that are taken before the loop looks at anything else: who asks without a pause must not keep it from
 /// its events.
@@ -21,18 +21,18 @@ const COMMANDS_AT_ONCE: usize = 16;
 
 /// A command that waits for a checkpoint.
 pub(super) struct Waiter {
-    replies: Replies,
+    pub(super) replies: Replies,
     what: Awaited,
-    checkpoint: CheckpointId,
+    pub(super) checkpoint: CheckpointId,
     sequence: Sequence,
-    deadline: Instant,
+    pub(super) deadline: Instant,
     stopped_us: u64,
 }
 
 pub(super) enum Awaited {
     Checkpoint(WaitFor),
     Flush,
-    Verify,
+    Verify(Box<Comparing>),
     Report,
 }
 
@@ -52,7 +52,7 @@ impl Ask {
     /// It is not taken: whoever waits for it is told why.
     pub(super) fn refused(self, kind: FailureKind, why: &str, hint: &str) {
         if let Some(client) = self.client {
-            client.replies.send(Reply::failed(kind, why, hint));
+            client.refused(Reply::failed(kind, why, hint));
         }
     }
 }
@@ -67,6 +67,17 @@ pub(super) struct Asker {
     pub replies: Replies,
     /// The processes stand for it, for so long.
     pub holds: Option<(Ticket, Limits)>,
+}
+
+impl Asker {
+    /// There is no checkpoint; a comparison that has something to say by earlier ones says that.
+    pub(super) fn refused(self, why: Reply) {
+        let found = match &self.what {
+            Awaited::Verify(comparing) => comparing.ends(),
+            _ => None,
+        };
+        self.replies.send(found.unwrap_or(why));
+    }
 }
 
 /// The processes stand for a client.
@@ -141,9 +152,10 @@ impl Work {
                 self.drain();
                 self.wait_for_records(Awaited::Flush, millis(timeout_ms), replies);
             }
-            Command::Verify { timeout_ms } => {
+            Command::Verify { timeout_ms, repair } => {
                 let deadline = Instant::now() + millis(timeout_ms);
-                self.ask_for(String::new(), "verify", Awaited::Verify, deadline, replies);
+                let what = Awaited::Verify(Box::new(Comparing::new(repair)));
+                self.ask_for(String::new(), "verify", what, deadline, replies);
             }
             Command::PathAdd { path, timeout_ms } => {
                 self.change_paths(&Change::Add(path), millis(timeout_ms), replies);
@@ -230,7 +242,7 @@ impl Work {
             }
             (Err(e), Some(client)) => {
                 let hint = "look at `bfs-agent status`";
-                client.replies.send(Reply::failed(FailureKind::GivenUp, e.to_string(), hint));
+                client.refused(Reply::failed(FailureKind::GivenUp, e.to_string(), hint));
                 false
             }
             (taken, None) => taken.is_ok(),
@@ -256,7 +268,7 @@ impl Work {
             Awaited::Checkpoint(wait) => reached.unwrap_or(WaitFor::Taken) >= *wait,
             Awaited::Report => progress.sealed >= waiter.sequence,
             Awaited::Flush => progress.durable.sequence >= waiter.sequence,
-            Awaited::Verify => reached >= Some(WaitFor::Confirmed),
+            Awaited::Verify(_) => reached >= Some(WaitFor::Confirmed),
         };
         if done {
             match &waiter.what {
@@ -268,7 +280,7 @@ impl Work {
                 Awaited::Report => {
                     waiter.replies.send(Reply::Reported { after: waiter.checkpoint });
                 }
-                Awaited::Verify => self.verify(waiter, now),
+                Awaited::Verify(comparing) => self.compare(waiter, comparing),
                 Awaited::Flush => waiter.replies.send(Reply::Flushed {
                     durable: progress.durable.sequence,
                     confirmed: progress.confirmed,
@@ -287,6 +299,12 @@ impl Work {
         if now < waiter.deadline {
             return false;
         }
+        if let Awaited::Verify(comparing) = &waiter.what
+            && let Some(report) = comparing.ends()
+        {
+            waiter.replies.send(report);
+            return true;
+        }
         let so_far = reached.map_or("not durable yet", |r| match r {
             WaitFor::Taken => "taken",
             WaitFor::Sealed => "sealed",
@@ -296,7 +314,7 @@ impl Work {
         let mut message = match waiter.what {
             Awaited::Report => "the update is noted, but that was not durable within the time".to_owned(),
             Awaited::Flush => "what was captured was not durable within the time".to_owned(),
-            Awaited::Checkpoint(_) | Awaited::Verify => format!(
+            Awaited::Checkpoint(_) | Awaited::Verify(_) => format!(
                 "checkpoint {} was taken, but was no more than {so_far} within the time",
                 waiter.checkpoint
             ),
@@ -310,31 +328,6 @@ impl Work {
             "it goes on by itself: look at `bfs-agent status`, or give a longer --timeout",
         ));
         true
-    }
-
-    /// Compares on a thread of its own.
-    fn verify(&self, waiter: &Waiter, now: Instant) {
-        let remote = self.link.shipper.remote();
-        let replies = waiter.replies.clone();
-        let group = self.options.group.clone();
-        let filter = self.options.filter.clone();
-        let checkpoint = waiter.checkpoint;
-        let limit = waiter.deadline.saturating_duration_since(now);
-        let walls: Vec<(CheckpointId, i64)> = self.marks.iter().map(|m| (m.checkpoint, m.wall_ns)).collect();
-        std::thread::spawn(move || {
-            let reply = match remote.manifest(&group, checkpoint, limit) {
-                Ok(manifest) => {
-                    let wall = walls.iter().find(|w| w.0 == manifest.checkpoint).map(|w| w.1);
-                    Reply::Verified(verify::compare(&manifest, wall, &filter))
-                }
-                Err(e) => Reply::failed(
-                    FailureKind::Failed,
-                    format!("the backup's list of files: {e}"),
-                    "look at `bfs-replayer status`, then try again",
-                ),
-            };
-            replies.send(reply);
-        });
     }
 }
 

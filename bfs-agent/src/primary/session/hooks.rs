@@ -296,7 +296,7 @@ impl Work {
             // Nobody is there any more for whom the processes should stand.
             ask.stop = Stop::IfNeeded;
             let why = "the hook before the checkpoint did not end within the time; it is taken when it has";
-            client.replies.send(Reply::failed(FailureKind::Timeout, why, hint));
+            client.refused(Reply::failed(FailureKind::Timeout, why, hint));
         }
         let (gone, stay): (VecDeque<Ask>, _) = self.hooks.queue.drain(..).partition(late);
         self.hooks.queue = stay;

@@ -2,6 +2,7 @@
 
 mod begin;
 mod commands;
+mod comparing;
 mod foreign;
 mod hooks;
 mod known;

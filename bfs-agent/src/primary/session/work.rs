@@ -9,6 +9,7 @@ use bfs_common::record::{CheckpointId, Epoch, Sequence};
 
 use super::SessionOptions;
 use super::commands::{Held, Waiter, reached};
+use super::comparing::Comparisons;
 use super::hooks::Hooks;
 use super::link::Link;
 use super::triggers::Since;
@@ -95,6 +96,7 @@ pub struct Work {
     pub(super) since: Since,
     look: Duration,
     pub(super) stop_asked: Option<(Replies, Duration)>,
+    pub(super) comparisons: Comparisons,
     _local: Option<Arc<ReplayerHandle>>,
 }
 
@@ -134,6 +136,7 @@ impl Work {
             since,
             look: LOOK_MIN,
             stop_asked: None,
+            comparisons: Comparisons::new(),
             _local: local,
         }
     }
@@ -175,6 +178,7 @@ impl Work {
         self.link.service.alive();
         self.take_commands();
         self.answer_waiters();
+        self.take_compared();
         if self.detached.is_some() {
             self.link.discard_ring();
             std::thread::sleep(LOOK_MAX);
@@ -188,6 +192,7 @@ impl Work {
             self.last_care = Instant::now();
             self.link.probes.forward_log();
             self.note_no_longer();
+            self.ask_for_damage();
             self.engine.prune(monotonic_ns().saturating_sub(RECENT_NS));
             if let Err(e) = self.engine.take_losses(&mut self.link) {
                 self.host_failed(&e);
@@ -360,6 +365,7 @@ impl Work {
             }
             self.take_commands();
             self.answer_waiters();
+            self.take_compared();
             let _ =
                 self.link.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(50));
         }

@@ -7,10 +7,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bfs_common::record::{CheckpointId, PathBytes};
+use bfs_common::record::{CheckpointId, ObjectId, PathBytes};
 use bfs_common::wire::{Frame, GroupStatus, ManifestLine};
 
 use crate::net::{self, AskError, ConnectError, Connection, Destination, Secret};
+
+/// Objects in one question.
+const SUSPECTS_MAX: usize = 65_536;
 
 /// Makes connections to one destination.
 pub type Connect = Arc<dyn Fn() -> ConnectFuture + Send + Sync>;
@@ -99,6 +102,30 @@ impl Remote {
                     got.roots = roots;
                 }
                 got.lines.extend(lines);
+                Some(last)
+            }
+            _ => None,
+        })?;
+        Ok(got)
+    }
+
+    /// Files of which the destination has lost bytes; with `heal` it looks first, above all at the suspects.
+    ///
+    /// # Errors
+    /// [`RemoteError`].
+    pub fn damage(
+        &self,
+        group: &str,
+        heal: bool,
+        mut suspects: Vec<ObjectId>,
+        limit: Duration,
+    ) -> Result<Vec<ObjectId>, RemoteError> {
+        // As many as a frame takes; whatever differs is sent again anyway.
+        suspects.truncate(SUSPECTS_MAX);
+        let mut got = Vec::new();
+        self.ask(&Frame::GetDamage { group: group.into(), heal, suspects }, limit, |frame| match frame {
+            Frame::Damage { objects, last } => {
+                got.extend(objects);
                 Some(last)
             }
             _ => None,
