@@ -11,6 +11,7 @@ pub mod cli;
 pub mod durable;
 pub mod generation;
 pub mod log;
+mod metrics;
 pub mod mount;
 pub mod mutant;
 pub mod nearest;

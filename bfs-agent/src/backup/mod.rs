@@ -15,6 +15,7 @@ pub mod index;
 pub mod kinds;
 pub mod look;
 pub mod merge;
+pub mod metrics;
 pub mod past;
 pub mod pieces;
 pub mod places;

@@ -6,6 +6,7 @@ mod keep;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bfs_common::wire::{Frame, GroupStatus, StoreState};
@@ -14,7 +15,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::backup::retention;
 use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
 use crate::generation::At;
-use crate::net::{self, AddressError, ConnectError, Destination, Secret, SecretError};
+use crate::net::{self, AddressError, ConnectError, Destination, Scrape, ScrapeError, Secret, SecretError};
 use crate::service::Service;
 
 /// How long `status` waits for an answer.
@@ -115,6 +116,9 @@ The backup files of group G stand at STORE/tree/G/ followed by the path on the p
         /// there is room for. The first copy of a group is one checkpoint, and must fit
         #[arg(long, value_name = "BYTES")]
         pending_max: Option<u64>,
+        /// Show numbers for Prometheus at /metrics there: tcp://127.0.0.1:PORT or unix:PATH
+        #[arg(long, value_name = "ADDR")]
+        metrics: Option<Destination>,
     },
     /// List the checkpoints that are kept
     #[command(after_help = "\
@@ -279,11 +283,12 @@ pub fn main() -> ExitCode {
             keep_space,
             keep_min,
             pending_max,
+            metrics,
         } => {
             let retention = keep.retention(keep_space, keep_min);
             let options =
                 ServeOptions { store, listen, secret: None, allow_roots: allow_root, retention, pending_max };
-            serve(options, secret_file.as_deref())
+            serve(options, secret_file.as_deref(), metrics.as_ref())
         }
         Command::Generations { from, json } => giveback::generations(&from, json),
         Command::Versions { from, json, path } => changes::versions(&from, &path, json),
@@ -318,6 +323,9 @@ fn exit_of(error: &anyhow::Error) -> Exit {
             _ => Exit::Other,
         };
     }
+    if error.downcast_ref::<ScrapeError>().is_some() {
+        return Exit::Address;
+    }
     if let Some(error) = error.downcast_ref::<ConnectError>() {
         return match error {
             ConnectError::Address(_) | ConnectError::NotANetwork(_) => Exit::Address,
@@ -338,7 +346,11 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     Exit::Other
 }
 
-fn serve(mut options: ServeOptions, secret_file: Option<&Path>) -> anyhow::Result<()> {
+fn serve(
+    mut options: ServeOptions,
+    secret_file: Option<&Path>,
+    metrics: Option<&Destination>,
+) -> anyhow::Result<()> {
     options.secret = secret_file.map(Secret::from_file).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Before the store is opened: a signal during a long start ends it cleanly too.
@@ -347,9 +359,15 @@ fn serve(mut options: ServeOptions, secret_file: Option<&Path>) -> anyhow::Resul
         use tokio::signal::unix::{SignalKind, signal};
         [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
     };
-    let handle = Replayer::start(options)?;
+    let handle = Arc::new(Replayer::start(options)?);
     for address in handle.listening() {
         eprintln!("listening on {address}");
+    }
+    let asked = Arc::clone(&handle);
+    let shown = move || Some(crate::backup::metrics::metrics(&asked.status()));
+    let scrape = metrics.map(|at| Scrape::start(at, shown)).transpose()?;
+    if let Some(scrape) = &scrape {
+        eprintln!("metrics on {}", scrape.at());
     }
     let mut service = Service::of_environment();
     service.ready("serving");
@@ -362,6 +380,7 @@ fn serve(mut options: ServeOptions, secret_file: Option<&Path>) -> anyhow::Resul
         }
     });
     service.stopping();
+    drop(scrape);
     drop(handle);
     Ok(())
 }

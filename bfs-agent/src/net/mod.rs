@@ -8,6 +8,7 @@
 pub mod auth;
 pub mod destination;
 pub mod frame;
+mod scrape;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,6 +20,7 @@ use tokio::net::{TcpStream, UnixStream};
 pub use auth::{Secret, SecretError};
 pub use destination::{AddressError, Destination};
 pub use frame::{FrameError, FrameReader, FrameWriter};
+pub use scrape::{Scrape, ScrapeError};
 
 /// How long a connection may take to come about.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -6,6 +6,7 @@ pub mod control;
 pub mod cron;
 pub mod engine;
 pub mod failure;
+pub mod metrics;
 pub mod preflight;
 pub mod process;
 pub mod reader;

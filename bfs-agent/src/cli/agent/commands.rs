@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::check::Checks;
 use super::{PathChange, Target, show};
 use crate::primary::control::{Client, Reply, Request, VerifyReport, WaitFor, default_socket, milliseconds};
 use crate::primary::failure::{Failure, Kind};
@@ -15,6 +16,8 @@ use crate::primary::spool::SpoolOptions;
 /// Beyond the exit statuses of failures: what verify found.
 const DIFFERENT: u8 = 1;
 const NOT_COMPARED: u8 = 2;
+/// What `status --check` found.
+const DOES_NOT_HOLD: u8 = 1;
 
 fn connect(target: &Target) -> Result<Client, Failure> {
     let path: PathBuf = target.socket.clone().unwrap_or_else(|| default_socket(&target.group.group));
@@ -104,6 +107,18 @@ pub(super) fn status(target: &Target, json: bool) -> Result<u8, Failure> {
         print(&show::status(&status));
     }
     Ok(0)
+}
+
+/// For monitors: whether all of it holds.
+pub(super) fn check(target: &Target, checks: &Checks) -> Result<u8, Failure> {
+    let status = connect(target)?.status()?;
+    let broken = checks.broken(&status);
+    if broken.is_empty() {
+        print(&format!("ok: group {}, {:.1} s behind", status.group, status.lag_ms as f64 / 1e3));
+        return Ok(0);
+    }
+    broken.iter().for_each(|line| print(line));
+    Ok(DOES_NOT_HOLD)
 }
 
 pub(super) fn flush(target: &Target, timeout: Duration, spool: &SpoolOptions) -> Result<u8, Failure> {

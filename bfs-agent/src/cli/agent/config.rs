@@ -40,7 +40,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 23] = [
+const KEYS: [Key; 26] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::Text),
     key("secret_file", "--secret-file", Form::Text),
@@ -53,6 +53,9 @@ const KEYS: [Key; 23] = [
     key("before_checkpoint", "--before-checkpoint", Form::Text),
     key("after_checkpoint", "--after-checkpoint", Form::Text),
     key("hook_limit", "--hook-limit", Form::Text),
+    key("alert", "--alert", Form::Text),
+    key("alert_after", "--alert-after", Form::Text),
+    key("metrics", "--metrics", Form::Text),
     key("socket", "--socket", Form::Text),
     key("spool", "--spool", Form::Text),
     key("spool_size", "--spool-size", Form::Text),

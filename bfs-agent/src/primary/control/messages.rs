@@ -281,6 +281,8 @@ pub struct Status {
     pub lag_records: u64,
     /// Their bytes.
     pub lag_bytes: u64,
+    /// How far the backup is behind: for how long there has been something that no confirmed checkpoint has.
+    pub lag_ms: u64,
     /// Objects, ranges and entries that have to be read before the next checkpoint.
     pub suspects: u64,
     /// Calls in flight or unsettled things that keep a checkpoint from being placed, in words.

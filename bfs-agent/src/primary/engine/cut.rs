@@ -96,6 +96,10 @@ pub struct Taken {
     pub tries: u32,
     /// From the request to the marker.
     pub took: Duration,
+    /// Calls counted until the marker: later ones are not in it.
+    pub ops: u64,
+    /// Their bytes.
+    pub written_bytes: u64,
 }
 
 /// Why there is no checkpoint.
@@ -617,6 +621,8 @@ impl Engine {
             stopped: how.stopped_us > 0,
             tries: how.tries,
             took: Duration::from_nanos(host.now().saturating_sub(how.begun)),
+            ops: self.stats.ops,
+            written_bytes: self.stats.written_bytes,
         })
     }
 

@@ -10,20 +10,21 @@ use bfs_common::wire::DIGEST_BLOCK;
 
 use super::known::Answers;
 use super::state::{self, State};
-use super::work::Work;
+use super::work::{Beside, Work};
 use super::{SessionOptions, left, link, rollback};
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
-use crate::net::Secret;
+use crate::net::{Scrape, Secret};
 use crate::primary::capture::probes::group_dir;
 use crate::primary::capture::{CaptureError, LoadOptions, Probes};
 use crate::primary::clock::monotonic_ns;
-use crate::primary::control::{self, Inbound};
+use crate::primary::control::{self, Client, Inbound};
 use crate::primary::engine::Engine;
 use crate::primary::engine::foreign::Policy;
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::model::{FileSystems, Model};
 use crate::primary::engine::outbox::Outbox;
 use crate::primary::failure::{Failure, Kind};
+use crate::primary::metrics::metrics;
 use crate::primary::reader::{Reader, ReaderError, Root};
 use crate::primary::ship::{Shipper, Welcome};
 use crate::primary::stop::{StopError, Stopper};
@@ -57,6 +58,8 @@ pub struct Ground {
     pub rolled_back: Option<CheckpointId>,
     /// The spool that the agent before relied on is not there, or cannot be sent.
     spool_lost: bool,
+    /// Answers monitors.
+    scrape: Option<Scrape>,
     /// The replayer of a `dir:` destination.
     local: Option<Arc<ReplayerHandle>>,
 }
@@ -120,6 +123,12 @@ impl Ground {
                 ),
                 e => other("the control socket", e),
             })?;
+        let socket = server.path().to_owned();
+        let shown = move || Some(metrics(&Client::connect(&socket).ok()?.status().ok()?));
+        let scrape = options.metrics.as_ref().map(|at| Scrape::start(at, shown)).transpose();
+        let scrape = scrape.map_err(|e| {
+            Failure::new(Kind::Usage, format!("--metrics: {e}"), "give another address, or leave it out")
+        })?;
         let mut reader = Reader::new();
         let mut roots = Vec::new();
         for path in &options.roots {
@@ -157,6 +166,7 @@ impl Ground {
             boot_id,
             rolled_back,
             spool_lost,
+            scrape,
             local,
         })
     }
@@ -211,7 +221,9 @@ impl Ground {
         state: &State,
         complete: bool,
     ) -> Result<Work, Failure> {
-        let Self { options, server, inbound, reader, roots, shipper, welcome, boot_id, local, .. } = self;
+        let Self {
+            options, server, inbound, reader, roots, shipper, welcome, boot_id, scrape, local, ..
+        } = self;
         let mut file_systems = FileSystems::default();
         for root in &roots {
             file_systems.add(root.stat.inode.dev, root.file_system, root.subvolume);
@@ -259,7 +271,8 @@ impl Ground {
         state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;
         let mut link = link::Link::new(&options.group, probes, reader, shipper, stopper);
         link.answers = answers;
-        Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.clone(), local))
+        let beside = Beside { _scrape: scrape, _local: local };
+        Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.clone(), beside))
     }
 }
 

@@ -183,7 +183,9 @@ impl Work {
                     if on {
                         self.ask_for(String::new(), "verify", Awaited::Verify(comparing), deadline, replies);
                     } else {
-                        replies.send(Reply::Verified(comparing.so_far()));
+                        let report = comparing.so_far();
+                        self.differences = report.different_count;
+                        replies.send(Reply::Verified(report));
                     }
                 }
             }

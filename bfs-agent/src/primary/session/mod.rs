@@ -1,5 +1,6 @@
 //! One group at work: capture, engine, shipper and control tied together.
 
+mod alerts;
 mod begin;
 mod commands;
 mod comparing;
@@ -40,6 +41,7 @@ use super::stop::guard::Guard;
 use super::stop::ptrace::Ptrace;
 use crate::net::Destination;
 use crate::service::Service;
+pub use alerts::AlertOptions;
 use begin::Ground;
 pub use hooks::{HookOptions, LIMIT as HOOK_LIMIT};
 pub use left::flush;
@@ -74,6 +76,10 @@ pub struct SessionOptions {
     pub spool: SpoolOptions,
     /// What is run before and after each checkpoint.
     pub hooks: HookOptions,
+    /// Who is told when something goes wrong.
+    pub alerts: AlertOptions,
+    /// Where monitors can ask.
+    pub metrics: Option<Destination>,
     /// `run`: when the command fails, everything is brought back to what it was before.
     pub rollback_on_failure: bool,
     /// How files are brought back.
@@ -171,6 +177,7 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
     let _signals = Signals::start(&inherited, move |received| sender.forward(received))
         .map_err(|e| cannot("read signals", &e))?;
     work.start_hooks(&inherited);
+    work.start_alerts(&inherited);
     let mut status = None;
     work.follow(|| {
         status = running.wait(Duration::ZERO).ok().flatten();
@@ -339,6 +346,7 @@ fn follow_processes(
     work.link.service = Service::of_environment();
     work.link.service.ready(&format!("group {group} is followed"));
     work.start_hooks(inherited);
+    work.start_alerts(inherited);
     work.follow(|| {
         asked.load(Ordering::Relaxed)
             || match selection {

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::SessionOptions;
+use super::alerts::AlertOptions;
 use super::hooks::{HookOptions, Owed};
 use crate::primary::engine::filter::Filter;
 use crate::primary::engine::foreign::Policy;
@@ -52,6 +53,10 @@ pub struct State {
     spool: SpoolOptions,
     #[serde(default)]
     hooks: HookOptions,
+    #[serde(default)]
+    alerts: AlertOptions,
+    #[serde(default)]
+    metrics: Option<String>,
     inline_max: Option<u64>,
     ring_bytes: Option<u64>,
     /// Events were thrown away: a successor cannot go on, it has to copy everything.
@@ -81,6 +86,8 @@ impl State {
             foreign: options.foreign,
             spool: options.spool.clone(),
             hooks: options.hooks.clone(),
+            alerts: options.alerts.clone(),
+            metrics: options.metrics.as_ref().map(ToString::to_string),
             inline_max: options.inline_max,
             ring_bytes: options.ring_bytes,
             incomplete: false,
@@ -107,6 +114,12 @@ impl State {
             foreign: self.foreign,
             spool: self.spool.clone(),
             hooks: self.hooks.clone(),
+            alerts: self.alerts.clone(),
+            metrics: self
+                .metrics
+                .as_ref()
+                .map(|at| at.parse().map_err(|e| format!("{at}: {e}")))
+                .transpose()?,
             // Who goes on is not the command's parent: it does not learn how the command ends.
             rollback_on_failure: false,
             going_back: super::GoingBack::default(),

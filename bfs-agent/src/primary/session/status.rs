@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use bfs_common::abi::counter;
-use bfs_common::record::{CheckpointId, Sequence};
+use bfs_common::record::CheckpointId;
 
 use super::work::{Mark, Work};
 use crate::primary::control::{
     CheckpointStatus, Counters, DestinationStatus, SpoolStatus, State, Status, StopTimes,
 };
-use crate::primary::ship::SpoolProgress;
+use crate::primary::ship::{Progress, SpoolProgress};
 use crate::primary::spool::folder;
 
 impl Work {
@@ -63,9 +63,10 @@ impl Work {
             last_sequence,
             lag_records: last_sequence.0.saturating_sub(progress.durable.sequence.0),
             lag_bytes: progress.retained_bytes as u64,
+            lag_ms: u64::try_from(self.lag(&progress).as_millis()).unwrap_or(u64::MAX),
             suspects: self.engine.suspects() as u64,
             waiting_for: None,
-            not_confirmed_because: self.why_not_confirmed(&progress, refusal, last_sequence),
+            not_confirmed_because: self.why_not_confirmed(&progress),
             checkpoints_taken: self.tally.taken,
             checkpoints_late: self.tally.late,
             checkpoints_given_up: self.tally.given_up,
@@ -114,16 +115,12 @@ impl Work {
         }
     }
 
-    fn why_not_confirmed(
-        &self,
-        progress: &crate::primary::ship::Progress,
-        refusal: Option<String>,
-        last: Sequence,
-    ) -> Option<String> {
+    pub(super) fn why_not_confirmed(&self, progress: &Progress) -> Option<String> {
+        let last = self.engine.last_sequence();
         if let Some(why) = &self.detached {
             return Some(format!("{why}; what follows is not captured: end this agent and start again"));
         }
-        if let Some(refusal) = refusal {
+        if let Some(refusal) = &progress.refusal {
             return Some(format!("the replayer refuses: {refusal}"));
         }
         if !progress.connected && progress.durable.sequence < last {

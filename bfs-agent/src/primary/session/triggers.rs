@@ -8,7 +8,7 @@ use super::commands::Ask;
 use super::work::{Work, wall_ns};
 use crate::primary::cron::Calendar;
 use crate::primary::engine::host::Host;
-use crate::primary::engine::{Stats, Stop};
+use crate::primary::engine::{Stop, Taken};
 use crate::primary::schedule::Schedule;
 
 /// How often writes that have no record yet are looked at, where their number or their bytes are a trigger.
@@ -36,11 +36,12 @@ impl Since {
         Self { tried: now, ops: 0, bytes: 0, went_on: 0, looked: now, calendar }
     }
 
-    /// A checkpoint was taken.
-    pub(super) fn checkpoint(&mut self, stats: &Stats) {
+    /// A checkpoint was taken, and before it so many writes had gone on.
+    pub(super) fn checkpoint(&mut self, taken: &Taken, went_on: u64) {
         self.calendar_is_served();
-        self.ops = stats.ops;
-        self.bytes = stats.written_bytes;
+        self.ops = taken.ops;
+        self.bytes = taken.written_bytes;
+        self.went_on = went_on;
     }
 
     /// What was due by the calendar is not any more.
@@ -101,12 +102,17 @@ impl Work {
         }
     }
 
-    fn is_idle(&mut self) -> bool {
+    fn is_idle(&self) -> bool {
         self.tally.taken > 0
             && self.engine.stats.ops == self.since.ops
             && self.engine.suspects() == 0
             && !self.engine.silent()
             && !self.has_requests()
+    }
+
+    /// Nothing changed since the last checkpoint, not even what has no record yet.
+    pub(super) fn nothing_new(&self) -> bool {
+        self.is_idle() && self.link.went_on() == self.since.went_on
     }
 
     /// Where a number of operations or of bytes is a trigger, writes that have no record yet count as well.

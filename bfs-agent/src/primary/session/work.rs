@@ -8,16 +8,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bfs_common::record::{CheckpointId, Epoch, Sequence};
 
 use super::SessionOptions;
+use super::alerts::Teller;
 use super::commands::{Held, Waiter, reached};
 use super::comparing::Comparisons;
 use super::hooks::Hooks;
 use super::link::Link;
 use super::triggers::Since;
 use crate::backup::ReplayerHandle;
+use crate::net::Scrape;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{self, Inbound, Replies, Reply, State, WaitFor};
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::{CheckpointError, Engine, RECENT_NS, Request, Stop, Taken};
+use crate::primary::ship::Progress;
 
 /// Records wait at most this long for their batch, unless a checkpoint or a command comes: each batch is
 /// a sync at the replayer, maybe on the disk that the program works on.
@@ -73,6 +76,14 @@ pub struct Ending {
     pub send_by: Option<String>,
 }
 
+/// What lives as long as a session.
+pub struct Beside {
+    /// Answers monitors.
+    pub _scrape: Option<Scrape>,
+    /// The replayer of a `dir:` destination.
+    pub _local: Option<Arc<ReplayerHandle>>,
+}
+
 /// A session at work.
 pub struct Work {
     pub(super) options: SessionOptions,
@@ -91,13 +102,18 @@ pub struct Work {
     pub(super) waiters: Vec<Waiter>,
     pub(super) held: Option<Held>,
     pub(super) hooks: Hooks,
+    pub(super) teller: Teller,
+    /// Differences that the last comparison found.
+    pub(super) differences: u64,
+    /// When the backup was last seen to have all there is; the start of the session, if it never was.
+    had_all: Instant,
     last_flush: Instant,
     last_care: Instant,
     pub(super) since: Since,
     look: Duration,
     pub(super) stop_asked: Option<(Replies, Duration)>,
     pub(super) comparisons: Comparisons,
-    _local: Option<Arc<ReplayerHandle>>,
+    _beside: Beside,
 }
 
 impl Work {
@@ -110,7 +126,7 @@ impl Work {
         link: Link,
         epoch: Epoch,
         kept: super::state::State,
-        local: Option<Arc<ReplayerHandle>>,
+        beside: Beside,
     ) -> Self {
         let now = Instant::now();
         let since = Since::new(now, &options.schedule);
@@ -131,13 +147,16 @@ impl Work {
             waiters: Vec::new(),
             held: None,
             hooks: Hooks::default(),
+            teller: Teller::default(),
+            differences: 0,
+            had_all: now,
             last_flush: now,
             last_care: now,
             since,
             look: LOOK_MIN,
             stop_asked: None,
             comparisons: Comparisons::new(),
-            _local: local,
+            _beside: beside,
         }
     }
 
@@ -165,12 +184,32 @@ impl Work {
     /// One turn of the loop.
     pub(super) fn turn(&mut self) {
         self.tend_hooks();
+        self.tend_alerts();
         self.capture();
         if self.detached.is_none()
             && let Some(trigger) = self.due()
         {
             self.scheduled(trigger);
         }
+    }
+
+    /// The last checkpoint is confirmed, and nothing changed since.
+    fn has_all(&self, progress: &Progress) -> bool {
+        progress.confirmed >= self.engine.last_checkpoint() && self.nothing_new()
+    }
+
+    /// How far the backup is behind: for how long there has been something that no confirmed checkpoint has.
+    pub(super) fn lag(&self, progress: &Progress) -> Duration {
+        if self.has_all(progress) {
+            return Duration::ZERO;
+        }
+        let confirmed = self.marks.iter().rev().find(|mark| mark.checkpoint == progress.confirmed);
+        confirmed.map_or(self.had_all, |mark| mark.at.max(self.had_all)).elapsed()
+    }
+
+    /// How many differences the last comparison found, if any.
+    pub(super) fn differences(&self) -> Option<u64> {
+        Some(self.differences).filter(|found| *found > 0)
     }
 
     /// Takes in what is there, and answers who asks.
@@ -193,6 +232,9 @@ impl Work {
             self.link.probes.forward_log();
             self.note_no_longer();
             self.ask_for_damage();
+            if self.has_all(&self.link.shipper.progress()) {
+                self.had_all = Instant::now();
+            }
             self.engine.prune(monotonic_ns().saturating_sub(RECENT_NS));
             if let Err(e) = self.engine.take_losses(&mut self.link) {
                 self.host_failed(&e);
@@ -257,6 +299,7 @@ impl Work {
         }
         let wall_ns = wall_ns();
         let request = Request { tag: tag.clone(), trigger, wall_ns, stop };
+        let went_on = self.link.went_on();
         let taken = self.engine.checkpoint(&mut self.link, &request);
         self.since.tried = Instant::now();
         match taken {
@@ -271,7 +314,7 @@ impl Work {
                 self.failing = None;
                 self.tally.taken += 1;
                 self.tally.stopped += u64::from(taken.stopped);
-                self.since.checkpoint(&self.engine.stats);
+                self.since.checkpoint(&taken, went_on);
                 if self.state == State::Copying {
                     self.state = State::Following;
                 }

@@ -1,0 +1,59 @@
+//! What a replayer shows to monitors. Pure.
+
+use bfs_common::wire::GroupStatus;
+
+use crate::metrics::{Exposition, flag};
+
+/// The numbers of its groups.
+#[must_use]
+pub fn metrics(groups: &[GroupStatus]) -> String {
+    let mut out = Exposition::default();
+    let each = |out: &mut Exposition, name, help, value: &dyn Fn(&GroupStatus) -> f64| {
+        for group in groups {
+            out.gauge(name, help, &[("group", &group.group)], value(group));
+        }
+    };
+    for group in groups {
+        for (state, number) in [("confirmed", group.confirmed), ("applied", group.applied)] {
+            let labels = [("group", group.group.as_str()), ("state", state)];
+            let help = "Number of the last checkpoint in this state";
+            out.gauge("bfs_replayer_checkpoint", help, &labels, number.0 as f64);
+        }
+    }
+    each(
+        &mut out,
+        "bfs_replayer_applied_time_seconds",
+        "When the applied checkpoint was, by the clock of the primary",
+        &|g| g.applied_label.wall_ns as f64 / 1e9,
+    );
+    each(&mut out, "bfs_replayer_applying", "The tree is worked on right now", &|g| flag(g.applying));
+    each(&mut out, "bfs_replayer_pending_records", "Records of no confirmed checkpoint", &|g| {
+        g.pending_records as f64
+    });
+    each(&mut out, "bfs_replayer_pending_bytes", "Their bytes", &|g| g.pending_bytes as f64);
+    each(&mut out, "bfs_replayer_open_gaps", "Gaps that are open", &|g| g.open_gaps as f64);
+    each(&mut out, "bfs_replayer_agent_connected", "Whether an agent is connected", &|g| flag(g.attached));
+    each(&mut out, "bfs_replayer_rolling_back", "The primary's files are between two states", &|g| {
+        flag(g.rolling_back.is_some())
+    });
+    each(&mut out, "bfs_replayer_trouble", "Whether something is wrong", &|g| flag(g.trouble.is_some()));
+    for group in groups {
+        out.store("bfs_replayer_store", &[("group", &group.group)], group.state);
+    }
+    out.text()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::is_sound;
+
+    #[test]
+    fn what_is_shown_is_in_the_format() {
+        let groups = ["a", "b"].map(|group| GroupStatus { group: group.into(), ..Default::default() });
+        let text = metrics(&groups);
+        is_sound(&text);
+        assert!(text.contains("bfs_replayer_store{group=\"b\",state=\"ready\"} 1\n"), "{text}");
+        assert_eq!(metrics(&[]), "");
+    }
+}
