@@ -250,27 +250,28 @@ fn only_root_and_the_user_of_the_agent_may_ask() {
         world.spool().display(),
     );
     let mut agent = world.spawn_shell(&line).unwrap();
-    let asks = |as_whom: &[&str]| -> Result<Value> {
-        let mut words = as_whom.to_vec();
-        let to = format!("UNIX-CONNECT:{}", at.display());
-        words.extend(["socat", "-t", "60", "-", &to]);
+    let to = format!("UNIX-CONNECT:{}", at.display());
+    // Who is turned away is told before he has asked: writing can fail then, so that one only listens.
+    let hears = |words: &[&str], says: &[u8]| -> Result<Value> {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn()?;
-        child.stdin.take().context("piped")?.write_all(b"{\"request\":\"status\"}\n")?;
+        child.stdin.take().context("piped")?.write_all(says)?;
         let mut said = String::new();
         child.stdout.take().context("piped")?.read_to_string(&mut said)?;
         child.wait()?;
         Ok(serde_json::from_str(&said)?)
     };
-    let root = until("the agent to answer", SOON, || asks(&[]).ok()).unwrap();
+    let asks = || hears(&["socat", "-t", "60", "-", &to], b"{\"request\":\"status\"}\n");
+    let nobody =
+        ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "socat", "-u", &to, "-"];
+    let root = until("the agent to answer", SOON, || asks().ok()).unwrap();
     assert_eq!(root["reply"], "status");
-    let nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
     assert_eq!(fs::metadata(&at).unwrap().permissions().mode() & 0o777, 0o600);
-    assert!(asks(&nobody).is_err(), "the socket lets others connect");
+    assert!(hears(&nobody, b"").is_err(), "the socket lets others connect");
     // Were the mode another one, the kernel still says who asks.
     fs::set_permissions(&at, fs::Permissions::from_mode(0o666)).unwrap();
-    let refused = asks(&nobody).unwrap();
+    let refused = hears(&nobody, b"").unwrap();
     assert_eq!((&refused["reply"], &refused["kind"]), (&Value::from("failed"), &Value::from("denied")));
     // SAFETY: a system call without pointers; the child was not waited for, so the number is its own.
     assert_eq!(unsafe { libc::kill(agent.id() as i32, libc::SIGTERM) }, 0);
