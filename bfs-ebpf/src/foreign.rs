@@ -13,7 +13,7 @@
 //! opens a file for writing is told as well.
 
 use aya_ebpf::helpers::{
-    bpf_get_current_comm, bpf_get_current_pid_tgid,
+    bpf_get_current_comm,
     generated::{bpf_ktime_get_ns, bpf_task_pt_regs},
 };
 use bfs_common::abi::{
@@ -63,7 +63,8 @@ pub fn changed(inode: *const u8) {
     if !kernel::in_scope(dev) {
         return;
     }
-    let pid_tgid = bpf_get_current_pid_tgid();
+    let task = kernel::task();
+    let pid_tgid = kernel::pid_tgid(task);
     let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
     if is_agent(tgid) {
         return;
@@ -74,7 +75,7 @@ pub fn changed(inode: *const u8) {
         return;
     }
     // SAFETY: a member of the task.
-    let worker = unsafe { field::<u32>(kernel::task(), off!(task_flags)) } & PF_WORKERS != 0;
+    let worker = unsafe { field::<u32>(task, off!(task_flags)) } & PF_WORKERS != 0;
     // Workers of io_uring change what the task wants that they belong to, and that has its own record.
     // SAFETY: the map's entry.
     if worker && TASKS.get_ptr_mut(tgid).is_some_and(|state| unsafe { (*state).role } != role::FOREIGN) {
@@ -93,7 +94,8 @@ pub fn changed(inode: *const u8) {
     let call = if worker {
         None
     } else {
-        syscall::ends(unsafe { bpf_task_pt_regs(kernel::task() as *mut _) as *const u64 })
+        let regs = unsafe { bpf_task_pt_regs(task as *mut _) as *const u64 };
+        if syscall::may_end(regs) { syscall::ends(regs, task) } else { None }
     };
     let noted = match call {
         Some(number) => match slot.or_else(|| make_slot(tid, tgid)) {

@@ -59,11 +59,18 @@ pub fn task() -> *const u8 {
     unsafe { bpf_get_current_task_btf() as *const u8 }
 }
 
-/// `thread_info.status`.
+/// `thread_info.status` of the current task.
 #[inline(always)]
-pub fn task_status() -> u32 {
+pub fn task_status(task: *const u8) -> u32 {
     // SAFETY: a u32 member.
-    unsafe { field(task(), off!(task_status)) }
+    unsafe { field(task, off!(task_status)) }
+}
+
+/// What `bpf_get_current_pid_tgid` tells, without the cost of a call.
+#[inline(always)]
+pub fn pid_tgid(task: *const u8) -> u64 {
+    // SAFETY: members of 4 bytes.
+    unsafe { u64::from(field::<u32>(task, off!(task_tgid))) << 32 | u64::from(field::<u32>(task, off!(task_pid))) }
 }
 
 /// Whether more than one task uses the memory, or io_uring or AIO may store into it.
@@ -168,6 +175,74 @@ pub struct File {
     pub flags: u32,
     pub mode: u32,
     pub shared: bool,
+}
+
+/// What tells whether a write goes on in the file that is known.
+pub struct Seen {
+    pub address: u64,
+    pub inode: u64,
+    pub pos: u64,
+    pub flags: u32,
+    pub shared: bool,
+}
+
+/// Looks at the file of a descriptor of the current task.
+///
+/// The first descriptors' files stand in the `struct files_struct` until the table grows; the verifier knows their
+/// type there if it knows the place, so they are loaded without a helper.
+#[inline(always)]
+pub fn look(task: *const u8, fd: u32, scratch: &mut Scratch) -> Seen {
+    // SAFETY: members of files_struct, fdtable and file.
+    unsafe {
+        let files: *const u8 = field(task, off!(task_files));
+        if !files.is_null() {
+            let table: *const u8 = field(files, off!(files_fdt));
+            let first = files.add(off!(files_fd_array));
+            if !table.is_null() && field::<u64>(table, off!(fdt_fd)) == first as u64 {
+                let at = place_of(fd);
+                if at < FIRST_DESCRIPTORS as u64 * 8 {
+                    let file: *const u8 = field(first, at as usize);
+                    return Seen {
+                        address: file as u64,
+                        inode: field(file, off!(file_inode)),
+                        pos: field(file, off!(file_pos)),
+                        flags: field(file, off!(file_flags)),
+                        shared: field::<u32>(files, off!(files_count)) != 1
+                            || field::<u32>(file, off!(file_count)) != off!(file_count_one) as u32,
+                    };
+                }
+            }
+        }
+    }
+    let (address, table_shared) = file_of(fd);
+    let file = read_file(scratch, address, table_shared);
+    Seen { address, inode: file.inode, pos: file.pos, flags: file.flags, shared: file.shared }
+}
+
+/// So many descriptors are looked at without a helper.
+const FIRST_DESCRIPTORS: u32 = 8;
+
+/// The place of one of the first descriptors, in bytes, each time as a constant; or one behind them.
+#[inline(always)]
+fn place_of(fd: u32) -> u64 {
+    let mut place = FIRST_DESCRIPTORS as u64 * 8;
+    let mut i = 0;
+    while i < FIRST_DESCRIPTORS {
+        if fd == i {
+            place = constant(i as u64 * 8);
+        }
+        i += 1;
+    }
+    place
+}
+
+/// A value of which the compiler makes nothing else.
+#[inline(always)]
+fn constant(value: u64) -> u64 {
+    let mut value = value;
+    // SAFETY: no instruction.
+    unsafe { core::arch::asm!("/* {value} */", value = inout(reg) value) };
+    value
 }
 
 /// Reads a `struct file`.

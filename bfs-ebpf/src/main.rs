@@ -30,7 +30,6 @@ mod uring_path;
 mod write;
 
 use aya_ebpf::{
-    helpers::bpf_get_current_pid_tgid,
     macros::btf_tracepoint,
     programs::{BtfTracePointContext, RawTracePointContext},
 };
@@ -47,14 +46,15 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
         return 0;
     }
     syscall::note_foreign(number);
-    let pid_tgid = bpf_get_current_pid_tgid();
+    let task = kernel::task();
+    let pid_tgid = kernel::pid_tgid(task);
     if let Some(state) = maps::TASKS.get_ptr_mut(pid_tgid as u32) {
         // SAFETY: the entry of the current task, which (but for its role) only that task changes.
         let state = unsafe { &mut *state };
         if task::leaves(state, pid_tgid) {
             return 0;
         }
-        syscall::enter(state, ctx.arg(0), number, pid_tgid);
+        syscall::enter(state, ctx.arg(0), number, task);
     }
     0
 }
@@ -62,10 +62,14 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
 /// `sys_exit(regs, ret)`
 #[btf_tracepoint(function = "sys_exit")]
 pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
-    let Some(number) = syscall::ends(ctx.arg(0)) else {
+    if !syscall::may_end(ctx.arg(0)) {
+        return 0;
+    }
+    let task = kernel::task();
+    let Some(number) = syscall::ends(ctx.arg(0), task) else {
         return 0;
     };
-    let pid_tgid = bpf_get_current_pid_tgid();
+    let pid_tgid = kernel::pid_tgid(task);
     let slot = maps::TASKS.get_ptr_mut(pid_tgid as u32);
     // SAFETY: the entry of the current task, and the map's own.
     if slot.is_none_or(|state| unsafe { (*state).role } == role::FOREIGN) {
@@ -77,7 +81,7 @@ pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
     } else if let Some(state) = slot {
         // SAFETY: as above.
         let state = unsafe { &mut *state };
-        syscall::exit(state, number, ctx.arg(1), pid_tgid);
+        syscall::exit(state, number, ctx.arg(1), task);
         task::leaves(state, pid_tgid);
         trace!(&ctx, "call {} of thread {} ended with {}", number, pid_tgid as u32, ctx.arg::<i64>(1));
     }

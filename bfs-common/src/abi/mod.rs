@@ -120,7 +120,7 @@ const _: () = {
     assert!(size_of::<Suspect>() == 16);
     assert!(size_of::<Settings>() == 64 + 20);
     assert!(size_of::<Request>() == 80);
-    assert!(size_of::<Offsets>() == (68 + 45) * 4);
+    assert!(size_of::<Offsets>() == (69 + 45) * 4);
 };
 
 /// A struct of this ABI that may be copied out of bytes: any bit pattern is a value.

@@ -25,6 +25,8 @@ pub struct Offsets {
     pub mm_aio: u32,
     pub files_count: u32,
     pub files_fdt: u32,
+    /// The first descriptors' files, while the table has not grown.
+    pub files_fd_array: u32,
     pub fdt_max_fds: u32,
     pub fdt_fd: u32,
     pub fs_root: u32,

@@ -57,8 +57,9 @@ const LOOP_CONFIGURE: u32 = 0x4c0a;
 
 /// The start of a call of a followed task.
 #[inline(always)]
-pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, pid_tgid: u64) {
-    let compat = is_compat();
+pub fn enter(state: &mut TaskState, regs: *const u64, number: u64, task: *const u8) {
+    let pid_tgid = kernel::pid_tgid(task);
+    let compat = is_compat(task);
     let given = number;
     let number = number_of(number, compat);
     if compat || number & X32 != 0 {

@@ -28,7 +28,7 @@ const RESTART: core::ops::RangeInclusive<i64> = -516..=-512;
 
 /// The end of a call of a followed task that may matter.
 #[inline(always)]
-pub fn exit(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64) {
+pub fn exit(state: &mut TaskState, number: u32, ret: i64, task: *const u8) {
     let class = CLASS[number as usize & (CALLS - 1)];
     if state.nr != number {
         count(counter::NO_ENTER);
@@ -38,7 +38,7 @@ pub fn exit(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64) {
         if !RESTART.contains(&ret) {
             if let Some(scratch) = SCRATCH.get_ptr_mut(SCRATCH_EXIT) {
                 // SAFETY: this CPU's entry of this hook.
-                record(state, number, class, ret, pid_tgid, unsafe { &mut *scratch });
+                record(state, number, class, ret, task, unsafe { &mut *scratch });
             }
         }
         task::end_call(state);
@@ -48,8 +48,16 @@ pub fn exit(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64) {
 
 /// Makes the record of a call that ended.
 #[inline(always)]
-fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64, scratch: &mut Scratch) {
-    if state.flags & slot::KNOWN != 0 && go_on(state, number, ret, pid_tgid, scratch) {
+fn record(
+    state: &mut TaskState,
+    number: u32,
+    class: u8,
+    ret: i64,
+    task: *const u8,
+    scratch: &mut Scratch,
+) {
+    let pid_tgid = kernel::pid_tgid(task);
+    if state.flags & slot::KNOWN != 0 && go_on(state, number, ret, task, scratch) {
         return;
     }
     let end_ns = now();
@@ -230,11 +238,11 @@ fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, pid_tgid: u64
 /// The end of a write that goes on in a known file. `true`: it has its record, or needs none; `false`: it is
 /// for the common way, with what its start left open filled in.
 #[inline(always)]
-fn go_on(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64, scratch: &mut Scratch) -> bool {
-    let (address, table_shared) = kernel::file_of(state.known_fd);
-    let file = kernel::read_file(scratch, address, table_shared);
+fn go_on(state: &mut TaskState, number: u32, ret: i64, task: *const u8, scratch: &mut Scratch) -> bool {
+    let pid_tgid = kernel::pid_tgid(task);
+    let file = kernel::look(task, state.known_fd, scratch);
     let appends = file.flags & write::O_APPEND != 0;
-    let same = address == state.known_file
+    let same = file.address == state.known_file
         && appends == (state.known_flags & slot::APPEND != 0)
         && !kernel::descriptors_were_taken();
     let written = ret as u64;
@@ -250,7 +258,7 @@ fn go_on(state: &mut TaskState, number: u32, ret: i64, pid_tgid: u64, scratch: &
         || kernel::object_id(scratch, state.inode.dev) != state.inode
         || !kernel::object_is_file(scratch)
     {
-        return lost_sight(state, address, file.inode, scratch);
+        return lost_sight(state, file.address, file.inode, scratch);
     }
     if ret <= 0 || kernel::object_links(scratch) == 0 || file.shared {
         // A call that failed, or whose file has lost its name; or somebody else looks at it just now

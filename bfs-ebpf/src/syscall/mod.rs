@@ -86,7 +86,7 @@ fn number_of(number: u64, compat: bool) -> u64 {
 pub fn starts(number: u64) -> bool {
     match class_of(number) {
         class::NONE => number & X32 != 0,
-        class::MAYBE_COMPAT => is_compat(),
+        class::MAYBE_COMPAT => is_compat(kernel::task()),
         _ => true,
     }
 }
@@ -105,15 +105,17 @@ pub fn note_foreign(number: u64) {
     }
 }
 
+/// Whether a call may matter at its end, as far as the number tells: what is harmless in the one table is so in the
+/// other.
+#[inline(always)]
+pub fn may_end(regs: *const u64) -> bool {
+    class_of(register(regs, reg::ORIG_AX)) != class::NONE
+}
+
 /// The number, as the 64-bit table has it, of a call that may matter at its end, if its task is followed.
 #[inline(always)]
-pub fn ends(regs: *const u64) -> Option<u32> {
-    let number = register(regs, reg::ORIG_AX);
-    // What is harmless in the one table is so in the other.
-    if class_of(number) == class::NONE {
-        return None;
-    }
-    let number = number_of(number, is_compat());
+pub fn ends(regs: *const u64, task: *const u8) -> Option<u32> {
+    let number = number_of(register(regs, reg::ORIG_AX), is_compat(task));
     let matters = !matches!(
         class_of(number),
         class::NONE
@@ -136,7 +138,7 @@ pub fn is_open(number: u32) -> bool {
 #[inline(always)]
 pub fn opens_as(regs: *const u64, number: u32) -> u32 {
     match number {
-        _ if is_compat() => u32::MAX,
+        _ if is_compat(kernel::task()) => u32::MAX,
         nr::OPEN => register(regs, reg::SI) as u32,
         nr::CREAT | nr::OPENAT2 => u32::MAX,
         _ => register(regs, reg::DX) as u32,
@@ -145,8 +147,8 @@ pub fn opens_as(regs: *const u64, number: u32) -> u32 {
 
 /// Whether the current call is one of the 32-bit table.
 #[inline(always)]
-fn is_compat() -> bool {
-    kernel::task_status() & TS_COMPAT != 0
+fn is_compat(task: *const u8) -> bool {
+    kernel::task_status(task) & TS_COMPAT != 0
 }
 
 #[inline(always)]

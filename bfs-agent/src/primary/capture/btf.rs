@@ -286,6 +286,7 @@ pub fn offsets(types: &KernelTypes) -> Result<Offsets, CaptureError> {
         mm_aio: types.offset("mm_struct", "ioctx_table").unwrap_or(0),
         files_count: one("files_struct", "count")?,
         files_fdt: one("files_struct", "fdt")?,
+        files_fd_array: one("files_struct", "fd_array")?,
         fdt_max_fds: one("fdtable", "max_fds")?,
         fdt_fd: one("fdtable", "fd")?,
         fs_root: one("fs_struct", "root")?,

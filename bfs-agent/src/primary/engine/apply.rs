@@ -391,7 +391,7 @@ impl Engine {
                     self.dirty.whole(object);
                 }
             }
-            Act::Write { object, range, inline, attr, position } => {
+            Act::Write { object, range, wider, inline, attr, position } => {
                 self.meta_after(object, attr.as_ref(), span);
                 if has_capability(&self.model, object) {
                     self.dirty.xattrs(object);
@@ -414,8 +414,10 @@ impl Engine {
                     if !whole && !self.mapped.has(object) {
                         self.dirty.range_exact(object, range);
                     }
-                } else {
+                } else if wider {
                     self.stain_range(object, range);
+                } else {
+                    self.dirty.written(object, range);
                 }
             }
             Act::Linger { object, range } => {

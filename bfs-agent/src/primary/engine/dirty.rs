@@ -18,6 +18,8 @@ pub struct Dirty {
     pub whole: bool,
     /// Byte ranges of the content.
     pub ranges: RangeSet,
+    /// Where there may be holes in these ranges: of what was just written it is known that there are none.
+    pub holes: RangeSet,
     /// The attributes, since a call that ended then.
     pub meta_since: Option<u64>,
     /// The extended attributes.
@@ -44,6 +46,9 @@ impl Dirty {
         self.whole |= other.whole;
         for range in other.ranges.iter() {
             self.ranges.insert(range);
+        }
+        for range in other.holes.iter() {
+            self.holes.insert(range);
         }
         self.meta_since = self.meta_since.max(other.meta_since);
         self.xattrs |= other.xattrs;
@@ -108,14 +113,29 @@ impl DirtySet {
 
     /// A range of a file.
     pub fn range(&mut self, object: ObjectId, range: Range<u64>) {
+        self.add_range(object, range, true);
+    }
+
+    /// A range of a file, all of which was written.
+    pub fn written(&mut self, object: ObjectId, range: Range<u64>) {
+        self.add_range(object, range, false);
+    }
+
+    fn add_range(&mut self, object: ObjectId, range: Range<u64>, holes: bool) {
         if range.is_empty() {
             return;
         }
         let dirty = self.at(object);
+        if holes {
+            dirty.holes.insert(range.clone());
+        } else {
+            dirty.holes.remove(range.clone());
+        }
         dirty.ranges.insert(range);
         if dirty.ranges.count() > RANGES_MAX {
             dirty.whole = true;
             dirty.ranges = RangeSet::default();
+            dirty.holes = RangeSet::default();
         }
     }
 
@@ -188,7 +208,8 @@ impl DirtySet {
     /// A range was captured exactly after all.
     pub fn range_exact(&mut self, object: ObjectId, range: Range<u64>) {
         if let Some(dirty) = self.objects.get_mut(&object).filter(|d| !d.restless) {
-            dirty.ranges.remove(range);
+            dirty.ranges.remove(range.clone());
+            dirty.holes.remove(range);
             self.drop_if_empty(object);
         }
     }

@@ -182,7 +182,8 @@ pub trait Host {
     fn known(&mut self, object: ObjectId) -> Known;
 
     /// Reads a range of a regular file, in order, in segments; what lies beyond its end is not
-    /// given. `None` when the inode is gone.
+    /// given. `None` when the inode is gone. Unless `holes` is set nobody asks the file system for holes, which
+    /// holds up who writes to the file: what there is of them is read as zeros.
     ///
     /// # Errors
     /// [`HostError::Read`].
@@ -190,6 +191,7 @@ pub trait Host {
         &mut self,
         inode: InodeId,
         range: Range<u64>,
+        holes: bool,
         each: &mut dyn FnMut(Segment<'_>),
     ) -> Result<Option<()>, HostError>;
 

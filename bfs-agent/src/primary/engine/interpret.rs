@@ -38,6 +38,8 @@ pub enum Act {
         object: ObjectId,
         /// Where.
         range: Range<u64>,
+        /// Whether the range may hold more than what was written.
+        wider: bool,
         /// Whether the event holds the bytes.
         inline: bool,
         /// The file after the call, where the probe could read it.
@@ -210,7 +212,8 @@ pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> (Act,
             Some(object) => {
                 let end = event.file_offset.saturating_add(event.header.ret.cast_unsigned());
                 let range = event.file_offset..end;
-                Act::Write { object, range, inline: false, attr: event.known_attr(), position: None }
+                let attr = event.known_attr();
+                Act::Write { object, range, wider: false, inline: false, attr, position: None }
             }
             None => Act::Nothing,
         },
@@ -283,7 +286,8 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
             let at_position = flags & flag::SHARED_FILE != 0
                 && flags & flag::APPEND == 0
                 && !matches!(nr, libc::SYS_pwrite64 | libc::SYS_pwritev);
-            let range = if flags & flag::OFFSET_UNKNOWN == 0 {
+            let wider = flags & flag::OFFSET_UNKNOWN != 0;
+            let range = if !wider {
                 e.file_offset..e.file_offset.saturating_add(e.count)
             } else if e.range_end > 0 {
                 e.range_start..e.range_end
@@ -293,7 +297,7 @@ fn file(model: &Model, e: &FileEvent, name: &[u8]) -> Act {
             let inline = flags & flag::INLINE != 0
                 && flags & (flag::DATA_LOST | flag::OFFSET_UNKNOWN | flag::BY_REFERENCE) == 0;
             let position = at_position.then_some(e.file);
-            Act::Write { object, range, inline, attr: Some(attr), position }
+            Act::Write { object, range, wider, inline, attr: Some(attr), position }
         }
         libc::SYS_lseek => Act::Seek { object, file: e.file },
         libc::SYS_fchmod | libc::SYS_fchown => {

@@ -235,7 +235,7 @@ impl Engine {
             if dirty.whole && kind == FileKind::Regular {
                 // What is appended meanwhile becomes dirty by its own record.
                 self.model.truncate(object, stat.size, &mut self.out);
-                if !self.read_range(object, 0..u64::MAX, stat.size, dirty.foreign, host, ahead)? {
+                if !self.read_range(object, 0..u64::MAX, stat.size, dirty, host, ahead)? {
                     return Ok(false);
                 }
             }
@@ -250,7 +250,7 @@ impl Engine {
                     },
                     end => end,
                 };
-                if !self.read_range(object, range, end, dirty.foreign, host, ahead)? {
+                if !self.read_range(object, range, end, dirty, host, ahead)? {
                     return Ok(false);
                 }
             }
@@ -264,17 +264,19 @@ impl Engine {
     }
 
     /// Reads a range of a file up to `end`, which is or was the end of the file where the range
-    /// goes further. `again`: others change it, so it will be read again.
+    /// goes further.
     fn read_range(
         &mut self,
         object: ObjectId,
         range: Range<u64>,
         end: u64,
-        again: bool,
+        dirty: &Dirty,
         host: &mut dyn Host,
         ahead: bool,
     ) -> Result<bool, HostError> {
         let Some(inode) = self.model.get(object).map(|o| o.inode) else { return Ok(true) };
+        // Others change it, so it will be read again.
+        let again = dirty.foreign;
         self.ask_for_digests(object, host, ahead)?;
         // Events that are taken in between the pieces must see that the read is going on.
         self.reads.data_begins(object, range.clone());
@@ -282,10 +284,11 @@ impl Engine {
         while at < end {
             // Blocks that are compared lie in one piece.
             let next = (at / PIECE + 1).saturating_mul(PIECE).min(end);
+            let holes = dirty.whole || dirty.holes.intersects(&(at..next));
             let (model, out) = (&mut self.model, &mut self.out);
             let compared = again || model.same.as_ref().is_some_and(|same| same.has(object));
             let mut piece = Piece { start: at, ..Piece::default() };
-            let there = host.read(inode, at..next, &mut |segment| match segment {
+            let there = host.read(inode, at..next, holes, &mut |segment| match segment {
                 Segment::Data(offset, bytes) if compared => {
                     piece.add(offset, bytes.len() as u64, Some(bytes));
                 }

@@ -100,7 +100,7 @@ mod tests {
         assert_eq!(users(of_file(), of_dir()), Vec::<String>::new());
         // It says that it is there when both are open.
         let mut child = Command::new("/bin/sh")
-            .args(["-c", "exec 3<file 4>>file; echo; exec cat"])
+            .args(["-c", "exec 3<file 4>>file; echo; read -r _"])
             .current_dir(dir.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

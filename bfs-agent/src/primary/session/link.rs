@@ -163,10 +163,11 @@ impl Host for Link {
         &mut self,
         inode: InodeId,
         range: Range<u64>,
+        holes: bool,
         each: &mut dyn FnMut(Segment<'_>),
     ) -> Result<Option<()>, HostError> {
         let service = &mut self.service;
-        self.reader.read(inode, range, &mut |segment| {
+        self.reader.read(inode, range, holes, &mut |segment| {
             service.alive();
             each(segment);
         })

@@ -415,6 +415,7 @@ impl Host for World {
         &mut self,
         inode: InodeId,
         range: Range<u64>,
+        _holes: bool,
         each: &mut dyn FnMut(Segment<'_>),
     ) -> Result<Option<()>, HostError> {
         // Bytes are read one after the other, and time passes between.
