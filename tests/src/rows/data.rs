@@ -30,6 +30,7 @@ pub(super) static ROWS: &[&Row] = &[
     &Row::new("data/shared-position", shared_position),
     &Row::new("data/shared-position-race", shared_position_race),
     &Row::new("data/descriptor-changes", descriptor_changes),
+    &Row::new("data/descriptor-numbers", descriptor_numbers),
     &Row::new("data/direct", direct),
     &Row::new("data/sync", sync),
     &Row::new("data/sendfile", sendfile),
@@ -250,6 +251,42 @@ fn descriptor_changes(at: &At) -> io::Result<()> {
     call(libc::SYS_fcntl, [number, libc::F_SETFL as usize, 0])?;
     call(libc::SYS_lseek, [number, 3, libc::SEEK_SET as usize])?;
     goes_on()
+}
+
+/// Writes that go on in low and in high descriptors, before and after the table of descriptors has grown.
+fn descriptor_numbers(at: &At) -> io::Result<()> {
+    let mut files = Vec::new();
+    for i in 0..12 {
+        files.push(at.file(&format!("f{i}"), 1_000)?);
+    }
+    at.pause()?;
+    let goes_on = |files: &[File], text: &[u8]| -> io::Result<()> {
+        for mut file in files {
+            for _ in 0..3 {
+                file.write_all(text)?;
+            }
+        }
+        Ok(())
+    };
+    goes_on(&files, b"and on ")?;
+    for (i, mut file) in files.iter().enumerate() {
+        file.seek(SeekFrom::Start(100 + i as u64))?;
+        file.write_all(b"elsewhere")?;
+        file.write_all(b" and on")?;
+        if i % 2 == 1 {
+            // More than the table has room for (NR_OPEN_DEFAULT, include/linux/fdtable.h), for a part of the files
+            // while writes go on.
+            let high = 300 * i;
+            call(libc::SYS_dup2, [fd(file), high, 0])?;
+            file.write_all(b", with a twin")?;
+            call(libc::SYS_lseek, [high, 700, libc::SEEK_SET as usize])?;
+            file.write_all(b"behind the twin")?;
+            call(libc::SYS_close, [high, 0, 0])?;
+        }
+        file.write_all(b" and on")?;
+        file.write_all(b" and on")?;
+    }
+    goes_on(&files, b" again")
 }
 
 /// Memory that O_DIRECT takes.
