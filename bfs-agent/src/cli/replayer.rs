@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::backup::retention;
 use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
+use crate::cli::{say, sayln};
 use crate::generation::At;
 use crate::net::{self, AddressError, ConnectError, Destination, Scrape, ScrapeError, Secret, SecretError};
 use crate::service::Service;
@@ -401,17 +402,17 @@ async fn watched(handle: &ReplayerHandle, service: &mut Service) {
 fn check(store: &Path, read_data: bool, allowed: &[PathBuf]) -> anyhow::Result<bool> {
     let report = crate::backup::check::check(store, read_data, allowed)?;
     for problem in &report.problems {
-        println!("{problem}");
+        sayln!("{problem}")?;
     }
     for group in &report.between {
-        println!(
+        sayln!(
             "group {group}: a checkpoint is half applied, so its tree was not looked at: start the replayer"
-        );
+        )?;
     }
     if report.recorded > 0 {
-        println!("{} files had no checksums (an earlier release wrote them); they have now", report.recorded);
+        sayln!("{} files had no checksums (an earlier release wrote them); they have now", report.recorded)?;
     }
-    println!(
+    sayln!(
         "{} records, {} lines of before-images, {} objects, {} bytes read: {}",
         report.records,
         report.lines,
@@ -421,7 +422,7 @@ fn check(store: &Path, read_data: bool, allowed: &[PathBuf]) -> anyhow::Result<b
             0 => "nothing is damaged".to_owned(),
             n => format!("{n} damaged"),
         }
-    );
+    )?;
     Ok(report.problems.is_empty())
 }
 
@@ -430,9 +431,9 @@ fn status(owner: &Owner, json: bool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let groups = runtime.block_on(ask(&address, secret.as_ref()))?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&groups)?);
+        sayln!("{}", serde_json::to_string_pretty(&groups)?)?;
     } else {
-        print!("{}", table(&groups));
+        say(format_args!("{}", table(&groups)))?;
     }
     Ok(())
 }

@@ -1,12 +1,12 @@
 //! Commands that ask a running agent.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::check::Checks;
 use super::{PathChange, Target, show};
+use crate::cli::sayln;
 use crate::primary::control::{Client, Reply, Request, VerifyReport, WaitFor, default_socket, milliseconds};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::{self, Inherited};
@@ -36,9 +36,9 @@ fn unexpected(reply: &Reply) -> Failure {
     )
 }
 
-/// Output that is asked for; a reader that went away is not an error of ours.
-fn print(text: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{text}");
+/// Output that is asked for.
+pub(super) fn print(text: &str) -> Result<(), Failure> {
+    sayln!("{text}").map_err(|e| Failure::new(Kind::Other, e.to_string(), "see where the output goes"))
 }
 
 pub(super) fn checkpoint(
@@ -47,7 +47,7 @@ pub(super) fn checkpoint(
     wait: WaitFor,
     timeout: Duration,
 ) -> Result<u8, Failure> {
-    print(&connect(target)?.checkpoint(&tag, wait, timeout)?.to_string());
+    print(&connect(target)?.checkpoint(&tag, wait, timeout)?.to_string())?;
     Ok(0)
 }
 
@@ -77,7 +77,7 @@ pub(super) fn checkpoint_stopped(
     let status = ran?;
     match reply? {
         Reply::Checkpoint { checkpoint, .. } => {
-            print(&checkpoint.to_string());
+            print(&checkpoint.to_string())?;
             Ok(status)
         }
         other => Err(unexpected(&other)),
@@ -102,9 +102,9 @@ pub(super) fn status(target: &Target, json: bool) -> Result<u8, Failure> {
     if json {
         let text = serde_json::to_string_pretty(&status)
             .map_err(|e| Failure::new(Kind::Other, format!("cannot print the status: {e}"), ""))?;
-        print(&text);
+        print(&text)?;
     } else {
-        print(&show::status(&status));
+        print(&show::status(&status))?;
     }
     Ok(0)
 }
@@ -114,10 +114,10 @@ pub(super) fn check(target: &Target, checks: &Checks) -> Result<u8, Failure> {
     let status = connect(target)?.status()?;
     let broken = checks.broken(&status);
     if broken.is_empty() {
-        print(&format!("ok: group {}, {:.1} s behind", status.group, status.lag_ms as f64 / 1e3));
+        print(&format!("ok: group {}, {:.1} s behind", status.group, status.lag_ms as f64 / 1e3))?;
         return Ok(0);
     }
-    broken.iter().for_each(|line| print(line));
+    broken.iter().try_for_each(|line| print(line))?;
     Ok(DOES_NOT_HOLD)
 }
 
@@ -131,14 +131,14 @@ pub(super) fn flush(target: &Target, timeout: Duration, spool: &SpoolOptions) ->
         },
         Err(failure) => return Err(failure),
     };
-    print(&format!("durable on the backup up to record {durable}; checkpoint {confirmed} confirmed"));
+    print(&format!("durable on the backup up to record {durable}; checkpoint {confirmed} confirmed"))?;
     Ok(0)
 }
 
 pub(super) fn verify(target: &Target, timeout: Duration, repair: bool) -> Result<u8, Failure> {
     match ask(target, &Request::Verify { timeout_ms: milliseconds(timeout), repair })? {
         Reply::Verified(report) => {
-            print(&show::verify(&report));
+            print(&show::verify(&report))?;
             Ok(verify_status(&report))
         }
         other => Err(unexpected(&other)),
@@ -166,7 +166,7 @@ pub(super) fn change_path(change: &PathChange, add: bool) -> Result<u8, Failure>
         if add { Request::PathAdd { path, timeout_ms } } else { Request::PathRemove { path, timeout_ms } };
     match ask(&change.target, &request)? {
         Reply::Checkpoint { checkpoint, .. } => {
-            print(&checkpoint.to_string());
+            print(&checkpoint.to_string())?;
             Ok(0)
         }
         other => Err(unexpected(&other)),
@@ -174,14 +174,14 @@ pub(super) fn change_path(change: &PathChange, add: bool) -> Result<u8, Failure>
 }
 
 pub(super) fn paths(target: &Target) -> Result<u8, Failure> {
-    connect(target)?.status()?.roots.iter().for_each(|root| print(root));
+    connect(target)?.status()?.roots.iter().try_for_each(|root| print(root))?;
     Ok(0)
 }
 
 pub(super) fn stop(target: &Target, timeout: Duration) -> Result<u8, Failure> {
     match ask(target, &Request::Stop { timeout_ms: milliseconds(timeout) })? {
         Reply::Ended { checkpoint, reached: Some(WaitFor::Confirmed | WaitFor::Applied), .. } => {
-            print(&format!("stopped; checkpoint {checkpoint} is confirmed"));
+            print(&format!("stopped; checkpoint {checkpoint} is confirmed"))?;
             Ok(0)
         }
         Reply::Ended { checkpoint, send_by: Some(command), .. } => Err(Failure::new(

@@ -11,6 +11,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
+use super::commands::print;
 use super::config::{self, ConfigGroup};
 use super::{Cli, Command, dispatch};
 use crate::primary::failure::{Failure, Kind};
@@ -45,7 +46,7 @@ pub(super) fn check(file: &Path) -> Result<u8, Failure> {
             _ => unreachable!("a group is a run or an attach"),
         };
         let words: Vec<_> = group.arguments.iter().map(|word| word.to_string_lossy()).collect();
-        println!("bfs-agent {}", words.join(" "));
+        print(&format!("bfs-agent {}", words.join(" ")))?;
     }
     Ok(0)
 }

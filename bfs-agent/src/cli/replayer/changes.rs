@@ -8,6 +8,7 @@ use bfs_common::record::FileKind;
 use serde_json::{Value, json};
 
 use super::giveback::From;
+use crate::cli::{say, sayln};
 use crate::generation::{At, time_text};
 
 /// Which kept checkpoints changed a path.
@@ -22,9 +23,9 @@ pub(super) fn versions(from: &From, path: &Path, as_json: bool) -> anyhow::Resul
     );
     if as_json {
         let all: Vec<Value> = all.iter().map(version_json).collect();
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        sayln!("{}", serde_json::to_string_pretty(&all)?)?;
     } else {
-        print!("{}", versions_table(&all, path));
+        say(format_args!("{}", versions_table(&all, path)))?;
     }
     Ok(())
 }
@@ -41,17 +42,17 @@ pub(super) fn diff(from: &From, [a, b]: [&At; 2], as_json: bool) -> anyhow::Resu
     }
     if as_json {
         let all: Vec<Value> = all.iter().map(difference_json).collect();
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        sayln!("{}", serde_json::to_string_pretty(&all)?)?;
     } else {
         for difference in &all {
-            println!("{}", difference_line(difference));
+            sayln!("{}", difference_line(difference))?;
         }
         let what = match all.len() {
             0 => "no difference".into(),
             1 => "1 difference".into(),
             n => format!("{n} differences"),
         };
-        println!("{what} from checkpoint {a} to {b}");
+        sayln!("{what} from checkpoint {a} to {b}")?;
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::Owner;
 use crate::backup::retention::Retention;
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
+use crate::cli::{say, sayln};
 use crate::generation::{self, At, Client, OpenError, time_text};
 use crate::mount::{self, End, Link};
 use crate::net::{self, ConnectError};
@@ -88,10 +89,7 @@ pub(super) fn mount(from: &From, at: &At, everybody: bool, to: &Path) -> anyhow:
         // It may have ended meanwhile.
         let _ = ender.send(End::Asked);
     });
-    println!(
-        "checkpoint {number} is mounted on {0}, read-only, until `umount {0}` or a signal",
-        to.display()
-    );
+    sayln!("checkpoint {number} is mounted on {0}, read-only, until `umount {0}` or a signal", to.display())?;
     mounted.wait().map_err(|error| anyhow::anyhow!("the mount on {} failed: {error}", to.display()))?;
     drop(owner);
     Ok(())
@@ -101,9 +99,9 @@ pub(super) fn generations(from: &From, json: bool) -> anyhow::Result<()> {
     let (mut client, _owner) = from.open()?;
     let all = client.generations(&from.group)?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        sayln!("{}", serde_json::to_string_pretty(&all)?)?;
     } else {
-        print!("{}", table(&all));
+        say(format_args!("{}", table(&all)))?;
     }
     Ok(())
 }
@@ -128,13 +126,13 @@ pub(super) fn restore(from: &From, at: &At, only: Option<&Path>, to: &Path) -> a
     let number = from.find(&mut client, at)?;
     let tree = client.tree(&from.group, number, Digests::None)?;
     let done = generation::restore(&mut client, &from.group, &tree, only, to)?;
-    println!(
+    sayln!(
         "checkpoint {number} ({}): {} files, directories and links, {} bytes, below {}",
         time_text(tree.label.wall_ns),
         done.names,
         done.bytes,
         to.display()
-    );
+    )?;
     Ok(())
 }
 
