@@ -70,7 +70,9 @@ pub fn task_status(task: *const u8) -> u32 {
 #[inline(always)]
 pub fn pid_tgid(task: *const u8) -> u64 {
     // SAFETY: members of 4 bytes.
-    unsafe { u64::from(field::<u32>(task, off!(task_tgid))) << 32 | u64::from(field::<u32>(task, off!(task_pid))) }
+    unsafe {
+        u64::from(field::<u32>(task, off!(task_tgid))) << 32 | u64::from(field::<u32>(task, off!(task_pid)))
+    }
 }
 
 /// Whether more than one task uses the memory, or io_uring or AIO may store into it.

@@ -48,14 +48,7 @@ pub fn exit(state: &mut TaskState, number: u32, ret: i64, task: *const u8) {
 
 /// Makes the record of a call that ended.
 #[inline(always)]
-fn record(
-    state: &mut TaskState,
-    number: u32,
-    class: u8,
-    ret: i64,
-    task: *const u8,
-    scratch: &mut Scratch,
-) {
+fn record(state: &mut TaskState, number: u32, class: u8, ret: i64, task: *const u8, scratch: &mut Scratch) {
     let pid_tgid = kernel::pid_tgid(task);
     if state.flags & slot::KNOWN != 0 && go_on(state, number, ret, task, scratch) {
         return;
