@@ -10,6 +10,7 @@ pub mod backup;
 pub mod cli;
 pub mod durable;
 pub mod generation;
+pub mod lock;
 pub mod log;
 mod metrics;
 pub mod mount;

@@ -14,14 +14,13 @@
 //!   images/GROUP/N.img  what the step from checkpoint N overwrote
 //! ```
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
-
 use super::error::BackupError;
+use crate::lock::Lock;
 use crate::log::sync_dir;
 
 /// Format of the store that this release writes. 1 had no checksums of the tree, and 2 did not say which bytes are
@@ -38,7 +37,7 @@ const FOLDERS: [&str; 6] = ["log", "tree", "stage", "aside", "kept", "images"];
 #[derive(Debug)]
 pub struct Store {
     path: PathBuf,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Store {
@@ -104,9 +103,9 @@ fn is_empty_or_begun(path: &Path) -> Result<bool, BackupError> {
     Ok(true)
 }
 
-fn take_lock(store: &Path) -> Result<File, BackupError> {
+fn take_lock(store: &Path) -> Result<Lock, BackupError> {
     let path = store.join("bfs.lock");
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
@@ -115,18 +114,18 @@ fn take_lock(store: &Path) -> Result<File, BackupError> {
         .custom_flags(libc::O_NOFOLLOW)
         .open(&path)
         .map_err(BackupError::io("open", &path))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
+    let lock = match Lock::take(file).map_err(BackupError::io("lock", &path))? {
+        Ok(lock) => lock,
+        Err(mut file) => {
             let mut pid = String::new();
             let _ = file.read_to_string(&mut pid);
             return Err(BackupError::InUse { store: store.into(), pid: pid.trim().into() });
         }
-        Err(error) => return Err(BackupError::io("lock", &path)(error)),
-    }
+    };
+    let mut file = lock.file();
     let write = BackupError::io("write", &path);
     file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(write)?;
-    Ok(file)
+    Ok(lock)
 }
 
 /// The format of the store that is there, if we know it.

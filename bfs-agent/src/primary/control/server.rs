@@ -14,7 +14,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{FlockOperation, flock};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::lines::{LINE_LIMIT, Line, Lines};
@@ -22,6 +21,7 @@ use super::messages::{FailureKind, Reply};
 use super::real_path::real_path;
 use super::request::{BadRequest, Request};
 use super::{REQUEST_MAX, default_socket};
+use crate::lock::Lock;
 use crate::net::auth::uid_is_trusted;
 
 /// Most clients at a time.
@@ -101,7 +101,7 @@ pub struct Server {
     stop: Option<std::os::fd::OwnedFd>,
     thread: Option<JoinHandle<()>>,
     /// Held as long as the agent lives: tells a stale socket from one in use.
-    _lock: File,
+    _lock: Lock,
 }
 
 struct Clients {
@@ -190,17 +190,15 @@ impl Server {
         }
         let mut lock_path = path.clone().into_os_string();
         lock_path.push(".lock");
-        let lock = File::options()
+        let file = File::options()
             .create(true)
             .truncate(false)
             .write(true)
             .open(&lock_path)
             .map_err(|e| error("open the lock file beside it", e))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(ServerError::Taken(path)),
-            Err(e) => return Err(error("flock", e.into())),
-        }
+        let Ok(lock) = Lock::take(file).map_err(|e| error("flock", e))? else {
+            return Err(ServerError::Taken(path));
+        };
         // With the lock held, whatever stands there is of an agent that died.
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(error("unlink", e)),

@@ -20,12 +20,12 @@ use std::time::{Duration, SystemTime};
 
 use bfs_common::record::{GroupId, Sequence};
 use bfs_common::wire::Position;
-use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 pub use address::Address;
 pub use read::Reader;
 
+use crate::lock::Lock;
 use crate::log::writer::{Batch, LogWriter};
 use crate::log::{LogError, segment::SegmentReader, segment_path, segments, sync_dir};
 
@@ -100,7 +100,7 @@ pub struct Spool {
     writer: Option<LogWriter>,
     /// First record -> bytes, and when it was begun.
     segments: BTreeMap<u64, (u64, SystemTime)>,
-    _lock: File,
+    _lock: Lock,
 }
 
 /// What an agent before left.
@@ -326,18 +326,17 @@ fn make(dir: &Path) -> Result<(), SpoolError> {
 
 /// Makes the folder and takes its lock. Who has it removes it when it is empty, so it may have to be made
 /// again.
-fn lock(dir: &Path) -> Result<File, SpoolError> {
+fn lock(dir: &Path) -> Result<Lock, SpoolError> {
     loop {
         make(dir)?;
-        let lock = match File::open(dir) {
+        let folder = match File::open(dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             opened => opened.map_err(failed("open", dir))?,
         };
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(SpoolError::InUse(dir.into())),
-            locked => locked.map_err(|e| failed("lock", dir)(e.into()))?,
-        }
-        let ours = lock.metadata().map_err(failed("look at", dir))?;
+        let Ok(lock) = Lock::take(folder).map_err(failed("lock", dir))? else {
+            return Err(SpoolError::InUse(dir.into()));
+        };
+        let ours = lock.file().metadata().map_err(failed("look at", dir))?;
         if fs::metadata(dir).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
             return Ok(lock);
         }
