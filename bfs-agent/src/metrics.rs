@@ -34,14 +34,8 @@ impl Exposition {
 
     /// How a store stands.
     pub(crate) fn store(&mut self, name: &'static str, labels: &[(&str, &str)], is: StoreState) {
-        for (state, word) in [
-            (StoreState::Ready, "ready"),
-            (StoreState::Stuck, "stuck"),
-            (StoreState::Full, "full"),
-            (StoreState::Behind, "behind"),
-            (StoreState::LogFailed, "log-failed"),
-        ] {
-            let labels = [labels, &[("state", word)]].concat();
+        for state in StoreState::ALL {
+            let labels = [labels, &[("state", state.name())]].concat();
             self.gauge(name, "1 for how the store stands", &labels, flag(is == state));
         }
     }
@@ -78,4 +72,22 @@ pub(crate) fn is_sound(text: &str) {
         }
     }
     assert!(!names.is_empty());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_is_in_one_state_and_each_has_the_name_that_json_has() {
+        for is in StoreState::ALL {
+            assert_eq!(serde_json::to_value(is).unwrap(), is.name());
+            let mut out = Exposition::default();
+            out.store("x", &[("group", "g")], is);
+            let text = out.text();
+            is_sound(&text);
+            let set: Vec<_> = text.lines().filter(|line| line.ends_with(" 1")).collect();
+            assert_eq!(set, [format!("x{{group=\"g\",state=\"{}\"}} 1", is.name())]);
+        }
+    }
 }

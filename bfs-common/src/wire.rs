@@ -229,6 +229,25 @@ pub enum StoreState {
     Damaged,
 }
 
+impl StoreState {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Ready, Self::Stuck, Self::Full, Self::Behind, Self::LogFailed, Self::Damaged];
+
+    /// Its name, as it is written in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Stuck => "stuck",
+            Self::Full => "full",
+            Self::Behind => "behind",
+            Self::LogFailed => "log-failed",
+            Self::Damaged => "damaged",
+        }
+    }
+}
+
 /// How many bytes of state each destination has, for status.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupStatus {

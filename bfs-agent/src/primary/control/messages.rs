@@ -159,7 +159,7 @@ pub struct DestinationStatus {
     pub confirmed: CheckpointId,
     /// The last applied checkpoint.
     pub applied: CheckpointId,
-    /// Whether it takes more, as far as it said: `ready`, `stuck`, `full`, `behind`, `log-failed`.
+    /// Whether it takes more, as far as it said: `ready`, `stuck`, `full`, `behind`, `log-failed`, `damaged`.
     pub store: StoreState,
     /// Round trip of the last heartbeat.
     pub round_trip_us: u64,
