@@ -5,7 +5,6 @@
 //! the same.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,7 +26,8 @@ use super::room::Room;
 use super::store::Store;
 use crate::net::auth::{self, Proof};
 use crate::net::{
-    Connection, Destination, FrameReader, FrameWriter, HANDSHAKE_TIMEOUT, Secret, destination, store_socket,
+    Connection, Destination, FrameReader, FrameWriter, HANDSHAKE_TIMEOUT, Secret, destination, listen_unix,
+    store_socket,
 };
 
 /// Connections at once, known or not.
@@ -298,9 +298,9 @@ impl ReplayerHandle {
                 self.listening.push(Destination::Tcp(bound.to_string()));
             }
             Destination::Unix(path) => {
-                remove_stale_socket(path).map_err(failed)?;
-                let listener = UnixListener::bind(path).map_err(failed)?;
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+                let listener = listen_unix(path).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let listener = UnixListener::from_std(listener).map_err(failed)?;
                 runtime.spawn(accept_unix(self.shared.clone(), listener));
                 self.sockets.push(path.clone());
                 self.listening.push(address.clone());
@@ -351,24 +351,6 @@ impl Drop for ReplayerHandle {
             // The next owner removes a socket that is left.
             let _ = std::fs::remove_file(socket);
         }
-    }
-}
-
-/// Removes a socket on which nobody listens any more.
-fn remove_stale_socket(path: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::FileTypeExt;
-    match std::fs::symlink_metadata(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-        Ok(meta) if !meta.file_type().is_socket() => {
-            Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, "there is a file that is no socket"))
-        }
-        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => {
-                Err(std::io::Error::new(std::io::ErrorKind::AddrInUse, "somebody listens there already"))
-            }
-            Err(_) => std::fs::remove_file(path),
-        },
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod auth;
 pub mod destination;
 pub mod frame;
+mod listen;
 mod scrape;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use tokio::net::{TcpStream, UnixStream};
 pub use auth::{Secret, SecretError};
 pub use destination::{AddressError, Destination};
 pub use frame::{FrameError, FrameReader, FrameWriter};
+pub(crate) use listen::listen_unix;
 pub use scrape::{Scrape, ScrapeError};
 
 /// How long a connection may take to come about.

@@ -4,7 +4,6 @@
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
@@ -14,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::destination::{AddressError, Destination, resolve_loopback_now};
+use super::listen_unix;
 
 /// Longest head of a request.
 const HEAD_MAX: usize = 8 << 10;
@@ -68,7 +68,7 @@ impl Scrape {
                 let found = resolve_loopback_now(address)?;
                 Listener::Tcp(TcpListener::bind(found.as_slice()).map_err(failed)?)
             }
-            Destination::Unix(path) => Listener::Unix(bind(path).map_err(failed)?, path.clone()),
+            Destination::Unix(path) => Listener::Unix(listen_unix(path).map_err(failed)?, path.clone()),
         };
         let at = match &listener {
             // Port 0 took a free one.
@@ -102,22 +102,6 @@ impl Drop for Scrape {
             let _ = thread.join();
         }
     }
-}
-
-/// A socket that somebody left who is gone is replaced.
-fn bind(path: &PathBuf) -> io::Result<UnixListener> {
-    let listener = match UnixListener::bind(path) {
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(e);
-            }
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)?
-        }
-        bound => bound?,
-    };
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 fn listen(listener: &Listener, stopped: &OwnedFd, text: &impl Fn() -> Option<String>) {
@@ -208,6 +192,7 @@ fn respond(head: &[u8], text: &impl Fn() -> Option<String>) -> (&'static str, St
 mod tests {
     use super::*;
     use std::net::TcpStream;
+    use std::os::unix::fs::PermissionsExt;
 
     fn ask(at: &Destination, request: &str) -> String {
         let Destination::Tcp(address) = at else { panic!() };
@@ -252,6 +237,10 @@ mod tests {
         assert!(text.starts_with("HTTP/1.1 503 "), "{text}");
         drop(scrape);
         assert!(!path.exists());
+        // What is no socket is nobody's to remove.
+        std::fs::write(&path, "mine").unwrap();
+        assert!(matches!(Scrape::start(&at, || None), Err(ScrapeError::Listen { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
         assert!(Scrape::start(&"tcp://192.0.2.1:0".parse().unwrap(), || None).is_err());
         assert!(Scrape::start(&"dir:/x".parse().unwrap(), || None).is_err());
     }
