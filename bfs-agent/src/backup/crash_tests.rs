@@ -6,6 +6,7 @@
 //! generation be the model as it was at its checkpoint.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use bfs_common::codec;
 use bfs_common::record::*;
@@ -41,6 +42,28 @@ pub(super) fn append(log: &mut LogWriter, records: Vec<(Record, Vec<u8>)>) -> Po
     }
     log.append(&[Batch { bytes: out.freeze(), before, after: position }]).unwrap();
     position
+}
+
+/// A store with a group that has got nothing yet.
+pub(super) struct Begun {
+    pub store: Store,
+    pub index: Index,
+    pub row: GroupRow,
+    pub log: LogWriter,
+    pub log_dir: PathBuf,
+}
+
+impl Begun {
+    pub fn new(path: &Path) -> Self {
+        let store = Store::open(path).unwrap();
+        let index = Index::open(store.path()).unwrap();
+        let row = GroupRow::new(1, GroupId([1; 16]), Vec::new());
+        index.put_group(GROUP, &row).unwrap();
+        let log_dir = store.group_dir("log", GROUP).unwrap();
+        let (log, _) =
+            LogWriter::open(&log_dir, row.id, Position::START, |_| Ok::<_, BackupError>(())).unwrap();
+        Self { store, index, row, log, log_dir }
+    }
 }
 
 /// Every byte of the tree, and of what is kept if that is wanted, has its checksum.
@@ -83,15 +106,9 @@ fn check(steps: &[Vec<(u8, u8, u8, u8)>], crashes: &[u64]) -> bool {
 /// As [`check`], of any steps; those before `from` do not crash.
 pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
     // In memory, where there is such a place.
-    let memory = std::path::Path::new("/dev/shm");
+    let memory = Path::new("/dev/shm");
     let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
-    let store = Store::open(&dir.path().join("store")).unwrap();
-    let index = Index::open(store.path()).unwrap();
-    let mut row = GroupRow::new(1, GroupId([1; 16]), Vec::new());
-    index.put_group(GROUP, &row).unwrap();
-    let log_dir = store.group_dir("log", GROUP).unwrap();
-    let (mut log, _) =
-        LogWriter::open(&log_dir, row.id, Position::START, |_| Ok::<_, BackupError>(())).unwrap();
+    let Begun { store, index, mut row, mut log, log_dir } = Begun::new(&dir.path().join("store"));
     log.limit_segments(4096);
     let mut model = Model::new();
     let mut models: Vec<Model> = Vec::new();
@@ -183,19 +200,22 @@ proptest! {
     }
 }
 
+/// A step that makes some of everything.
+pub(super) const SOME_OF_ALL: [(u8, u8, u8, u8); 8] = [
+    (0, 0, 0, 0),
+    (0, 1, 0, 1),
+    (1, 0, 0, 2),
+    (1, 1, 0, 3),
+    (2, 0, 9, 1),
+    (2, 1, 5, 3),
+    (5, 0, 1, 3),
+    (0, 2, 0, 2),
+];
+
 /// Every single crash point of steps that have everything in them, and every second one after it.
 #[test]
 fn every_crash_point_of_a_busy_step_converges() {
-    let first = vec![
-        (0, 0, 0, 0),
-        (0, 1, 0, 1),
-        (1, 0, 0, 2),
-        (1, 1, 0, 3),
-        (2, 0, 9, 1),
-        (2, 1, 5, 3),
-        (5, 0, 1, 3),
-        (0, 2, 0, 2),
-    ];
+    let first = SOME_OF_ALL.to_vec();
     let second = vec![
         (7, 0, 1, 0),
         (6, 0, 0, 2),

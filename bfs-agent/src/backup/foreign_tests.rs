@@ -7,12 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use bfs_common::record::*;
-use bfs_common::wire::Position;
 use proptest::prelude::*;
 
 use super::apply::{self, Area, CrashPoint};
 use super::check;
-use super::crash_tests::{GROUP, append, compare_sums};
+use super::crash_tests::{Begun, GROUP, SOME_OF_ALL, append, compare_sums};
 use super::error::BackupError;
 use super::gate::Marker;
 use super::history::range;
@@ -48,13 +47,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("store")).unwrap();
-        let index = Index::open(store.path()).unwrap();
-        let row = GroupRow::new(1, GroupId([1; 16]), Vec::new());
-        index.put_group(GROUP, &row).unwrap();
-        let log_dir = store.group_dir("log", GROUP).unwrap();
-        let (log, _) =
-            LogWriter::open(&log_dir, row.id, Position::START, |_| Ok::<_, BackupError>(())).unwrap();
+        let Begun { store, index, row, log, log_dir } = Begun::new(&dir.path().join("store"));
         let tree = store.path().join("tree/g/r");
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
         let (model, models) = (Model::new(), Vec::new());
@@ -334,15 +327,7 @@ fn check_spoiled(steps: &[Vec<Op>], spoils: &[(u8, u8, u8)], crashes: &[u64], dr
 #[test]
 fn a_copied_store_goes_on() {
     let mut bench = Bench::new();
-    bench.step(&[
-        (0, 0, 0, 0),
-        (0, 1, 0, 1),
-        (1, 0, 0, 2),
-        (1, 1, 0, 3),
-        (2, 0, 9, 1),
-        (2, 1, 5, 3),
-        (5, 0, 1, 3),
-    ]);
+    bench.step(&SOME_OF_ALL[..7]);
     let away = bench.store.path().join("away");
     fs::rename(&bench.tree, &away).unwrap();
     let copied = std::process::Command::new("cp").arg("-a").arg(&away).arg(&bench.tree).status();

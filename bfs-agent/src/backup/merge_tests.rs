@@ -8,12 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bfs_common::past::{Event, VersionLine};
 use bfs_common::record::*;
-use bfs_common::wire::Position;
 use proptest::prelude::*;
 
 use super::apply::{self, Area, CrashPoint};
 use super::check;
-use super::crash_tests::{append, compare_sums};
+use super::crash_tests::{Begun, append, compare_sums};
 use super::error::BackupError;
 use super::gate::Marker;
 use super::history::{differences, versions};
@@ -45,13 +44,7 @@ struct Kept {
 impl Kept {
     fn new(dir: &Path) -> Self {
         let path = dir.join("store");
-        let store = Store::open(&path).unwrap();
-        let index = Index::open(store.path()).unwrap();
-        let row = GroupRow::new(1, GroupId([1; 16]), Vec::new());
-        index.put_group(GROUP, &row).unwrap();
-        let log_dir = store.group_dir("log", GROUP).unwrap();
-        let (log, _) =
-            LogWriter::open(&log_dir, row.id, Position::START, |_| Ok::<_, BackupError>(())).unwrap();
+        let Begun { store, index, row, log, log_dir } = Begun::new(&path);
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
         area.seal(row.checkpoint);
         Self { path, store, index, area, log, log_dir, row, model: Model::new(), models: BTreeMap::new() }

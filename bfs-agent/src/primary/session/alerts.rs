@@ -114,12 +114,12 @@ impl Work {
 
     /// Looks whether there is something to tell.
     pub(super) fn tend_alerts(&mut self) {
-        let Some(command) = self.options.alerts.command.clone() else { return };
-        let Some(inherited) = self.teller.inherited.clone() else { return };
         let now = Instant::now();
         if self.teller.looked.is_some_and(|looked| now.duration_since(looked) < LOOK_EVERY) {
             return;
         }
+        let Some(command) = self.options.alerts.command.clone() else { return };
+        let Some(inherited) = self.teller.inherited.clone() else { return };
         self.teller.looked = Some(now);
         let wrong = self.what_is_wrong();
         let alerts = self.teller.alerts.look(&wrong, now);
