@@ -95,6 +95,84 @@ async fn only_the_last_the_tagged_and_the_held_are_kept() {
     );
 }
 
+async fn merge(replayer: &ReplayerHandle, from: u64, to: u64) -> Result<Vec<u64>, Refusal> {
+    let mut connection = replayer.connect_local();
+    let ask = Frame::Merge { group: "g".into(), from: CheckpointId(from), to: CheckpointId(to) };
+    connection.writer.send(&ask, b"").await.unwrap();
+    match next(&mut connection).await {
+        Frame::Merged { gone } => Ok(gone.into_iter().map(|n| n.0).collect()),
+        Frame::Refused(refusal) => Err(refusal),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Beside an agent that goes on: of checkpoints that become one the newer stays, and the others stay as they were;
+/// what has a tag, is being read, or belongs to the floor is not merged.
+#[tokio::test]
+async fn checkpoints_are_merged_when_somebody_asks() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let retention = Retention { merge_floor: 3, ..Retention::everything(3) };
+    let options = ServeOptions { store: store.clone(), retention, ..ServeOptions::default() };
+    let replayer = Replayer::start(options.clone()).unwrap();
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "a", 2);
+    let text = |n: u64| format!("{n}{n}").repeat(50_000).into_bytes();
+    for n in 1..=9 {
+        let label = CheckpointLabel {
+            tag: if n == 3 { "golden".into() } else { String::new() },
+            ..Default::default()
+        };
+        agent.write(2, 0, &text(n));
+        agent.repair();
+        agent.put(Record::Checkpoint { checkpoint: CheckpointId(n), label }, b"");
+        agent.flush().await;
+        agent.wait(|agent, _| agent.applied == CheckpointId(n)).await;
+    }
+    let mut reader = replayer.connect_local();
+    assert_eq!(content(&mut reader, 5).await.unwrap()[..6], *b"555555");
+    let refused = |answer: Result<Vec<u64>, Refusal>, why: &str| {
+        assert!(matches!(&answer, Err(Refusal::Bad(text)) if text.contains(why)), "{answer:?}");
+    };
+    refused(merge(&replayer, 2, 4).await, "checkpoint 3 has a tag");
+    refused(merge(&replayer, 4, 6).await, "checkpoint 5 is mounted or being read");
+    refused(merge(&replayer, 6, 8).await, "checkpoint 7 is one of the last 3");
+    refused(merge(&replayer, 6, 10).await, "checkpoint 10 is not kept");
+    refused(merge(&replayer, 6, 6).await, "older one first");
+    assert_eq!(kept(&replayer).await, (1..=9).collect::<Vec<_>>());
+    drop(reader);
+    let took = |store: &Path| -> u64 {
+        let all = std::fs::read_dir(store.join("images/g")).unwrap();
+        all.map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+    };
+    let before = took(&store);
+    // The one that was being read is given back when its connection is seen to be closed.
+    let gone = loop {
+        match merge(&replayer, 4, 7).await {
+            Err(Refusal::Bad(why)) if why.contains("being read") => tokio::task::yield_now().await,
+            other => break other.unwrap(),
+        }
+    };
+    assert_eq!(gone, [4, 5, 6]);
+    assert_eq!(kept(&replayer).await, [1, 2, 3, 7, 8, 9]);
+    assert!(took(&store) <= before - 3 * 100_000, "{before} to {}", took(&store));
+    assert_eq!(merge(&replayer, 1, 2).await, Ok(vec![1]));
+    agent.write(2, 0, &text(10));
+    agent.next_checkpoint = 10;
+    agent.checkpoint().await;
+    drop(agent);
+    drop(replayer);
+    let replayer = Replayer::start(options).unwrap();
+    assert_eq!(kept(&replayer).await, [2, 3, 7, 8, 9, 10]);
+    for n in [2, 3, 7, 8, 9, 10] {
+        assert!(content(&mut replayer.connect_local(), n).await.unwrap() == text(n), "checkpoint {n}");
+    }
+    drop(replayer);
+    assert_eq!(bfs_agent::backup::check::check(&store, true, &[]).unwrap().problems, []);
+}
+
 #[tokio::test]
 async fn damaged_images_are_named_and_not_given_out() {
     let dir = tempfile::tempdir().unwrap();
@@ -314,4 +392,98 @@ async fn what_changed_is_told_by_path() {
     assert_eq!(versions(&replayer, "/data/app/a").await, first);
     assert_eq!(versions(&replayer, "/data/app/none").await, [""; 0]);
     assert_eq!(versions(&replayer, "/elsewhere").await, [""; 0]);
+}
+
+/// Bytes that a store takes on its disk, but for its log.
+fn takes(store: &Path) -> u64 {
+    fn below(path: &Path) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let meta = std::fs::symlink_metadata(path).unwrap();
+        let inside = if meta.is_dir() {
+            std::fs::read_dir(path).unwrap().map(|entry| below(&entry.unwrap().path())).sum()
+        } else {
+            0
+        };
+        meta.blocks() * 512 + inside
+    }
+    let folders = ["tree", "images", "kept", "stage", "aside", "receive"];
+    folders.iter().map(|folder| below(&store.join(folder))).sum()
+}
+
+/// What dropped and merged checkpoints had taken is free again: the store takes what one takes that never had them,
+/// within 1 %.
+#[test]
+fn what_goes_frees_its_room() {
+    const MIB: usize = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let (store, other) = (dir.path().join("store"), dir.path().join("other"));
+    let start = |store: &Path| {
+        let options = ServeOptions {
+            store: store.into(),
+            retention: Retention::everything(1),
+            ..ServeOptions::default()
+        };
+        Replayer::start(options).unwrap()
+    };
+    let replayer = start(&store);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let bytes = |seed: u64| -> Vec<u8> {
+        (0..MIB as u64 / 8)
+            .flat_map(|n| (n.wrapping_mul(seed * 2 + 1) ^ seed << 32 | 1).to_le_bytes())
+            .collect()
+    };
+    runtime.block_on(async {
+        let mut agent = Agent::new(replayer.connect_local()).await;
+        agent.root();
+        agent.object(2, FileKind::Regular, 0o600, b"");
+        agent.entry(1, "large", 2);
+        for n in 0..32 {
+            agent.write(2, n * MIB as u64, &bytes(n));
+            agent.flush().await;
+        }
+        for n in 1..=20u64 {
+            // A part is written over, a file comes, and the one before it goes.
+            agent.write(2, (n % 32) * MIB as u64, &bytes(100 + n));
+            agent.object(10 + n, FileKind::Regular, 0o600, b"");
+            agent.entry(1, &format!("f{n}"), 10 + n);
+            agent.write(10 + n, 0, &bytes(200 + n));
+            if n > 1 {
+                agent.delete(1, &format!("f{}", n - 1));
+                agent.put(Record::Forget { object: ObjectId(9 + n) }, b"");
+            }
+            agent.checkpoint().await;
+        }
+        assert_eq!(merge(&replayer, 2, 9).await.map(|gone| gone.len()), Ok(7));
+        assert_eq!(merge(&replayer, 10, 18).await.map(|gone| gone.len()), Ok(8));
+        assert_eq!(merge(&replayer, 1, 9).await, Ok(vec![1]));
+        assert_eq!(kept(&replayer).await, [9, 18, 19, 20]);
+    });
+    let client = |replayer: &ReplayerHandle| {
+        bfs_agent::generation::Client::open(async { Ok(replayer.connect_local()) }).unwrap()
+    };
+    let target = start(&other);
+    let mut before = None;
+    for to in [9, 18, 19, 20].map(CheckpointId) {
+        let mut stream = Vec::new();
+        let sent = client(&replayer).transfer("g", before, to, |piece| {
+            stream.extend_from_slice(piece);
+            Ok(())
+        });
+        sent.unwrap();
+        let mut rest = &stream[..];
+        let taken = client(&target).receive(None, &mut |piece| {
+            let (some, behind) = rest.split_at(rest.len().min(MIB));
+            (*piece, rest) = (some.to_vec(), behind);
+            Ok(())
+        });
+        assert_eq!(taken.unwrap().1, to);
+        while target.status()[0].applied < to {
+            std::thread::yield_now();
+        }
+        before = Some(to);
+    }
+    drop((replayer, target));
+    let (merged, fresh) = (takes(&store), takes(&other));
+    assert!(merged.abs_diff(fresh) * 100 <= fresh, "{merged} bytes, and {fresh} without what was dropped");
+    assert_eq!(bfs_agent::backup::check::check(&other, true, &[]).unwrap().problems, []);
 }

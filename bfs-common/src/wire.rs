@@ -509,6 +509,47 @@ pub enum Frame {
         /// No more to come.
         last: bool,
     },
+    /// Command: send the stream of a generation, whole or as the difference to an older one. Answered by
+    /// [`Frame::Transfer`] frames. Both are held until the connection ends.
+    GetTransfer {
+        /// Name of the group.
+        group: String,
+        /// The older one; none for everything.
+        from: Option<CheckpointId>,
+        /// The newer one.
+        to: CheckpointId,
+    },
+    /// Replayer: bytes of the stream, in the body.
+    Transfer {
+        /// No more to come.
+        last: bool,
+    },
+    /// Command: the next bytes of such a stream, in the body, for this store. Each is answered by [`Frame::Received`].
+    Receive {
+        /// Name of the group here, if it is to have another one than in the stream.
+        group: Option<String>,
+        /// That was all.
+        last: bool,
+    },
+    /// Replayer: they are taken.
+    Received {
+        /// With the last: the group, and the checkpoint that is confirmed now.
+        taken: Option<(String, CheckpointId)>,
+    },
+    /// Command: make the generations from one to another one, which is the newer. Answered by [`Frame::Merged`].
+    Merge {
+        /// Name of the group.
+        group: String,
+        /// The oldest that goes.
+        from: CheckpointId,
+        /// The one that stays.
+        to: CheckpointId,
+    },
+    /// Replayer: these went.
+    Merged {
+        /// The oldest first.
+        gone: Vec<CheckpointId>,
+    },
     /// Command: a look into a generation. Answered by one [`Frame::Seen`]. It is held until the connection ends.
     Look {
         /// Name of the group.

@@ -22,7 +22,8 @@ use super::generations;
 use super::group::{Group, Slot};
 use super::past::{Loaded, Past};
 use super::serve::Shared;
-use super::{digests, history, look, read};
+use super::transfer::Receiver;
+use super::{digests, history, look, read, transfer};
 use crate::net::{Connection, FrameError, FrameReader};
 
 /// Frames that wait to be written.
@@ -59,6 +60,8 @@ struct Session {
     held: Vec<(Arc<Group>, CheckpointId)>,
     /// What is known of the one that it looked into last.
     looked: Option<(Arc<Group>, Loaded)>,
+    /// A stream of another store that it sends.
+    receiver: Option<Receiver>,
 }
 
 /// Serves a connection until it ends.
@@ -85,6 +88,7 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
         readers: Vec::new(),
         held: Vec::new(),
         looked: None,
+        receiver: None,
     };
     let end = session.run(&mut reader).await;
     session.release();
@@ -280,6 +284,29 @@ impl Session {
                 self.pieces(lines, |lines, last| Frame::Versions { lines, last }).await;
                 Ok(())
             }
+            Frame::GetTransfer { group, from, to } => {
+                let group = self.group(&group)?;
+                for at in from.iter().chain([&to]) {
+                    self.hold(&group, *at).await?;
+                }
+                if from.is_some_and(|from| from >= to) {
+                    return Err(Refusal::Bad("the older of two checkpoints comes first".into()));
+                }
+                let out = self.out.clone();
+                blocking(move || {
+                    let sent = |body, last| out.blocking_send((Frame::Transfer { last }, body)).is_ok();
+                    transfer::send(group.source(), from, to, &mut |piece| sent(piece, false))?;
+                    sent(Bytes::new(), true);
+                    Ok(())
+                })
+                .await
+            }
+            Frame::Receive { group, last } => self.receive(group, &body, last).await,
+            Frame::Merge { group, from, to } => {
+                let gone = self.group(&group)?.merge(from, to).await?;
+                self.answer(Frame::Merged { gone }).await;
+                Ok(())
+            }
             Frame::Look { group, at, look } => self.look(group, at, look).await,
             Frame::GetStatus => {
                 self.answer(Frame::Status { groups: self.shared.status() }).await;
@@ -314,6 +341,33 @@ impl Session {
             read(&mut past, &mut |frame, body| out.blocking_send((frame, body)).is_ok())
         })
         .await
+    }
+
+    /// Takes in more of a stream; with its last bytes it becomes a checkpoint.
+    async fn receive(&mut self, group: Option<String>, body: &Bytes, last: bool) -> Result<(), Refusal> {
+        let receiver = self.receiver.take();
+        let mut receiver = receiver.unwrap_or_else(|| Receiver::new(self.shared.clone(), group));
+        let body = body.clone();
+        let fed = tokio::task::spawn_blocking(move || {
+            receiver.feed(&body)?;
+            Ok(if last { Err(receiver.finish()?) } else { Ok(receiver) })
+        });
+        let taken = match fed.await.map_err(|error| Refusal::Store(error.to_string()))?? {
+            Ok(receiver) => {
+                self.receiver = Some(receiver);
+                None
+            }
+            Err(whole) => {
+                let (shared, name, id) = (self.shared.clone(), whole.group.clone(), whole.head.id);
+                let group = tokio::task::spawn_blocking(move || shared.group_for(&name, id, &[]))
+                    .await
+                    .map_err(|error| Refusal::Store(error.to_string()))??;
+                let checkpoint = group.adopt(self.number, &whole).await?;
+                Some((whole.group.clone(), checkpoint))
+            }
+        };
+        self.answer(Frame::Received { taken }).await;
+        Ok(())
     }
 
     /// Looks into a generation; what is known of it stays for the next look.

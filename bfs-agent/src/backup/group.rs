@@ -11,7 +11,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+mod adopting;
 mod applying;
+mod merging;
 #[cfg(test)]
 pub(crate) mod simulated;
 mod taking;
@@ -28,6 +30,7 @@ use super::kinds::Kinds;
 use super::past::{self, Source};
 use super::retention::Retention;
 use super::room::{Disk, Disks, Need, Room};
+use super::transfer::Incoming;
 use crate::log::LogRecord;
 use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
 use taking::Pending;
@@ -93,6 +96,8 @@ pub struct State {
     pending: Pending,
     /// An agent waits for room.
     short: bool,
+    /// Merges that somebody waits for.
+    merges: VecDeque<merging::Asked>,
     /// Bytes that are on their way to the log.
     unlogged: u64,
     /// Up to here it is known what the records that wait come to.
@@ -133,6 +138,8 @@ struct Taken {
 
 enum ToLog {
     Append(Batch),
+    /// A stream that was taken in stands ready.
+    Adopt(adopting::Adopt),
     /// Answers when everything before it is durable, after opening the log again if it failed.
     Drain(oneshot::Sender<Result<(), String>>),
 }
@@ -166,6 +173,8 @@ pub struct Group {
     pub(super) index: Arc<Index>,
     pub(super) area: Area,
     pub(super) log: PathBuf,
+    /// What is taken in of a stream, before the log has it.
+    incoming: Incoming,
     limits: Limits,
     room: Arc<Room>,
     disks: Disks,
@@ -226,11 +235,12 @@ impl Group {
         row: GroupRow,
         index: Arc<Index>,
         area: Area,
-        log: PathBuf,
+        (log, incoming): (PathBuf, Incoming),
         limits: Limits,
         room: Arc<Room>,
     ) -> Result<Arc<Self>, BackupError> {
-        let (group, writer, from_group) = Self::assemble(name, row, index, area, log, limits, room)?;
+        let (group, writer, from_group) =
+            Self::assemble(name, row, index, area, (log, incoming), limits, room)?;
         let spawn = |what: &str, work: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
                 .name(format!("{what} {name}"))
@@ -252,7 +262,7 @@ impl Group {
         row: GroupRow,
         index: Arc<Index>,
         area: Area,
-        log: PathBuf,
+        (log, incoming): (PathBuf, Incoming),
         limits: Limits,
         room: Arc<Room>,
     ) -> Result<(Arc<Self>, LogWriter, mpsc::Receiver<ToLog>), BackupError> {
@@ -284,6 +294,7 @@ impl Group {
             tidy_trouble: None,
             pending,
             short: false,
+            merges: VecDeque::new(),
             unlogged: 0,
             looked_at: Sequence(0),
             stop: false,
@@ -303,6 +314,7 @@ impl Group {
             index,
             area,
             log,
+            incoming,
             limits,
             room,
             disks,
@@ -364,6 +376,7 @@ impl Group {
     ) {
         let mut batches = Vec::new();
         let mut drains = Vec::new();
+        let mut adopt = None;
         let mut bytes_total = 0;
         let mut next = Some(first);
         while let Some(message) = next {
@@ -373,6 +386,10 @@ impl Group {
                     batches.push(batch);
                 }
                 ToLog::Drain(answer) => drains.push(answer),
+                ToLog::Adopt(one) => {
+                    adopt = Some(one);
+                    break;
+                }
             }
             next = if bytes_total < GROUP_COMMIT_BYTES { from_group.try_recv().ok() } else { None };
         }
@@ -391,6 +408,9 @@ impl Group {
                     *failed = true;
                 }
             }
+        }
+        if let Some(adopt) = adopt {
+            self.adopt_now(log, failed, adopt);
         }
         if *failed && !drains.is_empty() {
             match self.reopen(log) {
@@ -429,6 +449,7 @@ impl Group {
         let mut row = locked(&self.tree);
         *row = self.index.group(&self.name)?;
         failed.settle()?;
+        self.incoming.finish(&self.log)?;
         let (mut log, gate, steps, pending) = open_log(&self.log, &row, &self.index)?;
         let (durable, known) = (gate.position, failed.durable());
         if durable != known {

@@ -24,20 +24,36 @@ const COMPARE_BYTES: u64 = 1 << 20;
 /// Ranges of a file in which something was written.
 type Ranges = Vec<(u64, u64)>;
 
+/// What steps touched.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    /// Objects, and of files the ranges that were written over or cut off.
+    pub objects: BTreeMap<ObjectId, Ranges>,
+    /// Entries.
+    pub entries: BTreeSet<(ObjectId, Name)>,
+}
+
 /// What the steps from one generation to another touched.
-fn touched(
+///
+/// # Errors
+/// If images cannot be read.
+pub(super) fn changes(
     source: &Source<'_>,
     from: CheckpointId,
     to: CheckpointId,
-) -> Result<BTreeMap<ObjectId, Ranges>, BackupError> {
+) -> Result<Changes, BackupError> {
     begin_again(|| {
-        let mut found: BTreeMap<ObjectId, Ranges> = BTreeMap::new();
+        let mut all = Changes::default();
         let mut at = from;
         while at < to {
             at = images::read(source.area.images(), source.id, at, |line, block| {
+                let found = &mut all.objects;
                 match line {
                     Line::Object(object, _) => {
                         found.entry(object).or_default();
+                    }
+                    Line::Entry(directory, name, _) => {
+                        all.entries.insert((directory, name));
                     }
                     Line::Bytes(object, start) => {
                         found.entry(object).or_default().push((start, start + u64::from(block.len)));
@@ -45,12 +61,12 @@ fn touched(
                     Line::Zero(object, start, end) | Line::Unknown(object, start, end) => {
                         found.entry(object).or_default().push((start, end));
                     }
-                    Line::Entry(..) | Line::End(_) => {}
+                    Line::End(_) => {}
                 }
                 Ok(())
             })?;
         }
-        Ok(found)
+        Ok(all)
     })
 }
 
@@ -139,7 +155,7 @@ pub fn differences(
     from: CheckpointId,
     to: CheckpointId,
 ) -> Result<Vec<Difference>, BackupError> {
-    let touched = touched(&source, from, to)?;
+    let touched = changes(&source, from, to)?.objects;
     let mut older = Past::open(source, from)?;
     let mut newer = Past::open(source, to)?;
     let mut all = Vec::new();

@@ -28,6 +28,7 @@ mod step;
 pub mod store;
 pub mod sums;
 pub mod target;
+pub mod transfer;
 
 pub use error::BackupError;
 pub use serve::{Replayer, ReplayerHandle, ServeOptions};

@@ -43,6 +43,8 @@ pub struct Retention {
     pub space_percent: u8,
     /// So many in any case.
     pub floor: u32,
+    /// And so many when somebody asks for a merge.
+    pub merge_floor: u32,
     /// How often it is looked.
     pub pause: Duration,
 }
@@ -59,22 +61,24 @@ impl Default for Retention {
             last: 0,
             space_percent: SPACE_PERCENT,
             floor: KEEP_MIN,
+            merge_floor: KEEP_MIN,
             pause: PAUSE,
         }
     }
 }
 
 impl Retention {
-    /// Nothing goes.
+    /// Nothing goes by itself; of what somebody asks for, so many stay.
     #[must_use]
-    pub fn everything() -> Self {
-        Self { last: u32::MAX, space_percent: 100, floor: u32::MAX, ..Self::default() }
+    pub fn everything(merge_floor: u32) -> Self {
+        Self { last: u32::MAX, space_percent: 100, floor: u32::MAX, merge_floor, ..Self::default() }
     }
 
     /// The last so many and those with a tag stay, and it is looked each time.
     #[must_use]
     pub fn last(last: u32, floor: u32) -> Self {
-        Self { spans: Vec::new(), last, space_percent: 100, floor, pause: Duration::ZERO }
+        let pause = Duration::ZERO;
+        Self { spans: Vec::new(), last, space_percent: 100, floor, merge_floor: floor, pause }
     }
 }
 
@@ -128,6 +132,51 @@ impl Retention {
             }
         }
         gone.into_iter().map(|index| all[index].checkpoint).collect()
+    }
+
+    /// Those that go, of `all` (the oldest first), when those from one to another become one: the newer one stays.
+    ///
+    /// # Errors
+    /// Why they stay, in words.
+    pub fn merged(
+        &self,
+        all: &[Kept],
+        from: CheckpointId,
+        to: CheckpointId,
+    ) -> Result<BTreeSet<CheckpointId>, String> {
+        for asked in [from, to] {
+            if !all.iter().any(|one| one.checkpoint == asked) {
+                return Err(format!(
+                    "checkpoint {asked} is not kept; `bfs-replayer generations` lists those that are"
+                ));
+            }
+        }
+        if from >= to {
+            return Err(format!("{from} and {to}: give two checkpoints, the older one first"));
+        }
+        let floor = all.len().saturating_sub(self.merge_floor.max(1) as usize);
+        let mut gone = BTreeSet::new();
+        for (index, one) in all.iter().enumerate().filter(|(_, one)| (from..to).contains(&one.checkpoint)) {
+            let n = one.checkpoint;
+            if one.tagged {
+                return Err(format!(
+                    "checkpoint {n} has a tag, and stays: merge up to it, and from behind it on"
+                ));
+            }
+            if index >= floor {
+                let floor = self.merge_floor.max(1);
+                return Err(format!(
+                    "checkpoint {n} is one of the last {floor}, which stay in any case (--keep-min)"
+                ));
+            }
+            if one.held {
+                return Err(format!(
+                    "checkpoint {n} is mounted or being read: try again when that has ended"
+                ));
+            }
+            gone.insert(n);
+        }
+        Ok(gone)
     }
 
     /// Whether a rule wants each of them.
@@ -212,6 +261,27 @@ mod tests {
         assert_eq!(gone(&Retention::last(1, 4), &all(&[2], &[]), SHORT), [1, 2, 3, 4, 5, 6]);
         assert_eq!(gone(&Retention::last(20, 4), &all(&[2], &[1]), SHORT), [2, 3, 4, 5, 6]);
         assert_eq!(gone(&Retention::last(0, 0), &all(&[], &[]), SHORT).len(), 9);
+    }
+
+    #[test]
+    fn what_is_asked_for_becomes_one_unless_something_of_it_stays() {
+        let merged = |floor: u32, all: &[Kept], from: u64, to: u64| {
+            let retention = Retention::everything(floor);
+            let gone = retention.merged(all, CheckpointId(from), CheckpointId(to));
+            gone.map(|gone| gone.into_iter().map(|c| c.0).collect::<Vec<_>>())
+        };
+        let why = |floor, all: &[Kept], from, to| merged(floor, all, from, to).unwrap_err();
+        let plain = all(&[], &[]);
+        assert_eq!(merged(1, &plain, 3, 6), Ok(vec![3, 4, 5]));
+        assert_eq!(merged(0, &plain, 1, 10), Ok((1..10).collect()));
+        assert_eq!(merged(4, &plain, 1, 7), Ok((1..7).collect()));
+        assert!(why(4, &plain, 1, 8).contains("checkpoint 7 is one of the last 4"));
+        assert!(why(0, &plain, 6, 3).contains("older one first") && why(0, &plain, 3, 3).contains("older"));
+        assert!(why(0, &plain, 3, 11).contains("checkpoint 11 is not kept"));
+        // The one that stays may have a tag, and be read.
+        assert_eq!(merged(1, &all(&[6], &[6]), 3, 6), Ok(vec![3, 4, 5]));
+        assert!(why(1, &all(&[3], &[]), 3, 6).contains("checkpoint 3 has a tag"));
+        assert!(why(1, &all(&[], &[5]), 3, 6).contains("checkpoint 5 is mounted"));
     }
 
     #[test]

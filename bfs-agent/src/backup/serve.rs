@@ -19,11 +19,12 @@ use super::apply::Area;
 use super::connection;
 use super::error::BackupError;
 use super::group::{Group, Limits};
-use super::index::{GroupRow, Index};
+use super::index::{GroupRow, Index, View};
 use super::places;
 use super::retention::Retention;
-use super::room::Room;
+use super::room::{Disks, Room};
 use super::store::Store;
+use super::transfer::{Busy, Incoming, finish_all};
 use crate::net::auth::{self, Proof};
 use crate::net::{
     Connection, Destination, FrameReader, FrameWriter, HANDSHAKE_TIMEOUT, Secret, destination, listen_unix,
@@ -63,6 +64,7 @@ pub struct Shared {
     allowed: Vec<PathBuf>,
     limits: Limits,
     room: Arc<Room>,
+    receiving: Busy,
     /// True when the replayer ends.
     pub(super) stop: watch::Sender<bool>,
     connections: AtomicU64,
@@ -82,6 +84,8 @@ impl Shared {
             retention: options.retention.clone(),
         };
         let room = Arc::new(Room::default());
+        // A stream that was taken in as a whole belongs to its log.
+        finish_all(&store.path().join("receive"), |name| store.group_dir("log", name))?;
         let mut groups = BTreeMap::new();
         for (name, row) in index.groups()? {
             let group = open_group(&store, &index, &name, row, &allowed, limits.clone(), &room)?;
@@ -94,6 +98,7 @@ impl Shared {
             allowed,
             limits,
             room,
+            receiving: Busy::default(),
             stop: watch::Sender::new(false),
             connections: AtomicU64::new(0),
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -155,6 +160,26 @@ impl Shared {
         Ok(group)
     }
 
+    /// Groups that a stream is being taken in for.
+    pub(super) fn receiving(&self) -> &Busy {
+        &self.receiving
+    }
+
+    /// A folder of the store.
+    pub(super) fn folder(&self, kind: &str) -> PathBuf {
+        self.store.path().join(kind)
+    }
+
+    /// The objects of a group by its number.
+    pub(super) fn view(&self, group: u32) -> Result<View, BackupError> {
+        self.index.view(group)
+    }
+
+    /// Whether there is room for so many bytes beside all that waits.
+    pub(super) fn has_room(&self, disks: &Disks, bytes: u64) -> Result<(), Refusal> {
+        self.room.check(disks, bytes).map_err(|short| Refusal::Full(short.to_string()))
+    }
+
     /// Ends the threads of the groups.
     fn stop_groups(&self) {
         let groups = std::mem::take(&mut *self.groups.lock().unwrap_or_else(PoisonError::into_inner));
@@ -187,7 +212,8 @@ fn open_group(
 ) -> Result<Arc<Group>, BackupError> {
     let area = Area::open(store, name, &row.maps, allowed)?;
     let log = store.group_dir("log", name)?;
-    Group::open(name, row, index.clone(), area, log, limits, room.clone())
+    let incoming = Incoming::of(&store.path().join("receive"), name);
+    Group::open(name, row, index.clone(), area, (log, incoming), limits, room.clone())
 }
 
 /// Starts replayers.
@@ -278,6 +304,12 @@ impl ReplayerHandle {
     #[must_use]
     pub fn store(&self) -> &Path {
         self.shared.store.path()
+    }
+
+    /// What its connections share.
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     fn listen(&mut self, address: &Destination, secret: Option<&Secret>) -> Result<(), BackupError> {

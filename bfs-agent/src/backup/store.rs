@@ -3,7 +3,7 @@
 //! ```text
 //! STORE/                mode 0700
 //!   bfs.lock            flock: one owner; holds the owner's pid
-//!   format              "bfs store 2\n"
+//!   format              "bfs store 4\n"
 //!   index.redb          objects, entries, positions, plans
 //!   replayer.sock       the owner's socket
 //!   log/GROUP/          segments
@@ -12,6 +12,7 @@
 //!   aside/GROUP/N       object N while it has no entry
 //!   kept/GROUP/N        object N, which is gone, while generations need it
 //!   images/GROUP/N.img  what the step from checkpoint N overwrote
+//!   receive/GROUP/      a stream of another store while it is taken in
 //! ```
 
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -24,14 +25,14 @@ use crate::lock::Lock;
 use crate::log::sync_dir;
 
 /// Format of the store that this release writes. 1 had no checksums of the tree, and 2 did not say which bytes are
-/// lost: a store of them is taken over and becomes one of 3, because a release that does not know these would not keep
-/// them true.
-pub const FORMAT: u32 = 3;
+/// lost; 3 did not take streams in, and would not finish one that is there as a whole. A store of them is taken over and
+/// becomes one of 4, because a release that does not know these things would not keep them true.
+pub const FORMAT: u32 = 4;
 /// The oldest that it takes over.
 const FORMAT_OLDEST: u32 = 1;
 
 /// What stands in a store for each group.
-const FOLDERS: [&str; 6] = ["log", "tree", "stage", "aside", "kept", "images"];
+const FOLDERS: [&str; 7] = ["log", "tree", "stage", "aside", "kept", "images", "receive"];
 
 /// A store that this process owns.
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 mod changes;
 mod giveback;
 mod keep;
+mod transfer;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -210,6 +211,77 @@ command.")]
         #[arg(value_name = "DEST")]
         to: PathBuf,
     },
+    /// Make several checkpoints that are kept one: the newer of the two, with all that changed since the older
+    #[command(after_help = "\
+Those from the older one up to the newer one go, and with them the room that only they needed; the newer one, and all
+others, stay as they are. One with a tag stays, and so do the last ones of --keep-min: a merge of those is refused. It
+may be broken off at any moment, and done again.
+Example:
+  bfs-replayer merge --store /backup/store 12 41")]
+    Merge {
+        #[command(flatten)]
+        from: giveback::From,
+        /// So many of the last ones stay; where a replayer owns the store, its own number counts
+        #[arg(long, value_name = "N", default_value_t = retention::KEEP_MIN)]
+        keep_min: u32,
+        /// From this one
+        #[arg(value_name = "N|TIME|tag:NAME")]
+        a: At,
+        /// To this one, which stays
+        #[arg(value_name = "N|TIME|tag:NAME")]
+        b: At,
+    },
+    /// Write a checkpoint as a stream, whole or as the difference to an older one, for `receive` into another store
+    #[command(after_help = "\
+Only what is used is sent, and of a difference only what changed: of a region that changed several times the newest.
+Examples:
+  bfs-replayer send --store /backup/store --to 41 > 41.bfs
+  bfs-replayer send --store /backup/store --from 41 --to 57 | ssh other bfs-replayer receive --store /second/store")]
+    Send {
+        #[command(flatten)]
+        from: giveback::From,
+        /// The difference to this one; without it everything
+        #[arg(long = "from", value_name = "N|TIME|tag:NAME")]
+        older: Option<At>,
+        /// Which: its number, tag:NAME, or a time (UTC), as for `restore`
+        #[arg(long, value_name = "N|TIME|tag:NAME")]
+        to: At,
+    },
+    /// Take a stream of `send` into a store; it is made if it is missing
+    #[command(after_help = "\
+A difference must be one to the newest checkpoint that the group has in this store. Nothing is changed before all of the
+stream is there and fits: one that is cut off leaves nothing behind. Prints the group and the number of the checkpoint.
+Examples:
+  bfs-replayer receive --store /second/store 41.bfs
+  ssh first bfs-replayer send --store /backup/store --from 41 --to 57 | bfs-replayer receive --store /second/store")]
+    Receive {
+        #[command(flatten)]
+        owner: Owner,
+        /// Name of the group here; without it the one that the stream has
+        #[arg(long, value_name = "NAME")]
+        group: Option<String>,
+        /// The stream; without it standard input
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+    /// Write the files of a checkpoint as a tar archive to standard output
+    #[command(after_help = "\
+It has all that `restore` writes (hard links, holes, extended attributes, times to the nanosecond), in the format of
+POSIX (pax) as GNU tar reads it; an archive has no sockets. Each file has its path on the primary, without the first
+slash.
+Example:
+  bfs-replayer export --store /backup/store --at 41 | zstd > 41.tar.zst
+  zstd -d < 41.tar.zst | tar -x --xattrs --xattrs-include='*' --numeric-owner -C /tmp/then")]
+    Export {
+        #[command(flatten)]
+        from: giveback::From,
+        /// Which: its number, tag:NAME, or a time (UTC), as for `restore`
+        #[arg(long, value_name = "N|TIME|tag:NAME")]
+        at: At,
+        /// Only this file or directory of the primary
+        #[arg(long, value_name = "PATH")]
+        path: Option<PathBuf>,
+    },
     /// Look for damage in a store that nobody owns, without the primary
     #[command(after_help = "\
 Examples:
@@ -296,6 +368,10 @@ pub fn main() -> ExitCode {
         Command::Diff { from, json, a, b } => changes::diff(&from, [&a, &b], json),
         Command::Mount { from, at, allow_other, dir } => giveback::mount(&from, &at, allow_other, &dir),
         Command::Restore { from, at, path, to } => giveback::restore(&from, &at, path.as_deref(), &to),
+        Command::Merge { from, keep_min, a, b } => giveback::merge(&from, [&a, &b], keep_min),
+        Command::Send { from, older, to } => transfer::send(&from, older.as_ref(), &to),
+        Command::Receive { owner, group, file } => transfer::receive(&owner, group, file.as_deref()),
+        Command::Export { from, at, path } => transfer::export(&from, &at, path.as_deref()),
         Command::Check { store, read_data, allow_root } => match check(&store, read_data, &allow_root) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::from(Exit::Damaged as u8),

@@ -3,7 +3,9 @@
 //! `rollback` on the primary.
 
 mod at;
+mod export;
 mod restore;
+mod tar;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -14,12 +16,13 @@ use bfs_common::past::{Difference, Look, Seen, VersionLine};
 use bfs_common::record::{
     CheckpointId, CheckpointLabel, FileKind, Identity, Meta, Name, ObjectId, PathBytes, Sequence,
 };
-use bfs_common::wire::{DigestLine, Digests, Frame, GenerationLine};
+use bfs_common::wire::{DigestLine, Digests, Frame, GenerationLine, GroupStatus};
 use bytes::Bytes;
 
 use crate::net::{AskError, ConnectError, Connection};
 
 pub use at::{At, time_text};
+pub use export::{Exported, export};
 pub use restore::{RestoreError, Restored, make, restore};
 
 /// How long the replayer may be silent: it may have much to read for one answer.
@@ -196,6 +199,83 @@ impl Client {
         })
     }
 
+    /// The stream of a generation, whole or as the difference to an older one: `each` gets its bytes.
+    ///
+    /// # Errors
+    /// [`ReadError`]; [`ReadError::Sink`] for what `each` says.
+    pub fn transfer(
+        &mut self,
+        group: &str,
+        from: Option<CheckpointId>,
+        to: CheckpointId,
+        mut each: impl FnMut(&[u8]) -> std::io::Result<()>,
+    ) -> Result<(), ReadError> {
+        self.ask(&Frame::GetTransfer { group: group.into(), from, to }, |frame, body| match frame {
+            Frame::Transfer { last } => {
+                each(&body).map_err(ReadError::Sink)?;
+                Ok(last)
+            }
+            _ => Err(AskError::Unexpected.into()),
+        })
+    }
+
+    /// Sends a stream into a store: `next` fills in its next bytes, none at its end. Gives the group, and the
+    /// checkpoint that is confirmed now.
+    ///
+    /// # Errors
+    /// [`ReadError`]; [`ReadError::Sink`] for what `next` says. The store is as it was then.
+    pub fn receive(
+        &mut self,
+        name: Option<String>,
+        next: &mut dyn FnMut(&mut Vec<u8>) -> std::io::Result<()>,
+    ) -> Result<(String, CheckpointId), ReadError> {
+        let mut piece = Vec::new();
+        loop {
+            next(&mut piece).map_err(ReadError::Sink)?;
+            let frame = Frame::Receive { group: name.clone(), last: piece.is_empty() };
+            let mut done = None;
+            self.ask_with(&frame, &piece, |frame, _| match frame {
+                Frame::Received { taken } => {
+                    done = taken;
+                    Ok(true)
+                }
+                _ => Err(AskError::Unexpected.into()),
+            })?;
+            match done {
+                Some(done) => return Ok(done),
+                None if piece.is_empty() => return Err(AskError::Unexpected.into()),
+                None => {}
+            }
+        }
+    }
+
+    /// How the groups of the store stand.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn status(&mut self) -> Result<Vec<GroupStatus>, ReadError> {
+        self.lines(&Frame::GetStatus, |frame| match frame {
+            Frame::Status { groups } => Some((groups, true)),
+            _ => None,
+        })
+    }
+
+    /// Makes the generations from one to another one, the newer; gives those that went.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn merge(
+        &mut self,
+        group: &str,
+        from: CheckpointId,
+        to: CheckpointId,
+    ) -> Result<Vec<CheckpointId>, ReadError> {
+        self.lines(&Frame::Merge { group: group.into(), from, to }, |frame| match frame {
+            Frame::Merged { gone } => Some((gone, true)),
+            _ => None,
+        })
+    }
+
     /// A look into a generation, and the bytes that were asked for. It is held until the client is dropped.
     ///
     /// # Errors
@@ -342,11 +422,21 @@ impl Client {
     fn ask(
         &mut self,
         question: &Frame,
+        take: impl FnMut(Frame, Bytes) -> Result<bool, ReadError>,
+    ) -> Result<(), ReadError> {
+        self.ask_with(question, b"", take)
+    }
+
+    /// As [`Self::ask`], with a body.
+    fn ask_with(
+        &mut self,
+        question: &Frame,
+        body: &[u8],
         mut take: impl FnMut(Frame, Bytes) -> Result<bool, ReadError>,
     ) -> Result<(), ReadError> {
         let connection = &mut self.connection;
         self.runtime.block_on(async {
-            connection.writer.send(question, b"").await.map_err(AskError::from)?;
+            connection.writer.send(question, body).await.map_err(AskError::from)?;
             loop {
                 let answer = tokio::time::timeout(SILENCE_MAX, connection.answer()).await;
                 let (frame, body) = answer.map_err(|_| ReadError::Silent(SILENCE_MAX.as_secs()))??;

@@ -293,6 +293,12 @@ impl LogWriter {
         Ok(())
     }
 
+    /// Segments that others wrote belong to this log, and end here: it is to be opened again.
+    pub fn expect(&mut self, end: Position) {
+        self.segment = None;
+        self.durable = end;
+    }
+
     /// The next append begins a new segment.
     pub fn begin_new(&mut self) {
         self.segment = None;

@@ -288,11 +288,52 @@ pub fn reopen_read(fd: BorrowedFd<'_>) -> io::Result<File> {
     File::options().read(true).custom_flags(flags).open(fd_path(fd))
 }
 
+/// Zeros of this length, at a multiple of it, are a hole.
+const HOLE: usize = 4096;
+
+/// The parts of some bytes of a file that are no holes, with where they stand.
+#[must_use]
+pub fn without_holes(at: u64, bytes: &[u8]) -> Vec<(u64, &[u8])> {
+    let mut found: Vec<(u64, &[u8])> = Vec::new();
+    let (mut from, mut done) = (0, 0);
+    while done < bytes.len() {
+        let to = (HOLE - (at as usize + done) % HOLE + done).min(bytes.len());
+        if to - done == HOLE && bytes[done..to].iter().all(|byte| *byte == 0) {
+            if from < done {
+                found.push((at + from as u64, &bytes[from..done]));
+            }
+            from = to;
+        }
+        done = to;
+    }
+    if from < bytes.len() {
+        found.push((at + from as u64, &bytes[from..]));
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use rustix::fs::{Mode, OFlags, XattrFlags};
     use std::os::fd::AsFd;
+
+    #[test]
+    fn zeros_that_fill_a_page_are_holes() {
+        let mut bytes = vec![0; 5 * HOLE];
+        assert_eq!(without_holes(0, &bytes), []);
+        assert_eq!(without_holes(7, &bytes[..HOLE]), [(7, &bytes[..HOLE])], "none of its pages is whole");
+        bytes[HOLE + 5] = 1;
+        let page = &bytes[HOLE..2 * HOLE];
+        assert_eq!(without_holes(3 * HOLE as u64, &bytes), [(4 * HOLE as u64, page)]);
+        let lengths = |at: usize, bytes: &[u8]| -> Vec<(u64, usize)> {
+            without_holes(at as u64, bytes).iter().map(|(at, part)| (*at, part.len())).collect()
+        };
+        // Not at a multiple: the part of a page counts as bytes.
+        assert_eq!(lengths(100, &bytes[100..]), [(100, 2 * HOLE - 100)]);
+        bytes[4 * HOLE] = 2;
+        assert_eq!(lengths(0, &bytes), [(HOLE as u64, HOLE), (4 * HOLE as u64, HOLE)]);
+    }
 
     #[test]
     fn files_and_symlinks_are_read_through_path_descriptors() {

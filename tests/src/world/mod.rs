@@ -100,6 +100,7 @@ pub struct World {
     through: Option<String>,
     checkpoints: String,
     agent_options: Vec<String>,
+    replayer_options: Vec<String>,
     daemon_cpu: Option<usize>,
     daemon_environment: Vec<(String, String)>,
     logs: PathBuf,
@@ -179,6 +180,7 @@ impl World {
             through: None,
             checkpoints: "manual".to_owned(),
             agent_options: Vec::new(),
+            replayer_options: Vec::new(),
             daemon_cpu: None,
             daemon_environment: Vec::new(),
             logs,
@@ -200,6 +202,11 @@ impl World {
     /// More options for the first agent.
     pub fn agent_options(&mut self, options: &[&str]) {
         self.agent_options = options.iter().map(|o| (*o).to_owned()).collect();
+    }
+
+    /// More options for a replayer that is started from now on.
+    pub fn replayer_options(&mut self, options: &[&str]) {
+        self.replayer_options = options.iter().map(|o| (*o).to_owned()).collect();
     }
 
     /// Agent and replayer run on this core only.
@@ -356,6 +363,7 @@ impl World {
         let mut line = vec!["serve".to_owned(), "--store".to_owned(), self.store.display().to_string()];
         line.extend(["--listen".to_owned(), self.listens()]);
         line.extend(self.secret());
+        line.extend(self.replayer_options.iter().cloned());
         let mut command = self.daemon("bfs-replayer")?;
         command.args(&line).stdin(Stdio::null());
         command.stdout(self.log("replayer.log")?).stderr(self.log("replayer.log")?);

@@ -13,10 +13,11 @@ use bfs_common::record::{CheckpointId, DISCARDED, ObjectId};
 use super::super::apply::{self, CrashPoint};
 use super::super::error::BackupError;
 use super::super::images;
+use super::super::index::GenerationRow;
 use super::super::merge::Dropping;
 use super::super::retention::{Kept, Space};
 use super::super::step::{self, apply_step};
-use super::{Group, locked};
+use super::{Group, Held, locked};
 use crate::log::writer::LogWriter;
 
 /// How long the applier waits before it tries again what failed; each time twice as long.
@@ -32,13 +33,14 @@ impl Group {
                 let mut state = self.state();
                 loop {
                     if state.stop {
+                        state.merges.clear();
                         return;
                     }
                     let durable = self.progress.borrow().durable.sequence;
                     state.applying = state.is_due(durable);
                     // After a failure there is something to do, though its step may stand in the index.
                     let again = state.untidy || state.apply_trouble.is_some();
-                    if state.applying || again || state.short {
+                    if state.applying || again || state.short || !state.merges.is_empty() {
                         state.short = false;
                         break;
                     }
@@ -51,6 +53,7 @@ impl Group {
             {
                 tracing::debug!("group {}: what waits cannot be looked at: {error}", self.name);
             }
+            self.merge_asked();
             let tidied = self.tidy(applied.is_ok());
             let mut state = self.state();
             state.applying = false;
@@ -177,7 +180,7 @@ impl Group {
     fn retire(&self) -> Result<(), BackupError> {
         let short = self.room.is_short(&self.disks);
         let due = locked(&self.retired).is_none_or(|then| then.elapsed() >= self.limits.retention.pause);
-        let dropping = Dropping { group: self.number, id: self.id, index: &self.index, area: &self.area };
+        let dropping = self.dropping();
         let mut has_room = |bytes| self.room.check(&self.disks, bytes).is_ok();
         // What was merged takes room in the older one: so there may still be too much.
         let (mut left, mut again) = (usize::MAX, true);
@@ -204,6 +207,10 @@ impl Group {
         Ok(())
     }
 
+    pub(super) fn dropping(&self) -> Dropping<'_> {
+        Dropping { group: self.number, id: self.id, index: &self.index, area: &self.area }
+    }
+
     /// All generations, and those that go; nobody begins to read these from now on.
     fn going(
         &self,
@@ -212,27 +219,7 @@ impl Group {
     ) -> Result<(Vec<CheckpointId>, BTreeSet<CheckpointId>), BackupError> {
         let mut held = locked(&self.held);
         let rows = self.index.generations(self.number)?;
-        // How much they take is asked only now and then.
-        let mut bytes: BTreeMap<CheckpointId, u64> = BTreeMap::new();
-        if due {
-            for (object, last) in self.index.view(self.number)?.kept()? {
-                *bytes.entry(last).or_default() += self.area.kept_bytes(object);
-            }
-            for (checkpoint, _) in &rows {
-                *bytes.entry(*checkpoint).or_default() += images::allocated(self.area.images(), *checkpoint);
-            }
-        }
-        let kept: Vec<Kept> = rows
-            .iter()
-            .map(|(checkpoint, row)| Kept {
-                checkpoint: *checkpoint,
-                wall_ns: row.label.wall_ns,
-                tagged: !row.label.tag.is_empty(),
-                discarded: row.label.trigger == DISCARDED,
-                held: held.readers.contains_key(checkpoint),
-                bytes: bytes.get(checkpoint).copied().unwrap_or(0),
-            })
-            .collect();
+        let kept = self.kept(&rows, &held, due)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as i64);
         let space = Space { short, disk_bytes: if due { self.disks.store.size() } else { None } };
         let mut gone = self.limits.retention.gone(&kept, now, space);
@@ -244,5 +231,34 @@ impl Group {
         }
         held.going.extend(gone.iter().copied());
         Ok((all, gone))
+    }
+
+    /// The generations as the decision about them needs them; what they take is asked for only when it matters.
+    pub(super) fn kept(
+        &self,
+        rows: &[(CheckpointId, GenerationRow)],
+        held: &Held,
+        with_bytes: bool,
+    ) -> Result<Vec<Kept>, BackupError> {
+        let mut bytes: BTreeMap<CheckpointId, u64> = BTreeMap::new();
+        if with_bytes {
+            for (object, last) in self.index.view(self.number)?.kept()? {
+                *bytes.entry(last).or_default() += self.area.kept_bytes(object);
+            }
+            for (checkpoint, _) in rows {
+                *bytes.entry(*checkpoint).or_default() += images::allocated(self.area.images(), *checkpoint);
+            }
+        }
+        Ok(rows
+            .iter()
+            .map(|(checkpoint, row)| Kept {
+                checkpoint: *checkpoint,
+                wall_ns: row.label.wall_ns,
+                tagged: !row.label.tag.is_empty(),
+                discarded: row.label.trigger == DISCARDED,
+                held: held.readers.contains_key(checkpoint),
+                bytes: bytes.get(checkpoint).copied().unwrap_or(0),
+            })
+            .collect())
     }
 }

@@ -15,6 +15,7 @@ use super::super::past::Past;
 use super::super::retention::Retention;
 use super::super::room::Room;
 use super::super::store::Store;
+use super::super::transfer::Incoming;
 use super::{Group, Limits, Progress, QUEUE, Slot, ToLog, locked};
 use crate::log::writer::LogWriter;
 
@@ -47,9 +48,10 @@ impl Simulated {
         };
         let area = Area::open(&store, NAME, &[], &[])?;
         let log = store.group_dir("log", NAME)?;
+        let incoming = Incoming::of(&store.path().join("receive"), NAME);
         let limits = Limits { pending_max: u64::MAX, retention };
         let (group, mut writer, from_group) =
-            Group::assemble(NAME, row, index, area, log, limits, Arc::new(Room::default()))?;
+            Group::assemble(NAME, row, index, area, (log, incoming), limits, Arc::new(Room::default()))?;
         writer.limit_segments(2048);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()

@@ -8,7 +8,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Owner;
-use crate::backup::retention::Retention;
+use crate::backup::retention::{self, Retention};
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::cli::{say, sayln};
 use crate::generation::{self, At, Client, OpenError, time_text};
@@ -32,28 +32,48 @@ impl From {
     }
 
     /// Which checkpoint is meant.
-    fn find(&self, client: &mut Client, at: &At) -> anyhow::Result<CheckpointId> {
+    pub(super) fn find(&self, client: &mut Client, at: &At) -> anyhow::Result<CheckpointId> {
         let all = client.generations(&self.group)?;
         at.find(&all).map_err(|why| anyhow::anyhow!("group {:?}: {why}", self.group))
     }
 
     /// A connection; with a store that nobody owns, to a replayer in this process.
     pub(super) fn open(&self) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
-        let (address, secret) = self.owner.address()?;
+        self.owner.open(Retention::everything(retention::KEEP_MIN))
+    }
+}
+
+impl Owner {
+    /// A connection; with a store that nobody owns, to a replayer in this process that keeps what it is told.
+    fn open(&self, retention: Retention) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
+        let (address, secret) = self.address()?;
         let connected = Client::open(async { Ok(net::connect(&address, secret.as_ref()).await?) });
-        match (connected, &self.owner.store) {
+        match (connected, &self.store) {
             (Ok(client), _) => Ok((client, None)),
             (Err(OpenError::Connect(ConnectError::Unreachable { .. })), Some(store)) => {
-                let everything = Retention::everything();
-                let options =
-                    ServeOptions { store: store.clone(), retention: everything, ..ServeOptions::default() };
-                let handle = Replayer::start(options)?;
-                let client = Client::open(async { Ok(handle.connect_local()) })?;
-                Ok((client, Some(handle)))
+                Self::start(store, retention)
             }
             (Err(OpenError::Connect(error)), _) => Err(error.into()),
             (Err(error), _) => Err(error.into()),
         }
+    }
+
+    /// As [`Self::open`]; a store that is not there yet is made.
+    pub(super) fn open_or_make(
+        &self,
+        retention: Retention,
+    ) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
+        match &self.store {
+            Some(store) if !store.join("format").exists() => Self::start(store, retention),
+            _ => self.open(retention),
+        }
+    }
+
+    fn start(store: &Path, retention: Retention) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
+        let options = ServeOptions { store: store.into(), retention, ..ServeOptions::default() };
+        let handle = Replayer::start(options)?;
+        let client = Client::open(async { Ok(handle.connect_local()) })?;
+        Ok((client, Some(handle)))
     }
 }
 
@@ -119,6 +139,21 @@ fn table(all: &[GenerationLine]) -> String {
         );
     }
     out
+}
+
+/// Makes checkpoints one: the newer of two and all between them.
+pub(super) fn merge(from: &From, [a, b]: [&At; 2], keep_min: u32) -> anyhow::Result<()> {
+    let (mut client, _owner) = from.owner.open(Retention::everything(keep_min))?;
+    let all = client.generations(&from.group)?;
+    let find = |at: &At| at.find(&all).map_err(|why| anyhow::anyhow!("group {:?}: {why}", from.group));
+    let (a, b) = (find(a)?, find(b)?);
+    let gone = client.merge(&from.group, a, b)?;
+    let went = match gone.len() {
+        1 => "1 went into it".to_owned(),
+        n => format!("{n} went into it"),
+    };
+    sayln!("checkpoints {a} to {b} are one now, checkpoint {b}: {went}")?;
+    Ok(())
 }
 
 pub(super) fn restore(from: &From, at: &At, only: Option<&Path>, to: &Path) -> anyhow::Result<()> {

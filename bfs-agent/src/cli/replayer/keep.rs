@@ -18,7 +18,8 @@ pub(super) struct Rules {
 
 impl Rules {
     pub(super) fn retention(self, space_percent: u8, floor: u32) -> Retention {
-        Retention { spans: self.spans, last: self.last, space_percent, floor, ..Retention::default() }
+        let Self { spans, last } = self;
+        Retention { spans, last, space_percent, floor, merge_floor: floor, ..Retention::default() }
     }
 }
 

@@ -1,0 +1,551 @@
+//! Streams: their bytes, and between stores against models in memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use bfs_common::record::*;
+use bfs_common::wire::*;
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+use crate::backup::apply::Area;
+use crate::backup::check;
+use crate::backup::index::Index;
+use crate::backup::model::{May, Model, ROOT, TOP};
+use crate::backup::past::{Past, Source};
+use crate::backup::retention::Retention;
+use crate::backup::store::Store;
+use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
+use crate::generation::{Client, ReadError};
+
+const GROUP: &str = "g";
+const ID: GroupId = GroupId([5; 16]);
+
+fn moment(checkpoint: u64) -> Moment {
+    let label = CheckpointLabel { wall_ns: 7, ..CheckpointLabel::default() };
+    Moment { checkpoint: CheckpointId(checkpoint), label, roots: vec![(PathBytes::new(ROOT.as_ref()), TOP)] }
+}
+
+fn head() -> Head {
+    Head { group: GROUP.into(), id: ID, from: Some(moment(3)), to: moment(5) }
+}
+
+/// A stream with these records.
+fn stream(head: &Head, records: &[(Record, Vec<u8>)]) -> Vec<u8> {
+    let mut all = Vec::new();
+    let mut sink = |piece: Bytes| {
+        all.extend_from_slice(&piece);
+        true
+    };
+    let mut writer = Writer::begin(head, &mut sink);
+    records.iter().for_each(|(record, payload)| writer.record(record, payload));
+    writer.end();
+    all
+}
+
+fn some() -> Vec<(Record, Vec<u8>)> {
+    let Moment { checkpoint, label, .. } = moment(5);
+    vec![
+        (Record::Write { object: ObjectId(7), offset: 4096 }, b"some bytes".to_vec()),
+        (Record::Checkpoint { checkpoint, label }, Vec::new()),
+    ]
+}
+
+/// All items of a stream that comes in pieces.
+fn read(bytes: &[u8], piece: usize) -> Result<Vec<Item>, StreamError> {
+    let mut reader = Reader::new();
+    let mut items = Vec::new();
+    for some in bytes.chunks(piece) {
+        reader.feed(some);
+        while let Some(item) = reader.next()? {
+            items.push(item);
+        }
+    }
+    reader.finish()?;
+    Ok(items)
+}
+
+#[test]
+fn what_is_written_is_read_in_pieces_of_any_length() {
+    let bytes = stream(&head(), &some());
+    let mut wanted = vec![Item::Head(Box::new(head()))];
+    wanted.extend(some().into_iter().map(|(record, payload)| Item::Record(Box::new(record), payload.into())));
+    wanted.push(Item::End);
+    for piece in [1, 7, 100, bytes.len()] {
+        assert_eq!(read(&bytes, piece).as_ref(), Ok(&wanted), "pieces of {piece}");
+    }
+}
+
+#[test]
+fn golden_bytes() {
+    let bytes = stream(&head(), &some());
+    let hex: String = bytes[..20].iter().map(|b| format!("{b:02x}")).collect();
+    assert_eq!(&bytes[..8], b"bfsgens\n");
+    assert_eq!(hex, GOLDEN);
+    let digest = blake3::hash(&bytes[..bytes.len() - END]);
+    assert_eq!(bytes[bytes.len() - 32..], digest.as_bytes()[..]);
+    assert_eq!(bytes[bytes.len() - END..][..16], [0, 0, 0, 0, 32, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+const GOLDEN: &str = "62667367656e730a0100000032000000e985886a";
+
+#[test]
+fn every_cut_and_every_flipped_bit_is_noticed() {
+    let bytes = stream(&head(), &some());
+    for cut in 0..bytes.len() {
+        assert!(read(&bytes[..cut], 64).is_err(), "cut at {cut}");
+    }
+    for bit in 0..bytes.len() * 8 {
+        let mut flipped = bytes.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        assert!(read(&flipped, 64).is_err(), "bit {bit}");
+    }
+    assert_eq!(read(&[&bytes[..], b"x"].concat(), 64), Err(StreamError::Behind));
+    let two = [&bytes[..], &bytes[..]].concat();
+    assert_eq!(read(&two, two.len()), Err(StreamError::Behind));
+}
+
+/// A replayer that keeps everything.
+fn start(store: &Path) -> ReplayerHandle {
+    let retention = Retention::everything(1);
+    Replayer::start(ServeOptions { store: store.into(), retention, ..ServeOptions::default() }).unwrap()
+}
+
+fn client(replayer: &ReplayerHandle) -> Client {
+    Client::open(async { Ok(replayer.connect_local()) }).unwrap()
+}
+
+/// An agent that says what models do.
+struct Primary {
+    runtime: tokio::runtime::Runtime,
+    connection: crate::net::Connection,
+    position: Position,
+    model: Model,
+    checkpoint: u64,
+    models: BTreeMap<u64, Model>,
+}
+
+impl Primary {
+    fn new(replayer: &ReplayerHandle) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut connection = replayer.connect_local();
+        let hello = Frame::Hello {
+            group: GROUP.into(),
+            group_id: ID,
+            boot_id: [1; 16],
+            epoch: None,
+            take_over: true,
+            maps: Vec::new(),
+        };
+        let welcome = runtime.block_on(async {
+            connection.writer.send(&hello, b"").await.unwrap();
+            connection.answer().await.unwrap().0
+        });
+        let Frame::Welcome { epoch, position, .. } = welcome else { panic!("{welcome:?}") };
+        let mut model = Model::new();
+        let begin = Record::EpochBegin { epoch, boot_id: [1; 16], complete: true };
+        model.records.insert(0, (begin, Vec::new()));
+        Self { runtime, connection, position, model, checkpoint: 0, models: BTreeMap::new() }
+    }
+
+    /// Does something, and waits until its checkpoint is applied.
+    fn step(&mut self, does: impl FnOnce(&mut Model)) {
+        does(&mut self.model);
+        self.checkpoint += 1;
+        let checkpoint = CheckpointId(self.checkpoint);
+        let label = CheckpointLabel { wall_ns: self.checkpoint as i64 * 1_000_000_007, ..Default::default() };
+        let mut records = std::mem::take(&mut self.model.records);
+        records.push((Record::Checkpoint { checkpoint, label }, Vec::new()));
+        let first = self.position.sequence.next();
+        let (mut body, count) = (BytesMut::new(), records.len() as u32);
+        for (record, payload) in records {
+            self.position.sequence = self.position.sequence.next();
+            codec::encode(&mut body, self.position.sequence, &record, &payload);
+        }
+        self.models.insert(self.checkpoint, self.model.clone());
+        self.runtime.block_on(async {
+            self.connection.writer.send(&Frame::Records { first, count }, &body).await.unwrap();
+            loop {
+                match self.connection.answer().await.unwrap().0 {
+                    Frame::Ack { applied, .. } if applied >= checkpoint => return,
+                    Frame::Ack { .. } => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        });
+    }
+}
+
+fn sent(replayer: &ReplayerHandle, from: Option<u64>, to: u64) -> Vec<u8> {
+    let mut all = Vec::new();
+    client(replayer)
+        .transfer(GROUP, from.map(CheckpointId), CheckpointId(to), |piece| {
+            all.extend_from_slice(piece);
+            Ok(())
+        })
+        .unwrap();
+    all
+}
+
+/// Takes a stream in, and waits until it is applied; why not, if it is refused.
+fn received(replayer: &ReplayerHandle, stream: &[u8]) -> Result<u64, String> {
+    let mut client = client(replayer);
+    let mut pieces = stream.chunks(70_000);
+    let taken = client.receive(None, &mut |piece| {
+        piece.clear();
+        piece.extend_from_slice(pieces.next().unwrap_or_default());
+        Ok(())
+    });
+    let (group, checkpoint) = match taken {
+        Ok(taken) => taken,
+        Err(ReadError::Ask(crate::net::AskError::Refused(refusal))) => return Err(refusal.to_string()),
+        Err(error) => panic!("{error}"),
+    };
+    assert_eq!(group, GROUP);
+    while replayer.status().iter().all(|status| status.applied < checkpoint) {
+        std::thread::yield_now();
+    }
+    Ok(checkpoint.0)
+}
+
+fn kept(replayer: &ReplayerHandle) -> Vec<u64> {
+    match client(replayer).generations(GROUP) {
+        Ok(all) => all.iter().map(|line| line.checkpoint.0).collect(),
+        Err(_) => Vec::new(),
+    }
+}
+
+/// All checkpoints of a store that nobody owns are those of the models, and the store is sound.
+fn compare(store: &Path, models: &BTreeMap<u64, Model>, wanted: &[u64]) {
+    let report = check::check(store, true, &[]).unwrap();
+    assert_eq!(report.problems, []);
+    let opened = Store::open(store).unwrap();
+    let index = Index::open(opened.path()).unwrap();
+    let row = index.group(GROUP).unwrap();
+    let area = Area::open(&opened, GROUP, &[], &[]).unwrap();
+    let source = Source::at_rest(&area, &index, GROUP, &row);
+    let all: Vec<_> =
+        index.generations(row.number).unwrap().into_iter().map(|(number, _)| number.0).collect();
+    assert_eq!(all, wanted);
+    for number in wanted {
+        models[number].compare_past(&mut Past::open(source, CheckpointId(*number)).unwrap(), May::Nothing);
+    }
+    if let Some(newest) = wanted.last() {
+        models[newest].compare(TOP, &store.join("tree/g/r"));
+    }
+    assert_eq!(
+        fs::read_dir(store.join("receive")).unwrap().count(),
+        0,
+        "nothing is left of what was taken in"
+    );
+}
+
+/// Something the model does, or a write over several blocks.
+fn does(model: &mut Model, op: (u8, u8, u8, u8)) {
+    let files: Vec<_> = model.nodes.iter().filter(|(_, node)| !node.directory).map(|(o, _)| *o).collect();
+    match op {
+        (what, a, b, c) if what % 16 == 15 && !files.is_empty() => {
+            let file = files[a as usize % files.len()];
+            model.write(file, u64::from(c) * 1000, vec![b | 1; 1 + b as usize * 500]);
+        }
+        _ => model.do_op(op),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, ..ProptestConfig::default() })]
+
+    /// Whatever was done: some checkpoints of one store come into another, the first whole and the others as differences,
+    /// with merges in both between, and are there what they were.
+    #[test]
+    fn what_is_sent_is_what_is_received(
+        steps in prop::collection::vec(prop::collection::vec(any::<(u8, u8, u8, u8)>(), 1..25), 2..9),
+        chosen in any::<u16>(),
+        merges in prop::collection::vec((any::<bool>(), 0..9u64, 1..5u64), 0..4),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+        let source = start(&first);
+        let mut primary = Primary::new(&source);
+        for ops in &steps {
+            primary.step(|model| ops.iter().for_each(|op| does(model, *op)));
+        }
+        let target = start(&second);
+        let mut merges = merges.into_iter();
+        let mut last = None;
+        for to in 1..=primary.checkpoint {
+            if chosen & 1 << to == 0 && to != primary.checkpoint {
+                continue;
+            }
+            let stream = sent(&source, last, to);
+            prop_assert_eq!(received(&target, &stream), Ok(to));
+            last = Some(to);
+            if let Some((here, from, many)) = merges.next() {
+                let replayer = if here { &source } else { &target };
+                // What is sent next stays; what is not there, or too new, is refused.
+                let until = if here { to } else { from + many };
+                let merged = client(replayer).merge(GROUP, CheckpointId(from), CheckpointId(until));
+                if let Ok(gone) = merged {
+                    prop_assert!(gone.iter().all(|n| n.0 >= from && n.0 < until));
+                }
+            }
+        }
+        let (here, there) = (kept(&source), kept(&target));
+        let models = primary.models.clone();
+        drop(primary);
+        drop((source, target));
+        compare(&first, &models, &here);
+        compare(&second, &models, &there);
+    }
+}
+
+/// Four checkpoints with something of everything.
+fn four(replayer: &ReplayerHandle) -> Primary {
+    let mut primary = Primary::new(replayer);
+    let mut seed = 1u32;
+    for _ in 0..4 {
+        primary.step(|model| {
+            for _ in 0..20 {
+                seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let [a, b, c, d] = seed.to_be_bytes();
+                does(model, (a, b, c, d));
+            }
+        });
+    }
+    primary
+}
+
+#[test]
+fn a_stream_that_does_not_fit_is_refused_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let source = start(&first);
+    let primary = four(&source);
+    let target = start(&second);
+    let refused = |stream: &[u8], why: &str| {
+        let found = received(&target, stream).unwrap_err();
+        assert!(found.contains(why), "{found}");
+    };
+    refused(&sent(&source, Some(1), 2), "there is no group \"g\" here: send all of it first");
+    assert!(target.status().is_empty(), "no group is made for it");
+    let all = sent(&source, None, 2);
+    refused(&all[..all.len() - 1], "cut off");
+    refused(&all[..all.len() / 2], "cut off");
+    assert!(target.status().is_empty());
+    assert_eq!(received(&target, &all), Ok(2));
+    refused(&all, "has checkpoint 2 already");
+    refused(&sent(&source, Some(3), 4), "the newest of group \"g\" is 2");
+    let third = sent(&source, Some(2), 3);
+    for wrong in [&third[..third.len() - 40], &third[..60], &[&third[..], b"x"].concat()] {
+        assert!(received(&target, wrong).is_err());
+        assert_eq!(kept(&target), [2]);
+    }
+    assert_eq!(received(&target, &third), Ok(3));
+    // Another one of the same number.
+    let other = Head { from: Some(moment(3)), to: moment(5), ..head() };
+    refused(&stream(&other, &some()), "they have only the number in common");
+    refused(&stream(&Head { id: GroupId([9; 16]), ..head() }, &some()), "another group named");
+    refused(&stream(&Head { group: "../x".into(), ..head() }, &some()), "cannot name a group");
+    assert_eq!(received(&target, &sent(&source, Some(3), 4)), Ok(4));
+    let models = primary.models.clone();
+    drop(primary);
+    drop((source, target));
+    compare(&second, &models, &[2, 3, 4]);
+}
+
+/// Whoever makes the stream: nothing but objects and entries, sensible together, enters.
+#[test]
+fn a_hostile_stream_is_refused_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let source = start(&first);
+    let primary = four(&source);
+    let target = start(&second);
+    assert_eq!(received(&target, &sent(&source, None, 4)), Ok(4));
+    let from = {
+        let stream = sent(&source, Some(3), 4);
+        let mut reader = Reader::new();
+        reader.feed(&stream);
+        let Ok(Some(Item::Head(head))) = reader.next() else { panic!() };
+        head.to
+    };
+    let head = Head { group: GROUP.into(), id: ID, from: Some(from.clone()), to: moment(5) };
+    let name = |text: &str| Name::new(text.as_bytes()).unwrap();
+    let meta = Meta { permissions: 0o755, ..Meta::default() };
+    let new = |object: u64, kind| {
+        (
+            Record::Object { object: ObjectId(object), identity: Identity::default(), kind, device: 0, meta },
+            Vec::new(),
+        )
+    };
+    let entry = |directory: u64, text: &str, object: u64| {
+        let (directory, object) = (ObjectId(directory), ObjectId(object));
+        (Record::EntrySet { directory, name: name(text), object }, Vec::new())
+    };
+    let end = || some().pop().unwrap();
+    let bare = |record: Record| (record, Vec::new());
+    let dir_kind = FileKind::Directory;
+    let roots = |path: &str| bare(Record::Roots { roots: vec![(PathBytes::new(path.as_ref()), TOP)] });
+    type Records = Vec<(Record, Vec<u8>)>;
+    let cases: Vec<(&str, Records)> = vec![
+        ("no checkpoint", vec![new(900, dir_kind)]),
+        (
+            "another checkpoint",
+            vec![bare(Record::Checkpoint { checkpoint: CheckpointId(9), label: CheckpointLabel::default() })],
+        ),
+        ("two checkpoints", vec![end(), end()]),
+        (
+            "an epoch",
+            vec![bare(Record::EpochBegin { epoch: Epoch(9), boot_id: [0; 16], complete: true }), end()],
+        ),
+        ("a gap", vec![bare(Record::Gap { scope: GapScope::Everything }), end()]),
+        ("a rollback", vec![bare(Record::RollbackIntent { to: CheckpointId(1) }), end()]),
+        ("a number twice", vec![new(1, dir_kind), end()]),
+        ("an entry nowhere", vec![entry(901, "x", 1), end()]),
+        (
+            "directories in each other",
+            vec![new(900, dir_kind), new(901, dir_kind), entry(900, "b", 901), entry(901, "a", 900), end()],
+        ),
+        ("no root", vec![roots("/"), end()]),
+        ("a root above", vec![roots("/a/../b"), end()]),
+        ("other roots", vec![roots("/elsewhere"), end()]),
+        ("bytes of a directory", vec![(Record::Write { object: TOP, offset: 0 }, b"x".to_vec()), end()]),
+        (
+            "a range that no file has",
+            vec![
+                new(900, FileKind::Regular),
+                bare(Record::Truncate { object: ObjectId(900), size: u64::MAX }),
+                end(),
+            ],
+        ),
+    ];
+    for (what, records) in &cases {
+        assert!(received(&target, &stream(&head, records)).is_err(), "{what}");
+        assert_eq!(kept(&target), [4], "{what}");
+        assert!(target.status()[0].trouble.is_none(), "{what}: {:?}", target.status());
+    }
+    // What the same things are in a stream that is sound.
+    let good =
+        vec![new(900, dir_kind), new(901, dir_kind), entry(900, "b", 901), entry(1, "fresh", 900), end()];
+    assert_eq!(received(&target, &stream(&head, &good)), Ok(5));
+    assert!(second.join("tree/g/r/fresh/b").is_dir());
+    let models = primary.models.clone();
+    drop(primary);
+    drop((source, target));
+    let report = check::check(&second, true, &[]).unwrap();
+    assert_eq!(report.problems, []);
+    let entries: BTreeSet<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(entries.len(), 2, "nothing beside the stores");
+    drop(models);
+}
+
+/// An agent goes on where a stream ended, and then no stream of the old history fits; and who wrote last fences the others.
+#[test]
+fn an_agent_may_go_on_in_what_was_received() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let source = start(&first);
+    let primary = four(&source);
+    let target = start(&second);
+    assert_eq!(received(&target, &sent(&source, None, 3)), Ok(3));
+    let mut agent = Primary::new(&target);
+    let refusal = received(&target, &sent(&source, Some(3), 4)).unwrap_err();
+    assert!(refusal.contains("another agent is connected"), "{refusal}");
+    // It says what it has, as a new session does of what the store has.
+    agent.model = primary.models[&3].clone();
+    agent.model.records =
+        vec![(Record::EpochBegin { epoch: Epoch(2), boot_id: [1; 16], complete: true }, Vec::new())];
+    agent.checkpoint = 3;
+    agent.models.insert(3, primary.models[&3].clone());
+    agent.step(|model| {
+        // Numbers go on behind all that the store has seen.
+        let new = model.create(false);
+        model.link(TOP, Name::new(b"of the agent").unwrap(), new);
+        model.write(new, 0, vec![7; 100_000]);
+    });
+    let models = agent.models.clone();
+    drop(agent);
+    let fourth = sent(&source, Some(3), 4);
+    let refusal = loop {
+        // Its connection is seen to be closed a moment later.
+        let refusal = received(&target, &fourth).unwrap_err();
+        if !refusal.contains("another agent") {
+            break refusal;
+        }
+    };
+    assert!(refusal.contains("the newest of group \"g\" is 4"), "{refusal}");
+    let of_fork = sent(&target, Some(3), 4);
+    assert_ne!(of_fork, fourth);
+    drop(primary);
+    drop((source, target));
+    compare(&second, &models, &[3, 4]);
+}
+
+/// A stream that is there as a whole belongs to the log, whenever the replayer is killed: it stands in `receive`, or a part of
+/// it in the log already.
+#[test]
+fn what_is_whole_is_finished_by_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let source = start(&first);
+    let mut primary = four(&source);
+    primary.step(|model| {
+        // More than one segment of a small limit.
+        let new = model.create(false);
+        model.link(TOP, Name::new(b"large").unwrap(), new);
+        (0..40u64).for_each(|n| model.write(new, n * 100_000, vec![n as u8 | 1; 100_000]));
+    });
+    let models = primary.models.clone();
+    let target = start(&second);
+    assert_eq!(received(&target, &sent(&source, None, 2)), Ok(2));
+    drop(target);
+    let before = dir.path().join("before");
+    copy(&second, &before);
+    // As it would be taken in, by a receiver that is stopped at its end.
+    for moved in 0..4 {
+        fs::remove_dir_all(&second).unwrap();
+        copy(&before, &second);
+        let stream = sent(&source, Some(2), 5);
+        let options =
+            ServeOptions { store: second.clone(), retention: Retention::everything(1), ..Default::default() };
+        let target = Replayer::start(options).unwrap();
+        let mut receiver = Receiver::new(target.shared().clone(), None);
+        stream.chunks(50_000).for_each(|piece| receiver.feed(piece).unwrap());
+        let whole = receiver.finish().unwrap();
+        if moved > 0 {
+            whole.incoming.mark().unwrap();
+        }
+        let kill = dir.path().join("killed");
+        copy(&second, &kill);
+        drop((whole, target));
+        if moved == 3 {
+            // The first segment had been moved.
+            let all: Vec<_> = crate::log::segments(&kill.join("receive/g/log")).unwrap();
+            let number = all[0];
+            fs::rename(
+                crate::log::segment_path(&kill.join("receive/g/log"), number),
+                crate::log::segment_path(&kill.join("log/g"), number),
+            )
+            .unwrap();
+        }
+        let target = start(&kill);
+        let wanted: &[u64] = if moved > 0 { &[2, 5] } else { &[2] };
+        while kept(&target).len() < wanted.len() {
+            std::thread::yield_now();
+        }
+        if moved == 0 {
+            assert_eq!(received(&target, &stream), Ok(5), "it is taken in at the next try");
+        }
+        drop(target);
+        compare(&kill, &models, &[2, 5]);
+        fs::remove_dir_all(&kill).unwrap();
+    }
+}
+
+/// A folder as it stands.
+fn copy(from: &Path, to: &Path) {
+    let done = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap();
+    assert!(done.success());
+}
