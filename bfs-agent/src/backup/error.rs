@@ -21,6 +21,14 @@ pub enum BackupError {
         /// What the system said.
         error: io::Error,
     },
+    /// Before-images on another disk.
+    #[error("before-images in {folder}: {why}")]
+    Images {
+        /// Their folder.
+        folder: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// Another process owns the store.
     #[error("the store {store} is in use by process {pid}: stop that one, or give another --store")]
     InUse {

@@ -268,7 +268,9 @@ impl Group {
     ) -> Result<(Arc<Self>, LogWriter, mpsc::Receiver<ToLog>), BackupError> {
         let folder = std::fs::File::open(&log).map_err(BackupError::io("open", &log))?;
         let store = Disk::of(folder).map_err(BackupError::io("stat", &log))?;
-        let disks = Disks { store, tree: area.disk()? };
+        let images = std::fs::File::open(area.images()).map_err(BackupError::io("open", area.images()))?;
+        let images = Disk::of(images).map_err(BackupError::io("stat", area.images()))?;
+        let disks = Disks { store, tree: area.disk()?, images };
         let (writer, gate, steps, pending) = open_log(&log, &row, &index)?;
         let begun = index.plan(row.number)?;
         area.seal(begun.map_or(row.checkpoint, |plan| plan.to.checkpoint));

@@ -5,6 +5,7 @@ pub mod check;
 pub mod connection;
 pub mod damage;
 pub mod digests;
+pub mod elsewhere;
 pub mod error;
 pub mod gate;
 pub mod generations;

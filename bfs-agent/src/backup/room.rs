@@ -149,13 +149,15 @@ impl Disk {
     }
 }
 
-/// The two file systems of a group; often the same.
+/// The file systems of a group; often the same.
 #[derive(Debug)]
 pub struct Disks {
-    /// Of log, images and index.
+    /// Of log and index.
     pub store: Disk,
     /// Of the tree.
     pub tree: Disk,
+    /// Of the before-images.
+    pub images: Disk,
 }
 
 /// What is too little.
@@ -186,10 +188,10 @@ impl std::fmt::Display for Short {
 
 /// The account of a store.
 #[derive(Debug, Default)]
-pub struct Room(Mutex<BTreeMap<u32, [(u64, Need); 2]>>);
+pub struct Room(Mutex<BTreeMap<u32, Vec<(u64, Need)>>>);
 
 impl Room {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, [(u64, Need); 2]>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Vec<(u64, Need)>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -197,7 +199,12 @@ impl Room {
     pub fn note(&self, group: u32, disks: &Disks, need: Need) {
         let tree = Need { store: 0, ..need };
         let store = Need { store: need.store, ..Need::default() };
-        self.lock().insert(group, [(disks.tree.device, tree), (disks.store.device, store)]);
+        let mut all = vec![(disks.tree.device, tree), (disks.store.device, store)];
+        if disks.images.device != disks.store.device {
+            // Which part of it are images is not known: there is room for all of it on both.
+            all.push((disks.images.device, store));
+        }
+        self.lock().insert(group, all);
     }
 
     /// Whether all that is needed is free where this group works, and `more` bytes for its log.
@@ -205,13 +212,25 @@ impl Room {
     /// # Errors
     /// What is too little.
     pub fn check(&self, disks: &Disks, more: u64) -> Result<(), Short> {
-        for (disk, more) in [(&disks.store, more), (&disks.tree, 0)] {
+        self.check_all(&[(&disks.store, more), (&disks.tree, 0), (&disks.images, 0)])
+    }
+
+    /// As [`Self::check`], with `more` bytes for before-images.
+    ///
+    /// # Errors
+    /// What is too little.
+    pub fn check_images(&self, disks: &Disks, more: u64) -> Result<(), Short> {
+        self.check_all(&[(&disks.store, 0), (&disks.tree, 0), (&disks.images, more)])
+    }
+
+    fn check_all(&self, disks: &[(&Disk, u64)]) -> Result<(), Short> {
+        for (disk, more) in disks {
             let Some((free, margin, inodes)) = disk.free() else { continue };
             let mut all = Need::default();
             for (_, need) in self.lock().values().flatten().filter(|(device, _)| *device == disk.device) {
                 all += *need;
             }
-            let needed = all.tree.saturating_add(all.store).saturating_add(margin + more);
+            let needed = all.tree.saturating_add(all.store).saturating_add(margin + *more);
             if free < needed {
                 return Err(Short { free, needed, inodes: false });
             }
@@ -226,8 +245,9 @@ impl Room {
     /// is less than a second margin, or than a frame.
     #[must_use]
     pub fn is_short(&self, disks: &Disks) -> bool {
-        let margin = disks.store.free().map_or(0, |(_, margin, _)| margin);
-        self.check(disks, margin.max(FRAME_MAX as u64)).is_err()
+        let margin = |disk: &Disk| disk.free().map_or(0, |(_, margin, _)| margin).max(FRAME_MAX as u64);
+        let (store, images) = (margin(&disks.store), margin(&disks.images));
+        self.check_all(&[(&disks.store, store), (&disks.tree, 0), (&disks.images, images)]).is_err()
     }
 }
 
@@ -270,7 +290,7 @@ mod tests {
     fn groups_share_an_account() {
         let dir = tempfile::tempdir().unwrap();
         let disk = || Disk::of(std::fs::File::open(dir.path()).unwrap()).unwrap();
-        let disks = Disks { store: disk(), tree: disk() };
+        let disks = Disks { store: disk(), tree: disk(), images: disk() };
         let room = Room::default();
         let (free, margin, _) = disks.store.free().unwrap();
         assert_eq!(room.check(&disks, 0), Ok(()), "{free} bytes are free: the test needs some");

@@ -53,6 +53,8 @@ pub struct ServeOptions {
     pub pending_max: Option<u64>,
     /// How many generations are kept.
     pub retention: Retention,
+    /// Where the before-images of a store are to be that has none yet.
+    pub images: Option<PathBuf>,
 }
 
 /// A store at work: what all connections share.
@@ -73,11 +75,17 @@ pub struct Shared {
 
 impl Shared {
     fn open(options: &ServeOptions) -> Result<Self, BackupError> {
-        let store = Store::open(&options.store)?;
+        let store = Store::open_with(&options.store, options.images.as_deref())?;
         let index = Arc::new(Index::open(store.path())?);
         let mut allowed = Vec::new();
         for dir in &options.allow_roots {
-            allowed.push(std::fs::canonicalize(dir).map_err(BackupError::io("find the allowed root", dir))?);
+            let dir = std::fs::canonicalize(dir).map_err(BackupError::io("find the allowed root", dir))?;
+            let images = store.images();
+            if !images.starts_with(store.path()) && (images.starts_with(&dir) || dir.starts_with(images)) {
+                let why = format!("it overlaps {}, where backup files may be (--allow-root)", dir.display());
+                return Err(BackupError::Images { folder: images.into(), why });
+            }
+            allowed.push(dir);
         }
         let limits = Limits {
             pending_max: options.pending_max.unwrap_or(u64::MAX),
@@ -304,6 +312,12 @@ impl ReplayerHandle {
     #[must_use]
     pub fn store(&self) -> &Path {
         self.shared.store.path()
+    }
+
+    /// The folder of its before-images.
+    #[must_use]
+    pub fn images(&self) -> &Path {
+        self.shared.store.images()
     }
 
     /// What its connections share.

@@ -12,6 +12,7 @@
 //!   aside/GROUP/N       object N while it has no entry
 //!   kept/GROUP/N        object N, which is gone, while generations need it
 //!   images/GROUP/N.img  what the step from checkpoint N overwrote
+//!   images-at           where images/ is, if it is elsewhere (`elsewhere`)
 //!   receive/GROUP/      a stream of another store while it is taken in
 //! ```
 
@@ -20,12 +21,14 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::elsewhere;
 use super::error::BackupError;
 use crate::lock::Lock;
 use crate::log::sync_dir;
 
 /// Format of the store that this release writes. 1 had no checksums of the tree, and 2 did not say which bytes are
-/// lost; 3 did not take streams in, and would not finish one that is there as a whole. A store of them is taken over and
+/// lost; 3 did not take streams in, and would not finish one that is there as a whole, nor look for
+/// before-images elsewhere. A store of them is taken over and
 /// becomes one of 4, because a release that does not know these things would not keep them true.
 pub const FORMAT: u32 = 4;
 /// The oldest that it takes over.
@@ -38,6 +41,8 @@ const FOLDERS: [&str; 7] = ["log", "tree", "stage", "aside", "kept", "images", "
 #[derive(Debug)]
 pub struct Store {
     path: PathBuf,
+    /// The folder of the before-images of all groups.
+    images: PathBuf,
     _lock: Lock,
 }
 
@@ -47,6 +52,14 @@ impl Store {
     /// # Errors
     /// [`BackupError`]: in use, of a newer format, not a store.
     pub fn open(path: &Path) -> Result<Self, BackupError> {
+        Self::open_with(path, None)
+    }
+
+    /// As [`Self::open`]; one that has no before-images yet gets another folder for them, if that is asked for.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and [`BackupError::Images`].
+    pub fn open_with(path: &Path, images: Option<&Path>) -> Result<Self, BackupError> {
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(BackupError::io("make", path))?;
         let path = fs::canonicalize(path).map_err(BackupError::io("find", path))?;
         let format = path.join("format");
@@ -71,7 +84,8 @@ impl Store {
         for dir in FOLDERS {
             make_dir(&path.join(dir))?;
         }
-        Ok(Self { path, _lock: lock })
+        let images = elsewhere::place(&path, images)?;
+        Ok(Self { path, images, _lock: lock })
     }
 
     /// The folder.
@@ -85,9 +99,16 @@ impl Store {
     /// # Errors
     /// If it cannot be made.
     pub fn group_dir(&self, kind: &str, group: &str) -> Result<PathBuf, BackupError> {
-        let dir = self.path.join(kind).join(group);
+        let all = if kind == "images" { self.images.clone() } else { self.path.join(kind) };
+        let dir = all.join(group);
         make_dir(&dir)?;
         Ok(dir)
+    }
+
+    /// The folder of the before-images of all groups.
+    #[must_use]
+    pub fn images(&self) -> &Path {
+        &self.images
     }
 }
 
@@ -161,7 +182,7 @@ fn make_dir(path: &Path) -> Result<(), BackupError> {
 }
 
 /// Writes a small file so that it is there as a whole or not at all.
-fn write_new(path: &Path, bytes: &[u8]) -> Result<(), BackupError> {
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), BackupError> {
     let new = path.with_extension("new");
     let write = || -> std::io::Result<()> {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;

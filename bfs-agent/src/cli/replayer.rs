@@ -114,6 +114,10 @@ The backup files of group G stand at STORE/tree/G/ followed by the path on the p
         /// So many of the last ones are kept in any case, whatever a primary sends and how little room there is
         #[arg(long, value_name = "N", default_value_t = retention::KEEP_MIN)]
         keep_min: u32,
+        /// Where before-images are to be: a folder of its own, on another disk. Only for a store that has none yet; it
+        /// says so itself from then on
+        #[arg(long, value_name = "DIR")]
+        images: Option<PathBuf>,
         /// How much of a group's stream may wait to be applied; then nothing more is taken. Without a bound: as much as
         /// there is room for. The first copy of a group is one checkpoint, and must fit
         #[arg(long, value_name = "BYTES")]
@@ -355,12 +359,20 @@ pub fn main() -> ExitCode {
             keep,
             keep_space,
             keep_min,
+            images,
             pending_max,
             metrics,
         } => {
             let retention = keep.retention(keep_space, keep_min);
-            let options =
-                ServeOptions { store, listen, secret: None, allow_roots: allow_root, retention, pending_max };
+            let options = ServeOptions {
+                store,
+                listen,
+                secret: None,
+                allow_roots: allow_root,
+                pending_max,
+                retention,
+                images,
+            };
             serve(options, secret_file.as_deref(), metrics.as_ref())
         }
         Command::Generations { from, json } => giveback::generations(&from, json),

@@ -181,7 +181,7 @@ impl Group {
         let short = self.room.is_short(&self.disks);
         let due = locked(&self.retired).is_none_or(|then| then.elapsed() >= self.limits.retention.pause);
         let dropping = self.dropping();
-        let mut has_room = |bytes| self.room.check(&self.disks, bytes).is_ok();
+        let mut has_room = |bytes| self.room.check_images(&self.disks, bytes).is_ok();
         // What was merged takes room in the older one: so there may still be too much.
         let (mut left, mut again) = (usize::MAX, true);
         while again {
@@ -221,7 +221,7 @@ impl Group {
         let rows = self.index.generations(self.number)?;
         let kept = self.kept(&rows, &held, due)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as i64);
-        let space = Space { short, disk_bytes: if due { self.disks.store.size() } else { None } };
+        let space = Space { short, disk_bytes: if due { self.disks.images.size() } else { None } };
         let mut gone = self.limits.retention.gone(&kept, now, space);
         let all: Vec<_> = rows.into_iter().map(|(checkpoint, _)| checkpoint).collect();
         if !short && !due {

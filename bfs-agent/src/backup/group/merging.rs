@@ -61,7 +61,7 @@ impl Group {
             held.going.extend(gone.iter().copied());
             (rows.into_iter().map(|(checkpoint, _)| checkpoint).collect::<Vec<_>>(), gone)
         };
-        let mut has_room = |bytes| self.room.check(&self.disks, bytes).is_ok();
+        let mut has_room = |bytes| self.room.check_images(&self.disks, bytes).is_ok();
         let dropped = self.dropping().drop(&all, &gone, &mut has_room, &mut CrashPoint::default());
         locked(&self.held).going.clear();
         dropped.map_err(failed)?;

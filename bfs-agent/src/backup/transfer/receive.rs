@@ -270,7 +270,7 @@ impl Taking {
             let opened = File::open(&folder).map_err(BackupError::io("open", &folder)).map_err(failed)?;
             Disk::of(opened).map_err(BackupError::io("stat", &folder)).map_err(failed)
         };
-        let disks = Disks { store: disk()?, tree: disk()? };
+        let disks = Disks { store: disk()?, tree: disk()?, images: disk()? };
         let all = disks.store.size().unwrap_or(u64::MAX);
         log.limit_segments((all / 64).clamp(1 << 20, SEGMENT_BYTES));
         let mut taking = Self {

@@ -25,6 +25,7 @@ use crate::primary::engine::model::{FileSystems, Model};
 use crate::primary::engine::outbox::Outbox;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::metrics::metrics;
+use crate::primary::preflight;
 use crate::primary::reader::{Reader, ReaderError, Root};
 use crate::primary::ship::{Shipper, Welcome};
 use crate::primary::stop::{StopError, Stopper};
@@ -138,6 +139,15 @@ impl Ground {
         let rolled_back = rollback::finish_interrupted(&options.group, &reader, &roots)?;
         let boot_id = state::boot_id().map_err(|e| other("cannot read the boot id", e))?;
         let (connect, local) = left::connector(&options.backup, options.secret_file.as_ref())?;
+        if let Some(images) = local.as_ref().map(|handle| handle.images())
+            && let Some(root) = preflight::overlapping(images, &options.roots)
+        {
+            return Err(Failure::new(
+                Kind::Path,
+                format!("--path {} overlaps the before-images in {}", root.display(), images.display()),
+                "take a store whose before-images are outside of every --path",
+            ));
+        }
         let address = left::address(&options, boot_id);
         let unreachable = |mut failure: Failure| {
             failure.message = format!("--backup {}: {}", options.backup, failure.message);
