@@ -163,13 +163,15 @@ async fn a_full_disk_is_a_state() {
         agent.write(2, 0, &text(n));
         agent.checkpoint().await;
     }
-    std::fs::write(disk.join("of others"), vec![1; 28 << 20]).unwrap();
+    let mut others = std::fs::File::create(disk.join("of others")).unwrap();
+    while std::io::Write::write_all(&mut others, &text(1)).is_ok() {}
     agent.write(2, 0, &text(4));
     agent.flush().await;
     let refused = refusal(&mut agent.connection).await;
     assert!(matches!(&refused, Refusal::Full(why) if why.contains("disk is full")), "{refused:?}");
     assert_eq!(replayer.status()[0].state, StoreState::Full);
     assert_eq!(replayer.status()[0].applied, CheckpointId(3));
+    drop(others);
     std::fs::remove_file(disk.join("of others")).unwrap();
     let epoch = agent.epoch;
     let mut agent = Agent::resume(replayer.connect_local(), Some(epoch)).await;

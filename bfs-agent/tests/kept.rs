@@ -95,6 +95,30 @@ async fn only_the_last_the_tagged_and_the_held_are_kept() {
     );
 }
 
+/// A group may have rules of its own beside those of all.
+#[tokio::test]
+async fn a_group_is_kept_by_its_own_rules() {
+    for (of, wanted) in [("g", vec![4, 5]), ("other", (1..=5).collect())] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = ServeOptions {
+            store: dir.path().join("store"),
+            retention: Retention::everything(1),
+            retention_of: [(of.to_owned(), Retention::last(2, 1))].into(),
+            ..ServeOptions::default()
+        };
+        let replayer = Replayer::start(options).unwrap();
+        let mut agent = Agent::new(replayer.connect_local()).await;
+        agent.root();
+        agent.object(2, FileKind::Regular, 0o600, b"");
+        agent.entry(1, "a", 2);
+        for n in 1..=5u8 {
+            agent.write(2, 0, &[n; 10]);
+            agent.checkpoint().await;
+        }
+        assert_eq!(kept(&replayer).await, wanted, "rules of {of}");
+    }
+}
+
 async fn merge(replayer: &ReplayerHandle, from: u64, to: u64) -> Result<Vec<u64>, Refusal> {
     let mut connection = replayer.connect_local();
     let ask = Frame::Merge { group: "g".into(), from: CheckpointId(from), to: CheckpointId(to) };

@@ -451,7 +451,7 @@ impl Group {
         let mut row = locked(&self.tree);
         *row = self.index.group(&self.name)?;
         failed.settle()?;
-        self.incoming.finish(&self.log)?;
+        self.incoming.finish(&self.log, self.id)?;
         let (mut log, gate, steps, pending) = open_log(&self.log, &row, &self.index)?;
         let (durable, known) = (gate.position, failed.durable());
         if durable != known {

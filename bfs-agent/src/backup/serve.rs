@@ -53,8 +53,25 @@ pub struct ServeOptions {
     pub pending_max: Option<u64>,
     /// How many generations are kept.
     pub retention: Retention,
+    /// And of these groups.
+    pub retention_of: BTreeMap<String, Retention>,
     /// Where the before-images of a store are to be that has none yet.
     pub images: Option<PathBuf>,
+}
+
+/// What groups may take and keep.
+#[derive(Clone, Debug)]
+struct AllLimits {
+    pending_max: u64,
+    retention: Retention,
+    retention_of: BTreeMap<String, Retention>,
+}
+
+impl AllLimits {
+    fn of(&self, group: &str) -> Limits {
+        let retention = self.retention_of.get(group).unwrap_or(&self.retention).clone();
+        Limits { pending_max: self.pending_max, retention }
+    }
 }
 
 /// A store at work: what all connections share.
@@ -64,7 +81,7 @@ pub struct Shared {
     index: Arc<Index>,
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
     allowed: Vec<PathBuf>,
-    limits: Limits,
+    limits: AllLimits,
     room: Arc<Room>,
     receiving: Busy,
     /// True when the replayer ends.
@@ -87,16 +104,21 @@ impl Shared {
             }
             allowed.push(dir);
         }
-        let limits = Limits {
+        let limits = AllLimits {
             pending_max: options.pending_max.unwrap_or(u64::MAX),
             retention: options.retention.clone(),
+            retention_of: options.retention_of.clone(),
         };
         let room = Arc::new(Room::default());
         // A stream that was taken in as a whole belongs to its log.
-        finish_all(&store.path().join("receive"), |name| store.group_dir("log", name))?;
+        let rows = index.groups()?;
+        finish_all(&store.path().join("receive"), |name| {
+            let row = rows.iter().find(|(known, _)| known == name);
+            row.map(|(_, row)| Ok((store.group_dir("log", name)?, row.id))).transpose()
+        })?;
         let mut groups = BTreeMap::new();
-        for (name, row) in index.groups()? {
-            let group = open_group(&store, &index, &name, row, &allowed, limits.clone(), &room)?;
+        for (name, row) in rows {
+            let group = open_group(&store, &index, &name, row, &allowed, limits.of(&name), &room)?;
             groups.insert(name, group);
         }
         Ok(Self {
@@ -161,7 +183,7 @@ impl Shared {
             let highest = rows.iter().map(|(_, row)| row.number).max().unwrap_or(0);
             let row = GroupRow::new(begun.unwrap_or(highest + 1), id, maps.to_vec());
             self.index.put_group(name, &row)?;
-            open_group(&self.store, &self.index, name, row, &self.allowed, self.limits.clone(), &self.room)
+            open_group(&self.store, &self.index, name, row, &self.allowed, self.limits.of(name), &self.room)
         };
         let group = make().map_err(|e| Refusal::Store(e.to_string()))?;
         groups.insert(name.into(), group.clone());

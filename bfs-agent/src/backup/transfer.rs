@@ -306,4 +306,6 @@ impl Reader {
 }
 
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod tests;

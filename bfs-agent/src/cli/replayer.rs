@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bfs_common::wire::{Frame, GroupStatus, StoreState};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::backup::retention;
 use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
@@ -105,9 +105,10 @@ The backup files of group G stand at STORE/tree/G/ followed by the path on the p
         #[arg(long, value_name = "DIR")]
         allow_root: Vec<PathBuf>,
         /// Which checkpoints are kept, beside all with a tag: a comma list of all=AGE (everything that is younger),
-        /// SPAN=AGE (up to that age the last of each span), last=NUMBER
-        #[arg(long, value_name = "RULES", default_value = keep::DEFAULT)]
-        keep: keep::Rules,
+        /// SPAN=AGE (up to that age the last of each span), last=NUMBER. With GROUP: before it the rules of that group,
+        /// else those of all others. May be given several times
+        #[arg(long, value_name = "[GROUP:]RULES", default_value = keep::DEFAULT)]
+        keep: Vec<keep::Keep>,
         /// How much of the disk they may take together; the oldest without a tag go first
         #[arg(long, value_name = "PERCENT", default_value_t = retention::SPACE_PERCENT, value_parser = clap::value_parser!(u8).range(1..=100))]
         keep_space: u8,
@@ -363,7 +364,11 @@ pub fn main() -> ExitCode {
             pending_max,
             metrics,
         } => {
-            let retention = keep.retention(keep_space, keep_min);
+            let kept = keep::retentions(keep, keep_space, keep_min);
+            let (retention, retention_of) = match kept {
+                Ok(kept) => kept,
+                Err(why) => Cli::command().error(clap::error::ErrorKind::ArgumentConflict, why).exit(),
+            };
             let options = ServeOptions {
                 store,
                 listen,
@@ -371,6 +376,7 @@ pub fn main() -> ExitCode {
                 allow_roots: allow_root,
                 pending_max,
                 retention,
+                retention_of,
                 images,
             };
             serve(options, secret_file.as_deref(), metrics.as_ref())

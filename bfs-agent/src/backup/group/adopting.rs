@@ -133,6 +133,7 @@ impl Group {
         let adopted = if stands {
             self.incoming.mark().and_then(|()| {
                 log.expect(end);
+                // Until it is in the log, nothing else may be.
                 *failed = true;
                 self.reopen(log)?;
                 *failed = false;

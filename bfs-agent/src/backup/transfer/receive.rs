@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bfs_common::codec;
-use bfs_common::record::{CheckpointId, Epoch, FileKind, ObjectId, Record};
+use bfs_common::record::{CheckpointId, Epoch, FileKind, GroupId, ObjectId, Record};
 use bfs_common::wire::{Position, Refusal};
 use bytes::BytesMut;
 
@@ -32,6 +32,7 @@ use super::super::serve::Shared;
 use super::super::target::Target;
 use super::{Head, Item, Moment, Reader};
 use crate::durable;
+use crate::log::segment::{Item as SegmentItem, SegmentReader};
 use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
 use crate::log::{LogError, LogRef, segment_path, segments, sync_dir};
 
@@ -61,7 +62,14 @@ impl Incoming {
         self.0.join("whole")
     }
 
+    fn is_whole(&self) -> Result<bool, BackupError> {
+        self.whole().try_exists().map_err(BackupError::io("find", self.whole()))
+    }
+
     fn make(&self) -> Result<(), BackupError> {
+        if self.is_whole()? {
+            return Err(BackupError::Stream("one that was taken in before is not in the log yet".into()));
+        }
         self.discard()?;
         DirBuilder::new()
             .recursive(true)
@@ -82,26 +90,40 @@ impl Incoming {
     /// All of it is there and belongs to the log: durable from here on.
     ///
     /// # Errors
-    /// If it cannot be written; nobody knows whether it is there then.
+    /// If it cannot be written: then it does not belong there, unless it says so all the same.
     pub fn mark(&self) -> Result<(), BackupError> {
-        sync_dir(&self.log())?;
         let path = self.whole();
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        file.and_then(|file| durable::file(&file)).map_err(BackupError::io("make", &path))?;
-        sync_dir(&self.0)?;
-        Ok(sync_dir(self.0.parent().unwrap_or(&self.0))?)
+        let make = || -> Result<(), BackupError> {
+            sync_dir(&self.log())?;
+            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+            file.and_then(|file| durable::file(&file)).map_err(BackupError::io("make", &path))?;
+            sync_dir(&self.0)?;
+            Ok(sync_dir(self.0.parent().unwrap_or(&self.0))?)
+        };
+        make().inspect_err(|_| {
+            // Should it come back after a power cut, what was written to the log meanwhile counts.
+            let _ = fs::remove_file(&path);
+        })
     }
 
-    /// Moves what is whole into a log, which ends where it begins; it can be done again. What is not whole goes.
+    /// Moves what is whole into a log that ends where it begins; it can be done again. What is not whole goes, and what
+    /// the log went on without.
     ///
     /// # Errors
     /// If something cannot be moved.
-    pub fn finish(&self, log: &Path) -> Result<(), BackupError> {
-        if !self.whole().try_exists().map_err(BackupError::io("find", self.whole()))? {
+    pub fn finish(&self, log: &Path, group: GroupId) -> Result<(), BackupError> {
+        let from = self.log();
+        if !self.is_whole()? || !from.is_dir() {
             return self.discard();
         }
-        let from = self.log();
-        for number in segments(&from)? {
+        let all = segments(&from)?;
+        if let Some(first) = all.first()
+            && !ends_before(log, group, *first)?
+        {
+            tracing::warn!("{}: the log went on without this: it is thrown away", self.0.display());
+            return self.discard();
+        }
+        for number in all {
             let (old, new) = (segment_path(&from, number), segment_path(log, number));
             fs::rename(&old, &new).map_err(BackupError::io("move", &old))?;
         }
@@ -111,18 +133,39 @@ impl Incoming {
     }
 }
 
-/// What a start of the replayer does, before it opens the logs.
+/// Whether a log ends right before a record.
+fn ends_before(log: &Path, group: GroupId, first: u64) -> Result<bool, BackupError> {
+    let Some(last) = segments(log)?.pop() else { return Ok(true) };
+    if last >= first {
+        // One that was begun has no record.
+        return Ok(last == first && SegmentReader::open(log, last, group)?.next_or_tail()?.is_err());
+    }
+    let mut reader = SegmentReader::open(log, last, group)?;
+    let mut end = last - 1;
+    while let Ok(item) = reader.next_or_tail()? {
+        if let SegmentItem::Record(found) = item {
+            end = found.encoded.sequence.0;
+        }
+    }
+    Ok(end + 1 == first)
+}
+
+/// What a start of the replayer does, before it opens the logs; `log_of` gives those of groups that there are.
 ///
 /// # Errors
 /// If something cannot be moved or removed.
 pub fn finish_all(
     all: &Path,
-    log_of: impl Fn(&str) -> Result<PathBuf, BackupError>,
+    log_of: impl Fn(&str) -> Result<Option<(PathBuf, GroupId)>, BackupError>,
 ) -> Result<(), BackupError> {
     for entry in fs::read_dir(all).map_err(BackupError::io("read", all))? {
         let name = entry.map_err(BackupError::io("read", all))?.file_name();
         let Some(group) = name.to_str().filter(|name| places::group_name_is_valid(name)) else { continue };
-        Incoming::of(all, group).finish(&log_of(group)?)?;
+        let incoming = Incoming::of(all, group);
+        match log_of(group)? {
+            Some((log, id)) => incoming.finish(&log, id)?,
+            None => incoming.discard()?,
+        }
     }
     Ok(())
 }
