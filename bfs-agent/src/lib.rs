@@ -2,7 +2,7 @@
 //!
 //! The two roles, [`primary`] and [`backup`], know each other only through the records of
 //! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication),
-//! [`log`] (records in segments, durable), [`tree`] (files and attributes), [`generation`] (reading checkpoints
+//! [`keys`] (who a host is, and whom it trusts), [`log`] (records in segments, durable), [`tree`] (files and attributes), [`generation`] (reading checkpoints
 //! that are kept), [`mount`] (one of them as a file system) and [`service`] (the service manager). [`cli`] holds the two command lines; the binaries
 //! are thin. [`nearest`] finds the word that was meant. [`durable`] is what makes things survive a power cut, [`mutant`] nothing but tests.
 
@@ -10,6 +10,7 @@ pub mod backup;
 pub mod cli;
 pub mod durable;
 pub mod generation;
+pub mod keys;
 pub mod lock;
 pub mod log;
 mod metrics;

@@ -27,6 +27,20 @@ impl Lock {
         }
     }
 
+    /// Takes it, and waits for whoever has it.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn wait(file: File) -> io::Result<Self> {
+        loop {
+            match flock(&file, FlockOperation::LockExclusive) {
+                Ok(()) => return Ok(Self(file)),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     /// The file that is locked.
     #[must_use]
     pub fn file(&self) -> &File {

@@ -5,14 +5,17 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bfs_agent::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions};
-use bfs_agent::net::{self, ConnectError, Destination, Secret};
+use bfs_agent::backup::{Replayer, ReplayerHandle, ServeOptions};
+use bfs_agent::keys::Folder;
+use bfs_agent::net::{self, Destination};
 use bfs_common::codec;
 use bfs_common::record::*;
 use bfs_common::wire::*;
 
 #[path = "replayer/client.rs"]
 mod client;
+#[path = "replayer/sockets.rs"]
+mod sockets;
 
 use client::*;
 
@@ -184,42 +187,6 @@ async fn refusals_are_typed() {
 }
 
 #[tokio::test]
-async fn sockets_authenticate_and_strangers_are_turned_away() {
-    let dir = tempfile::tempdir().unwrap();
-    let secret = Secret::from_bytes(b"a secret that is long enough".to_vec()).unwrap();
-    let unix = Destination::Unix(dir.path().join("sock"));
-    let options = ServeOptions {
-        store: dir.path().join("store"),
-        listen: vec!["tcp://127.0.0.1:0".parse().unwrap(), unix.clone()],
-        secret: Some(secret.clone()),
-        ..ServeOptions::default()
-    };
-    let again = options.clone();
-    let replayer = Replayer::start(options).unwrap();
-    let tcp = replayer.listening()[1].clone();
-    for address in [&tcp, &unix, &replayer.listening()[0]] {
-        let mut connection = net::connect(address, Some(&secret)).await.unwrap();
-        connection.writer.send(&Frame::GetStatus, b"").await.unwrap();
-        assert_eq!(next(&mut connection).await, Frame::Status { groups: Vec::new() });
-    }
-    let wrong = Secret::from_bytes(b"a wrong one that is long enough".to_vec()).unwrap();
-    let error = net::connect(&tcp, Some(&wrong)).await.unwrap_err();
-    assert!(matches!(error, ConnectError::Refused { refusal: Refusal::NotAuthenticated(_), .. }), "{error}");
-    // Garbage and another version: closed, and the replayer goes on.
-    let Destination::Tcp(address) = &tcp else { panic!() };
-    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"bfs1\x07\0\0\0", &[0xff; 5000]] {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-        stream.write_all(bytes).await.unwrap();
-        let mut answer = Vec::new();
-        let _ = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut answer)).await.unwrap();
-    }
-    net::connect(&tcp, Some(&secret)).await.unwrap();
-    let error = Replayer::start(again).unwrap_err();
-    assert!(matches!(error, BackupError::InUse { .. }), "{error}");
-}
-
-#[tokio::test]
 async fn ten_thousand_small_files_take_seconds() {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
@@ -286,7 +253,7 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
     let mut process = Process::start(&store);
-    let mut agent = Agent::new(net::connect(&process.address, None).await.unwrap()).await;
+    let mut agent = Agent::new(net::connect(&process.address, &Folder::default()).await.unwrap()).await;
     let epoch = agent.epoch;
     agent.root();
     for file in 0..4 {
@@ -339,7 +306,7 @@ async fn nothing_acknowledged_is_lost_by_kill_9() {
         }
         process.kill();
         process = Process::start(&store);
-        connection = net::connect(&process.address, None).await.unwrap();
+        connection = net::connect(&process.address, &Folder::default()).await.unwrap();
         // Epoch 1 was granted, durably, before anything else.
         let Ok(Frame::Welcome { position, .. }) = hello(&mut connection, Some(epoch), false).await else {
             panic!()

@@ -6,10 +6,8 @@
 //! 8  head: the Frame as MessagePack
 //! .. body: raw bytes (encoded records), may be empty
 //! ```
-//! A connection begins with [`PREAMBLE`] from each side, sent at once: magic and version. Then
-//! the replayer sends [`Frame::Challenge`], the agent answers with [`Frame::Prove`], and only a
-//! peer that is known gets further. Nothing of a peer is parsed before that but frames of at most
-//! [`FRAME_BEFORE_AUTH_MAX`] bytes.
+//! Who the peer is was proven before: over TCP by the keys of a TLS connection, over a unix socket by the kernel. Then
+//! the replayer sends its [`PREAMBLE`], magic and version, the agent its own, and frames follow.
 
 mod status;
 
@@ -21,6 +19,7 @@ use crate::record::{
     ChainHash, CheckpointId, CheckpointLabel, Epoch, FileKind, GapScope, GroupId, Identity, Meta, Name,
     ObjectId, PathBytes, Sequence,
 };
+pub use crate::refusal::Refusal;
 
 pub use status::{GroupStatus, StoreState};
 
@@ -28,20 +27,21 @@ pub use status::{GroupStatus, StoreState};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Version {
-    /// The first.
+    /// The first. Peers over TCP proved a secret that they shared, in frames of their own.
     V1 = 1,
+    /// Peers over TCP have keys: what came before [`Frame::Hello`] is gone. [`Frame::ReadKeys`],
+    /// [`Refusal::NotAllowed`], [`Refusal::KeyChanged`].
+    V2 = 2,
 }
 
 /// What this build speaks.
-pub const VERSION: Version = Version::V1;
+pub const VERSION: Version = Version::V2;
 
 /// Magic bytes, then the version (little-endian): the first bytes from either side.
 pub const PREAMBLE: [u8; 8] = [b'b', b'f', b's', b'1', VERSION as u8, 0, 0, 0];
 
-/// Longest frame of a known peer.
+/// Longest frame.
 pub const FRAME_MAX: usize = 8 << 20;
-/// Longest frame of a peer that is not known yet.
-pub const FRAME_BEFORE_AUTH_MAX: usize = 4096;
 
 /// Bytes before the head.
 pub const FRAME_PREFIX: usize = 8;
@@ -60,76 +60,6 @@ pub struct Position {
 impl Position {
     /// Before the first record of a group.
     pub const START: Self = Self { epoch: Epoch(0), sequence: Sequence(0), chain: ChainHash::START };
-}
-
-/// Why a replayer refuses. Each says what to do in its text.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-pub enum Refusal {
-    /// The other side speaks another version.
-    #[error(
-        "the replayer speaks protocol version {ours}, the agent {theirs}: install the same release on both"
-    )]
-    Version {
-        /// Version of the replayer.
-        ours: u32,
-        /// Version of the agent.
-        theirs: u32,
-    },
-    /// The proof does not fit the secret, or the peer's user may not connect.
-    #[error("not authenticated: {0}")]
-    NotAuthenticated(String),
-    /// The store holds this group name with another group identity.
-    #[error("the store already holds another group named {name:?}: choose another --group or another store")]
-    OtherGroup {
-        /// The name.
-        name: String,
-    },
-    /// A newer epoch was granted: this agent is fenced.
-    #[error("fenced: a newer agent (epoch {newest}) writes this group")]
-    Fenced {
-        /// The newest epoch.
-        newest: Epoch,
-    },
-    /// Another agent is connected for this group.
-    #[error("another agent is connected for group {name:?}: stop it first")]
-    Busy {
-        /// Name of the group.
-        name: String,
-    },
-    /// A record is missing before the one that was sent.
-    #[error("a gap in the stream: got record {got} after {have}")]
-    Gap {
-        /// The last that is there.
-        have: Sequence,
-        /// The one that came.
-        got: Sequence,
-    },
-    /// The same number with other content.
-    #[error("the stream forked at record {at}: this agent's history is not the one in the store")]
-    Fork {
-        /// Where.
-        at: Sequence,
-    },
-    /// A marker came while suspects were open.
-    #[error("checkpoint {checkpoint} refused: {open} suspects are not repaired")]
-    OpenGap {
-        /// The marker.
-        checkpoint: CheckpointId,
-        /// How many scopes are open.
-        open: u64,
-    },
-    /// The store cannot take more (full, failed disk).
-    #[error("the store takes nothing: {0}")]
-    Store(String),
-    /// There is no room to apply what it would take; it takes more when there is.
-    #[error("the store takes nothing more: {0}")]
-    Full(String),
-    /// As much waits to be applied as may.
-    #[error("the store takes nothing more: {0}")]
-    Behind(String),
-    /// The request or record cannot be understood or is not allowed.
-    #[error("refused: {0}")]
-    Bad(String),
 }
 
 /// One line of the catalogue: an object as the store knows it at its last durable record.
@@ -231,26 +161,7 @@ pub struct DigestLine {
 /// A frame.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Frame {
-    /// Replayer: prove that you know the secret. On a unix socket `nonce` is there too, but the
-    /// peer's credentials decide.
-    Challenge {
-        /// Random.
-        nonce: [u8; 32],
-    },
-    /// Agent: `blake3::keyed_hash(key, "agent" nonce own_nonce)`, where the key is
-    /// `blake3::derive_key("bfs 2026 shared secret v1", secret)`; zeros on a unix socket.
-    Prove {
-        /// The agent's nonce, which the replayer must prove in turn.
-        own_nonce: [u8; 32],
-        /// The proof.
-        proof: [u8; 32],
-    },
-    /// Replayer: `blake3::keyed_hash(key, "replayer" own_nonce nonce)`.
-    Proven {
-        /// The proof.
-        proof: [u8; 32],
-    },
-    /// Agent: I write this group. The first frame after authentication on a writing connection.
+    /// Agent: I write this group. The first frame on a writing connection.
     Hello {
         /// Name of the group.
         group: String,
@@ -524,7 +435,16 @@ pub enum Frame {
         /// No more to come.
         last: bool,
     },
-    /// Anyone who may connect: how do the groups stand? Answered by [`Frame::Status`].
+    /// Command on the same host: the keys were changed, so look at them; connections of those that may not be there any more
+    /// are ended. Answered by [`Frame::KeysRead`] when they are.
+    ReadKeys,
+    /// Replayer: the keys count as they are now.
+    KeysRead {
+        /// Connections that were ended.
+        ended: u64,
+    },
+    /// Anyone who may connect: how do the groups stand? Answered by [`Frame::Status`], with the groups on which the peer
+    /// has any right.
     GetStatus,
     /// Replayer: the groups.
     Status {
@@ -587,10 +507,10 @@ pub fn encode_frame(frame: &Frame, body: &[u8]) -> Bytes {
 /// How many bytes the whole frame has, from its first four.
 ///
 /// # Errors
-/// [`WireError::TooLong`] beyond `limit`.
-pub fn frame_len(prefix: [u8; 4], limit: usize) -> Result<usize, WireError> {
+/// [`WireError::TooLong`] beyond [`FRAME_MAX`].
+pub fn frame_len(prefix: [u8; 4]) -> Result<usize, WireError> {
     let len = (u32::from_le_bytes(prefix) as usize).saturating_add(4);
-    if len > limit || len < FRAME_PREFIX {
+    if !(FRAME_PREFIX..=FRAME_MAX).contains(&len) {
         return Err(WireError::TooLong(len));
     }
     Ok(len)
@@ -622,21 +542,37 @@ mod tests {
         let frame = Frame::Records { first: Sequence(1), count: 2 };
         let bytes = encode_frame(&frame, b"body");
         let prefix = bytes[..4].try_into().unwrap();
-        assert_eq!(frame_len(prefix, FRAME_MAX).unwrap(), bytes.len());
+        assert_eq!(frame_len(prefix).unwrap(), bytes.len());
         assert_eq!(decode_frame(bytes).unwrap(), (frame, Bytes::from_static(b"body")));
     }
 
     #[test]
     fn golden_bytes() {
-        let hex: String = encode_frame(&Frame::GetStatus, b"").iter().map(|b| format!("{b:02x}")).collect();
-        assert_eq!(hex, "0e0000000a000000a9476574537461747573");
+        let hex = |frame| encode_frame(&frame, b"").iter().map(|b| format!("{b:02x}")).collect::<String>();
+        assert_eq!(hex(Frame::GetStatus), "0e0000000a000000a9476574537461747573");
+        assert_eq!(hex(Frame::ReadKeys), "0d00000009000000a8526561644b657973");
+        assert_eq!(
+            hex(Frame::KeysRead { ended: 3 }),
+            "100000000c00000081a84b6579735265616491 03".replace(' ', "")
+        );
+        assert_eq!(
+            hex(Frame::Refused(Refusal::KeyChanged)),
+            "18000000 14000000 81 a752656675736564 aa4b65794368616e676564".replace(' ', "")
+        );
+        let refusal = Refusal::NotAllowed { key: "K".into(), group: "g".into(), right: "write".into() };
+        assert_eq!(
+            hex(Frame::Refused(refusal)),
+            "24000000 20000000 81 a752656675736564 81 aa4e6f74416c6c6f776564 93 a14b a167 a57772697465"
+                .replace(' ', "")
+        );
+        assert_eq!(PREAMBLE, *b"bfs1\x02\0\0\0");
     }
 
     #[test]
     fn strangers_are_told_apart() {
         assert_eq!(check_preamble(PREAMBLE), Ok(()));
         assert_eq!(check_preamble(*b"GET / HT"), Err(WireError::NotBfs));
-        assert_eq!(check_preamble(*b"bfs1\x02\0\0\0"), Err(WireError::Version(2)));
+        assert_eq!(check_preamble(*b"bfs1\x01\0\0\0"), Err(WireError::Version(1)));
     }
 
     #[test]
@@ -650,6 +586,6 @@ mod tests {
             flipped[bit / 8] ^= 1 << (bit % 8);
             let _ = decode_frame(Bytes::from(flipped));
         }
-        assert!(frame_len([0xff; 4], FRAME_MAX).is_err());
+        assert!(frame_len([0xff; 4]).is_err());
     }
 }

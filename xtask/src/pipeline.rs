@@ -3,7 +3,8 @@
 //!
 //! The log's disk is that of the temporary directory. Shown are
 //! - the limit, and to-durable as a share of it: a program writes new files in pieces of 1 MiB; time runs from its
-//!   first write until the last record is acknowledged. Before and after it the limit is measured, the mean counts;
+//!   first write until the last record is acknowledged. Before and after it the limit is measured, the mean counts.
+//!   That over a unix socket, and once more by TCP, encrypted;
 //! - how fast the applier is: the same bytes, from the confirmed checkpoint to the applied one;
 //! - the time of a command from a small write to the acknowledgement, p50 and p99;
 //! - bytes that the replayer wrote for each byte of the stream (`write_bytes` of /proc/PID/io): for new files, and
@@ -42,7 +43,8 @@ const SMALL: usize = 100;
 pub fn pipeline() -> Result<()> {
     release_binaries()?;
     let before = limit()?;
-    let new = new_files()?;
+    let new = new_files(Transport::Unix)?;
+    let over_tls = new_files(Transport::Tcp)?;
     let after = limit()?;
     let limit = (before + after) / 2.0;
     let [p50, p99] = latency()?;
@@ -57,6 +59,7 @@ pub fn pipeline() -> Result<()> {
         100.0 * rate(new.durable) / limit,
         rate(new.written)
     );
+    println!("... over TLS    {:>8.0} MB/s  the same by TCP on loopback", rate(over_tls.durable));
     println!("applied         {:>8.0} MB/s  from confirmed to applied", rate(new.applied));
     println!(
         "acknowledged    {p50:>8.1} ms    p99 {p99:.1} ms  a small write and the command that waits for it"
@@ -72,7 +75,8 @@ pub fn pipeline() -> Result<()> {
         "pipeline",
         json!({
             "bytes": BYTES, "limit_mb_s": [before, after], "to_durable_mb_s": rate(new.durable),
-            "share_of_limit": rate(new.durable) / limit, "program_mb_s": rate(new.written),
+            "to_durable_tls_mb_s": rate(over_tls.durable), "share_of_limit": rate(new.durable) / limit,
+            "program_mb_s": rate(new.written),
             "applied_mb_s": rate(new.applied), "acknowledged_ms_p50_p99": [p50, p99],
             "written_per_stream_byte": new.amplification,
             "compile": {
@@ -141,8 +145,8 @@ fn go(world: &World) -> Result<()> {
     until("the program", LIMIT, || done.exists().then_some(()))
 }
 
-fn new_files() -> Result<NewFiles> {
-    let mut world = World::new("pipeline", Transport::Unix)?;
+fn new_files(transport: Transport) -> Result<NewFiles> {
+    let mut world = World::new("pipeline", transport)?;
     world.start_replayer()?;
     source(&world, BYTES / 12)?;
     let script = format!(

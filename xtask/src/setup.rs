@@ -16,7 +16,7 @@ const BPF_LINKER: &str = "0.13.0";
 pub type Tool = (&'static str, &'static str, &'static str);
 
 /// What every build and test needs.
-const PROGRAMS: [Tool; 20] = [
+const PROGRAMS: [Tool; 21] = [
     ("cc", "gcc libc6-dev", "compiles the SQLite of the tests"),
     ("git", "git", "a program that the tests replicate"),
     ("tar", "tar", "a program that the tests replicate"),
@@ -37,6 +37,7 @@ const PROGRAMS: [Tool; 20] = [
     ("mdb_load", "lmdb-utils", "a program that the tests replicate"),
     ("python3", "python3", "the examples of docs/interface.md are run"),
     ("socat", "socat", "the examples of docs/interface.md are run"),
+    ("openssl", "openssl", "TLS is looked at from outside"),
 ];
 
 /// Test suites for file systems, and their versions, which the tests replicate. They are programs in Rust that

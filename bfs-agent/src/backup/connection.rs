@@ -17,14 +17,16 @@ use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
+use super::access::{Entered, Need, need};
 use super::error::BackupError;
 use super::generations;
 use super::group::{Group, Slot};
 use super::past::{Loaded, Past};
 use super::serve::Shared;
 use super::transfer::Receiver;
-use super::{digests, history, look, read, transfer};
-use crate::net::{Connection, FrameError, FrameReader};
+use super::{digests, history, look, places, read, transfer};
+use crate::keys::peers::Right;
+use crate::net::{Connection, FrameError, FrameReader, FrameWriter};
 
 /// Frames that wait to be written.
 const QUEUE: usize = 32;
@@ -48,16 +50,30 @@ struct Writing {
     acks: AbortHandle,
 }
 
+/// A generation that is held until this is dropped.
+struct Held {
+    group: Arc<Group>,
+    at: CheckpointId,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.group.release(self.at);
+    }
+}
+
 struct Session {
     shared: Arc<Shared>,
     number: u64,
+    /// What the peer's key may do; on one host it may do everything.
+    entered: Option<Arc<Entered>>,
     out: mpsc::Sender<(Frame, Bytes)>,
     /// Set by the acknowledging task when the log takes nothing any more.
     broken: Arc<Notify>,
     writing: Option<Writing>,
     readers: Vec<AbortHandle>,
     /// Generations that the peer reads.
-    held: Vec<(Arc<Group>, CheckpointId)>,
+    held: Vec<Held>,
     /// What is known of the one that it looked into last.
     looked: Option<(Arc<Group>, Loaded)>,
     /// A stream of another store that it sends.
@@ -66,22 +82,31 @@ struct Session {
 
 /// Serves a connection until it ends.
 pub async fn serve(shared: Arc<Shared>, connection: Connection) {
-    let Connection { mut reader, mut writer, peer } = connection;
-    let (out, mut to_write) = mpsc::channel::<(Frame, Bytes)>(QUEUE);
-    let writing = tokio::spawn(async move {
-        while let Some((frame, body)) = to_write.recv().await {
-            // A frame that was begun cannot be taken back: after a timeout the stream is at its end.
-            if !matches!(tokio::time::timeout(WRITE_MAX, writer.send(&frame, &body)).await, Ok(Ok(()))) {
-                return;
-            }
-        }
-        // The peer may be gone already.
-        let _ = writer.shutdown().await;
-    });
+    let Connection { mut reader, mut writer, peer, key } = connection;
     let number = shared.number_connection();
+    let entered = match (key, &shared.access) {
+        (None, _) => Ok(None),
+        (Some(key), Some(access)) => access.enter(number, key).map(Arc::new).map(Some),
+        (Some(_), None) => Err(Refusal::Bad("a key where none is looked at".into())),
+    };
+    let entered = match entered {
+        Ok(entered) => entered,
+        Err(refusal) => {
+            tracing::warn!("{peer}: {refusal}");
+            // The peer may be gone already.
+            let refusal = Frame::Refused(refusal);
+            let _ = tokio::time::timeout(LINGER, writer.send(&refusal, b"")).await;
+            let _ = tokio::time::timeout(LINGER, reader.drain()).await;
+            return;
+        }
+    };
+    let (out, to_write) = mpsc::channel::<(Frame, Bytes)>(QUEUE);
+    let key_changed = changed(entered.as_deref());
+    let writing = tokio::spawn(write(writer, to_write, changed(entered.as_deref())));
     let mut session = Session {
         shared,
         number,
+        entered,
         out,
         broken: Arc::new(Notify::new()),
         writing: None,
@@ -90,10 +115,19 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
         looked: None,
         receiver: None,
     };
-    let end = session.run(&mut reader).await;
+    let end = tokio::select! {
+        biased;
+        () = key_changed => Err(Refusal::KeyChanged),
+        end = session.run(&mut reader) => end,
+    };
     session.release();
     let refused = match end {
         Ok(()) => false,
+        Err(Refusal::KeyChanged) => {
+            // The writing task says so, before anything that waits to be written.
+            tracing::warn!("{peer}: {}", Refusal::KeyChanged);
+            true
+        }
         Err(refusal) => {
             let refusal = short(refusal);
             tracing::warn!("{peer}: {refusal}");
@@ -102,11 +136,54 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
     };
     drop(session);
     if refused {
-        let drain = async { while let Ok(Some(_)) = reader.next().await {} };
         // Either the peer has closed, or it had its time.
-        let _ = tokio::time::timeout(LINGER, drain).await;
+        let _ = tokio::time::timeout(LINGER, reader.drain()).await;
     }
     let _ = tokio::time::timeout(LINGER, writing).await;
+}
+
+/// Comes back when something about the peer's key is changed; never on one host.
+fn changed(entered: Option<&Entered>) -> impl Future<Output = ()> + Send + 'static {
+    let changed = entered.map(Entered::changed);
+    async move {
+        match changed {
+            Some(changed) => changed.await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Writes what is to be written, until nothing more comes, the peer does not read, or its key is changed: then it gets
+/// nothing more but that.
+async fn write(
+    mut writer: FrameWriter,
+    mut to_write: mpsc::Receiver<(Frame, Bytes)>,
+    changed: impl Future<Output = ()>,
+) {
+    tokio::pin!(changed);
+    loop {
+        let next = tokio::select! {
+            biased;
+            () = &mut changed => {
+                // The peer may be gone already.
+                let refuse = writer.send(&Frame::Refused(Refusal::KeyChanged), b"");
+                let _ = tokio::time::timeout(LINGER, refuse).await;
+                break;
+            }
+            next = to_write.recv() => next,
+        };
+        let Some((frame, body)) = next else { break };
+        // A frame that was begun cannot be taken back: after a timeout the stream is at its end.
+        tokio::select! {
+            biased;
+            sent = tokio::time::timeout(WRITE_MAX, writer.send(&frame, &body)) => if !matches!(sent, Ok(Ok(()))) {
+                return;
+            },
+            () = &mut changed => return,
+        }
+    }
+    // The peer may be gone already.
+    let _ = writer.shutdown().await;
 }
 
 /// The refusal with a text that fits into any frame.
@@ -185,7 +262,32 @@ impl Session {
         }
     }
 
+    /// Whether the peer may ask for this.
+    async fn check(&self, frame: &Frame) -> Result<(), Refusal> {
+        let Some(entered) = &self.entered else { return Ok(()) };
+        match need(frame) {
+            // Before it is repeated in an answer, or even written down as somebody's.
+            Need::Group(group, _) | Need::ToWrite(group) if !places::group_name_is_valid(group) => {
+                Err(places::invalid_group_name(group))
+            }
+            Need::Nothing | Need::Writer => Ok(()),
+            Need::SameHost => Err(Refusal::Bad("that can be asked on the same host only".into())),
+            Need::Name => Err(Refusal::Bad("over TCP say which group it is to be: --group NAME".into())),
+            Need::Group(group, rights) if entered.may(group, rights) => Ok(()),
+            Need::Group(group, rights) => {
+                Err(entered.denied(group, rights.last().copied().unwrap_or(Right::Read)))
+            }
+            Need::ToWrite(group) => {
+                let (shared, entered, group) = (self.shared.clone(), entered.clone(), group.to_owned());
+                tokio::task::spawn_blocking(move || entered.may_write(&group, shared.has_group(&group)?))
+                    .await
+                    .map_err(|e| Refusal::Store(e.to_string()))?
+            }
+        }
+    }
+
     async fn frame(&mut self, frame: Frame, body: Bytes) -> Result<(), Refusal> {
+        self.check(&frame).await?;
         match frame {
             Frame::Hello { group, group_id, boot_id: _, epoch, take_over, maps } => {
                 if self.writing.is_some() {
@@ -308,8 +410,20 @@ impl Session {
                 Ok(())
             }
             Frame::Look { group, at, look } => self.look(group, at, look).await,
+            Frame::ReadKeys => {
+                let ended = match &self.shared.access {
+                    Some(access) => access.clone().read_keys().await?,
+                    None => 0,
+                };
+                self.answer(Frame::KeysRead { ended }).await;
+                Ok(())
+            }
             Frame::GetStatus => {
-                self.answer(Frame::Status { groups: self.shared.status() }).await;
+                let mut groups = self.shared.status();
+                if let Some(entered) = &self.entered {
+                    groups.retain(|status| entered.may(&status.group, &Right::ALL));
+                }
+                self.answer(Frame::Status { groups }).await;
                 Ok(())
             }
             Frame::Ping(number) => {
@@ -362,8 +476,11 @@ impl Session {
                 let group = tokio::task::spawn_blocking(move || shared.group_for(&name, id, &[]))
                     .await
                     .map_err(|error| Refusal::Store(error.to_string()))??;
-                let checkpoint = group.adopt(self.number, &whole).await?;
-                Some((whole.group.clone(), checkpoint))
+                // In a task of its own: it has to be finished, whatever becomes of the connection.
+                let (number, name) = (self.number, whole.group.clone());
+                let adopting = tokio::spawn(async move { group.adopt(number, &whole).await });
+                let checkpoint = adopting.await.map_err(|error| Refusal::Store(error.to_string()))??;
+                Some((name, checkpoint))
             }
         };
         self.answer(Frame::Received { taken }).await;
@@ -404,10 +521,14 @@ impl Session {
 
     /// Holds a generation until the connection ends.
     async fn hold(&mut self, group: &Arc<Group>, at: CheckpointId) -> Result<(), Refusal> {
-        if !self.held.iter().any(|(held, number)| Arc::ptr_eq(held, group) && *number == at) {
-            let to_hold = group.clone();
-            blocking(move || to_hold.hold(at)).await?;
-            self.held.push((group.clone(), at));
+        if !self.held.iter().any(|held| Arc::ptr_eq(&held.group, group) && held.at == at) {
+            let group = group.clone();
+            // Made there, so that it is let go too when the connection ends meanwhile.
+            let held = blocking(move || {
+                group.hold(at)?;
+                Ok(Held { group, at })
+            });
+            self.held.push(held.await?);
         }
         Ok(())
     }
@@ -526,9 +647,7 @@ impl Session {
         for reader in self.readers.drain(..) {
             reader.abort();
         }
-        for (group, checkpoint) in self.held.drain(..) {
-            group.release(checkpoint);
-        }
+        self.held.clear();
         let Some(writing) = self.writing.take() else { return };
         writing.acks.abort();
         let mut state = writing.group.state();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use bfs_common::record::{CheckpointId, ObjectId, Sequence};
 
+use crate::keys::KeyError;
 use crate::log::LogError;
 use crate::net::AddressError;
 
@@ -126,9 +127,9 @@ pub enum BackupError {
         /// What the system said.
         error: io::Error,
     },
-    /// TCP without a secret.
-    #[error("{0} needs a secret that the agents share: give --secret-file FILE")]
-    SecretNeeded(String),
+    /// Keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
     /// A crash that a test asked for.
     #[cfg(test)]
     #[error("crash point")]

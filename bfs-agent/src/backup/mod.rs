@@ -1,10 +1,12 @@
 //! The role of the backup host: receive, log, confirm, apply.
 
+pub mod access;
 pub mod apply;
 pub mod check;
 pub mod connection;
 pub mod damage;
 pub mod digests;
+mod door;
 pub mod elsewhere;
 pub mod error;
 pub mod gate;
@@ -32,7 +34,7 @@ pub mod target;
 pub mod transfer;
 
 pub use error::BackupError;
-pub use serve::{Replayer, ReplayerHandle, ServeOptions};
+pub use serve::{Replayer, ReplayerHandle, ServeOptions, store_keys};
 
 #[cfg(test)]
 mod crash_tests;

@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use bfs_common::record::PathBytes;
+use bfs_common::wire::Refusal;
 
 /// The names of an absolute path without `.`, `..` or an empty name in it; `None` for any other
 /// path and for `/` itself.
@@ -100,6 +101,12 @@ pub fn group_name_is_valid(name: &str) -> bool {
         && name.len() <= 100
         && !name.starts_with('.')
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+/// The refusal of any other name.
+#[must_use]
+pub fn invalid_group_name(name: &str) -> Refusal {
+    Refusal::Bad(format!("{name:?} cannot name a group: use letters, digits, `.`, `_` and `-`"))
 }
 
 #[cfg(test)]

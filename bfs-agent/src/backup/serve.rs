@@ -13,10 +13,12 @@ use std::time::Duration;
 use bfs_common::record::{GroupId, PathBytes};
 use bfs_common::wire::{GroupStatus, Refusal};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
+use super::access::Access;
 use super::apply::Area;
 use super::connection;
+use super::door::{self, Door};
 use super::error::BackupError;
 use super::group::{Group, Limits};
 use super::index::{GroupRow, Index, View};
@@ -25,14 +27,9 @@ use super::retention::Retention;
 use super::room::{Disks, Room};
 use super::store::Store;
 use super::transfer::{Busy, Incoming, finish_all};
-use crate::net::auth::{self, Proof};
-use crate::net::{
-    Connection, Destination, FrameReader, FrameWriter, HANDSHAKE_TIMEOUT, Secret, destination, listen_unix,
-    store_socket,
-};
+use crate::keys::Folder;
+use crate::net::{Connection, Destination, destination, listen_unix, store_socket};
 
-/// Connections at once, known or not.
-const CONNECTIONS_MAX: usize = 64;
 /// Groups of one store.
 const GROUPS_MAX: usize = 256;
 /// How long the end waits for what connections are doing just now.
@@ -45,8 +42,8 @@ pub struct ServeOptions {
     pub store: PathBuf,
     /// Where to listen, besides the owner's socket in the store.
     pub listen: Vec<Destination>,
-    /// What TCP peers must know.
-    pub secret: Option<Secret>,
+    /// The folder of keys, for TCP; that of the store, if not given.
+    pub keys: Option<Folder>,
     /// Folders outside the store that maps may lead into.
     pub allow_roots: Vec<PathBuf>,
     /// Bytes of a group's log that may wait to be applied; as many as there is room for, if not given.
@@ -87,13 +84,20 @@ pub struct Shared {
     /// True when the replayer ends.
     pub(super) stop: watch::Sender<bool>,
     connections: AtomicU64,
-    slots: Arc<Semaphore>,
+    pub(super) door: Door,
+    /// There when it listens on TCP.
+    pub(super) access: Option<Arc<Access>>,
 }
 
 impl Shared {
     fn open(options: &ServeOptions) -> Result<Self, BackupError> {
         let store = Store::open_with(&options.store, options.images.as_deref())?;
         let index = Arc::new(Index::open(store.path())?);
+        let access = if options.listen.iter().any(|listen| matches!(listen, Destination::Tcp(_))) {
+            Some(Access::open(options.keys.clone().unwrap_or_else(|| store_keys(store.path())))?)
+        } else {
+            None
+        };
         let mut allowed = Vec::new();
         for dir in &options.allow_roots {
             let dir = std::fs::canonicalize(dir).map_err(BackupError::io("find the allowed root", dir))?;
@@ -131,7 +135,8 @@ impl Shared {
             receiving: Busy::default(),
             stop: watch::Sender::new(false),
             connections: AtomicU64::new(0),
-            slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            door: Door::default(),
+            access,
         })
     }
 
@@ -139,6 +144,18 @@ impl Shared {
     #[must_use]
     pub fn group(&self, name: &str) -> Option<Arc<Group>> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Whether the store has a group of this name, also one that could not be opened. Blocks on the disk.
+    ///
+    /// # Errors
+    /// The refusal for the agent.
+    pub(super) fn has_group(&self, name: &str) -> Result<bool, Refusal> {
+        if self.group(name).is_some() {
+            return Ok(true);
+        }
+        let rows = self.index.groups().map_err(|e| Refusal::Store(e.to_string()))?;
+        Ok(rows.iter().any(|(known, _)| known == name))
     }
 
     /// The group of this name and identity; made if the name is new. Blocks on the disk.
@@ -152,8 +169,7 @@ impl Shared {
         maps: &[(PathBytes, PathBytes)],
     ) -> Result<Arc<Group>, Refusal> {
         if !places::group_name_is_valid(name) {
-            let why = format!("{name:?} cannot name a group: use letters, digits, `.`, `_` and `-`");
-            return Err(Refusal::Bad(why));
+            return Err(places::invalid_group_name(name));
         }
         for (from, _) in maps {
             places::root_place(from.as_path(), maps, &self.allowed)
@@ -246,6 +262,12 @@ fn open_group(
     Group::open(name, row, index.clone(), area, (log, incoming), limits, room.clone())
 }
 
+/// The folder of keys of a store.
+#[must_use]
+pub fn store_keys(store: &Path) -> Folder {
+    Folder::new(store.join("keys"))
+}
+
 /// Starts replayers.
 #[derive(Debug)]
 pub struct Replayer;
@@ -259,10 +281,7 @@ impl Replayer {
         // First what costs nothing to refuse.
         for listen in &options.listen {
             if let Destination::Tcp(address) = listen {
-                destination::resolve_loopback_now(address)?;
-                if options.secret.is_none() {
-                    return Err(BackupError::SecretNeeded(listen.to_string()));
-                }
+                destination::resolve_now(address)?;
             }
         }
         let shared = Arc::new(Shared::open(&options)?);
@@ -275,9 +294,12 @@ impl Replayer {
         let mut handle =
             ReplayerHandle { runtime: Some(runtime), shared, listening: Vec::new(), sockets: Vec::new() };
         let own = Destination::Unix(store_socket(handle.shared.store.path()));
-        handle.listen(&own, None)?;
+        handle.listen(&own)?;
         for listen in &options.listen {
-            handle.listen(listen, options.secret.as_ref())?;
+            handle.listen(listen)?;
+        }
+        if let (Some(access), Some(runtime)) = (&handle.shared.access, &handle.runtime) {
+            runtime.spawn(access.clone().look_now_and_then());
         }
         Ok(handle)
     }
@@ -348,33 +370,33 @@ impl ReplayerHandle {
         &self.shared
     }
 
-    fn listen(&mut self, address: &Destination, secret: Option<&Secret>) -> Result<(), BackupError> {
+    fn listen(&mut self, address: &Destination) -> Result<(), BackupError> {
         let failed = |error| BackupError::Listen { address: address.to_string(), error };
         let Some(runtime) = &self.runtime else { return Ok(()) };
         let _inside = runtime.enter();
-        match address {
-            Destination::Tcp(text) => {
-                let Some(secret) = secret.cloned() else {
-                    return Err(BackupError::SecretNeeded(address.to_string()));
-                };
-                let found = destination::resolve_loopback_now(text)?;
+        match (address, &self.shared.access) {
+            (Destination::Tcp(text), Some(access)) => {
+                let found = destination::resolve_now(text)?;
                 let listener = std::net::TcpListener::bind(&found[..]).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 let bound = listener.local_addr().map_err(failed)?;
                 let listener = TcpListener::from_std(listener).map_err(failed)?;
-                runtime.spawn(accept_tcp(self.shared.clone(), listener, secret));
+                runtime.spawn(door::accept_tcp(self.shared.clone(), listener, access.clone()));
                 self.listening.push(Destination::Tcp(bound.to_string()));
             }
-            Destination::Unix(path) => {
+            (Destination::Unix(path), _) => {
                 let listener = listen_unix(path).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 let listener = UnixListener::from_std(listener).map_err(failed)?;
-                runtime.spawn(accept_unix(self.shared.clone(), listener));
+                runtime.spawn(door::accept_unix(self.shared.clone(), listener));
                 self.sockets.push(path.clone());
                 self.listening.push(address.clone());
             }
-            Destination::Dir(_) => {
-                let why = "a store is not an address to listen on; write tcp://127.0.0.1:PORT or unix:PATH";
+            (Destination::Tcp(_), None) => {
+                return Err(failed(std::io::Error::other("there are no keys")));
+            }
+            (Destination::Dir(_), _) => {
+                let why = "a store is not an address to listen on; write tcp://HOST:PORT or unix:PATH";
                 return Err(failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, why)));
             }
         }
@@ -419,83 +441,5 @@ impl Drop for ReplayerHandle {
             // The next owner removes a socket that is left.
             let _ = std::fs::remove_file(socket);
         }
-    }
-}
-
-async fn accept_tcp(shared: Arc<Shared>, listener: TcpListener, secret: Secret) {
-    while !*shared.stop.borrow() {
-        let Some((stream, peer)) = accepted(listener.accept().await).await else { continue };
-        let Ok(permit) = shared.slots.clone().try_acquire_owned() else {
-            tracing::warn!("{peer}: more than {CONNECTIONS_MAX} connections, this one is dropped");
-            continue;
-        };
-        let (shared, secret) = (shared.clone(), secret.clone());
-        tokio::spawn(async move {
-            let _permit = permit;
-            if stream.set_nodelay(true).is_err() {
-                return;
-            }
-            let (read, write) = stream.into_split();
-            let halves = (FrameReader::new(Box::new(read)), FrameWriter::new(Box::new(write)));
-            authenticated(shared, halves, Proof::Secret(&secret), peer.to_string()).await;
-        });
-    }
-}
-
-async fn accept_unix(shared: Arc<Shared>, listener: UnixListener) {
-    while !*shared.stop.borrow() {
-        let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
-        let Ok(permit) = shared.slots.clone().try_acquire_owned() else {
-            tracing::warn!("more than {CONNECTIONS_MAX} connections, one on a unix socket is dropped");
-            continue;
-        };
-        let shared = shared.clone();
-        tokio::spawn(async move {
-            let _permit = permit;
-            let uid = stream.peer_cred().map(|cred| cred.uid());
-            let (read, write) = stream.into_split();
-            let mut halves = (FrameReader::new(Box::new(read)), FrameWriter::new(Box::new(write)));
-            match uid {
-                Ok(uid) if auth::uid_is_trusted(uid) => {
-                    authenticated(shared, halves, Proof::Credentials, format!("user {uid} on a unix socket"))
-                        .await;
-                }
-                _ => {
-                    let why = "only root and the replayer's own user may connect".to_owned();
-                    let refusal = bfs_common::wire::Frame::Refused(Refusal::NotAuthenticated(why));
-                    // The peer may be gone already; it is refused either way.
-                    let _ = halves.1.preamble().await;
-                    let _ = halves.1.send(&refusal, b"").await;
-                }
-            }
-        });
-    }
-}
-
-/// An error of accepting concerns one connection, or descriptors ran out: then a moment later
-/// some may be free again.
-async fn accepted<T>(result: std::io::Result<T>) -> Option<T> {
-    const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
-    match result {
-        Ok(accepted) => Some(accepted),
-        Err(error) => {
-            tracing::warn!("a connection could not be accepted: {error}");
-            tokio::time::sleep(PAUSE).await;
-            None
-        }
-    }
-}
-
-async fn authenticated(
-    shared: Arc<Shared>,
-    (mut reader, mut writer): (FrameReader, FrameWriter),
-    proof: Proof<'_>,
-    peer: String,
-) {
-    let challenge = auth::challenge(&mut reader, &mut writer, proof);
-    match tokio::time::timeout(HANDSHAKE_TIMEOUT, challenge).await {
-        Ok(Ok(())) => connection::serve(shared, Connection { reader, writer, peer }).await,
-        Ok(Err(error)) => tracing::warn!("{peer}: {error}"),
-        Err(_) => tracing::warn!("{peer}: no handshake within {} s", HANDSHAKE_TIMEOUT.as_secs()),
     }
 }

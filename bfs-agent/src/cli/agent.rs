@@ -9,6 +9,7 @@ mod commands;
 mod config;
 mod groups;
 mod hooks;
+mod keys;
 mod options;
 mod show;
 mod spool;
@@ -23,6 +24,8 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::generation::At;
+use crate::keys::Token;
+use crate::net::Destination;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
 use crate::primary::schedule::parse_time;
@@ -79,7 +82,7 @@ enum Command {
     /// Run a command and replicate what it and its children do to the files
     ///
     /// Example:
-    ///   bfs-agent run --path /srv/data --backup tcp://127.0.0.1:7400 --secret-file /etc/bfs/secret -- ./server
+    ///   bfs-agent run --path /srv/data --backup tcp://backup.example:7400 -- ./server
     ///
     /// What exists below --path is copied first, while the command is already running. A last
     /// checkpoint is taken and waited for when the command has ended.
@@ -285,6 +288,35 @@ enum Command {
         #[command(subcommand)]
         what: ConfigCommand,
     },
+    /// Pair this host with the replayer of a backup host: each knows the other's key from then on
+    ///
+    /// Example:
+    ///   bfs-agent pair tcp://backup.example:7400 bfs-pair-...
+    ///
+    /// The token comes from `bfs-replayer pair --store STORE` there. It is good for one host and for a short time.
+    #[command(verbatim_doc_comment)]
+    Pair {
+        #[command(flatten)]
+        keys: keys::Place,
+        /// Where the replayer listens, as it is going to be given to --backup
+        #[arg(value_name = "tcp://HOST:PORT")]
+        replayer: Destination,
+        /// What `bfs-replayer pair` printed
+        #[arg(value_name = "TOKEN")]
+        token: Token,
+    },
+    /// Show this host's key (one is made if there is none), or change which keys are trusted
+    ///
+    /// Examples:
+    ///   bfs-agent key
+    ///   bfs-agent key trust tcp://backup.example:7400 FINGERPRINT
+    #[command(verbatim_doc_comment)]
+    Key {
+        #[command(flatten)]
+        keys: keys::Place,
+        #[command(subcommand)]
+        what: Option<keys::KeyCommand>,
+    },
     /// Thaws what the agent stopped, should the agent die
     #[command(name = guard::SUBCOMMAND, hide = true)]
     Guard,
@@ -478,6 +510,14 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             asks(inherited)?;
             groups::check(&file)
         }
+        Command::Pair { keys, replayer, token } => {
+            asks(inherited)?;
+            keys::pair(&keys.folder(), &replayer, &token)
+        }
+        Command::Key { keys, what } => {
+            asks(inherited)?;
+            keys::key(&keys.folder(), what)
+        }
         Command::Guard => guard::serve()
             .map(|()| 0)
             .map_err(|e| Failure::new(Kind::Other, format!("the guard cannot read its pipe: {e}"), "")),
@@ -539,6 +579,8 @@ mod tests {
             "bfs-agent checkpoint -- cmd",
             "bfs-agent checkpoint --wait done",
             "bfs-agent rollback",
+            "bfs-agent pair tcp://h:1 bfs-pair-x",
+            "bfs-agent key trust tcp://h:1 AAAA",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

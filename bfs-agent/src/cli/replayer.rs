@@ -3,6 +3,7 @@
 mod changes;
 mod giveback;
 mod keep;
+mod keys;
 mod transfer;
 
 use std::path::{Path, PathBuf};
@@ -10,14 +11,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bfs_common::wire::{Frame, GroupStatus, StoreState};
+use bfs_common::wire::{Frame, GroupStatus, Refusal, StoreState};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::backup::retention;
 use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
 use crate::cli::{say, sayln};
-use crate::generation::At;
-use crate::net::{self, AddressError, ConnectError, Destination, Scrape, ScrapeError, Secret, SecretError};
+use crate::generation::{At, ReadError};
+use crate::keys::{self as key_files, Folder, KeyError};
+use crate::net::{self, AddressError, AskError, ConnectError, Destination, Scrape, ScrapeError};
 use crate::service::Service;
 
 /// How long `status` waits for an answer.
@@ -41,8 +43,8 @@ pub enum Exit {
     NotAStore = 13,
     /// An address cannot be used or bound.
     Address = 14,
-    /// The secret file is missing, readable by others, or too short.
-    Secret = 15,
+    /// Keys are missing, accessible to others, or damaged.
+    Keys = 15,
     /// No replayer answers.
     Unreachable = 16,
     /// The replayer refused, or did not authenticate itself.
@@ -63,7 +65,7 @@ Exit status:
   12  the store was written by a newer release
   13  the folder is neither a store nor empty
   14  an address cannot be used
-  15  the secret file is missing, readable by others, or too short
+  15  keys are missing, accessible to others, or damaged
   16  no replayer answers
   17  the replayer refused, or is not the one that was meant
   18  the peer speaks another protocol or version
@@ -86,20 +88,20 @@ enum Command {
     /// Own a store and take the streams of agents, until SIGTERM or SIGINT
     #[command(after_help = "\
 Example:
-  (umask 077; head -c 32 /dev/urandom | base64 > secret)
-  bfs-replayer serve --store /backup/store --listen tcp://127.0.0.1:7400 --secret-file secret
+  bfs-replayer serve --store /backup/store --listen tcp://0.0.0.0:7400
+Over TCP only hosts get in that were paired (`bfs-replayer pair`).
 The backup files of group G stand at STORE/tree/G/ followed by the path on the primary.")]
     Serve {
         /// Folder of the store; made if it is missing
         #[arg(long, value_name = "DIR")]
         store: PathBuf,
-        /// Where to listen: unix:PATH or tcp://127.0.0.1:PORT (port 0 takes a free one). May be
-        /// given several times. The owner's own socket is always STORE/replayer.sock
+        /// Where to listen: unix:PATH or tcp://ADDRESS:PORT (0.0.0.0 or [::] for all of this host; port 0 takes a free
+        /// one). May be given several times. The owner's own socket is always STORE/replayer.sock
         #[arg(long, value_name = "ADDR")]
         listen: Vec<Destination>,
-        /// File of mode 0600 with the secret that TCP agents share (at least 16 bytes)
-        #[arg(long, value_name = "FILE")]
-        secret_file: Option<PathBuf>,
+        /// Folder with the replayer's key and those that it knows [default: STORE/keys]
+        #[arg(long, value_name = "DIR")]
+        keys: Option<PathBuf>,
         /// Folder outside the store that an agent's --map may lead into. May be given several
         /// times
         #[arg(long, value_name = "DIR")]
@@ -305,6 +307,26 @@ no checksums: --read-data finds what the disk cannot read.")]
         #[arg(long, value_name = "DIR")]
         allow_root: Vec<PathBuf>,
     },
+    /// Let one more host in: prints a token for `bfs-agent pair` there, good once and for a short time
+    #[command(after_help = "\
+Example:
+  bfs-replayer pair --store /backup/store
+The host may write new groups, which are its own from then on, and read them. With --group it may do so with the groups
+that are named, whoever wrote them.")]
+    Pair(keys::Pair),
+    /// Show the replayer's key (one is made if there is none), or list and change the keys that it knows
+    #[command(after_help = "\
+Examples:
+  bfs-replayer key --store /backup/store
+  bfs-replayer key --store /backup/store list
+  bfs-replayer key --store /backup/store revoke FINGERPRINT
+A replayer that runs takes changes up at once: `revoke` returns when the connections of that key have ended.")]
+    Key {
+        #[command(flatten)]
+        place: keys::Place,
+        #[command(subcommand)]
+        what: Option<keys::KeyCommand>,
+    },
     /// Show how the groups of a store stand
     Status {
         #[command(flatten)]
@@ -324,14 +346,13 @@ struct Owner {
     /// Address of a replayer
     #[arg(long, value_name = "ADDR")]
     connect: Option<Destination>,
-    /// File with the secret, for tcp
-    #[arg(long, value_name = "FILE")]
-    secret_file: Option<PathBuf>,
+    /// Folder of keys of this host, for tcp://
+    #[arg(long, value_name = "DIR", default_value = key_files::DEFAULT)]
+    keys: PathBuf,
 }
 
 impl Owner {
-    fn address(&self) -> anyhow::Result<(Destination, Option<Secret>)> {
-        let secret = self.secret_file.as_deref().map(Secret::from_file).transpose()?;
+    fn address(&self) -> anyhow::Result<(Destination, Folder)> {
         let address = match (&self.store, &self.connect) {
             (Some(path), _) => {
                 store::check_format(path)?;
@@ -340,7 +361,7 @@ impl Owner {
             (None, Some(address)) => address.clone(),
             (None, None) => anyhow::bail!("give --store DIR or --connect ADDR"),
         };
-        Ok((address, secret))
+        Ok((address, Folder::new(&self.keys)))
     }
 }
 
@@ -355,7 +376,7 @@ pub fn main() -> ExitCode {
         Command::Serve {
             store,
             listen,
-            secret_file,
+            keys,
             allow_root,
             keep,
             keep_space,
@@ -372,14 +393,14 @@ pub fn main() -> ExitCode {
             let options = ServeOptions {
                 store,
                 listen,
-                secret: None,
+                keys: keys.map(Folder::new),
                 allow_roots: allow_root,
                 pending_max,
                 retention,
                 retention_of,
                 images,
             };
-            serve(options, secret_file.as_deref(), metrics.as_ref())
+            serve(options, metrics.as_ref())
         }
         Command::Generations { from, json } => giveback::generations(&from, json),
         Command::Versions { from, json, path } => changes::versions(&from, &path, json),
@@ -395,6 +416,8 @@ pub fn main() -> ExitCode {
             Ok(false) => return ExitCode::from(Exit::Damaged as u8),
             Err(error) => Err(error),
         },
+        Command::Pair(pair) => keys::pair(&pair),
+        Command::Key { place, what } => keys::key(&place, what),
         Command::Status { owner, json } => status(&owner, json),
     };
     match result {
@@ -414,7 +437,7 @@ fn exit_of(error: &anyhow::Error) -> Exit {
             BackupError::NewerFormat { .. } => Exit::NewerFormat,
             BackupError::NotAStore(_) | BackupError::NoStore(_) => Exit::NotAStore,
             BackupError::Address(_) | BackupError::Listen { .. } => Exit::Address,
-            BackupError::SecretNeeded(_) => Exit::Secret,
+            BackupError::Keys(_) => Exit::Keys,
             _ => Exit::Other,
         };
     }
@@ -427,13 +450,23 @@ fn exit_of(error: &anyhow::Error) -> Exit {
             ConnectError::Unreachable { .. } | ConnectError::Timeout { .. } | ConnectError::Broken { .. } => {
                 Exit::Unreachable
             }
-            ConnectError::SecretNeeded(_) => Exit::Secret,
+            ConnectError::Keys(_) | ConnectError::NotPaired(_) => Exit::Keys,
             ConnectError::Wire { .. } => Exit::Protocol,
-            ConnectError::Impostor(_) | ConnectError::Refused { .. } => Exit::Refused,
+            ConnectError::Impostor(_)
+            | ConnectError::WrongKey { .. }
+            | ConnectError::NotKnown { .. }
+            | ConnectError::Revoked { .. }
+            | ConnectError::NotPairing { .. }
+            | ConnectError::Refused { .. } => Exit::Refused,
         };
     }
-    if error.is::<SecretError>() {
-        return Exit::Secret;
+    if let Some(ReadError::Ask(AskError::Refused(Refusal::NotAllowed { .. } | Refusal::KeyChanged))) =
+        error.downcast_ref::<ReadError>()
+    {
+        return Exit::Refused;
+    }
+    if error.is::<KeyError>() {
+        return Exit::Keys;
     }
     if error.is::<AddressError>() {
         return Exit::Address;
@@ -441,12 +474,7 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     Exit::Other
 }
 
-fn serve(
-    mut options: ServeOptions,
-    secret_file: Option<&Path>,
-    metrics: Option<&Destination>,
-) -> anyhow::Result<()> {
-    options.secret = secret_file.map(Secret::from_file).transpose()?;
+fn serve(options: ServeOptions, metrics: Option<&Destination>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Before the store is opened: a signal during a long start ends it cleanly too.
     let mut signals = {
@@ -521,9 +549,9 @@ fn check(store: &Path, read_data: bool, allowed: &[PathBuf]) -> anyhow::Result<b
 }
 
 fn status(owner: &Owner, json: bool) -> anyhow::Result<()> {
-    let (address, secret) = owner.address()?;
+    let (address, keys) = owner.address()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let groups = runtime.block_on(ask(&address, secret.as_ref()))?;
+    let groups = runtime.block_on(ask(&address, &keys))?;
     if json {
         sayln!("{}", serde_json::to_string_pretty(&groups)?)?;
     } else {
@@ -532,8 +560,8 @@ fn status(owner: &Owner, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn ask(address: &Destination, secret: Option<&Secret>) -> anyhow::Result<Vec<GroupStatus>> {
-    let mut connection = net::connect(address, secret).await?;
+async fn ask(address: &Destination, keys: &Folder) -> anyhow::Result<Vec<GroupStatus>> {
+    let mut connection = net::connect(address, keys).await?;
     connection.writer.send(&Frame::GetStatus, b"").await?;
     let answer = tokio::time::timeout(STATUS_TIMEOUT, connection.reader.next()).await;
     let answer = answer

@@ -1,7 +1,6 @@
 //! What people write for a place to connect to or to listen on.
 //!
-//! Until peers have keys, TCP is for one host only: an address that is not loopback is refused
-//! here, before anything is sent or bound.
+//! Numbers for monitors have no keys: for them an address that is not loopback is refused here, before anything is bound.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -33,8 +32,8 @@ pub enum AddressError {
     NoPath(String),
     /// Not on this host.
     #[error(
-        "tcp://{address} is refused: {resolved} is not a loopback address, and until peers have keys \
-         TCP is for one host only; use tcp://127.0.0.1:PORT or a tunnel to it"
+        "tcp://{address} is refused: {resolved} is not a loopback address, and whoever connects there is not asked who \
+         it is; use tcp://127.0.0.1:PORT or a tunnel to it"
     )]
     NotLoopback {
         /// As written.
@@ -82,32 +81,37 @@ impl fmt::Display for Destination {
     }
 }
 
-/// The socket addresses behind `HOST:PORT`, all of them loopback.
+/// The socket addresses behind `HOST:PORT`, at least one.
 ///
 /// # Errors
-/// [`AddressError::Resolve`], or [`AddressError::NotLoopback`] if any of them is not.
-pub async fn resolve_loopback(address: &str) -> Result<Vec<SocketAddr>, AddressError> {
-    let found = tokio::net::lookup_host(address).await.map(Iterator::collect);
-    only_loopback(address, found)
+/// [`AddressError::Resolve`].
+pub async fn resolve(address: &str) -> Result<Vec<SocketAddr>, AddressError> {
+    some(address, tokio::net::lookup_host(address).await.map(Iterator::collect))
 }
 
 /// The same, outside a runtime; blocks while a name is looked up.
 ///
 /// # Errors
-/// As [`resolve_loopback`].
-pub fn resolve_loopback_now(address: &str) -> Result<Vec<SocketAddr>, AddressError> {
-    only_loopback(address, std::net::ToSocketAddrs::to_socket_addrs(address).map(Iterator::collect))
+/// As [`resolve`].
+pub fn resolve_now(address: &str) -> Result<Vec<SocketAddr>, AddressError> {
+    some(address, std::net::ToSocketAddrs::to_socket_addrs(address).map(Iterator::collect))
 }
 
-fn only_loopback(
-    address: &str,
-    found: std::io::Result<Vec<SocketAddr>>,
-) -> Result<Vec<SocketAddr>, AddressError> {
+/// The same, where all of them are loopback.
+///
+/// # Errors
+/// As [`resolve`], or [`AddressError::NotLoopback`] if any of them is not.
+pub fn resolve_loopback_now(address: &str) -> Result<Vec<SocketAddr>, AddressError> {
+    let found = resolve_now(address)?;
+    match found.iter().find(|a| !a.ip().is_loopback()) {
+        Some(far) => Err(AddressError::NotLoopback { address: address.into(), resolved: *far }),
+        None => Ok(found),
+    }
+}
+
+fn some(address: &str, found: std::io::Result<Vec<SocketAddr>>) -> Result<Vec<SocketAddr>, AddressError> {
     let resolve = |error| AddressError::Resolve { address: address.into(), error };
     let found = found.map_err(resolve)?;
-    if let Some(far) = found.iter().find(|a| !a.ip().is_loopback()) {
-        return Err(AddressError::NotLoopback { address: address.into(), resolved: *far });
-    }
     if found.is_empty() {
         return Err(resolve(std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address")));
     }
@@ -124,6 +128,12 @@ mod tests {
         {
             assert_eq!(text.parse::<Destination>().unwrap().to_string(), text);
         }
+    }
+
+    #[test]
+    fn only_what_is_asked_for_has_to_be_loopback() {
+        assert!(resolve_loopback_now("127.0.0.1:9").is_ok() && resolve_now("192.0.2.1:9").is_ok());
+        assert!(matches!(resolve_loopback_now("192.0.2.1:9"), Err(AddressError::NotLoopback { .. })));
     }
 
     #[test]

@@ -1,8 +1,7 @@
 //! Frames over a byte stream: the I/O around `bfs_common::wire`.
 
 use bfs_common::wire::{
-    self, FRAME_BEFORE_AUTH_MAX, FRAME_MAX, Frame, PREAMBLE, WireError, check_preamble, decode_frame,
-    encode_frame, frame_len,
+    self, Frame, PREAMBLE, WireError, check_preamble, decode_frame, encode_frame, frame_len,
 };
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -30,7 +29,6 @@ pub enum FrameError {
 pub struct FrameReader {
     inner: BoxRead,
     buffer: BytesMut,
-    limit: usize,
 }
 
 impl std::fmt::Debug for FrameReader {
@@ -40,15 +38,10 @@ impl std::fmt::Debug for FrameReader {
 }
 
 impl FrameReader {
-    /// A reader for a peer that is not known yet: frames are short.
+    /// A reader for a peer that is known.
     #[must_use]
     pub fn new(inner: BoxRead) -> Self {
-        Self { inner, buffer: BytesMut::with_capacity(FRAME_BEFORE_AUTH_MAX), limit: FRAME_BEFORE_AUTH_MAX }
-    }
-
-    /// From now on frames may be as long as the protocol allows.
-    pub fn peer_is_known(&mut self) {
-        self.limit = FRAME_MAX;
+        Self { inner, buffer: BytesMut::new() }
     }
 
     /// The next frame and its body; `None` when the peer ended the stream between two frames.
@@ -61,11 +54,22 @@ impl FrameReader {
         if !self.fill(4).await? {
             return if self.buffer.is_empty() { Ok(None) } else { Err(FrameError::CutOff) };
         }
-        let len = frame_len(self.buffer[..4].try_into().expect("4 bytes"), self.limit)?;
+        let len = frame_len(self.buffer[..4].try_into().expect("4 bytes"))?;
         if !self.fill(len).await? {
             return Err(FrameError::CutOff);
         }
         Ok(Some(decode_frame(self.buffer.split_to(len).freeze())?))
+    }
+
+    /// Reads to the end of the stream and drops what comes, without a look at it.
+    pub async fn drain(&mut self) {
+        loop {
+            self.buffer.clear();
+            self.buffer.reserve(16 << 10);
+            if !matches!(self.inner.read_buf(&mut self.buffer).await, Ok(1..)) {
+                return;
+            }
+        }
     }
 
     /// Reads and checks the other side's preamble.
@@ -163,8 +167,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_long_frame_of_a_stranger_is_refused_before_it_is_read() {
-        let error = reader(b"\xff\xff\0\0").next().await.unwrap_err();
+    async fn a_frame_that_is_too_long_is_refused_before_it_is_read() {
+        let error = reader(b"\xff\xff\xff\0").next().await.unwrap_err();
         assert!(matches!(error, FrameError::Wire(WireError::TooLong(_))));
         assert!(matches!(reader(b"\x20\0\0\0abc").next().await.unwrap_err(), FrameError::CutOff));
     }

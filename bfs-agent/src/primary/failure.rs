@@ -102,10 +102,19 @@ impl From<ShipError> for Failure {
             ShipError::Refused(_)
             | ShipError::Unexpected
             | ShipError::Connect(
-                ConnectError::Refused { .. } | ConnectError::Impostor(_) | ConnectError::Wire { .. },
+                ConnectError::Refused { .. }
+                | ConnectError::Impostor(_)
+                | ConnectError::WrongKey { .. }
+                | ConnectError::NotKnown { .. }
+                | ConnectError::Revoked { .. }
+                | ConnectError::NotPairing { .. }
+                | ConnectError::Wire { .. },
             ) => Kind::Refused,
             ShipError::Connect(
-                ConnectError::Address(_) | ConnectError::SecretNeeded(_) | ConnectError::NotANetwork(_),
+                ConnectError::Address(_)
+                | ConnectError::NotPaired(_)
+                | ConnectError::Keys(_)
+                | ConnectError::NotANetwork(_),
             ) => Kind::Usage,
             ShipError::Start(_) => Kind::Other,
             _ => Kind::Unreachable,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use bfs_agent::keys::Folder;
 use bfs_agent::net::{self, Connection, Destination};
 use bfs_common::record::*;
 use bfs_common::wire::*;
@@ -238,7 +239,7 @@ impl Run {
                 }
             }
             let address = Destination::Unix(net::store_socket(&self.store()));
-            let Ok(mut connection) = net::connect(&address, None).await else { continue };
+            let Ok(mut connection) = net::connect(&address, &Folder::default()).await else { continue };
             let epoch = self.stream.as_ref().map(|stream| stream.end().epoch);
             let hello = Frame::Hello {
                 group: "g".into(),

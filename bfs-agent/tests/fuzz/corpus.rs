@@ -95,8 +95,8 @@ pub fn frames() -> Vec<Vec<u8>> {
     };
     let (group, checkpoint, at) = ("g".to_owned(), CheckpointId(1), CheckpointId(1));
     let all = vec![
-        Frame::Challenge { nonce: [1; 32] },
-        Frame::Prove { own_nonce: [2; 32], proof: [3; 32] },
+        Frame::ReadKeys,
+        Frame::KeysRead { ended: 1 },
         Frame::Hello {
             group: group.clone(),
             group_id: GROUP,

@@ -23,7 +23,7 @@ pub fn fuzz_wire(input: &[u8]) {
     let mut target = Target::default();
     while rest.len() >= FRAME_PREFIX {
         let prefix: [u8; 4] = rest[..4].try_into().expect("4 bytes");
-        let Ok(len) = frame_len(prefix, FRAME_MAX) else { return };
+        let Ok(len) = frame_len(prefix) else { return };
         assert!(len <= FRAME_MAX, "a frame of {len} bytes is let in");
         if len > rest.len() {
             return;

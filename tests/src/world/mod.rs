@@ -7,7 +7,7 @@
 //! ```text
 //! DIR/data      the replicated directory          DIR/store     the replayer's store
 //! DIR/aux       marks and sockets of the program  DIR/logs      what the daemons said
-//! DIR/scratch   copies for comparison
+//! DIR/scratch   copies for comparison             DIR/keys      the agent's keys
 //! ```
 //! Checkpoints are manual unless asked otherwise, so the backup tree rests between them.
 //! `BFS_KEEP=1` keeps the directory, `BFS_BIN_DIR` names the folder of the binaries.
@@ -32,16 +32,18 @@ mod address;
 mod cleanup;
 mod commands;
 mod faulty;
+mod keys;
 mod power;
 
 pub use commands::{Dropped, number_in, number_named};
+pub use keys::said;
 
 /// How the replayer is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     /// A unix socket, told apart by peer credentials.
     Unix,
-    /// Loopback TCP with a shared secret.
+    /// Loopback TCP, told apart by keys.
     Tcp,
 }
 
@@ -98,6 +100,8 @@ pub struct World {
     address: String,
     /// HOST:PORT that agents are given instead.
     through: Option<String>,
+    /// The address with which it was paired.
+    paired: Option<String>,
     checkpoints: String,
     agent_options: Vec<String>,
     replayer_options: Vec<String>,
@@ -160,13 +164,8 @@ impl World {
         let store = directory.path().join("store");
         let address = match transport {
             Transport::Unix => directory.path().join("replayer.sock").display().to_string(),
-            Transport::Tcp => {
-                let secret = directory.path().join("secret");
-                fs::write(&secret, format!("secret of {name} {}\n", std::process::id()))?;
-                fs::set_permissions(&secret, fs::Permissions::from_mode(0o600))?;
-                // Port 0 for a moment: a port that is free now.
-                std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string()
-            }
+            // Port 0 for a moment: a port that is free now.
+            Transport::Tcp => std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string(),
         };
         let group = format!("{name}-{}", std::process::id());
         let leash = Leash::new(directory.path(), Some(&group))?;
@@ -178,6 +177,7 @@ impl World {
             transport,
             address,
             through: None,
+            paired: None,
             checkpoints: "manual".to_owned(),
             agent_options: Vec::new(),
             replayer_options: Vec::new(),
@@ -339,15 +339,6 @@ impl World {
         command_ok(mount.arg(&at)).map(drop)
     }
 
-    fn secret(&self) -> Vec<String> {
-        match self.transport {
-            Transport::Unix => Vec::new(),
-            Transport::Tcp => {
-                vec!["--secret-file".to_owned(), self.root().join("secret").display().to_string()]
-            }
-        }
-    }
-
     fn log(&self, name: &str) -> Result<Stdio> {
         let path = self.logs.join(name);
         let log = File::options().create(true).append(true).open(&path);
@@ -362,7 +353,6 @@ impl World {
         ensure!(self.replayer.is_none(), "the replayer runs");
         let mut line = vec!["serve".to_owned(), "--store".to_owned(), self.store.display().to_string()];
         line.extend(["--listen".to_owned(), self.listens()]);
-        line.extend(self.secret());
         line.extend(self.replayer_options.iter().cloned());
         let mut command = self.daemon("bfs-replayer")?;
         command.args(&line).stdin(Stdio::null());
@@ -434,6 +424,7 @@ impl World {
 
     fn start_agent(&mut self, arguments: &[String]) -> Result<()> {
         ensure!(self.agent.is_none(), "the agent runs");
+        self.pair_if_needed()?;
         let mut command = self.daemon("bfs-agent")?;
         command.args(arguments).stdin(Stdio::null());
         command.stdout(self.log("agent.log")?).stderr(self.log("agent.log")?);
@@ -449,7 +440,7 @@ impl World {
             .map(str::to_owned)
             .to_vec();
         line.extend([self.place.data.display().to_string(), "--backup".to_owned(), self.destination()]);
-        line.extend(self.secret());
+        line.extend(["--keys".to_owned(), self.keys().display().to_string()]);
         line.extend(["--spool".to_owned(), self.spool().display().to_string()]);
         line.extend(self.agent_options.iter().cloned());
         line

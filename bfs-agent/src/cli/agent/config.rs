@@ -43,7 +43,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 const KEYS: [Key; 26] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::Text),
-    key("secret_file", "--secret-file", Form::Text),
+    key("keys", "--keys", Form::Text),
     key("exclude", "--exclude", Form::Texts),
     key("include", "--include", Form::Texts),
     key("maps", "--map", Form::Map),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Group, hooks, later, logging, spool, watching, words};
+use super::{Group, hooks, keys, later, logging, spool, watching, words};
 use crate::net::Destination;
 use crate::primary::engine::filter::Filter;
 use crate::primary::failure::{Failure, Kind};
@@ -31,9 +31,8 @@ pub(super) struct Options {
     /// Keep files below FROM at TO on the backup, instead of at the same path (may be repeated)
     #[arg(long = "map", value_name = "FROM=TO", value_parser = parse_map)]
     pub(super) maps: Vec<(PathBuf, PathBuf)>,
-    /// File of mode 0600 with the secret that agent and replayer share; needed for tcp://
-    #[arg(long, value_name = "FILE")]
-    secret_file: Option<PathBuf>,
+    #[command(flatten)]
+    keys: keys::Place,
     /// Where commands reach this agent [default: /run/bfs/agent-GROUP.sock]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -82,13 +81,8 @@ impl Options {
                 return Err(later("more than one --backup", "give one; run another --group for the other"));
             }
         };
-        if matches!(backup, Destination::Tcp(_)) && self.secret_file.is_none() {
-            return Err(Failure::new(
-                Kind::Usage,
-                format!("--backup {backup} needs the secret that is shared with the replayer"),
-                "add --secret-file FILE, the same that the replayer was started with",
-            ));
-        }
+        let keys = self.keys.folder();
+        keys::check(&keys, &backup)?;
         if let Some(ring) = self.ring_bytes
             && !(ring.is_power_of_two() && (1 << 16..=1 << 32).contains(&ring))
         {
@@ -118,7 +112,7 @@ impl Options {
             backup,
             schedule: self.checkpoint,
             maps: self.maps,
-            secret_file: self.secret_file,
+            keys,
             socket: self.socket,
             filter,
             final_wait: self.final_wait,

@@ -46,8 +46,8 @@ impl From {
 impl Owner {
     /// A connection; with a store that nobody owns, to a replayer in this process that keeps what it is told.
     fn open(&self, retention: Retention) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
-        let (address, secret) = self.address()?;
-        let connected = Client::open(async { Ok(net::connect(&address, secret.as_ref()).await?) });
+        let (address, keys) = self.address()?;
+        let connected = Client::open(async { Ok(net::connect(&address, &keys).await?) });
         match (connected, &self.store) {
             (Ok(client), _) => Ok((client, None)),
             (Err(OpenError::Connect(ConnectError::Unreachable { .. })), Some(store)) => {
@@ -87,8 +87,8 @@ pub(super) fn mount(from: &From, at: &At, everybody: bool, to: &Path) -> anyhow:
             Box::new(move || Client::open(async { Ok(local.connect()) }))
         }
         None => {
-            let (address, secret) = from.owner.address()?;
-            Box::new(move || Client::open(async { Ok(net::connect(&address, secret.as_ref()).await?) }))
+            let (address, keys) = from.owner.address()?;
+            Box::new(move || Client::open(async { Ok(net::connect(&address, &keys).await?) }))
         }
     };
     let mounted = mount::mount(Link::new(&from.group, number, client, connect), to, everybody)?;

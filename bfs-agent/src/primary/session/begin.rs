@@ -1,6 +1,6 @@
 //! Starting a session: control socket, file systems, destination, probes, model.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use super::state::{self, State};
 use super::work::{Beside, Work};
 use super::{SessionOptions, left, link, rollback};
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
-use crate::net::{Scrape, Secret};
+use crate::net::Scrape;
 use crate::primary::capture::probes::group_dir;
 use crate::primary::capture::{CaptureError, LoadOptions, Probes};
 use crate::primary::clock::monotonic_ns;
@@ -138,7 +138,7 @@ impl Ground {
         left::check_place(&options.spool, &options.group, &reader, &roots)?;
         let rolled_back = rollback::finish_interrupted(&options.group, &reader, &roots)?;
         let boot_id = state::boot_id().map_err(|e| other("cannot read the boot id", e))?;
-        let (connect, local) = left::connector(&options.backup, options.secret_file.as_ref())?;
+        let (connect, local) = left::connector(&options.backup, &options.keys)?;
         if let Some(images) = local.as_ref().map(|handle| handle.images())
             && let Some(root) = preflight::overlapping(images, &options.roots)
         {
@@ -284,17 +284,6 @@ impl Ground {
         let beside = Beside { _scrape: scrape, _local: local };
         Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.clone(), beside))
     }
-}
-
-pub(super) fn secret(file: Option<&PathBuf>) -> Result<Option<Secret>, Failure> {
-    let Some(file) = file else { return Ok(None) };
-    Secret::from_file(file).map(Some).map_err(|e| {
-        Failure::new(
-            Kind::Usage,
-            format!("--secret-file {}: {e}", file.display()),
-            "use the same file on both sides, mode 0600",
-        )
-    })
 }
 
 pub(super) fn open_store(store: &Path) -> Result<ReplayerHandle, Failure> {

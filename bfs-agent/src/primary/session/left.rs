@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,9 +10,10 @@ use bfs_common::record::PathBytes;
 use bfs_common::wire::Refusal;
 
 use super::SessionOptions;
-use super::begin::{RETAIN_BYTES_MAX, START_LIMIT, open_store, secret};
+use super::begin::{RETAIN_BYTES_MAX, START_LIMIT, open_store};
 use super::state;
 use crate::backup::ReplayerHandle;
+use crate::keys::Folder;
 use crate::net::Destination;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::preflight;
@@ -35,10 +35,10 @@ impl From<SpoolError> for Failure {
 /// How a destination is reached. A store of this machine is opened, once.
 pub(super) fn connector(
     backup: &Destination,
-    secret_file: Option<&PathBuf>,
+    keys: &Folder,
 ) -> Result<(Connect, Option<Arc<ReplayerHandle>>), Failure> {
     let Destination::Dir(store) = backup else {
-        return Ok((network(backup.clone(), secret(secret_file)?), None));
+        return Ok((network(backup.clone(), keys.clone()), None));
     };
     let handle = Arc::new(open_store(store)?);
     let local = Arc::clone(&handle);
@@ -66,10 +66,9 @@ pub(super) fn ship_options(connect: Connect, address: &Address, take_over: bool)
 
 /// The address of what a session is going to spool.
 pub(super) fn address(options: &SessionOptions, boot_id: [u8; 16]) -> Address {
-    let absolute = |p: &PathBuf| std::path::absolute(p).unwrap_or_else(|_| p.clone());
     let mut address = Address::new(&options.group, state::group_id(&options.group), boot_id);
     address.backup = options.backup.to_string();
-    address.secret_file = options.secret_file.as_ref().map(absolute);
+    address.keys = options.absolute_keys();
     address.maps.clone_from(&options.maps);
     address
 }
@@ -190,7 +189,7 @@ pub fn flush(options: &SpoolOptions, group: &str) -> Result<Option<Progress>, Fa
         let message = format!("the spool {} is for {}: {e}", spool.dir().display(), address.backup);
         Failure::new(Kind::Other, message, "")
     })?;
-    let (connect, _local) = connector(&backup, address.secret_file.as_ref())?;
+    let (connect, _local) = connector(&backup, &address.keys)?;
     let (_, progress) = send(spool, &left, &connect)?;
     // What an agent that died relied on is there: it can be gone on for.
     let _ = state::rely_on_spool(group, false);

@@ -39,6 +39,7 @@ use super::spool::SpoolOptions;
 use super::stop::freezer::Freezer;
 use super::stop::guard::Guard;
 use super::stop::ptrace::Ptrace;
+use crate::keys::Folder;
 use crate::net::Destination;
 use crate::service::Service;
 pub use alerts::AlertOptions;
@@ -62,8 +63,8 @@ pub struct SessionOptions {
     pub schedule: Schedule,
     /// FROM=TO of `--map`.
     pub maps: Vec<(PathBuf, PathBuf)>,
-    /// The file of the shared secret.
-    pub secret_file: Option<PathBuf>,
+    /// The folder of keys.
+    pub keys: Folder,
     /// The control socket, if not the default.
     pub socket: Option<PathBuf>,
     /// What below the roots belongs to the group.
@@ -91,6 +92,11 @@ pub struct SessionOptions {
 }
 
 impl SessionOptions {
+    /// The folder of keys, wherever it is looked at from.
+    pub(super) fn absolute_keys(&self) -> Folder {
+        Folder::new(std::path::absolute(self.keys.path()).unwrap_or_else(|_| self.keys.path().into()))
+    }
+
     /// Refuses what cannot tell what is left out from what others made.
     ///
     /// # Errors

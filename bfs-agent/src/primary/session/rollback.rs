@@ -14,6 +14,7 @@ use super::state::{Selection, State};
 use super::work::Work;
 use super::{SessionOptions, cannot};
 use crate::generation::{At, Client, OpenError, time_text};
+use crate::keys::Folder;
 use crate::net::Destination;
 use crate::primary::capture::Probes;
 use crate::primary::capture::probes::group_dir;
@@ -429,8 +430,8 @@ impl Work {
             other => other.to_string(),
         };
         add("--backup", &backup);
-        if let Some(secret) = &options.secret_file {
-            add("--secret-file", &secret.display().to_string());
+        if options.keys != Folder::default() {
+            add("--keys", &options.absolute_keys().path().display().to_string());
         }
         if let Some(to) = to {
             add("--to", &to.to_string());

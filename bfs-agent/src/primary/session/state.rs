@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::SessionOptions;
 use super::alerts::AlertOptions;
 use super::hooks::{HookOptions, Owed};
+use crate::keys::Folder;
 use crate::primary::engine::filter::Filter;
 use crate::primary::engine::foreign::Policy;
 use crate::primary::spool::SpoolOptions;
@@ -40,7 +41,8 @@ pub struct State {
     backup: String,
     schedule: String,
     maps: Vec<(PathBuf, PathBuf)>,
-    secret_file: Option<PathBuf>,
+    #[serde(default)]
+    keys: Folder,
     socket: Option<PathBuf>,
     #[serde(default)]
     include: Vec<String>,
@@ -78,7 +80,7 @@ impl State {
             backup: options.backup.to_string(),
             schedule: options.schedule.to_string(),
             maps: options.maps.clone(),
-            secret_file: options.secret_file.as_ref().map(absolute),
+            keys: options.absolute_keys(),
             socket: options.socket.as_ref().map(absolute),
             include: options.filter.texts().0.to_vec(),
             exclude: options.filter.texts().1.to_vec(),
@@ -107,7 +109,7 @@ impl State {
             backup: self.backup.parse().map_err(|e| format!("{}: {e}", self.backup))?,
             schedule: self.schedule.parse().map_err(|e| format!("{}: {e}", self.schedule))?,
             maps: self.maps.clone(),
-            secret_file: self.secret_file.clone(),
+            keys: self.keys.clone(),
             socket: self.socket.clone(),
             filter: Filter::new(&self.include, &self.exclude)?,
             final_wait: Duration::from_millis(self.final_wait_ms),

@@ -71,11 +71,16 @@ fn is_fatal(error: &ShipError, was_welcome: bool) -> bool {
         _ => return !was_welcome,
     };
     // The replayer may still hold our own broken connection for a moment; a full disk may get
-    // room again.
+    // room again; who takes a right away can give it back.
     !was_welcome
         || !matches!(
             refusal,
-            Refusal::Busy { .. } | Refusal::Store(_) | Refusal::Full(_) | Refusal::Behind(_)
+            Refusal::Busy { .. }
+                | Refusal::Store(_)
+                | Refusal::Full(_)
+                | Refusal::Behind(_)
+                | Refusal::NotAllowed { .. }
+                | Refusal::KeyChanged
         )
 }
 

@@ -10,7 +10,8 @@ use std::time::Duration;
 use bfs_common::record::{CheckpointId, ObjectId, PathBytes};
 use bfs_common::wire::{Frame, GroupStatus, ManifestLine};
 
-use crate::net::{self, AskError, ConnectError, Connection, Destination, Secret};
+use crate::keys::Folder;
+use crate::net::{self, AskError, ConnectError, Connection, Destination};
 
 /// Objects in one question.
 const SUSPECTS_MAX: usize = 65_536;
@@ -22,11 +23,11 @@ pub type ConnectFuture = Pin<Box<dyn Future<Output = Result<Connection, ConnectE
 
 /// Connections to a `tcp://` or `unix:` destination.
 #[must_use]
-pub fn network(destination: Destination, secret: Option<Secret>) -> Connect {
-    let shared = Arc::new((destination, secret));
+pub fn network(destination: Destination, keys: Folder) -> Connect {
+    let shared = Arc::new((destination, keys));
     Arc::new(move || {
         let shared = Arc::clone(&shared);
-        Box::pin(async move { net::connect(&shared.0, shared.1.as_ref()).await })
+        Box::pin(async move { net::connect(&shared.0, &shared.1).await })
     })
 }
 

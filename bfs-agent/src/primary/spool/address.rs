@@ -1,8 +1,6 @@
 //! What a spool says about itself, so that it can be sent when nobody remembers its session.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use bfs_common::record::{Epoch, GroupId};
@@ -10,10 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{SpoolError, failed};
 use crate::durable;
-use crate::log::sync_dir;
+use crate::keys::Folder;
 
 const NAME: &str = "address";
-const FORMAT: u32 = 1;
+/// 1 had the file of a secret instead of `keys`.
+const FORMAT: u32 = 2;
+/// The oldest that is understood.
+const FORMAT_OLDEST: u32 = 1;
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,8 +26,9 @@ pub struct Address {
     pub group_id: GroupId,
     /// Where the backup is, as given to `--backup`.
     pub backup: String,
-    /// The file of the shared secret.
-    pub secret_file: Option<PathBuf>,
+    /// The folder of keys.
+    #[serde(default)]
+    pub keys: Folder,
     /// FROM=TO of `--map`.
     pub maps: Vec<(PathBuf, PathBuf)>,
     /// The boot that the records are of.
@@ -44,7 +46,7 @@ impl Address {
             group: group.into(),
             group_id,
             backup: String::new(),
-            secret_file: None,
+            keys: Folder::default(),
             maps: Vec::new(),
             boot_id,
             epoch: Epoch(0),
@@ -54,16 +56,8 @@ impl Address {
     /// Writes it whole or not at all, durably.
     pub(super) fn write(&self, dir: &Path) -> Result<(), SpoolError> {
         let path = dir.join(NAME);
-        let new = path.with_extension("new");
-        let write = || -> std::io::Result<()> {
-            let mut file =
-                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            file.write_all(&serde_json::to_vec_pretty(self)?)?;
-            durable::file(&file)?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(failed("write", &path))?;
-        Ok(sync_dir(dir)?)
+        let write = || durable::replace(&path, &serde_json::to_vec_pretty(self)?);
+        write().map_err(failed("write", &path))
     }
 
     /// # Errors
@@ -73,10 +67,10 @@ impl Address {
         let bytes = fs::read(&path).map_err(failed("read", &path))?;
         let bad = |why: String| SpoolError::Address { path: path.clone(), why };
         let address: Self = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-        if address.format != FORMAT {
+        if !(FORMAT_OLDEST..=FORMAT).contains(&address.format) {
             return Err(bad(format!("has format {}, this release knows {FORMAT}", address.format)));
         }
-        Ok(address)
+        Ok(Self { format: FORMAT, ..address })
     }
 
     pub(super) fn remove(dir: &Path) {

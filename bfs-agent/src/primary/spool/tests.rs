@@ -110,13 +110,18 @@ fn bounds_hold_and_what_was_there_stays() {
 }
 
 #[test]
-fn an_address_of_another_format_is_refused() {
+fn an_address_of_the_format_before_is_taken_and_of_another_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut spool = open(dir.path(), 1 << 20).unwrap();
     let first = batch(Position::START, 1, 10);
     spool.append(Position::START, &[first], false).unwrap();
     let path = spool.dir().join("address");
     let text = fs::read_to_string(&path).unwrap();
-    fs::write(&path, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+    // Before there were keys it had the file of a secret.
+    let before = text.replace("\"format\": 2", "\"format\": 1").replace("\"keys\":", "\"secret_file\":");
+    assert_ne!(before, text);
+    fs::write(&path, before).unwrap();
+    assert!(spool.left().unwrap().is_some());
+    fs::write(&path, text.replace("\"format\": 2", "\"format\": 3")).unwrap();
     assert!(matches!(spool.left(), Err(SpoolError::Address { .. })));
 }
