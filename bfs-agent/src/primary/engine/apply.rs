@@ -85,11 +85,6 @@ impl Engine {
             Event::Run { event: e } => [e.attr.id, InodeId::NONE],
             _ => [InodeId::NONE; 2],
         };
-        for inode in reached {
-            if inode.is_some() && self.model.find(inode).is_none() {
-                self.strangers.note(inode, span.end_ns);
-            }
-        }
         let touches = touches(&act, &way, &self.model);
         // What concerns nothing of the group makes no checkpoint due.
         if !touches.is_empty() {
@@ -101,6 +96,12 @@ impl Engine {
         let mut ambiguous = !stores && self.note(&touches, &act, span);
         ambiguous |= self.shared_with_others(&act);
         self.apply(act, event, span, ambiguous, host);
+        // What this very call made is none.
+        for inode in reached {
+            if inode.is_some() && self.model.find(inode).is_none() {
+                self.strangers.note(inode, span.end_ns);
+            }
+        }
         // What was read from the file system after this call started holds an unknown part of it.
         for thing in &touches {
             if self.reads.after(thing, span.start_ns) {

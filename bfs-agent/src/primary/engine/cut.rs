@@ -37,6 +37,9 @@ const REQUESTS_NS_MAX: u64 = 30_000_000;
 const REST_NS_MAX: [u64; 2] = [10_000_000, 2_000_000_000];
 /// How long calls that began during the reading may take to end before the cut is tried again.
 const READING_NS_MAX: u64 = 20_000_000;
+/// How often the writes are parted for a cut at most: when there is too much to read then, they go on, and it
+/// is read first.
+const PARTINGS: u32 = 4;
 /// More than this is read before the instant is chosen.
 const AHEAD_BYTES: u64 = 1 << 20;
 /// See [`AHEAD_BYTES`]; in things.
@@ -207,9 +210,10 @@ impl Engine {
     /// # Errors
     /// [`CheckpointError`]; no marker stands then, and the processes run.
     pub fn checkpoint(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
-        let taken = match self.take_runs(host) {
-            Ok(()) => self.place(host, request),
-            Err(e) => Err(e.into()),
+        let begun = host.now();
+        let taken = match self.prepare(host) {
+            Ok(()) => self.place(host, request, begun),
+            Err(e) => Err(e),
         };
         host.join_writes();
         // Whatever came of it: what was held back comes next, before anything newer.
@@ -224,10 +228,27 @@ impl Engine {
         }
     }
 
-    fn place(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
-        let begun = host.now();
+    /// What takes long comes before the writes are parted, for from then on each costs a record.
+    fn prepare(&mut self, host: &mut dyn Host) -> Result<(), CheckpointError> {
         self.tend_foreign(host)?;
-        self.read_ahead(host)?;
+        for _ in 1..PARTINGS {
+            self.read_ahead(host)?;
+            self.take_runs(host)?;
+            if self.is_little() {
+                return Ok(());
+            }
+            host.join_writes();
+        }
+        self.take_runs(host)?;
+        Ok(self.read_ahead(host)?)
+    }
+
+    fn place(
+        &mut self,
+        host: &mut dyn Host,
+        request: &Request,
+        begun: u64,
+    ) -> Result<Taken, CheckpointError> {
         self.tend_mapped(host)?;
         let must_stop = request.stop != Stop::Never && self.restless;
         let mut tries = 0;
@@ -391,14 +412,19 @@ impl Engine {
     pub(super) fn read_ahead(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
         for _ in 0..ROUNDS_AHEAD {
             self.drain(host)?;
-            let model = &self.model;
-            let (bytes, things) = self.dirty.weight(|o| model.get(o).map_or(0, |o| o.size.max(1 << 16)));
-            if bytes < AHEAD_BYTES && things < AHEAD_THINGS {
+            if self.is_little() {
                 break;
             }
             self.settle(host, true)?;
         }
         Ok(())
+    }
+
+    /// Whether what is dirty is read in no time.
+    fn is_little(&self) -> bool {
+        let model = &self.model;
+        let (bytes, things) = self.dirty.weight(|o| model.get(o).map_or(0, |o| o.size.max(1 << 16)));
+        bytes < AHEAD_BYTES && things < AHEAD_THINGS
     }
 
     fn try_cut(&mut self, host: &mut dyn Host) -> Result<Tried, CheckpointError> {

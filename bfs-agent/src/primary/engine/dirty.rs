@@ -271,7 +271,9 @@ impl DirtySet {
         let mut bytes = 0u64;
         let mut things = 0;
         for (object, dirty) in &self.objects {
-            bytes = bytes.saturating_add(if dirty.whole { size_of(*object) } else { dirty.ranges.bytes() });
+            // What was written to a file that is taken whole may not stand in its size yet.
+            let written = dirty.ranges.bytes();
+            bytes = bytes.saturating_add(if dirty.whole { size_of(*object).max(written) } else { written });
             // What a directory that is taken whole holds is not known before it was read.
             things += 1 + dirty.entries.len() + if dirty.rescan.is_some() { 10_000 } else { 0 };
         }
