@@ -227,6 +227,27 @@ enum Command {
         #[arg(long)]
         repair: bool,
     },
+    /// Bring one file back, as it was in a checkpoint that is kept, while the program goes on
+    ///
+    /// Examples:
+    ///   bfs-agent recover /srv/data/table
+    ///   bfs-agent recover --at tag:before-upgrade /srv/data/table
+    ///
+    /// It comes in the place of the one that stands there in one step. That must not be open, and have one name only.
+    #[command(verbatim_doc_comment)]
+    Recover {
+        #[command(flatten)]
+        target: Target,
+        /// The file; it may be gone
+        path: PathBuf,
+        /// Which checkpoint: its number, tag:NAME, or a time (UTC) like 2026-11-21T14:05:00, which takes the
+        /// last one up to then [default: the newest]
+        #[arg(long, value_name = "N|TIME|tag:NAME")]
+        at: Option<String>,
+        /// How long to wait
+        #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_time)]
+        timeout: Duration,
+    },
     /// Bring the files of the primary back to a checkpoint that is kept
     ///
     /// Examples:
@@ -483,6 +504,10 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
         Command::Flush { target, timeout, spool } => {
             asks(inherited)?;
             commands::flush(&target, timeout, &spool.options())
+        }
+        Command::Recover { target, path, at, timeout } => {
+            asks(inherited)?;
+            commands::recover(&target, &path, at.as_deref(), timeout)
         }
         Command::Verify { target, timeout, repair } => {
             asks(inherited)?;

@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod preflight;
 pub mod process;
 pub mod reader;
+pub mod recover;
 pub mod rollback;
 pub mod schedule;
 pub mod session;

@@ -1,7 +1,7 @@
 //! Commands that ask a running agent.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check::Checks;
@@ -135,6 +135,23 @@ pub(super) fn flush(target: &Target, timeout: Duration, spool: &SpoolOptions) ->
     Ok(0)
 }
 
+pub(super) fn recover(
+    target: &Target,
+    path: &Path,
+    at: Option<&str>,
+    timeout: Duration,
+) -> Result<u8, Failure> {
+    let (checkpoint, bytes) = connect(target)?.recover(&absolute(path)?, at, timeout)?;
+    print(&format!("{} is as in checkpoint {checkpoint}: {bytes} bytes", path.display()))?;
+    Ok(0)
+}
+
+/// The agent has another working directory.
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path)
+        .map_err(|e| Failure::new(Kind::Path, format!("{}: {e}", path.display()), "give an absolute path"))
+}
+
 pub(super) fn verify(target: &Target, timeout: Duration, repair: bool) -> Result<u8, Failure> {
     match ask(target, &Request::Verify { timeout_ms: milliseconds(timeout), repair })? {
         Reply::Verified(report) => {
@@ -157,10 +174,7 @@ fn verify_status(report: &VerifyReport) -> u8 {
 
 /// Adds a directory, or takes one out.
 pub(super) fn change_path(change: &PathChange, add: bool) -> Result<u8, Failure> {
-    // The agent has another working directory.
-    let path = std::path::absolute(&change.path).map_err(|e| {
-        Failure::new(Kind::Path, format!("{}: {e}", change.path.display()), "give an absolute path")
-    })?;
+    let path = absolute(&change.path)?;
     let timeout_ms = milliseconds(change.timeout);
     let request =
         if add { Request::PathAdd { path, timeout_ms } } else { Request::PathRemove { path, timeout_ms } };

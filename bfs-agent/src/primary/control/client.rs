@@ -166,6 +166,28 @@ impl Client {
         }
     }
 
+    /// Brings a file back as it was in a checkpoint that is kept (its number, `tag:NAME`, or a time; the newest if `at`
+    /// is `None`); gives the checkpoint and the size of the file in bytes.
+    ///
+    /// # Errors
+    /// [`ClientError`]; but for a timeout of the very last step, the file that stood there stands there still.
+    pub fn recover(
+        &mut self,
+        path: &Path,
+        at: Option<&str>,
+        timeout: Duration,
+    ) -> Result<(CheckpointId, u64), ClientError> {
+        let request = Request::Recover {
+            path: path.to_owned(),
+            at: at.map(str::to_owned),
+            timeout_ms: milliseconds(timeout),
+        };
+        match self.ask(&request)? {
+            Reply::Recovered { checkpoint, bytes, .. } => Ok((checkpoint, bytes)),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     fn unexpected(&self, reply: &Reply) -> ClientError {
         self.bad(&format!("something else than was asked: {reply:?}"))
     }

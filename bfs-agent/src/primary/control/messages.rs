@@ -37,6 +37,15 @@ pub enum Reply {
         /// Every checkpoint with a higher number has what was reported.
         after: CheckpointId,
     },
+    /// The file stands there as it was. That is durable, and noted durably for the next checkpoint.
+    Recovered {
+        /// The checkpoint that it is of.
+        checkpoint: CheckpointId,
+        /// Its size in bytes.
+        bytes: u64,
+        /// Every checkpoint with a higher number has it so.
+        after: CheckpointId,
+    },
     /// Everything captured until the request is durable at the destination.
     Flushed {
         /// The last durable record.

@@ -12,6 +12,7 @@ use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::generation::At;
 use crate::nearest::{did_you_mean, nearest};
 
 /// How long is waited where the request does not say.
@@ -82,6 +83,17 @@ pub enum Request {
         /// How long, altogether.
         timeout_ms: u64,
     },
+    /// Bring back one file, as it was in a checkpoint that is kept. Answered by
+    /// [`Reply::Recovered`](super::Reply::Recovered) when it stands there durably, and the agent cannot forget that.
+    Recover {
+        /// The file; it may be gone.
+        path: PathBuf,
+        /// Which checkpoint: its number, `tag:NAME`, or a time; the newest if that is left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        at: Option<String>,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
     /// Send everything that is captured. Answered by [`Reply::Flushed`](super::Reply::Flushed).
     Flush {
         /// How long to wait.
@@ -119,11 +131,12 @@ pub enum Request {
 }
 
 /// The names of all requests.
-const KNOWN: [&str; 9] = [
+const KNOWN: [&str; 10] = [
     "status",
     "checkpoint",
     "checkpoint_stopped",
     "report_update",
+    "recover",
     "flush",
     "verify",
     "path_add",
@@ -193,6 +206,11 @@ impl Request {
                 limit_ms: fields.time("limit_ms", TIMEOUT_MS)?,
             },
             "report_update" => fields.update()?,
+            "recover" => Self::Recover {
+                path: fields.path()?,
+                at: fields.at()?,
+                timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
+            },
             "flush" => Self::Flush { timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)? },
             "verify" => Self::Verify {
                 timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
@@ -223,6 +241,7 @@ impl Request {
             Self::Status => (GRACE, GRACE),
             Self::Checkpoint { timeout_ms, .. }
             | Self::ReportUpdate { timeout_ms, .. }
+            | Self::Recover { timeout_ms, .. }
             | Self::Stop { timeout_ms }
             | Self::Flush { timeout_ms }
             | Self::PathAdd { timeout_ms, .. }
@@ -324,6 +343,17 @@ impl Fields {
         Ok(path)
     }
 
+    fn at(&mut self) -> Result<Option<String>, BadRequest> {
+        let text = match self.optional::<Value>("at")? {
+            None => return Ok(None),
+            Some(Value::String(text)) => text,
+            Some(other) => other.to_string(),
+        };
+        let hint = "docs/interface.md says what it can be";
+        text.parse::<At>().map_err(|why| BadRequest::field("at", why, hint))?;
+        Ok(Some(text))
+    }
+
     fn update(&mut self) -> Result<Request, BadRequest> {
         let path = self.path()?;
         let offset: Option<u64> = self.optional("offset")?;
@@ -383,6 +413,15 @@ mod tests {
     }
 
     #[test]
+    fn a_checkpoint_is_a_number_or_a_text() {
+        for at in ["7", "\"7\""] {
+            let line = format!(r#"{{"request":"recover","path":"/x","at":{at}}}"#);
+            let Ok(Request::Recover { at, .. }) = Request::parse(line.as_bytes()) else { panic!("{line}") };
+            assert_eq!(at.as_deref(), Some("7"));
+        }
+    }
+
+    #[test]
     fn what_is_written_is_read() {
         let (path, timeout_ms) = (PathBuf::from("/a"), 5);
         let all = [
@@ -391,6 +430,8 @@ mod tests {
             Request::CheckpointStopped { tag: "t".into(), wait: WaitFor::Applied, timeout_ms, limit_ms: 7 },
             Request::ReportUpdate { path: path.clone(), offset: Some(1), length: Some(2), timeout_ms },
             Request::ReportUpdate { path: path.clone(), offset: None, length: None, timeout_ms },
+            Request::Recover { path: path.clone(), at: None, timeout_ms },
+            Request::Recover { path: path.clone(), at: Some("tag:x".into()), timeout_ms },
             Request::Flush { timeout_ms },
             Request::Verify { timeout_ms, repair: true },
             Request::PathAdd { path: path.clone(), timeout_ms },
@@ -429,7 +470,9 @@ mod tests {
             ("{}", "request", "missing"),
             (r#"{"request":7}"#, "request", "invalid type"),
             (r#"{"request":"checkpont"}"#, "request", "did you mean \"checkpoint\""),
-            (r#"{"request":"recover","path":"/x"}"#, "request", "\"recover\" is not known"),
+            (r#"{"request":"policy_suspend"}"#, "request", "\"policy_suspend\" is not known"),
+            (r#"{"request":"recover","path":"/x","at":"yesterday"}"#, "at", "write a number"),
+            (r#"{"request":"recover","path":"/x","at":-3}"#, "at", "write a number"),
             (r#"{"request":"status","x":1}"#, "x", "no such field in status"),
             (r#"{"request":"checkpoint","wiat":"sealed"}"#, "wiat", "did you mean \"wait\""),
             (r#"{"request":"checkpoint","wait":"done"}"#, "wait", "unknown variant `done`"),

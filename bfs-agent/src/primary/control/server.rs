@@ -300,11 +300,21 @@ fn serve(client: &Admitted) {
     }
 }
 
-/// What names a file is asked with the path that has neither symlinks nor `..`.
+/// What names a file is asked with the path that has neither symlinks nor `..`; only that which is to be brought back
+/// may be a symlink itself by now.
 fn with_real_path(mut request: Request) -> Result<Request, BadRequest> {
-    if let Request::ReportUpdate { path, .. } = &mut request {
-        *path = real_path(path)
-            .map_err(|e| BadRequest::field("path", e, "give a path of a file, or of one that was there"))?;
+    let bad = |why: &dyn std::fmt::Display| {
+        BadRequest::field("path", why, "give a path of a file, or of one that was there")
+    };
+    match &mut request {
+        Request::ReportUpdate { path, .. } => *path = real_path(path).map_err(|e| bad(&e))?,
+        Request::Recover { path, .. } => {
+            let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+                return Err(bad(&"it names no file"));
+            };
+            *path = real_path(above).map_err(|e| bad(&e))?.join(name);
+        }
+        _ => {}
     }
     Ok(request)
 }

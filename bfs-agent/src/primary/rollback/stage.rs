@@ -22,7 +22,7 @@ use crate::tree;
 /// Bytes compared at once, and the grain of what is written again.
 const BLOCK: u64 = 4096;
 /// Room that is left on a file system for others.
-const ROOM_MIN: u64 = 16 << 20;
+pub(in crate::primary) const ROOM_MIN: u64 = 16 << 20;
 
 /// The paths of a rollback, for people.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

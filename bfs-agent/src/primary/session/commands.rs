@@ -34,6 +34,7 @@ pub(super) enum Awaited {
     Flush,
     Verify(Box<Comparing>),
     Report,
+    Recovery { checkpoint: CheckpointId, bytes: u64 },
 }
 
 /// A checkpoint that is to be taken.
@@ -144,6 +145,9 @@ impl Work {
                     start..length.map_or(u64::MAX, |length| start.saturating_add(length))
                 });
                 self.report_update(&path, bytes, millis(timeout_ms), replies);
+            }
+            Command::Recover { path, at, timeout_ms } => {
+                self.recover(path, at.as_deref(), millis(timeout_ms), replies);
             }
             Command::Flush { timeout_ms } => {
                 if let Some(why) = self.is_detached() {
@@ -266,7 +270,7 @@ impl Work {
         let reached = reached(waiter.checkpoint, waiter.sequence, progress);
         let done = match &waiter.what {
             Awaited::Checkpoint(wait) => reached.unwrap_or(WaitFor::Taken) >= *wait,
-            Awaited::Report => progress.sealed >= waiter.sequence,
+            Awaited::Report | Awaited::Recovery { .. } => progress.sealed >= waiter.sequence,
             Awaited::Flush => progress.durable.sequence >= waiter.sequence,
             Awaited::Verify(_) => reached >= Some(WaitFor::Confirmed),
         };
@@ -280,6 +284,11 @@ impl Work {
                 Awaited::Report => {
                     waiter.replies.send(Reply::Reported { after: waiter.checkpoint });
                 }
+                Awaited::Recovery { checkpoint, bytes } => waiter.replies.send(Reply::Recovered {
+                    checkpoint: *checkpoint,
+                    bytes: *bytes,
+                    after: waiter.checkpoint,
+                }),
                 Awaited::Verify(comparing) => self.compare(waiter, comparing),
                 Awaited::Flush => waiter.replies.send(Reply::Flushed {
                     durable: progress.durable.sequence,
@@ -313,6 +322,10 @@ impl Work {
         });
         let mut message = match waiter.what {
             Awaited::Report => "the update is noted, but that was not durable within the time".to_owned(),
+            Awaited::Recovery { .. } => {
+                "the file is brought back, but that is not noted durably for the next checkpoint yet"
+                    .to_owned()
+            }
             Awaited::Flush => "what was captured was not durable within the time".to_owned(),
             Awaited::Checkpoint(_) | Awaited::Verify(_) => format!(
                 "checkpoint {} was taken, but was no more than {so_far} within the time",

@@ -12,6 +12,7 @@ mod link;
 mod mapped;
 mod notes;
 mod paths;
+mod recoveries;
 mod reports;
 mod requests;
 mod rollback;

@@ -41,13 +41,20 @@ impl Work {
         }
         // Files that were just made are known by what was captured of that.
         self.drain();
-        match self.suspect_path(path, bytes) {
+        match self.suspect_path(path, bytes, false) {
             Ok(()) => self.wait_for_records(Awaited::Report, limit, replies),
             Err(bad) => replies.send(Reply::bad(bad)),
         }
     }
 
-    fn suspect_path(&mut self, path: &Path, bytes: Option<Range<u64>>) -> Result<(), BadRequest> {
+    /// Has the next checkpoint read what stands at a path. Where nothing does, and nothing did, that is an error unless
+    /// something is going to: `may_come`.
+    pub(super) fn suspect_path(
+        &mut self,
+        path: &Path,
+        bytes: Option<Range<u64>>,
+        may_come: bool,
+    ) -> Result<(), BadRequest> {
         let bad = |why: String, hint: &str| BadRequest::field("path", why, hint);
         let roots = &self.options.roots;
         let Some((root, mut at)) = roots.iter().find_map(|r| Some((r, path.strip_prefix(r).ok()?))) else {
@@ -78,7 +85,7 @@ impl Work {
             let above = self.look_at_place(&directory, parent).map_err(failed)?;
             if let Some(object) = above.and_then(|above| above.object) {
                 let model = self.engine.model();
-                if !exists && deep && model.entry(object, &name).is_none() {
+                if !exists && !may_come && deep && model.entry(object, &name).is_none() {
                     let why = format!("{}: there is no such file, and was none", path.display());
                     return Err(bad(why, "give the path of what was changed"));
                 }

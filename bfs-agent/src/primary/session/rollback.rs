@@ -293,7 +293,7 @@ impl Work {
         let written: std::collections::BTreeSet<_> = journal.objects.iter().map(|w| w.key.ino).collect();
         let compared = plan.compare.iter().filter_map(|object| plan.inodes.get(object).copied());
         let changed = plan.changed.iter().copied().chain(compared.filter(|i| written.contains(&i.ino)));
-        let users = busy::users(changed, plan.moved.iter().copied());
+        let users = busy::users(changed, plan.moved.iter().copied(), busy::Use::Writing);
         if !users.is_empty() {
             clear_away(&folders);
             return Err(RollbackError::Busy(users).into());

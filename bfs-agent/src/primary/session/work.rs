@@ -13,6 +13,7 @@ use super::commands::{Held, Waiter, reached};
 use super::comparing::Comparisons;
 use super::hooks::Hooks;
 use super::link::Link;
+use super::recoveries::Recovery;
 use super::triggers::Since;
 use crate::backup::ReplayerHandle;
 use crate::net::Scrape;
@@ -113,6 +114,7 @@ pub struct Work {
     look: Duration,
     pub(super) stop_asked: Option<(Replies, Duration)>,
     pub(super) comparisons: Comparisons,
+    pub(super) recovery: Option<Recovery>,
     _beside: Beside,
 }
 
@@ -156,6 +158,7 @@ impl Work {
             look: LOOK_MIN,
             stop_asked: None,
             comparisons: Comparisons::new(),
+            recovery: None,
             _beside: beside,
         }
     }
@@ -218,6 +221,7 @@ impl Work {
         self.take_commands();
         self.answer_waiters();
         self.take_compared();
+        self.tend_recovery();
         if self.detached.is_some() {
             self.link.discard_ring();
             std::thread::sleep(LOOK_MAX);

@@ -1,0 +1,172 @@
+//! `recover`: one file brought back while everything goes on. What takes long is done on a thread; the loop only gives
+//! the file its name, with the selected processes standing. No probe tells of that, so it is noted as suspect before,
+//! durably, and in no checkpoint yet: should the agent be killed right behind it, the next one reads what stands there.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use bfs_common::record::{CheckpointId, Sequence};
+
+use super::commands::Awaited;
+use super::work::Work;
+use crate::generation::{At, Client, OpenError};
+use crate::primary::control::{BadRequest, FailureKind, Replies, Reply};
+use crate::primary::engine::host::Host;
+use crate::primary::recover::{self, Place, RecoverError, Staged};
+
+/// One that goes on.
+pub(super) struct Recovery {
+    path: PathBuf,
+    deadline: Instant,
+    replies: Replies,
+    phase: Phase,
+}
+
+/// What is waited for.
+enum Phase {
+    /// The thread that fetches it.
+    Fetched(Receiver<Outcome>),
+    /// The one that syncs what has its name by now.
+    Settled(Receiver<Outcome>),
+    /// That the note of it is durable, which is the record with this number, taken in after this checkpoint.
+    Noted(Box<Staged>, Sequence, CheckpointId),
+}
+
+/// What its thread has come to: or why there is nothing of it.
+type Outcome = Result<Box<Staged>, Box<Reply>>;
+
+fn ended(path: &Path) -> Box<Reply> {
+    let why = format!("{} may not be brought back: its thread ended", path.display());
+    Box::new(Reply::failed(FailureKind::Failed, why, "look at the file, then try again"))
+}
+
+fn failed(path: &Path, error: &RecoverError) -> Reply {
+    let kind = if matches!(error, RecoverError::Busy(_)) { FailureKind::Busy } else { FailureKind::Failed };
+    Reply::failed(kind, format!("{} is not brought back: {error}", path.display()), error.hint())
+}
+
+impl Work {
+    /// Begins to bring a file back.
+    pub(super) fn recover(&mut self, path: PathBuf, at: Option<&str>, limit: Duration, replies: Replies) {
+        if let Some(why) = self.cannot_take() {
+            return replies.send(why);
+        }
+        if let Some(other) = &self.recovery {
+            let why = format!("{} is being brought back", other.path.display());
+            return replies.send(Reply::failed(FailureKind::Busy, why, "try again when that has ended"));
+        }
+        let below = |root: &PathBuf| {
+            let below = path.strip_prefix(root).ok().filter(|below| below.file_name().is_some())?;
+            Some(Place { root: root.clone(), below: below.into() })
+        };
+        // Of roots in each other the one that has the backup's name for it is as good as the other.
+        let Some(place) = self.options.roots.iter().find_map(below) else {
+            let why = format!("{} lies in none of the replicated directories", path.display());
+            return replies.send(Reply::bad(BadRequest::field("path", why, "look at `bfs-agent path list`")));
+        };
+        let at = at.and_then(|at| at.parse::<At>().ok());
+        let connect = self.link.shipper.remote().connector();
+        let (group, of) = (self.options.group.clone(), path.clone());
+        let (to, from) = mpsc::channel();
+        std::thread::spawn(move || {
+            let outcome = match Client::open(async { connect().await.map_err(OpenError::from) }) {
+                Err(e) => {
+                    let why = format!("{} is not brought back: {e}", of.display());
+                    let hint = "look at `bfs-replayer status`, then try again";
+                    Err(Box::new(Reply::failed(FailureKind::Failed, why, hint)))
+                }
+                Ok(mut client) => match recover::fetch(&mut client, &group, at.as_ref(), &place) {
+                    Ok(staged) => Ok(Box::new(staged)),
+                    Err(e) => Err(Box::new(failed(&of, &e))),
+                },
+            };
+            // Nobody may wait for it any more; then nothing was changed.
+            let _ = to.send(outcome);
+        });
+        let phase = Phase::Fetched(from);
+        self.recovery = Some(Recovery { path, deadline: Instant::now() + limit, replies, phase });
+    }
+
+    /// Goes on with what is being brought back.
+    pub(super) fn tend_recovery(&mut self) {
+        let Some(recovery) = self.recovery.take() else { return };
+        let Recovery { path, deadline, replies, phase } = recovery;
+        let next = match phase {
+            Phase::Fetched(from) => match from.try_recv() {
+                Ok(Ok(staged)) => self.note(&path, staged),
+                Ok(Err(why)) => Err(why),
+                Err(TryRecvError::Empty) => Ok(Phase::Fetched(from)),
+                Err(TryRecvError::Disconnected) => Err(ended(&path)),
+            },
+            Phase::Settled(from) => match from.try_recv() {
+                Ok(Ok(staged)) => {
+                    let what = Awaited::Recovery { checkpoint: staged.checkpoint, bytes: staged.size };
+                    let rest = deadline.saturating_duration_since(Instant::now());
+                    return self.wait_for_records(what, rest, replies);
+                }
+                Ok(Err(why)) => Err(why),
+                Err(TryRecvError::Empty) => Ok(Phase::Settled(from)),
+                Err(TryRecvError::Disconnected) => Err(ended(&path)),
+            },
+            // A checkpoint came in between, which has what stood there: from then on the note counts no more.
+            Phase::Noted(staged, _, before) if self.engine.last_checkpoint() != before => {
+                self.note(&path, staged)
+            }
+            Phase::Noted(staged, note, _) if self.link.shipper.progress().sealed >= note => {
+                self.exchange(&path, staged)
+            }
+            noted @ Phase::Noted(..) => Ok(noted),
+        };
+        match next {
+            Err(why) => replies.send(*why),
+            Ok(Phase::Fetched(_) | Phase::Noted(..)) if Instant::now() >= deadline => {
+                let why = format!("{} was not brought back within the time", path.display());
+                let hint = "look at `bfs-replayer status`, or give a longer --timeout";
+                replies.send(Reply::failed(FailureKind::Timeout, why, hint));
+            }
+            Ok(phase) => self.recovery = Some(Recovery { path, deadline, replies, phase }),
+        }
+    }
+
+    /// Says in the stream that what stands there is suspect.
+    fn note(&mut self, path: &Path, staged: Box<Staged>) -> Result<Phase, Box<Reply>> {
+        self.drain();
+        self.suspect_path(path, None, true).map_err(|bad| Box::new(Reply::bad(bad)))?;
+        self.flush();
+        Ok(Phase::Noted(staged, self.engine.last_sequence(), self.engine.last_checkpoint()))
+    }
+
+    /// Gives it its name. Whatever comes of it: the next checkpoint reads what stands there.
+    fn exchange(&mut self, path: &Path, staged: Box<Staged>) -> Result<Phase, Box<Reply>> {
+        if let Some(why) = self.cannot_take() {
+            return Err(Box::new(why));
+        }
+        // With --everyone there is nobody to stop: who opens it in just that moment has the old one.
+        let stands = self.link.stopper.is_some();
+        if stands && let Err(e) = self.link.stop() {
+            return Err(Box::new(Reply::failed(FailureKind::GivenUp, e.to_string(), "try again")));
+        }
+        let done = staged.exchange();
+        if stands {
+            self.link.go();
+        }
+        self.drain();
+        let noted = self.suspect_path(path, None, true);
+        done.map_err(|e| Box::new(failed(path, &e)))?;
+        noted.map_err(|bad| Box::new(Reply::bad(bad)))?;
+        let (to, from) = mpsc::channel();
+        let path = path.to_owned();
+        std::thread::spawn(move || {
+            let settled = staged.settle();
+            let _ = to.send(match settled {
+                Ok(()) => Ok(staged),
+                Err(e) => {
+                    let why = format!("{} is brought back, but a power cut may undo it: {e}", path.display());
+                    Err(Box::new(Reply::failed(FailureKind::Failed, why, e.hint())))
+                }
+            });
+        });
+        Ok(Phase::Settled(from))
+    }
+}
