@@ -19,7 +19,7 @@ use bfs_common::record::{CheckpointId, CheckpointLabel, GapScope, Record, Sequen
 use super::Engine;
 use super::crossing::Crossing;
 use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
-use super::interpret::{interpret, span_of};
+use super::interpret::{Act, Thing, interpret, span_of};
 use super::recent::CLOCK_SLACK_NS;
 
 /// Cuts that are tried before the processes are stopped.
@@ -542,8 +542,19 @@ impl Engine {
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
         if until_ns > t {
             let (act, way) = interpret(&self.model, host, &parsed);
-            let touches = self.cut_touches(&act, &way);
+            let mut touches = self.cut_touches(&act, &way);
+            let made = if let Act::Create { attr, .. } = &act { Some(attr.id) } else { None };
+            self.consume(event, host)?;
+            // What it says of the file that it made was seen at its end: a later call may have been there by then.
+            if let Some(object) = made.and_then(|inode| self.model.find(inode)) {
+                touches.extend([
+                    Thing::Data(object, 0..u64::MAX),
+                    Thing::Meta(object),
+                    Thing::Xattrs(object),
+                ]);
+            }
             crossing.push(Crossing { tid: span.tid, touches, until_ns });
+            return Ok(());
         }
         self.consume(event, host)
     }
