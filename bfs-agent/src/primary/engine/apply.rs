@@ -193,6 +193,7 @@ impl Engine {
                     ambiguous |= overlap.any();
                     for other in overlap.with.iter().flatten().flat_map(|o| o.iter()) {
                         self.stain(other, span.end_ns, true);
+                        self.suspect_named(other, span.end_ns);
                     }
                 }
                 Thing::List(_) | Thing::Meta(_) | Thing::Xattrs(_) | Thing::Aside | Thing::Everything => {}
@@ -276,6 +277,17 @@ impl Engine {
     fn note_links(&mut self, object: ObjectId, links: u32) {
         if links > 1 && self.model.get(object).is_some_and(|o| o.kind != FileKind::Directory) {
             self.multiple.insert(object);
+        }
+    }
+
+    /// The other call may have changed another object by this name than was believed. What the name leads to is read
+    /// when the entry is settled; but the one that was believed can live on under another name.
+    fn suspect_named(&mut self, entry: &Thing, end_ns: u64) {
+        if let Thing::Entry(directory, name) = entry
+            && let Some(object) = self.model.entry(*directory, name)
+            && self.multiple.contains(&object)
+        {
+            self.suspect_object(object, end_ns);
         }
     }
 
