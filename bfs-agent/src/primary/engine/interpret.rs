@@ -487,6 +487,12 @@ pub fn touches(act: &Act, way: &Way, model: &Model) -> Things {
     things
 }
 
+/// A directory goes only when it is empty: whoever emptied it came before.
+fn emptied(place: &Place, model: &Model) -> Option<Thing> {
+    let object = object_at(model, place)?;
+    (model.kind(object) == Some(FileKind::Directory)).then_some(Thing::List(object))
+}
+
 impl Act {
     /// Everything that the act reads or changes and that others may share.
     #[must_use]
@@ -575,16 +581,23 @@ impl Act {
                     ]);
                 }
             }
-            Self::Unlink { place: at, .. } | Self::Make { place: at, .. } => place(at),
+            Self::Unlink { place: at, .. } => {
+                place(at);
+                things.extend(emptied(at, model));
+            }
+            Self::Make { place: at, .. } => place(at),
             Self::Link { place: at, source, .. } => {
                 place(at);
                 if let Some(Place::Entry(directory, name)) = source {
                     things.push(Thing::Entry(*directory, name.clone()));
                 }
             }
-            Self::Rename { from, to, .. } => {
+            Self::Rename { from, to, exchange, .. } => {
                 place(from);
                 place(to);
+                if !exchange {
+                    things.extend(emptied(to, model));
+                }
             }
         }
         things
