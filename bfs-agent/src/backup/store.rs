@@ -175,10 +175,12 @@ pub fn check_format(store: &Path) -> Result<u32, BackupError> {
 
 fn make_dir(path: &Path) -> Result<(), BackupError> {
     match DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => Ok(sync_dir(path.parent().unwrap_or(path))?),
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(BackupError::io("make", path)(error)),
+        Ok(()) => {}
+        // Made before a sync that failed, it may be there and its name not be durable.
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(BackupError::io("make", path)(error)),
     }
+    Ok(sync_dir(path.parent().unwrap_or(path))?)
 }
 
 /// Writes a small file so that it is there as a whole or not at all.
