@@ -44,6 +44,10 @@ const PARTINGS: u32 = 4;
 const AHEAD_BYTES: u64 = 1 << 20;
 /// See [`AHEAD_BYTES`]; in things.
 const AHEAD_THINGS: usize = 64;
+/// What reading a thing costs, in bytes that are read in that time; about.
+const THING_BYTES: u64 = 16 << 10;
+/// For how long cuts are tried while the processes run, where they may be stopped instead.
+const TRYING_NS_MAX: u64 = 3_000_000_000;
 /// For how long cuts are tried in vain because of others than the selected processes: each try may read much.
 const OTHERS_NS_MAX: u64 = 300_000_000;
 /// Calls that are held back at most while a cut is tried.
@@ -231,16 +235,19 @@ impl Engine {
     /// What takes long comes before the writes are parted, for from then on each costs a record.
     fn prepare(&mut self, host: &mut dyn Host) -> Result<(), CheckpointError> {
         self.tend_foreign(host)?;
-        for _ in 1..PARTINGS {
-            self.read_ahead(host)?;
+        for left in (0..PARTINGS).rev() {
+            let keeps_up = self.read_ahead(host)?;
             self.take_runs(host)?;
             if self.is_little() {
                 return Ok(());
             }
+            if !keeps_up || left == 0 {
+                break;
+            }
             host.join_writes();
         }
-        self.take_runs(host)?;
-        Ok(self.read_ahead(host)?)
+        self.read_ahead(host)?;
+        Ok(())
     }
 
     fn place(
@@ -252,6 +259,7 @@ impl Engine {
         self.tend_mapped(host)?;
         let must_stop = request.stop != Stop::Never && self.restless;
         let mut tries = 0;
+        let since = host.now();
         if request.stop != Stop::Hold && !must_stop {
             while tries < TRIES {
                 tries += 1;
@@ -280,6 +288,9 @@ impl Engine {
                             && let Some(error) = self.others_in_the_way(host, tries)
                         {
                             return Err(error);
+                        }
+                        if request.stop != Stop::Never && host.now().saturating_sub(since) > TRYING_NS_MAX {
+                            break;
                         }
                     }
                     Tried::InStop => {
@@ -408,22 +419,34 @@ impl Engine {
     }
 
     /// While there is much to read, it is read before an instant is chosen, and events go on
-    /// being taken in: so little is held back later.
-    pub(super) fn read_ahead(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+    /// being taken in: so little is held back later. `false` if it does not get less: as much is made dirty meanwhile.
+    pub(super) fn read_ahead(&mut self, host: &mut dyn Host) -> Result<bool, HostError> {
+        let mut before = u64::MAX;
         for _ in 0..ROUNDS_AHEAD {
             self.drain(host)?;
             if self.is_little() {
+                return Ok(true);
+            }
+            let (bytes, things) = self.weight();
+            let cost = bytes.saturating_add((things as u64).saturating_mul(THING_BYTES));
+            if cost > before / 4 * 3 {
                 break;
             }
+            before = cost;
             self.settle(host, true)?;
         }
-        Ok(())
+        Ok(false)
+    }
+
+    /// How much is dirty: bytes, and things.
+    fn weight(&self) -> (u64, usize) {
+        let model = &self.model;
+        self.dirty.weight(|o| model.get(o).map_or(0, |o| o.size.max(1 << 16)))
     }
 
     /// Whether what is dirty is read in no time.
     fn is_little(&self) -> bool {
-        let model = &self.model;
-        let (bytes, things) = self.dirty.weight(|o| model.get(o).map_or(0, |o| o.size.max(1 << 16)));
+        let (bytes, things) = self.weight();
         bytes < AHEAD_BYTES && things < AHEAD_THINGS
     }
 
