@@ -24,6 +24,8 @@ pub(super) struct Rings {
     iovecs: Vec<libc::iovec>,
 }
 
+/// `-ERESTARTSYS` (include/linux/errno.h).
+const RESTART: i32 = -512;
 /// Numbers of operations that the crate has no type for (include/uapi/linux/io_uring.h).
 const OP_SOCKET: u8 = 45;
 const OP_FTRUNCATE: u8 = 55;
@@ -329,8 +331,16 @@ impl Rings {
         let file = self.open(top, name)?;
         rustix::io::write(&self.pipe.1, text)?;
         let (from, to) = (types::Fd(self.pipe.0.as_raw_fd()), types::Fd(file.as_raw_fd()));
-        self.one("splice", opcode::Splice::new(from, -1, to, 0, text.len() as u32).build())?;
-        Ok(())
+        loop {
+            let entry = opcode::Splice::new(from, -1, to, 0, text.len() as u32).build();
+            match self.all(vec![entry])?[0] {
+                // A stop came before a byte was moved (splice_from_pipe_next() in fs/splice.c), and io_uring, unlike for
+                // reads and writes, hands that on as it is.
+                RESTART => {}
+                moved if moved >= 0 => return Ok(()),
+                error => bail!("splice: {}", std::io::Error::from_raw_os_error(-error)),
+            }
+        }
     }
 
     /// A socket with a name, where the kernel can bind by a ring.
