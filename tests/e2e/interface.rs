@@ -86,9 +86,7 @@ fn resting(name: &str, options: &[&str]) -> World {
     world.agent_options(options);
     fs::write(world.place.data.join("table"), vec![b'.'; 64 << 10]).unwrap();
     world.start_replayer().unwrap();
-    let (ready, stop) = (world.place.aux.join("ready"), world.place.stop());
-    let script = format!("touch {}; while ! [ -e {} ]; do sleep 0.05; done", ready.display(), stop.display());
-    world.run(&["sh".to_owned(), "-c".to_owned(), script]).unwrap();
+    world.rest().unwrap();
     world.checkpoint().unwrap();
     world
 }

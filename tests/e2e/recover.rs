@@ -31,7 +31,7 @@ fn succeeds(world: &World, path: &Path, more: &[&str]) -> String {
 /// It ends with an error that says this, and the tree is as before.
 fn refuses(world: &World, path: &Path, more: &[&str], says: &str) -> i32 {
     let before = world.scratch.join("before");
-    command_ok(Command::new("cp").arg("-a").arg(&world.place.data).arg(&before)).unwrap();
+    copy::exact(&world.place.data, &before).unwrap();
     let done = recover(world, path, more);
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert!(!done.status.success() && said.contains(says), "{says}: {said}");
@@ -62,12 +62,10 @@ fn resting(name: &str) -> World {
     fs::hard_link(data.join("one"), data.join("two")).unwrap();
     symlink("empty", data.join("link")).unwrap();
     world.start_replayer().unwrap();
-    let (ready, stop) = (world.place.aux.join("ready"), world.place.stop());
-    let script = format!("touch {}; while ! [ -e {} ]; do sleep 0.05; done", ready.display(), stop.display());
-    world.run(&["sh".to_owned(), "-c".to_owned(), script]).unwrap();
+    world.rest().unwrap();
     let good = ["checkpoint", "--wait", "applied", "--tag", "good"];
     assert!(world.agent_command(&good, SOON).unwrap().status.success());
-    command_ok(Command::new("cp").arg("-a").arg(&world.place.data).arg(world.scratch.join("good"))).unwrap();
+    copy::exact(&world.place.data, &world.scratch.join("good")).unwrap();
     world
 }
 

@@ -158,18 +158,6 @@ fn name(of: &str) -> Name {
     Name::new(of.as_bytes()).unwrap()
 }
 
-/// Something the model does, or a write over several blocks.
-fn does(model: &mut Model, op: (u8, u8, u8, u8)) {
-    let files: Vec<_> = model.nodes.iter().filter(|(_, node)| !node.directory).map(|(o, _)| *o).collect();
-    match op {
-        (what, a, b, c) if what % 16 == 15 && !files.is_empty() => {
-            let file = files[a as usize % files.len()];
-            model.write(file, u64::from(c) * 1000, vec![b | 1; 1 + b as usize * 500]);
-        }
-        _ => model.do_op(op),
-    }
-}
-
 /// A file that grew behind A, and whose new bytes were overwritten later: the image of that step has bytes that lie
 /// beyond the end that the file has at A. A merge ends, and A has its bytes only.
 #[test]
@@ -251,7 +239,7 @@ fn damage_stops_only_the_merge_that_needs_what_is_damaged() {
     let dir = folder();
     let mut kept = Kept::new(dir.path());
     for n in 0..8u8 {
-        kept.step(|model| (0..6).for_each(|m| does(model, (m, n, 9, m))));
+        kept.step(|model| (0..6).for_each(|m| model.do_op_or_write((m, n, 9, m))));
     }
     let damaged = images::path(kept.area.images(), CheckpointId(3));
     let mut bytes = fs::read(&damaged).unwrap();
@@ -299,7 +287,7 @@ fn every_crash_point_of_a_merge_converges() {
     let build = |dir: &Path| {
         let mut kept = Kept::new(dir);
         for ops in busy.chunks(3) {
-            kept.step(|model| ops.iter().for_each(|op| does(model, *op)));
+            kept.step(|model| ops.iter().for_each(|op| model.do_op_or_write(*op)));
         }
         kept
     };
@@ -356,7 +344,7 @@ proptest! {
         let mut kept = Kept::new(dir.path());
         let mut steps = steps.into_iter();
         for ops in steps.by_ref().take(first) {
-            kept.step(|model| ops.iter().for_each(|op| does(model, *op)));
+            kept.step(|model| ops.iter().for_each(|op| model.do_op_or_write(*op)));
         }
         let mut readers: BTreeMap<CheckpointId, Loaded> = BTreeMap::new();
         for (turn, (mask, crash)) in drops.into_iter().enumerate() {
@@ -378,7 +366,7 @@ proptest! {
                 kept.tidy();
             }
             if let Some(ops) = steps.next() {
-                kept.step(|model| ops.iter().for_each(|op| does(model, *op)));
+                kept.step(|model| ops.iter().for_each(|op| model.do_op_or_write(*op)));
             }
             kept.compare();
             let all = kept.all();

@@ -135,6 +135,18 @@ impl Model {
         top == object || self.nodes[&top].entries.values().any(|child| self.below(*child, object))
     }
 
+    /// One of [`Self::do_op`], or a write over several blocks.
+    pub fn do_op_or_write(&mut self, op: (u8, u8, u8, u8)) {
+        let files: Vec<_> = self.nodes.iter().filter(|(_, n)| !n.directory).map(|(o, _)| *o).collect();
+        match op {
+            (what, a, b, c) if what % 16 == 15 && !files.is_empty() => {
+                let file = files[a as usize % files.len()];
+                self.write(file, u64::from(c) * 1000, vec![b | 1; 1 + b as usize * 500]);
+            }
+            _ => self.do_op(op),
+        }
+    }
+
     pub fn do_op(&mut self, (op, a, b, c): (u8, u8, u8, u8)) {
         let pick = |list: Vec<ObjectId>, at: u8| list.get(at as usize % list.len().max(1)).copied();
         let dirs: Vec<_> = self.nodes.iter().filter(|(_, n)| n.directory).map(|(o, _)| *o).collect();

@@ -138,7 +138,7 @@ impl Client {
     ///
     /// # Errors
     /// What `connect` says, or that no event loop can be started.
-    pub fn open(connect: impl Future<Output = Result<Connection, OpenError>>) -> Result<Self, OpenError> {
+    pub fn open(connect: impl Future<Output = Result<Connection, ConnectError>>) -> Result<Self, OpenError> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ReadError::Runtime)?;
         let connection = runtime.block_on(connect)?;

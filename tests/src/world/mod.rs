@@ -459,6 +459,17 @@ impl World {
         self.wait_agent_answers(true)
     }
 
+    /// The same with a program that does nothing until it is told to end.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn rest(&mut self) -> Result<()> {
+        let (ready, stop) = (self.place.aux.join("ready"), self.place.stop());
+        let script =
+            format!("touch {}; while ! [ -e {} ]; do sleep 0.05; done", ready.display(), stop.display());
+        self.run(&["sh".to_owned(), "-c".to_owned(), script])
+    }
+
     /// Starts the program without an agent, and returns when it works.
     ///
     /// # Errors

@@ -7,12 +7,12 @@ use bfs_common::record::*;
 use bfs_common::wire::Digests;
 use proptest::prelude::*;
 
-use super::tests::{GROUP, ID, four, kept, moment, received, sent, some, start, stream};
+use super::tests::{GROUP, ID, client, four, kept, moment, received, sent, some, start, stream};
 use super::{Head, Item, Reader};
 use crate::backup::ReplayerHandle;
 use crate::backup::check;
 use crate::backup::model::TOP;
-use crate::generation::{Client, Tree};
+use crate::generation::Tree;
 
 /// The head of a stream that follows checkpoint 4.
 fn head(source: &ReplayerHandle) -> Head {
@@ -101,7 +101,7 @@ fn a_hostile_stream_is_refused_and_changes_nothing() {
 
 /// All of a checkpoint.
 fn state(replayer: &ReplayerHandle, at: u64) -> Tree {
-    let mut client = Client::open(async { Ok(replayer.connect_local()) }).unwrap();
+    let mut client = client(replayer);
     let mut tree = client.tree(GROUP, CheckpointId(at), Digests::All).unwrap();
     tree.objects.values_mut().for_each(|object| object.changed = false);
     tree

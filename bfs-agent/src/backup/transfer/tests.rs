@@ -113,7 +113,7 @@ pub(super) fn start(store: &Path) -> ReplayerHandle {
     Replayer::start(ServeOptions { store: store.into(), retention, ..ServeOptions::default() }).unwrap()
 }
 
-fn client(replayer: &ReplayerHandle) -> Client {
+pub(super) fn client(replayer: &ReplayerHandle) -> Client {
     Client::open(async { Ok(replayer.connect_local()) }).unwrap()
 }
 
@@ -243,18 +243,6 @@ fn compare(store: &Path, models: &BTreeMap<u64, Model>, wanted: &[u64]) {
     );
 }
 
-/// Something the model does, or a write over several blocks.
-fn does(model: &mut Model, op: (u8, u8, u8, u8)) {
-    let files: Vec<_> = model.nodes.iter().filter(|(_, node)| !node.directory).map(|(o, _)| *o).collect();
-    match op {
-        (what, a, b, c) if what % 16 == 15 && !files.is_empty() => {
-            let file = files[a as usize % files.len()];
-            model.write(file, u64::from(c) * 1000, vec![b | 1; 1 + b as usize * 500]);
-        }
-        _ => model.do_op(op),
-    }
-}
-
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, ..ProptestConfig::default() })]
 
@@ -271,7 +259,7 @@ proptest! {
         let source = start(&first);
         let mut primary = Primary::new(&source);
         for ops in &steps {
-            primary.step(|model| ops.iter().for_each(|op| does(model, *op)));
+            primary.step(|model| ops.iter().for_each(|op| model.do_op_or_write(*op)));
         }
         let target = start(&second);
         let mut merges = merges.into_iter();
@@ -311,7 +299,7 @@ pub(super) fn four(replayer: &ReplayerHandle) -> Primary {
             for _ in 0..20 {
                 seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 let [a, b, c, d] = seed.to_be_bytes();
-                does(model, (a, b, c, d));
+                model.do_op_or_write((a, b, c, d));
             }
         });
     }

@@ -47,7 +47,7 @@ impl Owner {
     /// A connection; with a store that nobody owns, to a replayer in this process that keeps what it is told.
     fn open(&self, retention: Retention) -> anyhow::Result<(Client, Option<ReplayerHandle>)> {
         let (address, keys) = self.address()?;
-        let connected = Client::open(async { Ok(net::connect(&address, &keys).await?) });
+        let connected = Client::open(net::connect(&address, &keys));
         match (connected, &self.store) {
             (Ok(client), _) => Ok((client, None)),
             (Err(OpenError::Connect(ConnectError::Unreachable { .. })), Some(store)) => {
@@ -88,7 +88,7 @@ pub(super) fn mount(from: &From, at: &At, everybody: bool, to: &Path) -> anyhow:
         }
         None => {
             let (address, keys) = from.owner.address()?;
-            Box::new(move || Client::open(async { Ok(net::connect(&address, &keys).await?) }))
+            Box::new(move || Client::open(net::connect(&address, &keys)))
         }
     };
     let mounted = mount::mount(Link::new(&from.group, number, client, connect), to, everybody)?;

@@ -19,7 +19,7 @@ use bfs_common::record::{CheckpointId, CheckpointLabel, GapScope, Record, Sequen
 use super::Engine;
 use super::crossing::Crossing;
 use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
-use super::interpret::{Act, Thing, interpret, span_of};
+use super::interpret::{Act, interpret, span_of};
 use super::recent::CLOCK_SLACK_NS;
 
 /// Cuts that are tried before the processes are stopped.
@@ -566,15 +566,11 @@ impl Engine {
         if until_ns > t {
             let (act, way) = interpret(&self.model, host, &parsed);
             let mut touches = self.cut_touches(&act, &way);
-            let made = if let Act::Create { attr, .. } = &act { Some(attr.id) } else { None };
             self.consume(event, host)?;
-            // What it says of the file that it made was seen at its end: a later call may have been there by then.
-            if let Some(object) = made.and_then(|inode| self.model.find(inode)) {
-                touches.extend([
-                    Thing::Data(object, 0..u64::MAX),
-                    Thing::Meta(object),
-                    Thing::Xattrs(object),
-                ]);
+            // What it says of the file that it made, which is known only now, was seen at its end: a later call may have
+            // been there by then.
+            if matches!(act, Act::Create { .. }) {
+                touches = self.cut_touches(&act, &way);
             }
             crossing.push(Crossing { tid: span.tid, touches, until_ns });
             return Ok(());

@@ -132,7 +132,7 @@ impl DirtySet {
             dirty.holes.remove(range.clone());
         }
         dirty.ranges.insert(range);
-        if dirty.ranges.count() > RANGES_MAX {
+        if dirty.ranges.len() > RANGES_MAX {
             dirty.whole = true;
             dirty.ranges = RangeSet::default();
             dirty.holes = RangeSet::default();

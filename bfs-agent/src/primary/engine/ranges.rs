@@ -52,12 +52,6 @@ impl RangeSet {
         !range.is_empty() && self.0.range(..range.end).next_back().is_some_and(|(_, e)| *e > range.start)
     }
 
-    /// How many ranges there are.
-    #[must_use]
-    pub fn count(&self) -> usize {
-        self.0.len()
-    }
-
     /// Whether nothing is in the set.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bfs_common::record::{ObjectId, Sequence};
 use bfs_common::wire::DIGEST_BYTES;
 
-use crate::generation::{Client, OpenError};
+use crate::generation::Client;
 use crate::primary::engine::same::{Digest, Known};
 use crate::primary::ship::Connect;
 
@@ -45,7 +45,7 @@ impl Answers {
         let gathered = Arc::new(Mutex::new(Gathered::default()));
         let (to, group) = (gathered.clone(), group.to_owned());
         let work = move || {
-            let client = Client::open(async { connect().await.map_err(OpenError::from) });
+            let client = Client::open(connect());
             let asked = client.map_err(|e| e.to_string()).and_then(|mut client| {
                 let said = client.digests(&group, position, |line| {
                     let mut to = locked(&to);

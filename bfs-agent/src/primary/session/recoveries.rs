@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use bfs_common::record::{CheckpointId, Sequence};
 
 use super::commands::Awaited;
+use super::reports::not_replicated;
 use super::work::Work;
-use crate::generation::{At, Client, OpenError};
-use crate::primary::control::{BadRequest, FailureKind, Replies, Reply};
+use crate::generation::{At, Client};
+use crate::primary::control::{FailureKind, Replies, Reply};
 use crate::primary::engine::host::Host;
 use crate::primary::recover::{self, Place, RecoverError, Staged};
 
@@ -56,21 +57,16 @@ impl Work {
             let why = format!("{} is being brought back", other.path.display());
             return replies.send(Reply::failed(FailureKind::Busy, why, "try again when that has ended"));
         }
-        let below = |root: &PathBuf| {
-            let below = path.strip_prefix(root).ok().filter(|below| below.file_name().is_some())?;
-            Some(Place { root: root.clone(), below: below.into() })
+        let Some((root, below)) = self.root_of(&path).filter(|(_, below)| below.file_name().is_some()) else {
+            return replies.send(Reply::bad(not_replicated(&path)));
         };
-        // Of roots in each other the one that has the backup's name for it is as good as the other.
-        let Some(place) = self.options.roots.iter().find_map(below) else {
-            let why = format!("{} lies in none of the replicated directories", path.display());
-            return replies.send(Reply::bad(BadRequest::field("path", why, "look at `bfs-agent path list`")));
-        };
+        let place = Place { root: root.into(), below: below.into() };
         let at = at.and_then(|at| at.parse::<At>().ok());
         let connect = self.link.shipper.remote().connector();
         let (group, of) = (self.options.group.clone(), path.clone());
         let (to, from) = mpsc::channel();
         std::thread::spawn(move || {
-            let outcome = match Client::open(async { connect().await.map_err(OpenError::from) }) {
+            let outcome = match Client::open(connect()) {
                 Err(e) => {
                     let why = format!("{} is not brought back: {e}", of.display());
                     let hint = "look at `bfs-replayer status`, then try again";

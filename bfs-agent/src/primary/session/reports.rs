@@ -47,6 +47,11 @@ impl Work {
         }
     }
 
+    /// The replicated directory that a path lies in, and the path below that; empty for the directory itself.
+    pub(super) fn root_of<'p>(&self, path: &'p Path) -> Option<(&Path, &'p Path)> {
+        self.options.roots.iter().find_map(|root| Some((root.as_path(), path.strip_prefix(root).ok()?)))
+    }
+
     /// Has the next checkpoint read what stands at a path. Where nothing does, and nothing did, that is an error unless
     /// something is going to: `may_come`.
     pub(super) fn suspect_path(
@@ -56,11 +61,7 @@ impl Work {
         may_come: bool,
     ) -> Result<(), BadRequest> {
         let bad = |why: String, hint: &str| BadRequest::field("path", why, hint);
-        let roots = &self.options.roots;
-        let Some((root, mut at)) = roots.iter().find_map(|r| Some((r, path.strip_prefix(r).ok()?))) else {
-            let why = format!("{} lies in none of the replicated directories", path.display());
-            return Err(bad(why, "look at `bfs-agent path list`"));
-        };
+        let (root, mut at) = self.root_of(path).ok_or_else(|| not_replicated(path))?;
         let failed = |e: Errno| bad(format!("{}: {e}", path.display()), "look at that file");
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(CWD, root, flags, Mode::empty()).map_err(failed)?;
@@ -122,6 +123,12 @@ impl Work {
         let meta = File::from(fd).metadata().map_err(io)?;
         Ok(Some(Found { object, is_directory: meta.is_dir(), size: meta.len() }))
     }
+}
+
+/// What is said of a path that no [root](Work::root_of) has.
+pub(super) fn not_replicated(path: &Path) -> BadRequest {
+    let why = format!("{} lies in none of the replicated directories", path.display());
+    BadRequest::field("path", why, "look at `bfs-agent path list`")
 }
 
 fn name(name: &OsStr) -> Option<Name> {

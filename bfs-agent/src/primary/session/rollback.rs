@@ -208,7 +208,7 @@ impl Work {
 
     pub(super) fn reader_client(&self) -> Result<Client, Failure> {
         let connect = self.link.shipper.remote().connector();
-        Client::open(async { connect().await.map_err(OpenError::from) }).map_err(|e| match e {
+        Client::open(connect()).map_err(|e| match e {
             OpenError::Connect(e) => crate::primary::ship::ShipError::Connect(e).into(),
             OpenError::Read(e) => RollbackError::from(e).into(),
         })
