@@ -48,6 +48,25 @@ pub enum Refusal {
         /// The newest epoch.
         newest: Epoch,
     },
+    /// The backup was promoted: this host is not the group's primary any more.
+    #[error(
+        "FENCED: the backup was promoted to the primary on {host}, from checkpoint {at}, which is the last that both have; \
+         what this host made after it is not on the backup"
+    )]
+    Promoted {
+        /// The last checkpoint that both have.
+        at: CheckpointId,
+        /// Since when, in nanoseconds since 1970.
+        since_ns: i64,
+        /// The host that is the primary now.
+        host: String,
+    },
+    /// A promotion, and the primary's agent is there and answers.
+    #[error("an agent of the primary writes group {name:?} and answers: it would be fenced")]
+    Attached {
+        /// Name of the group.
+        name: String,
+    },
     /// Another agent is connected for this group.
     #[error("another agent is connected for group {name:?}: stop it first")]
     Busy {

@@ -9,6 +9,7 @@
 //! Who the peer is was proven before: over TCP by the keys of a TLS connection, over a unix socket by the kernel. Then
 //! the replayer sends its [`PREAMBLE`], magic and version, the agent its own, and frames follow.
 
+mod promote;
 mod status;
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -21,6 +22,7 @@ use crate::record::{
 };
 pub use crate::refusal::Refusal;
 
+pub use promote::{History, PromoteStage, Promoter};
 pub use status::{GroupStatus, StoreState};
 
 /// Version of the protocol, with its history.
@@ -32,10 +34,13 @@ pub enum Version {
     /// Peers over TCP have keys: what came before [`Frame::Hello`] is gone. [`Frame::ReadKeys`],
     /// [`Refusal::NotAllowed`], [`Refusal::KeyChanged`].
     V2 = 2,
+    /// Failover: [`Frame::Promote`] and what belongs to it, `adopt` in [`Frame::Welcome`], [`Refusal::Promoted`],
+    /// [`Refusal::Attached`], `history` in [`GroupStatus`].
+    V3 = 3,
 }
 
 /// What this build speaks.
-pub const VERSION: Version = Version::V2;
+pub const VERSION: Version = Version::V3;
 
 /// Magic bytes, then the version (little-endian): the first bytes from either side.
 pub const PREAMBLE: [u8; 8] = [b'b', b'f', b's', b'1', VERSION as u8, 0, 0, 0];
@@ -196,6 +201,9 @@ pub enum Frame {
         roots: Vec<(PathBytes, ObjectId)>,
         /// The boot in which the last epoch wrote.
         boot_id: [u8; 16],
+        /// The backup was promoted, and no checkpoint was taken since: below this directory stands what it gave out, each
+        /// file at the absolute path that it had. What the store knows of inodes is of another host.
+        adopt: Option<PathBytes>,
     },
     /// Agent: encoded records follow as the body, in order and without a gap.
     Records {
@@ -393,6 +401,44 @@ pub enum Frame {
         /// The oldest first.
         gone: Vec<CheckpointId>,
     },
+    /// Command: this host becomes the primary of a group, from its last confirmed checkpoint on. Whoever wrote it before is
+    /// fenced, durably, before the answer ([`Frame::Promoted`]). Done again by the same, it goes on with what was begun.
+    Promote {
+        /// Name of the group.
+        group: String,
+        /// Who.
+        by: Promoter,
+        /// Although its agent answers.
+        force: bool,
+    },
+    /// Command: so far is it. Answered by [`Frame::Promoted`].
+    PromoteStep {
+        /// Name of the group.
+        group: String,
+        /// Which promotion.
+        history: [u8; 16],
+        /// How far.
+        stage: PromoteStage,
+    },
+    /// Replayer: how it stands.
+    Promoted {
+        /// The promotion.
+        history: History,
+        /// Records behind the checkpoint, which no checkpoint covers: they are not given out.
+        pending_records: u64,
+        /// And their bytes.
+        pending_bytes: u64,
+    },
+    /// Command on the same host: where do the roots of the applied tree stand? Answered by [`Frame::Places`].
+    GetPlaces {
+        /// Name of the group.
+        group: String,
+    },
+    /// Replayer: there.
+    Places {
+        /// The directory of each root.
+        roots: Vec<(ObjectId, PathBytes)>,
+    },
     /// Command: a look into a generation. Answered by one [`Frame::Seen`]. It is held until the connection ends.
     Look {
         /// Name of the group.
@@ -565,14 +611,26 @@ mod tests {
             "24000000 20000000 81 a752656675736564 81 aa4e6f74416c6c6f776564 93 a14b a167 a57772697465"
                 .replace(' ', "")
         );
-        assert_eq!(PREAMBLE, *b"bfs1\x02\0\0\0");
+        let step = Frame::PromoteStep { group: "g".into(), history: [1; 16], stage: PromoteStage::Placing };
+        let one = "01".repeat(16);
+        assert_eq!(
+            hex(step),
+            format!("2f0000002b000000 81 ab50726f6d6f746553746570 93 a167 dc0010{one} a7706c6163696e67")
+                .replace(' ', "")
+        );
+        let refusal = Refusal::Promoted { at: CheckpointId(7), since_ns: 1, host: "b".into() };
+        assert_eq!(
+            hex(Frame::Refused(refusal)),
+            "1c000000 18000000 81 a752656675736564 81 a850726f6d6f746564 93 07 01 a162".replace(' ', "")
+        );
+        assert_eq!(PREAMBLE, *b"bfs1\x03\0\0\0");
     }
 
     #[test]
     fn strangers_are_told_apart() {
         assert_eq!(check_preamble(PREAMBLE), Ok(()));
         assert_eq!(check_preamble(*b"GET / HT"), Err(WireError::NotBfs));
-        assert_eq!(check_preamble(*b"bfs1\x01\0\0\0"), Err(WireError::Version(1)));
+        assert_eq!(check_preamble(*b"bfs1\x02\0\0\0"), Err(WireError::Version(2)));
     }
 
     #[test]

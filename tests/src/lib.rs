@@ -6,11 +6,12 @@
 //! it, [`programs`] are the programs that are replicated, each with a check of what it left,
 //! [`watch`] waits for conditions, [`exercise`] is what is done with every program, [`rows`] are the ways to
 //! change a file, one by one, [`faults`] makes system calls of a daemon fail,
-//! [`network`] what is between the two.
+//! [`network`] what is between the two, [`hosts`] two machines on one.
 
 pub mod copy;
 pub mod exercise;
 pub mod faults;
+pub mod hosts;
 pub mod leash;
 pub mod ledger;
 pub mod network;

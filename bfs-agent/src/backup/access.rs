@@ -59,12 +59,13 @@ pub fn need(frame: &Frame) -> Need<'_> {
         | Frame::GetVersions { group, .. }
         | Frame::GetTransfer { group, .. }
         | Frame::Look { group, .. } => Need::Group(group, &[Right::Read]),
-        Frame::Merge { group, .. } | Frame::Receive { group: Some(group), .. } => {
-            Need::Group(group, &[Right::Administrate])
-        }
+        Frame::Merge { group, .. }
+        | Frame::Receive { group: Some(group), .. }
+        | Frame::Promote { group, .. }
+        | Frame::PromoteStep { group, .. } => Need::Group(group, &[Right::Administrate]),
         // The name in the stream is known only when all of it is there.
         Frame::Receive { group: None, .. } => Need::Name,
-        Frame::ReadKeys => Need::SameHost,
+        Frame::ReadKeys | Frame::GetPlaces { .. } => Need::SameHost,
         Frame::GetStatus | Frame::Ping(_) | Frame::Pong(_) => Need::Nothing,
         // Those that only a replayer sends are refused as such.
         Frame::Welcome { .. }
@@ -81,6 +82,8 @@ pub fn need(frame: &Frame) -> Need<'_> {
         | Frame::Transfer { .. }
         | Frame::Received { .. }
         | Frame::Merged { .. }
+        | Frame::Promoted { .. }
+        | Frame::Places { .. }
         | Frame::Seen(_)
         | Frame::Digests { .. }
         | Frame::Damage { .. }

@@ -7,20 +7,22 @@
 //! afterwards what the peer still sends is read and dropped for a while, because closing a socket
 //! with unread bytes would tear the refusal away from it.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bfs_common::past::{Look, Seen};
-use bfs_common::record::{CheckpointId, Epoch, GroupId, PathBytes};
-use bfs_common::wire::{Frame, Refusal, StoreState};
+use bfs_common::record::{CheckpointId, Epoch};
+use bfs_common::wire::{Frame, Refusal};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
+mod writing;
+
 use super::access::{Entered, Need, need};
 use super::error::BackupError;
 use super::generations;
-use super::group::{Group, Slot};
+use super::group::Group;
 use super::past::{Loaded, Past};
 use super::serve::Shared;
 use super::transfer::Receiver;
@@ -30,8 +32,6 @@ use crate::net::{Connection, FrameError, FrameReader, FrameWriter};
 
 /// Frames that wait to be written.
 const QUEUE: usize = 32;
-/// How long an agent that ended may keep its group, until its connection is seen to be closed.
-const SLOT_WAIT: Duration = Duration::from_secs(2);
 /// How long a peer may take to read a frame.
 const WRITE_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 /// Lines in a frame about generations: tags are short, and a path has less than 4 KiB.
@@ -47,6 +47,7 @@ struct Writing {
     group: Arc<Group>,
     epoch: Epoch,
     fenced: Arc<Notify>,
+    heard: Arc<Mutex<Instant>>,
     acks: AbortHandle,
 }
 
@@ -227,13 +228,18 @@ impl Session {
             tokio::select! {
                 () = out.closed() => return Ok(()),
                 frame = reader.next() => match frame {
-                    Ok(Some((frame, body))) => self.frame(frame, body).await?,
+                    Ok(Some((frame, body))) => {
+                        if let Some(writing) = &self.writing {
+                            *writing.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+                        }
+                        self.frame(frame, body).await?;
+                    }
                     Ok(None) | Err(FrameError::Io(_) | FrameError::CutOff) => return Ok(()),
                     Err(FrameError::Wire(error)) => return Err(Refusal::Bad(error.to_string())),
                 },
                 () = notified(fenced) => {
-                    let newest = self.writing.as_ref().map_or(Epoch(0), |w| w.group.state().granted);
-                    return Err(Refusal::Fenced { newest });
+                    let why = self.writing.as_ref().map(|w| w.group.state().fenced(w.epoch));
+                    return Err(why.unwrap_or(Refusal::Fenced { newest: Epoch(0) }));
                 }
                 () = broken.notified() => {
                     let why = self.writing.as_ref().and_then(|w| w.group.progress().borrow().refuses.clone());
@@ -409,6 +415,27 @@ impl Session {
                 self.answer(Frame::Merged { gone }).await;
                 Ok(())
             }
+            Frame::Promote { group, by, force } => {
+                let group = self.group(&group)?;
+                // In a task of its own: it has to be finished, whatever becomes of the connection.
+                let promoting = tokio::spawn(async move { group.promote(by, force).await });
+                let answer = promoting.await.map_err(|error| Refusal::Store(error.to_string()))??;
+                self.answer(answer).await;
+                Ok(())
+            }
+            Frame::PromoteStep { group, history, stage } => {
+                let group = self.group(&group)?;
+                let noted = tokio::task::spawn_blocking(move || group.promote_step(history, stage));
+                let answer = noted.await.map_err(|error| Refusal::Store(error.to_string()))??;
+                self.answer(answer).await;
+                Ok(())
+            }
+            Frame::GetPlaces { group } => {
+                let group = self.group(&group)?;
+                let roots = blocking(move || group.places()).await?;
+                self.answer(Frame::Places { roots }).await;
+                Ok(())
+            }
             Frame::Look { group, at, look } => self.look(group, at, look).await,
             Frame::ReadKeys => {
                 let ended = match &self.shared.access {
@@ -531,115 +558,6 @@ impl Session {
             self.held.push(held.await?);
         }
         Ok(())
-    }
-
-    async fn hello(
-        &mut self,
-        name: String,
-        id: GroupId,
-        epoch: Option<Epoch>,
-        take_over: bool,
-        maps: Vec<(PathBytes, PathBytes)>,
-    ) -> Result<(), Refusal> {
-        let shared = self.shared.clone();
-        let group = tokio::task::spawn_blocking(move || shared.group_for(&name, id, &maps))
-            .await
-            .map_err(|e| Refusal::Store(e.to_string()))??;
-        let fenced = self.occupy(&group, epoch, take_over).await?;
-        let idle = tokio::spawn(async {}).abort_handle();
-        // From here on the slot is given back when the session ends.
-        self.writing =
-            Some(Writing { group: group.clone(), epoch: epoch.unwrap_or_default(), fenced, acks: idle });
-        group.drain().await?;
-        let epoch = match epoch {
-            Some(epoch) => epoch,
-            None => {
-                let group = group.clone();
-                tokio::task::spawn_blocking(move || group.grant())
-                    .await
-                    .map_err(|e| Refusal::Store(e.to_string()))?
-                    .map_err(|e| Refusal::Store(e.to_string()))?
-            }
-        };
-        let mut progress = group.progress();
-        let known = progress.borrow_and_update().clone();
-        let welcome = {
-            let state = group.state();
-            Frame::Welcome {
-                epoch,
-                position: state.gate.position,
-                confirmed: known.confirmed,
-                applied: known.applied,
-                highest_object: state.gate.highest_object,
-                gaps: state.gate.gaps.iter().cloned().collect(),
-                roots: state.gate.roots.clone(),
-                boot_id: state.gate.boot_id,
-            }
-        };
-        self.answer(welcome).await;
-        let (out, broken) = (self.out.clone(), self.broken.clone());
-        let acks = tokio::spawn(async move {
-            while progress.changed().await.is_ok() {
-                let p = progress.borrow_and_update().clone();
-                if p.refuses.is_some() {
-                    broken.notify_one();
-                    return;
-                }
-                let ack = Frame::Ack {
-                    position: p.durable,
-                    confirmed: p.confirmed,
-                    applied: p.applied,
-                    state: match (p.stuck, p.damaged) {
-                        (true, _) => StoreState::Stuck,
-                        (false, 0) => StoreState::Ready,
-                        (false, _) => StoreState::Damaged,
-                    },
-                };
-                if out.send((ack, Bytes::new())).await.is_err() {
-                    return;
-                }
-            }
-        });
-        if let Some(writing) = &mut self.writing {
-            writing.epoch = epoch;
-            writing.acks = acks.abort_handle();
-        }
-        Ok(())
-    }
-
-    /// Becomes the writer of a group.
-    async fn occupy(
-        &self,
-        group: &Group,
-        epoch: Option<Epoch>,
-        take_over: bool,
-    ) -> Result<Arc<Notify>, Refusal> {
-        let deadline = tokio::time::Instant::now() + SLOT_WAIT;
-        loop {
-            let freed = group.slot_free.notified();
-            {
-                let mut state = group.state();
-                if let Some(epoch) = epoch {
-                    state.admit(epoch)?;
-                }
-                // The same agent over a new connection: the old one is dead, or soon will be.
-                let again = epoch.is_some();
-                if let Some(old) = &state.slot
-                    && (again || take_over)
-                {
-                    old.fenced.notify_one();
-                    state.slot = None;
-                }
-                if state.slot.is_none() {
-                    let fenced = Arc::new(Notify::new());
-                    state.slot = Some(Slot { connection: self.number, fenced: fenced.clone() });
-                    return Ok(fenced);
-                }
-            }
-            if tokio::time::timeout_at(deadline, freed).await.is_err() {
-                return Err(Refusal::Busy { name: group.name.clone() });
-            }
-        }
     }
 
     /// Gives back what the connection held.

@@ -14,6 +14,7 @@ use std::time::Instant;
 mod adopting;
 mod applying;
 mod merging;
+mod promoting;
 #[cfg(test)]
 pub(crate) mod simulated;
 mod taking;
@@ -25,7 +26,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use super::apply::Area;
 use super::error::BackupError;
 use super::gate::{Gate, Marker};
-use super::index::{GenerationRow, GroupRow, Index};
+use super::index::{GenerationRow, GroupRow, HistoryRow, Index};
 use super::kinds::Kinds;
 use super::past::{self, Source};
 use super::retention::Retention;
@@ -67,12 +68,22 @@ pub struct Progress {
 }
 
 /// The connection that writes a group.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Slot {
     /// Number of the connection.
     pub connection: u64,
     /// Tells it that it lost the group.
     pub fenced: Arc<Notify>,
+    /// When something came from it.
+    pub heard: Arc<Mutex<Instant>>,
+}
+
+impl Slot {
+    /// For a connection of which something just came.
+    #[must_use]
+    pub fn of(connection: u64) -> Self {
+        Self { connection, fenced: Arc::default(), heard: Arc::new(Mutex::new(Instant::now())) }
+    }
 }
 
 /// What changes with every record.
@@ -86,6 +97,10 @@ pub struct State {
     steps: VecDeque<Taken>,
     /// Who writes.
     pub slot: Option<Slot>,
+    /// Promotions, the newest last.
+    histories: Vec<HistoryRow>,
+    /// One is being begun: nobody writes.
+    pub promoting: bool,
     applied: (CheckpointId, CheckpointLabel),
     applying: bool,
     log_trouble: Option<String>,
@@ -106,13 +121,42 @@ pub struct State {
 }
 
 impl State {
+    /// At the end of a log, with nothing that waits.
+    fn new(
+        gate: Gate,
+        granted: Epoch,
+        applied: (CheckpointId, CheckpointLabel),
+        histories: Vec<HistoryRow>,
+    ) -> Self {
+        Self {
+            gate,
+            granted,
+            steps: VecDeque::new(),
+            slot: None,
+            histories,
+            promoting: false,
+            applied,
+            applying: false,
+            log_trouble: None,
+            apply_trouble: None,
+            untidy: true,
+            tidy_trouble: None,
+            pending: Pending::default(),
+            short: false,
+            merges: VecDeque::new(),
+            unlogged: 0,
+            looked_at: Sequence(0),
+            stop: false,
+        }
+    }
+
     /// Whether an agent may go on in an epoch that it says it was granted.
     ///
     /// # Errors
     /// The refusal for the agent.
     pub fn admit(&self, epoch: Epoch) -> Result<(), Refusal> {
         if epoch < self.granted {
-            return Err(Refusal::Fenced { newest: self.granted });
+            return Err(self.fenced(epoch));
         }
         if epoch > self.granted || epoch == Epoch(0) {
             return Err(Refusal::Bad(format!("epoch {epoch} was never granted")));
@@ -283,24 +327,9 @@ impl Group {
             damaged: index.view(row.number)?.damaged()?.len() as u64,
             refuses: None,
         };
-        let state = State {
-            gate,
-            granted: row.granted,
-            steps,
-            slot: None,
-            applied: (row.checkpoint, row.label.clone()),
-            applying: false,
-            log_trouble: None,
-            apply_trouble: None,
-            untidy: true,
-            tidy_trouble: None,
-            pending,
-            short: false,
-            merges: VecDeque::new(),
-            unlogged: 0,
-            looked_at: Sequence(0),
-            stop: false,
-        };
+        let applied = (row.checkpoint, row.label.clone());
+        let mut state = State::new(gate, row.granted, applied, row.histories.clone());
+        (state.steps, state.pending) = (steps, pending);
         let (to_log, from_group) = mpsc::channel(QUEUE);
         let group = Arc::new(Self {
             name: name.into(),
@@ -333,10 +362,10 @@ impl Group {
         locked(&self.state)
     }
 
-    /// Identity and maps, which never change.
+    /// Its maps, which never change.
     #[must_use]
-    pub fn identity(&self) -> (GroupId, &[(PathBytes, PathBytes)]) {
-        (self.id, &self.maps)
+    pub fn maps(&self) -> &[(PathBytes, PathBytes)] {
+        &self.maps
     }
 
     /// To follow what agents are told.
@@ -559,6 +588,7 @@ impl Group {
             open_gaps: state.gate.gaps.len() as u64,
             attached: state.slot.is_some(),
             rolling_back: state.gate.rolling_back,
+            history: state.histories.last().map(|row| row.history.clone()),
             state: match (&state.log_trouble, &why_not, &state.apply_trouble) {
                 (Some(_), ..) => StoreState::LogFailed,
                 (None, Some((why_not, _)), _) => *why_not,

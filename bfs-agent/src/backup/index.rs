@@ -9,6 +9,7 @@
 //! it opens it, and whoever was told of a failure must read again where it stands.
 
 mod generations;
+mod history;
 mod view;
 
 pub use view::{Base, SumsOf, View};
@@ -20,7 +21,7 @@ use std::sync::{PoisonError, RwLock};
 use bfs_common::record::{
     CheckpointId, CheckpointLabel, Epoch, FileKind, GroupId, Identity, Meta, Name, ObjectId, PathBytes,
 };
-use bfs_common::wire::Position;
+use bfs_common::wire::{History, Position};
 use bytes::Bytes;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -78,6 +79,18 @@ pub struct GroupRow {
     pub roots: Vec<(PathBytes, ObjectId)>,
     /// Boot of the last epoch at the applied checkpoint.
     pub boot_id: [u8; 16],
+    /// Promotions, the newest last.
+    #[serde(default)]
+    pub histories: Vec<HistoryRow>,
+}
+
+/// A promotion, and the epoch that it fenced everybody with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryRow {
+    /// It.
+    pub history: History,
+    /// Whoever holds an older one is fenced.
+    pub epoch: Epoch,
 }
 
 /// Where an object is named.
@@ -607,6 +620,7 @@ impl GroupRow {
             highest_object: ObjectId(0),
             roots: Vec::new(),
             boot_id: [0; 16],
+            histories: Vec::new(),
         }
     }
 }

@@ -177,11 +177,8 @@ impl Shared {
         }
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(group) = groups.get(name) {
-            let row = group.identity();
-            if row.0 != id {
-                return Err(Refusal::OtherGroup { name: name.into() });
-            }
-            if row.1 != maps {
+            group.admit_writer(id)?;
+            if group.maps() != maps {
                 let why = format!(
                     "group {name:?} began with another --map: give the same again, or another --group"
                 );

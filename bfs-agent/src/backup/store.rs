@@ -3,7 +3,7 @@
 //! ```text
 //! STORE/                mode 0700
 //!   bfs.lock            flock: one owner; holds the owner's pid
-//!   format              "bfs store 4\n"
+//!   format              "bfs store 5\n"
 //!   index.redb          objects, entries, positions, plans
 //!   replayer.sock       the owner's socket
 //!   log/GROUP/          segments
@@ -28,9 +28,9 @@ use crate::log::sync_dir;
 
 /// Format of the store that this release writes. 1 had no checksums of the tree, and 2 did not say which bytes are
 /// lost; 3 did not take streams in, and would not finish one that is there as a whole, nor look for
-/// before-images elsewhere. A store of them is taken over and
-/// becomes one of 4, because a release that does not know these things would not keep them true.
-pub const FORMAT: u32 = 4;
+/// before-images elsewhere; 4 knew no promotions, and would let in who is fenced. A store of them is taken over and
+/// becomes one of 5, because a release that does not know these things would not keep them true.
+pub const FORMAT: u32 = 5;
 /// The oldest that it takes over.
 const FORMAT_OLDEST: u32 = 1;
 

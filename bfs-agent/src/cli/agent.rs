@@ -52,6 +52,7 @@ Exit statuses:
   74   not done within the time
   75   run: the command ended with 0, but its last checkpoint is not confirmed
   76   files are to be brought back to a checkpoint, and are not yet (the message says how to go on)
+  77   fenced: the backup was promoted, another host is the primary now (the message says which and since when)
   126, 127   run: the command cannot be executed, is not found
 run ends with the status of its command (128 + N when signal N ended it).";
 
@@ -278,6 +279,18 @@ enum Command {
         /// Bring back also what nobody followed
         #[arg(long)]
         include_foreign: bool,
+    },
+    /// Keep what this host has, after the backup was promoted and another host is the primary
+    ///
+    /// Example:
+    ///   bfs-agent surplus --path /srv/data --backup tcp://backup.example:7400
+    ///
+    /// All files below --path become a checkpoint `surplus of HOST`, in a group of its own (GROUP.surplus-HOST) of the same
+    /// store. Nothing is changed on this host. End the program first.
+    #[command(verbatim_doc_comment)]
+    Surplus {
+        #[command(flatten)]
+        options: Options,
     },
     /// Take a last checkpoint, and end the agent (never the program)
     ///
@@ -519,6 +532,7 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             options.no_filter("rollback")?;
             session::rollback(options, to, dry_run, &inherited)
         }
+        Command::Surplus { options } => session::surplus(options.check()?, &inherited),
         Command::Stop { target, timeout } => {
             asks(inherited)?;
             commands::stop(&target, timeout)
@@ -627,6 +641,7 @@ mod tests {
             Kind::Timeout,
             Kind::NotConfirmed,
             Kind::RollbackUnfinished,
+            Kind::Fenced,
         ];
         let mut seen = std::collections::BTreeSet::from([0, 1, 2]);
         for kind in kinds {

@@ -4,6 +4,7 @@ mod changes;
 mod giveback;
 mod keep;
 mod keys;
+mod promote;
 mod transfer;
 
 use std::path::{Path, PathBuf};
@@ -11,13 +12,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bfs_common::wire::{Frame, GroupStatus, Refusal, StoreState};
+use bfs_common::wire::{Frame, GroupStatus, PromoteStage, Refusal, StoreState};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::backup::retention;
 use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
 use crate::cli::{say, sayln};
-use crate::generation::{At, ReadError};
+use crate::generation::{At, ReadError, time_text};
 use crate::keys::{self as key_files, Folder, KeyError};
 use crate::net::{self, AddressError, AskError, ConnectError, Destination, Scrape, ScrapeError};
 use crate::service::Service;
@@ -289,6 +290,16 @@ Example:
         #[arg(long, value_name = "PATH")]
         path: Option<PathBuf>,
     },
+    /// Make this host the primary of a group: its last confirmed checkpoint becomes files that a program may write
+    #[command(after_help = "\
+The primary before is fenced, durably, before anything else: it cannot write to this store any more. While its agent
+answers, that takes --force. The program gets files of its own, which share their blocks with the backup where the file
+system can do that (reflink: btrfs, xfs), and are copied else. Broken off at any moment the same command goes on with it.
+All checkpoints that are kept stay, and the next agent goes on from there, with this store too.
+Examples:
+  bfs-replayer promote --store /backup/store --to /
+  bfs-replayer promote --store /backup/store --test /tmp/try-it")]
+    Promote(promote::Promote),
     /// Look for damage in a store that nobody owns, without the primary
     #[command(after_help = "\
 Examples:
@@ -411,6 +422,7 @@ pub fn main() -> ExitCode {
         Command::Send { from, older, to } => transfer::send(&from, older.as_ref(), &to),
         Command::Receive { owner, group, file } => transfer::receive(&owner, group, file.as_deref()),
         Command::Export { from, at, path } => transfer::export(&from, &at, path.as_deref()),
+        Command::Promote(promote) => promote::promote(&promote),
         Command::Check { store, read_data, allow_root } => match check(&store, read_data, &allow_root) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::from(Exit::Damaged as u8),
@@ -460,8 +472,9 @@ fn exit_of(error: &anyhow::Error) -> Exit {
             | ConnectError::Refused { .. } => Exit::Refused,
         };
     }
-    if let Some(ReadError::Ask(AskError::Refused(Refusal::NotAllowed { .. } | Refusal::KeyChanged))) =
-        error.downcast_ref::<ReadError>()
+    if let Some(ReadError::Ask(AskError::Refused(
+        Refusal::NotAllowed { .. } | Refusal::KeyChanged | Refusal::Attached { .. },
+    ))) = error.downcast_ref::<ReadError>()
     {
         return Exit::Refused;
     }
@@ -599,6 +612,22 @@ fn table(groups: &[GroupStatus]) -> String {
         if let Some(to) = g.rolling_back {
             let _ =
                 writeln!(out, "  ROLLING BACK the primary to checkpoint {to}: its next agent finishes it");
+        }
+        if let Some(history) = &g.history {
+            let (host, at) = (&history.by.host, history.at);
+            let since = time_text(history.since_ns);
+            let how = match history.stage {
+                PromoteStage::Done => "",
+                _ => "; NOT FINISHED: give the same `bfs-replayer promote` again",
+            };
+            let _ = writeln!(out, "  promoted    on {host}, from checkpoint {at}, at {since}{how}");
+            if let Some(then) = history.refused_ns {
+                let _ = writeln!(
+                    out,
+                    "  DIVERGED    a primary from before came at {}: it is fenced, and may have more than checkpoint {at}",
+                    time_text(then)
+                );
+            }
         }
         if let Some(trouble) = &g.trouble {
             let what = match g.state {

@@ -3,7 +3,9 @@
 //! `rollback` on the primary.
 
 mod at;
+mod clones;
 mod export;
+mod promoted;
 mod restore;
 mod tar;
 
@@ -16,13 +18,17 @@ use bfs_common::past::{Difference, Look, Seen, VersionLine};
 use bfs_common::record::{
     CheckpointId, CheckpointLabel, FileKind, Identity, Meta, Name, ObjectId, PathBytes, Sequence,
 };
-use bfs_common::wire::{DigestLine, Digests, Frame, GenerationLine, GroupStatus};
+use bfs_common::wire::{
+    DigestLine, Digests, Frame, GenerationLine, GroupStatus, History, PromoteStage, Promoter,
+};
 use bytes::Bytes;
 
 use crate::net::{AskError, ConnectError, Connection};
 
 pub use at::{At, time_text};
+pub use clones::Clones;
 pub use export::{Exported, export};
+pub use promoted::Places;
 pub use restore::{RestoreError, Restored, make, restore};
 
 /// How long the replayer may be silent: it may have much to read for one answer.
@@ -119,6 +125,17 @@ pub enum Change<'a> {
     Zeros(u64),
     /// That was all.
     End,
+}
+
+/// How a promotion stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Promotion {
+    /// It.
+    pub history: History,
+    /// Records that no checkpoint covers: they are not given out.
+    pub pending_records: u64,
+    /// Their bytes.
+    pub pending_bytes: u64,
 }
 
 /// A connection that reads.
@@ -272,6 +289,50 @@ impl Client {
     ) -> Result<Vec<CheckpointId>, ReadError> {
         self.lines(&Frame::Merge { group: group.into(), from, to }, |frame| match frame {
             Frame::Merged { gone } => Some((gone, true)),
+            _ => None,
+        })
+    }
+
+    /// Begins a promotion, or goes on with one.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn promote(&mut self, group: &str, by: Promoter, force: bool) -> Result<Promotion, ReadError> {
+        self.promotion(&Frame::Promote { group: group.into(), by, force })
+    }
+
+    /// Says how far a promotion is.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn promote_step(
+        &mut self,
+        group: &str,
+        history: [u8; 16],
+        stage: PromoteStage,
+    ) -> Result<Promotion, ReadError> {
+        self.promotion(&Frame::PromoteStep { group: group.into(), history, stage })
+    }
+
+    fn promotion(&mut self, ask: &Frame) -> Result<Promotion, ReadError> {
+        let mut found = None;
+        self.ask(ask, |frame, _| match frame {
+            Frame::Promoted { history, pending_records, pending_bytes } => {
+                found = Some(Promotion { history, pending_records, pending_bytes });
+                Ok(true)
+            }
+            _ => Err(AskError::Unexpected.into()),
+        })?;
+        found.ok_or_else(|| AskError::Unexpected.into())
+    }
+
+    /// Where the roots of the applied tree stand on this host.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn places(&mut self, group: &str) -> Result<Vec<(ObjectId, PathBytes)>, ReadError> {
+        self.lines(&Frame::GetPlaces { group: group.into() }, |frame| match frame {
+            Frame::Places { roots } => Some((roots, true)),
             _ => None,
         })
     }

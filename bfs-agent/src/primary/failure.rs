@@ -5,6 +5,11 @@ use super::control::{ClientError, FailureKind};
 use super::process::ProcessError;
 use super::ship::ShipError;
 use crate::net::ConnectError;
+use bfs_common::wire::Refusal;
+
+/// What to do where this host is not the primary any more.
+pub const FENCED_HINT: &str = "let no program go on here; `bfs-agent surplus` with the same --group, --path and --backup keeps \
+                               what this host has beyond that checkpoint, and nothing is changed here";
 
 /// Kinds of failures; each has its own exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +38,8 @@ pub enum Kind {
     NotConfirmed,
     /// Files are to be brought back to a checkpoint, and are not (all) yet.
     RollbackUnfinished,
+    /// The backup was promoted: this host is not the primary any more.
+    Fenced,
     /// The command of `run` cannot be executed.
     Command(u8),
     /// Anything else.
@@ -57,6 +64,7 @@ impl Kind {
             Self::Timeout => 74,
             Self::NotConfirmed => 75,
             Self::RollbackUnfinished => 76,
+            Self::Fenced => 77,
             Self::Command(status) => status,
         }
     }
@@ -99,6 +107,10 @@ impl Failure {
 impl From<ShipError> for Failure {
     fn from(error: ShipError) -> Self {
         let kind = match &error {
+            ShipError::Refused(Refusal::Promoted { .. })
+            | ShipError::Connect(ConnectError::Refused { refusal: Refusal::Promoted { .. }, .. }) => {
+                Kind::Fenced
+            }
             ShipError::Refused(_)
             | ShipError::Unexpected
             | ShipError::Connect(
@@ -123,6 +135,7 @@ impl From<ShipError> for Failure {
             Kind::Unreachable => {
                 "start it on the backup: bfs-replayer serve --store DIR --listen ADDR; then try again"
             }
+            Kind::Fenced => FENCED_HINT,
             _ => "",
         };
         Self::new(kind, error.to_string(), hint)

@@ -46,6 +46,7 @@ pub fn metrics(status: &Status) -> String {
         (State::RollingBack, "rolling_back"),
         (State::Ending, "ending"),
         (State::Refused, "refused"),
+        (State::Fenced, "fenced"),
     ] {
         let (is, name) = state;
         out.gauge(

@@ -114,6 +114,7 @@ pub fn frames() -> Vec<Vec<u8>> {
             gaps: vec![GapScope::Everything, GapScope::Entry(FILE, name("n"))],
             roots: roots.clone(),
             boot_id: [5; 16],
+            adopt: Some(PathBytes::new("/".as_ref())),
         },
         Frame::Ack { position, confirmed: checkpoint, applied: checkpoint, state: StoreState::Stuck },
         Frame::Refused(Refusal::Full("why".into())),

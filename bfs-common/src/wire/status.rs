@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::promote::History;
 use crate::record::{CheckpointId, CheckpointLabel, Epoch, Sequence};
 
 /// How a store stands to a group's stream.
@@ -70,6 +71,8 @@ pub struct GroupStatus {
     /// The primary's files are being brought back to this checkpoint: until that is done they are between
     /// two states.
     pub rolling_back: Option<CheckpointId>,
+    /// The last promotion, if there was one.
+    pub history: Option<History>,
     /// Whether it takes more, and why not.
     pub state: StoreState,
     /// What is wrong, if anything is.

@@ -34,9 +34,10 @@ pub(super) use find::open_beneath;
 pub(super) use images::next_data;
 
 use std::collections::HashMap;
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -237,6 +238,17 @@ impl Area {
             }
         }
         self.drop_images(is_needed)
+    }
+
+    /// The path of the directory of a root.
+    ///
+    /// # Errors
+    /// If it has no place.
+    pub fn root_path(&self, root: &Path) -> Result<PathBuf, BackupError> {
+        let tree = crate::tree::fd_path(self.tree.as_fd());
+        let mut path = std::fs::read_link(&tree).map_err(BackupError::io("read", tree))?;
+        path.extend(self.root_place(root)?.names.iter().map(|name| OsStr::from_bytes(name)));
+        Ok(path)
     }
 
     /// Opens the directory of a root (`O_PATH`); `None` if it is not there.

@@ -3,7 +3,7 @@
 use bfs_common::record::{CheckpointId, Epoch};
 use bfs_common::wire::{Position, Refusal};
 use std::sync::Arc;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 
 use super::super::error::BackupError;
 use super::super::gate::Gate;
@@ -94,7 +94,7 @@ impl Group {
         if state.slot.is_some() {
             return Err(Refusal::Busy { name: self.name.clone() });
         }
-        state.slot = Some(Slot { connection, fenced: Arc::new(Notify::new()) });
+        state.slot = Some(Slot::of(connection));
         Ok(())
     }
 

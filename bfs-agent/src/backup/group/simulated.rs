@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bfs_common::record::{CheckpointId, Epoch, GroupId, Sequence};
 use bfs_common::wire::Refusal;
 use bytes::Bytes;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 
 use super::super::apply::Area;
 use super::super::error::BackupError;
@@ -67,7 +67,7 @@ impl Simulated {
             if let Some(epoch) = epoch {
                 state.admit(epoch)?;
             }
-            state.slot = Some(Slot { connection, fenced: Arc::new(Notify::new()) });
+            state.slot = Some(Slot::of(connection));
         }
         let Self { group, log, from_group, failed, runtime, .. } = self;
         let logs = async {

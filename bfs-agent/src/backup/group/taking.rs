@@ -109,8 +109,11 @@ impl Group {
             locked(&self.to_log).clone().ok_or_else(|| Refusal::Store("it is being closed".into()))?;
         let place = sender.reserve().await.map_err(|_| Refusal::Store("its log thread ended".into()))?;
         let mut state = self.state();
+        if state.promoting {
+            return Err(Refusal::Busy { name: self.name.clone() });
+        }
         if state.slot.as_ref().is_none_or(|slot| slot.connection != connection) {
-            return Err(Refusal::Fenced { newest: state.granted });
+            return Err(state.fenced(epoch));
         }
         if let Some(why) = &state.log_trouble {
             return Err(Refusal::Store(why.clone()));

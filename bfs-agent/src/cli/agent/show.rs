@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use bfs_common::wire::StoreState;
 
+use crate::generation::time_text;
 use crate::primary::control::{
     CheckpointStatus, ForeignStatus, HookStatus, SpoolStatus, State, Status, VerifyReport,
 };
@@ -23,8 +24,26 @@ pub fn status(status: &Status) -> String {
         State::Stopped => "the program is stopped for a checkpoint",
         State::Ending => "ending",
         State::Refused => "REFUSED by the replayer: nothing more is sent",
+        State::Fenced => "FENCED: another host is the primary, nothing more is sent",
     };
     line("group", format!("{} ({state}, agent pid {})", status.group, status.pid));
+    if let Some(fenced) = &status.fenced {
+        let since = time_text(fenced.since_ns);
+        line(
+            "fenced",
+            format!(
+                "since {since}: the backup was promoted on {}, from checkpoint {}",
+                fenced.host, fenced.at
+            ),
+        );
+        if fenced.diverged {
+            line(
+                "diverged",
+                format!("this host has more than checkpoint {}, which the backup has not", fenced.at),
+            );
+            line("", "end the program here; then `bfs-agent surplus` keeps what is here".into());
+        }
+    }
     line("program", format!("{}, {} threads selected", status.program, status.selected_threads));
     line("paths", status.roots.join(", "));
     for destination in &status.destinations {

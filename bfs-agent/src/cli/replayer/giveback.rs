@@ -11,9 +11,9 @@ use super::Owner;
 use crate::backup::retention::{self, Retention};
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::cli::{say, sayln};
-use crate::generation::{self, At, Client, OpenError, time_text};
+use crate::generation::{self, At, Client, Clones, OpenError, Tree, time_text};
 use crate::mount::{self, End, Link};
-use crate::net::{self, ConnectError};
+use crate::net::{self, ConnectError, Destination};
 
 /// Where to read from.
 #[derive(Debug, Args)]
@@ -29,6 +29,44 @@ impl From {
     /// The group.
     pub(super) fn group(&self) -> &str {
         &self.group
+    }
+
+    /// The store, if its folder was given.
+    pub(super) fn store(&self) -> Option<&Path> {
+        self.owner.store.as_deref()
+    }
+
+    /// Writes a checkpoint, or what stands at a path of it, below a directory.
+    pub(super) fn write_out(
+        &self,
+        client: &mut Client,
+        number: CheckpointId,
+        only: Option<&Path>,
+        to: &Path,
+    ) -> anyhow::Result<()> {
+        let tree = client.tree(&self.group, number, Digests::None)?;
+        let clones = self.clones(client, &tree)?;
+        let done = generation::restore(client, &self.group, &tree, only, to, clones.as_ref())?;
+        let shared = match done.shared {
+            0 => String::new(),
+            bytes => format!(", {bytes} more share their blocks with the backup"),
+        };
+        sayln!(
+            "checkpoint {number} ({}): {} files, directories and links, {} bytes{shared}, below {}",
+            time_text(tree.label.wall_ns),
+            done.names,
+            done.bytes,
+            to.display()
+        )?;
+        Ok(())
+    }
+
+    /// The tree of the store, where that is on this host.
+    pub(super) fn clones(&self, client: &mut Client, tree: &Tree) -> anyhow::Result<Option<Clones>> {
+        match self.owner.connect {
+            Some(Destination::Tcp(_)) => Ok(None),
+            _ => Ok(Clones::find(client, &self.group, tree)?),
+        }
     }
 
     /// Which checkpoint is meant.
@@ -159,16 +197,7 @@ pub(super) fn merge(from: &From, [a, b]: [&At; 2], keep_min: u32) -> anyhow::Res
 pub(super) fn restore(from: &From, at: &At, only: Option<&Path>, to: &Path) -> anyhow::Result<()> {
     let (mut client, _owner) = from.open()?;
     let number = from.find(&mut client, at)?;
-    let tree = client.tree(&from.group, number, Digests::None)?;
-    let done = generation::restore(&mut client, &from.group, &tree, only, to)?;
-    sayln!(
-        "checkpoint {number} ({}): {} files, directories and links, {} bytes, below {}",
-        time_text(tree.label.wall_ns),
-        done.names,
-        done.bytes,
-        to.display()
-    )?;
-    Ok(())
+    from.write_out(&mut client, number, only, to)
 }
 
 #[cfg(test)]

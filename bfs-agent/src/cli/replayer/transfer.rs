@@ -123,7 +123,7 @@ pub(super) fn receive(owner: &Owner, group: Option<String>, file: Option<&Path>)
 }
 
 /// Waits until a checkpoint that is in the log stands in the tree.
-fn applied(client: &mut Client, group: &str, checkpoint: CheckpointId) -> anyhow::Result<()> {
+pub(super) fn applied(client: &mut Client, group: &str, checkpoint: CheckpointId) -> anyhow::Result<()> {
     loop {
         let all = client.status()?;
         let Some(status) = all.iter().find(|one| one.group == group) else {

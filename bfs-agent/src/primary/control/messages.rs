@@ -142,6 +142,21 @@ pub enum State {
     Ending,
     /// Refused by the replayer: nothing more is sent.
     Refused,
+    /// The backup was promoted: another host is the primary.
+    Fenced,
+}
+
+/// Another host is the primary.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FencedStatus {
+    /// Which.
+    pub host: String,
+    /// The last checkpoint that both have.
+    pub at: CheckpointId,
+    /// Since when, in nanoseconds since 1970.
+    pub since_ns: i64,
+    /// This host has made something after that.
+    pub diverged: bool,
 }
 
 /// A checkpoint in the status.
@@ -260,6 +275,8 @@ pub struct Status {
     pub group: String,
     /// What the agent is doing.
     pub state: State,
+    /// Why it is fenced, where it is.
+    pub fenced: Option<FencedStatus>,
     /// The agent's process id.
     pub pid: u32,
     /// What it replicates: the command of `run`, or the pids of `attach`.

@@ -16,8 +16,8 @@ use std::path::PathBuf;
 
 pub use client::{Client, ClientError, milliseconds};
 pub use messages::{
-    CheckpointStatus, Counters, DestinationStatus, FailureKind, ForeignStatus, HookStatus, Reply,
-    SpoolStatus, State, Status, StopTimes, StrangerStatus, VerifyReport,
+    CheckpointStatus, Counters, DestinationStatus, FailureKind, FencedStatus, ForeignStatus, HookStatus,
+    Reply, SpoolStatus, State, Status, StopTimes, StrangerStatus, VerifyReport,
 };
 pub use request::{BadRequest, Request, WaitFor};
 pub use server::{Inbound, Replies, Server, ServerError, Ticket};

@@ -659,6 +659,7 @@ impl Engine {
         let sequence = self.out.push(&Record::Checkpoint { checkpoint, label }, b"");
         self.last_checkpoint = checkpoint;
         self.model.same = None;
+        self.model.bound();
         if std::mem::take(&mut self.resting) {
             // They were read half way: when they end, what they touch is read again.
             self.suspect_events_before(host.now());

@@ -9,6 +9,7 @@
 //! read ended. [`Reads`] remembers when each thing was read; an event that touches it and
 //! started before makes it dirty again, whenever that event is consumed.
 
+pub mod adopt;
 mod apply;
 mod begun;
 mod crossing;

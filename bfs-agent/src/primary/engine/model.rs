@@ -16,6 +16,7 @@ use bytes::Bytes;
 use foldhash::{HashMap, HashSet};
 
 use super::filter::{Filter, Verdict};
+use super::host::Stat;
 use super::links::Links;
 use super::outbox::Outbox;
 use super::same::Same;
@@ -99,6 +100,8 @@ pub struct Model {
     objects: HashMap<ObjectId, Object>,
     by_inode: HashMap<InodeId, ObjectId>,
     roots: Vec<(PathBuf, ObjectId)>,
+    /// Objects that are no inode of this host yet: what the stream knows of them is of another one.
+    unbound: HashSet<ObjectId>,
     highest: ObjectId,
     orphans: HashSet<ObjectId>,
     /// What the destination is known to have, while that is asked for.
@@ -168,6 +171,41 @@ impl Model {
             }
         }
         model
+    }
+
+    /// All inodes that the catalogue knows are of another host: each object is to be found by its name.
+    pub fn unbind(&mut self) {
+        self.unbound = self.objects.keys().copied().collect();
+        self.by_inode.clear();
+        for object in self.objects.values_mut() {
+            object.inode = InodeId { ino: 0, dev: 0, generation: 0 };
+        }
+    }
+
+    /// Whether the object is to be found by its name.
+    #[must_use]
+    pub fn is_unbound(&self, object: ObjectId) -> bool {
+        self.unbound.contains(&object)
+    }
+
+    /// The object is this inode, if it can be: nothing that is said of an object once differs.
+    pub fn bind(&mut self, object: ObjectId, stat: &Stat, out: &mut Outbox) -> bool {
+        let Some(known) = self.objects.get_mut(&object) else { return false };
+        let same =
+            known.kind == stat.kind && known.device == stat.device && known.target[..] == stat.target[..];
+        if !same || !self.unbound.remove(&object) {
+            return false;
+        }
+        known.inode = stat.inode;
+        self.by_inode.insert(stat.inode, object);
+        let identity = self.file_systems.identity(stat.inode);
+        out.push(&Record::Rebind { object, identity }, b"");
+        true
+    }
+
+    /// Everything was found, or is gone.
+    pub fn bound(&mut self) {
+        self.unbound.clear();
     }
 
     /// The roots: the primary's absolute path and the directory object.

@@ -25,6 +25,8 @@ const PIECE: u64 = 4 << 20;
 struct Left {
     /// Nobody can find them any more.
     gone: Vec<(ObjectId, Dirty)>,
+    /// Nobody has found them yet.
+    unbound: Vec<(ObjectId, Dirty)>,
     /// Direct I/O is in flight.
     restless: Vec<(ObjectId, Dirty)>,
 }
@@ -123,6 +125,14 @@ impl Engine {
             }
             self.dirty.put(object, dirty);
         }
+        for (object, dirty) in left.unbound {
+            // Whoever was found meanwhile is suspect as a whole, and what is below something that is gone is gone, too.
+            if self.model.is_unbound(object) && (settled.is_err() || self.is_reachable(object)) {
+                // It was moved after its directory was read: its name is read again.
+                self.suspect_names(object);
+                self.dirty.put(object, dirty);
+            }
+        }
         for (object, dirty) in left.restless {
             self.dirty.put(object, dirty);
         }
@@ -151,6 +161,11 @@ impl Engine {
             for object in self.dirty.ids() {
                 let Some(dirty) = self.dirty.take(object) else { continue };
                 let Some((inode, kind)) = self.model.get(object).map(|o| (o.inode, o.kind)) else { continue };
+                if self.model.is_unbound(object) {
+                    // Whoever reads its directory finds it, or that it is gone.
+                    left.unbound.push((object, dirty));
+                    continue;
+                }
                 let look = kind == FileKind::Regular && (dirty.restless || self.restless);
                 // The look comes before the reading: what begins in between brings its own record.
                 let settled = match if look { host.is_at_rest(inode) } else { Ok(true) } {
@@ -344,7 +359,7 @@ impl Engine {
             return self.model.unlink(directory, name, &mut self.out);
         }
         let now = self.reads.entries.get(&(directory, name.clone())).copied().unwrap_or(0);
-        let known = self.model.find(stat.inode);
+        let known = self.model.find(stat.inode).or_else(|| self.adopt(directory, name, &stat));
         let object = known.unwrap_or_else(|| self.create(&stat, now));
         if self.model.is_root(object) {
             return;

@@ -1,6 +1,6 @@
 //! Starting a session: control socket, file systems, destination, probes, model.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use crate::primary::capture::{CaptureError, LoadOptions, Probes};
 use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{self, Client, Inbound};
 use crate::primary::engine::Engine;
+use crate::primary::engine::adopt::{is_promoted, promoted_place};
 use crate::primary::engine::foreign::Policy;
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::model::{FileSystems, Model};
@@ -165,6 +166,7 @@ impl Ground {
         let ship = left::ship_options(connect, &address, successor);
         let (shipper, welcome) =
             Shipper::start(ship, spool, None).map_err(|e| unreachable(Failure::from(e)))?;
+        check_promoted(&welcome, &options.roots)?;
         Ok(Self {
             options,
             server,
@@ -253,6 +255,7 @@ impl Ground {
             && !named
             && self.rolled_back.is_none()
             && !self.spool_lost
+            && welcome.adopt.is_none()
             && welcome.boot_id == boot_id
             && welcome.highest_object.0 > 0;
         let out = Outbox::new(welcome.position.sequence, welcome.position.chain);
@@ -269,7 +272,11 @@ impl Ground {
         engine.expect_writers();
         probes.foreign().set_agent()?;
         engine.begin_epoch(welcome.epoch, boot_id, complete, now);
-        engine.set_roots(roots.into_iter().map(|r| (r.path, r.stat)).collect());
+        let roots: Vec<_> = roots.into_iter().map(|r| (r.path, r.stat)).collect();
+        if let Some(to) = &welcome.adopt {
+            engine.adopt_roots(to.as_path(), &roots);
+        }
+        engine.set_roots(roots);
         if complete {
             engine.adopt_gaps(&welcome.gaps, now);
         } else {
@@ -284,6 +291,24 @@ impl Ground {
         let beside = Beside { _scrape: scrape, _local: local };
         Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.clone(), beside))
     }
+}
+
+/// Right after a promotion nothing else is taken for the primary's files than what was promoted.
+fn check_promoted(welcome: &Welcome, roots: &[PathBuf]) -> Result<(), Failure> {
+    let Some(to) = &welcome.adopt else { return Ok(()) };
+    let known = |path: &PathBuf| {
+        welcome.roots.iter().any(|(root, _)| is_promoted(to.as_path(), root.as_path(), path))
+    };
+    if roots.iter().any(known) {
+        return Ok(());
+    }
+    let place = |root: &Path| format!("--path {}", promoted_place(to.as_path(), root).display());
+    let words: Vec<_> = welcome.roots.iter().map(|(root, _)| place(root.as_path())).collect();
+    Err(Failure::new(
+        Kind::Path,
+        format!("the backup was promoted to {}, and no --path is there", to.as_path().display()),
+        format!("give what was promoted: {}", words.join(" ")),
+    ))
 }
 
 pub(super) fn open_store(store: &Path) -> Result<ReplayerHandle, Failure> {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use crate::net::Destination;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::preflight;
 use crate::primary::reader::{Reader, Root};
-use crate::primary::ship::{Connect, Progress, ShipError, ShipOptions, network, send_left};
+use crate::primary::ship::{Connect, Progress, ShipError, ShipOptions, Shipper, network, send_left};
 use crate::primary::spool::{self, Address, Left, Spool, SpoolError, SpoolOptions};
 
 /// Between two lines about how it goes on.
@@ -102,10 +103,54 @@ pub(super) fn take_spool(
             Err(ShipError::Refused(
                 why @ (Refusal::Fenced { .. } | Refusal::Fork { .. } | Refusal::Gap { .. } | Refusal::Bad(_)),
             )) => given_up(options, address, &left, &why)?,
+            Err(ShipError::Refused(refusal @ Refusal::Promoted { .. })) => {
+                // Fenced now, or then, and promoted again since.
+                Shipper::start(ship_options(Arc::clone(connect), address, false), None, None)?;
+                set_aside(options, address, &refusal)?
+            }
             Err(error) => return Err(error.into()),
         };
     }
     Ok(Taken { spool: Some(spool).filter(|_| wanted), sent })
+}
+
+/// What is in the spool is of a history that ended. Nobody can take it, and nobody throws it away.
+fn set_aside(options: &SessionOptions, address: &Address, why: &Refusal) -> Result<Spool, Failure> {
+    if let Some(aside) = put_aside(&options.spool, &options.group)? {
+        eprintln!("bfs-agent: what was left in the spool stands in {} now: {why}", aside.display());
+    }
+    Ok(Spool::open(options.spool.clone(), address.clone())?)
+}
+
+/// Gives the folder of a spool another name, if there is something in it; nobody may have it.
+///
+/// # Errors
+/// [`Failure`].
+pub(super) fn put_aside(options: &SpoolOptions, group: &str) -> Result<Option<PathBuf>, Failure> {
+    let folder = spool::folder(options, group);
+    if !folder.exists() {
+        return Ok(None);
+    }
+    let boot_id = state::boot_id().map_err(|e| Failure::new(Kind::Other, e.to_string(), ""))?;
+    let mut spool = Spool::open(options.clone(), Address::new(group, state::group_id(group), boot_id))?;
+    let Some(left) = spool.left()? else { return Ok(None) };
+    let mut aside = folder.clone().into_os_string();
+    aside.push(format!(".fenced-{}", left.address.epoch));
+    let aside = PathBuf::from(aside);
+    let failed = |e: std::io::Error| {
+        Failure::new(
+            Kind::Other,
+            format!("cannot rename {}: {e}", folder.display()),
+            "move it away, and try again",
+        )
+    };
+    if aside.exists() {
+        return Err(failed(std::io::ErrorKind::AlreadyExists.into()));
+    }
+    std::fs::rename(&folder, &aside).map_err(failed)?;
+    drop(spool);
+    let _ = state::rely_on_spool(group, false);
+    Ok(Some(aside))
 }
 
 /// Whether the spool lies outside of the subtrees, by whatever path it is reached.

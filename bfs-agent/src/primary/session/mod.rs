@@ -19,6 +19,7 @@ mod rollback;
 mod select;
 mod state;
 mod status;
+mod surplus;
 mod triggers;
 mod work;
 
@@ -33,7 +34,7 @@ use super::capture::probes::group_dir;
 use super::control::WaitFor;
 use super::engine::filter::Filter;
 use super::engine::foreign::Policy;
-use super::failure::{Failure, Kind};
+use super::failure::{FENCED_HINT, Failure, Kind};
 use super::process::{Held, Inherited, Signals, exit_status, hold, tree_of};
 use super::schedule::Schedule;
 use super::spool::SpoolOptions;
@@ -48,7 +49,9 @@ use begin::Ground;
 pub use hooks::{HookOptions, LIMIT as HOOK_LIMIT};
 pub use left::flush;
 pub use rollback::rollback;
+pub use state::group_id;
 use state::{Selection, State};
+pub use surplus::surplus;
 use work::Ending;
 
 /// What the user asked for, checked as far as that needs no kernel and no replayer.
@@ -374,6 +377,12 @@ fn follow_processes(
 fn final_status(command: u8, ending: &Ending, group: &str) -> u8 {
     if ending.reached >= Some(WaitFor::Confirmed) {
         return command;
+    }
+    if let Some(fenced) = &ending.fenced {
+        eprintln!(
+            "bfs-agent: the last checkpoint of group {group:?} is on this host only. {fenced}\n  what to do: {FENCED_HINT}"
+        );
+        return if command == 0 { Kind::Fenced.exit_status() } else { command };
     }
     let why = ending.why.as_deref().map(|w| format!(" ({w})")).unwrap_or_default();
     if let Some(send_by) = &ending.send_by {

@@ -107,7 +107,7 @@ impl Work {
     ///
     /// # Errors
     /// [`Failure`]: not in time, refused, given up.
-    fn checkpoint_reaching(
+    pub(super) fn checkpoint_reaching(
         &mut self,
         tag: &str,
         trigger: &'static str,

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use bfs_common::abi::counter;
 use bfs_common::record::CheckpointId;
+use bfs_common::wire::Refusal;
 
 use super::work::{Mark, Work};
 use crate::primary::control::{
-    CheckpointStatus, Counters, DestinationStatus, SpoolStatus, State, Status, StopTimes,
+    CheckpointStatus, Counters, DestinationStatus, FencedStatus, SpoolStatus, State, Status, StopTimes,
 };
 use crate::primary::ship::{Progress, SpoolProgress};
 use crate::primary::spool::folder;
@@ -36,7 +37,12 @@ impl Work {
         let selected = self.link.probes.selected_tasks().map_or(0, |t| t.len() as u64);
         Status {
             group: self.options.group.clone(),
-            state: if refusal.is_some() { State::Refused } else { self.state },
+            state: match &progress.refusal {
+                Some(Refusal::Promoted { .. }) => State::Fenced,
+                Some(_) => State::Refused,
+                None => self.state,
+            },
+            fenced: self.fenced(&progress),
             pid: std::process::id(),
             program: self.kept.program.clone(),
             selected_threads: selected,
@@ -96,6 +102,15 @@ impl Work {
         }
     }
 
+    /// Why this host is not the primary any more.
+    pub(super) fn fenced(&self, progress: &Progress) -> Option<FencedStatus> {
+        let Some(Refusal::Promoted { at, since_ns, host }) = &progress.refusal else { return None };
+        let marker = self.marks.iter().find(|mark| mark.checkpoint == *at);
+        // Without the mark an agent before took it: then this one has at least begun an epoch since.
+        let diverged = marker.is_none_or(|mark| self.engine.last_sequence() > mark.sequence);
+        Some(FencedStatus { host: host.clone(), at: *at, since_ns: *since_ns, diverged })
+    }
+
     fn spool_status(&self, spool: &SpoolProgress) -> SpoolStatus {
         let options = &self.options.spool;
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
@@ -121,7 +136,10 @@ impl Work {
             return Some(format!("{why}; what follows is not captured: end this agent and start again"));
         }
         if let Some(refusal) = &progress.refusal {
-            return Some(format!("the replayer refuses: {refusal}"));
+            return Some(match refusal {
+                Refusal::Promoted { .. } => format!("this host is not the primary any more: {refusal}"),
+                _ => format!("the replayer refuses: {refusal}"),
+            });
         }
         if !progress.connected && progress.durable.sequence < last {
             let why = progress.last_error.as_deref().unwrap_or("no connection");

@@ -6,6 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bfs_common::record::{CheckpointId, Epoch, Sequence};
+use bfs_common::wire::Refusal;
 
 use super::SessionOptions;
 use super::alerts::Teller;
@@ -75,6 +76,8 @@ pub struct Ending {
     pub why: Option<String>,
     /// Where it is sealed: the command that sends it.
     pub send_by: Option<String>,
+    /// The backup was promoted: what the replayer says.
+    pub fenced: Option<Refusal>,
 }
 
 /// What lives as long as a session.
@@ -362,7 +365,8 @@ impl Work {
             Ok(taken) => self.wait_end(&taken, deadline),
             Err(why) => {
                 let checkpoint = self.engine.last_checkpoint();
-                Ending { checkpoint, reached: None, why: Some(why), send_by: None }
+                let fenced = self.fenced_by();
+                Ending { checkpoint, reached: None, why: Some(why), send_by: None, fenced }
             }
         };
         self.answer_waiters();
@@ -371,6 +375,11 @@ impl Work {
             replies.send(Reply::Ended { checkpoint, reached, send_by });
         }
         ending
+    }
+
+    fn fenced_by(&self) -> Option<Refusal> {
+        let refusal = self.link.shipper.progress().refusal;
+        refusal.filter(|refusal| matches!(refusal, Refusal::Promoted { .. }))
     }
 
     fn take_last(&mut self, deadline: Instant) -> Result<Taken, String> {
@@ -407,8 +416,9 @@ impl Work {
             }
             if reached == Some(WaitFor::Applied) || over || (sealing && reached.is_some()) {
                 let why = progress.refusal.map(|r| r.to_string()).or(progress.last_error);
-                let send_by = (reached == Some(WaitFor::Sealed)).then(|| self.send_by());
-                return Ending { checkpoint: taken.checkpoint, reached, why, send_by };
+                let fenced = self.fenced_by();
+                let send_by = (reached == Some(WaitFor::Sealed) && fenced.is_none()).then(|| self.send_by());
+                return Ending { checkpoint: taken.checkpoint, reached, why, send_by, fenced };
             }
             self.take_commands();
             self.answer_waiters();

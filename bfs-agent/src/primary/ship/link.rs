@@ -109,9 +109,28 @@ async fn connect(shared: &Shared, options: &ShipOptions) -> Result<(Connection, 
         let next = tokio::time::timeout_at(deadline, connection.reader.next());
         let frame = next.await.map_err(|_| ShipError::Silent(HELLO_LIMIT.as_secs()))??;
         match frame.ok_or(ShipError::Closed)?.0 {
-            Frame::Welcome { epoch, position, confirmed, applied, highest_object, gaps, roots, boot_id } => {
-                let welcome =
-                    Welcome { epoch, position, confirmed, applied, highest_object, gaps, roots, boot_id };
+            Frame::Welcome {
+                epoch,
+                position,
+                confirmed,
+                applied,
+                highest_object,
+                gaps,
+                roots,
+                boot_id,
+                adopt,
+            } => {
+                let welcome = Welcome {
+                    epoch,
+                    position,
+                    confirmed,
+                    applied,
+                    highest_object,
+                    gaps,
+                    roots,
+                    boot_id,
+                    adopt,
+                };
                 return Ok((connection, welcome));
             }
             Frame::Refused(refusal) => return Err(ShipError::Refused(refusal)),

@@ -84,6 +84,8 @@ pub struct Welcome {
     pub roots: Vec<(PathBytes, ObjectId)>,
     /// The boot in which the last epoch wrote.
     pub boot_id: [u8; 16],
+    /// Below this directory stands what was promoted, whatever inodes the store knows.
+    pub adopt: Option<PathBytes>,
 }
 
 /// Why the destination is not served.

@@ -48,6 +48,7 @@ fn welcome(position: Position) -> Frame {
         gaps: Vec::new(),
         roots: Vec::new(),
         boot_id: [0; 16],
+        adopt: None,
     }
 }
 

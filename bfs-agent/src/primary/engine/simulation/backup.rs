@@ -48,6 +48,9 @@ impl Backup {
                     inode.target = payload.to_vec();
                     assert!(self.objects.insert(object, inode).is_none(), "numbers are never used again");
                 }
+                Record::Rebind { object, identity } => {
+                    self.identities.insert(object, identity).expect("it was there");
+                }
                 Record::Forget { object } => {
                     self.objects.remove(&object).expect("it was there");
                     assert!(!self.entries.values().any(|o| *o == object), "a forgotten object has no name");

@@ -1,0 +1,319 @@
+//! A backup becomes the primary: whoever wrote the group is fenced, in one transaction of the index, before anything
+//! is given out.
+//!
+//! While that transaction is being made nobody writes ([`State::promoting`]): an agent that comes meanwhile is told to
+//! come again, and finds out then how it ended.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bfs_common::record::{CheckpointId, Epoch, GroupId, ObjectId, PathBytes};
+use bfs_common::wire::{Frame, History, PromoteStage, Promoter, Refusal};
+
+use super::super::error::BackupError;
+use super::super::index::{GroupRow, HistoryRow};
+use super::{Group, Slot, State, locked};
+
+/// An agent that was silent for so long does not answer any more; it pings each second.
+const ANSWERS: Duration = Duration::from_secs(5);
+/// Between two notes that a fenced primary came.
+const NOTE_EVERY_NS: i64 = 60_000_000_000;
+
+/// Wall time, nanoseconds since 1970: for people.
+fn now_ns() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
+}
+
+impl State {
+    /// The newest promotion.
+    pub fn history(&self) -> Option<&HistoryRow> {
+        self.histories.last()
+    }
+
+    /// Why whoever holds an older epoch than the newest may not write.
+    pub fn fenced(&self, epoch: Epoch) -> Refusal {
+        match self.histories.iter().find(|row| row.epoch > epoch) {
+            Some(row) => refusal(row, self.histories.last()),
+            None => Refusal::Fenced { newest: self.granted },
+        }
+    }
+
+    /// Whether this is the primary of the group. `first`: the one that began it.
+    ///
+    /// # Errors
+    /// The refusal for its agent.
+    pub fn admit_writer(&self, name: &str, first: GroupId, id: GroupId) -> Result<(), Refusal> {
+        let Some(last) = self.histories.last() else {
+            return if id == first { Ok(()) } else { Err(Refusal::OtherGroup { name: name.into() }) };
+        };
+        if id == last.history.by.writer {
+            return if last.history.stage == PromoteStage::Done {
+                Ok(())
+            } else {
+                Err(Refusal::Store(
+                    "it is being promoted, and that is not finished: `bfs-replayer promote`, as before, goes on with it"
+                        .into(),
+                ))
+            };
+        }
+        // The last checkpoint that it has in common with the others is where it was fenced first.
+        let was = self.histories.iter().rposition(|row| row.history.by.writer == id);
+        match (was, id == first) {
+            (Some(at), _) => Err(refusal(&self.histories[at + 1], Some(last))),
+            (None, true) => Err(refusal(&self.histories[0], Some(last))),
+            (None, false) => Err(Refusal::OtherGroup { name: name.into() }),
+        }
+    }
+
+    /// Below which directory the new primary has what was promoted, as long as no checkpoint of it is applied.
+    pub fn adopts(&self) -> Option<PathBytes> {
+        let history = &self.histories.last()?.history;
+        (self.applied.0 <= history.at).then(|| history.by.to.clone())
+    }
+}
+
+/// What a fenced primary is told: the last checkpoint that it has in common, and who is the primary now.
+fn refusal(fenced_by: &HistoryRow, last: Option<&HistoryRow>) -> Refusal {
+    let (first, last) = (&fenced_by.history, &last.unwrap_or(fenced_by).history);
+    Refusal::Promoted { at: first.at, since_ns: first.since_ns, host: last.by.host.clone() }
+}
+
+/// Nobody writes, until this is dropped.
+struct Standing<'a> {
+    group: &'a Group,
+    /// Who wrote, and writes again if nothing comes of it.
+    before: Option<Slot>,
+}
+
+impl Drop for Standing<'_> {
+    fn drop(&mut self) {
+        let mut state = self.group.state();
+        state.promoting = false;
+        if state.slot.is_none() {
+            state.slot = self.before.take();
+        }
+        drop(state);
+        self.group.slot_free.notify_waiters();
+    }
+}
+
+impl Group {
+    /// Fences whoever writes the group, and begins the history of another primary; or finds that it has begun.
+    ///
+    /// # Errors
+    /// Why not. Then nothing has changed, but an agent that was connected may have to connect again.
+    pub async fn promote(self: &Arc<Self>, by: Promoter, force: bool) -> Result<Frame, Refusal> {
+        let mut standing = {
+            let mut state = self.state();
+            if let Some(row) = state.history()
+                && row.history.by == by
+                && state.gate.position.epoch < row.epoch
+            {
+                return Ok(promoted(&state, row.history.clone()));
+            }
+            if state.promoting {
+                return Err(Refusal::Busy { name: self.name.clone() });
+            }
+            let answers = state.slot.as_ref().is_some_and(|slot| locked(&slot.heard).elapsed() < ANSWERS);
+            if answers && !force {
+                return Err(Refusal::Attached { name: self.name.clone() });
+            }
+            state.promoting = true;
+            Standing { group: self, before: state.slot.take() }
+        };
+        self.drain().await?;
+        let at = self.progress.borrow().confirmed;
+        if at == CheckpointId(0) {
+            return Err(Refusal::Bad(format!(
+                "group {:?} has no confirmed checkpoint to promote",
+                self.name
+            )));
+        }
+        let (group, wanted) = (self.clone(), by);
+        let begun = tokio::task::spawn_blocking(move || group.begin_history(at, wanted)).await;
+        let row =
+            begun.map_err(|e| Refusal::Store(e.to_string()))?.map_err(|e| Refusal::Store(e.to_string()))?;
+        let mut state = self.state();
+        state.know(&row);
+        if let Some(old) = standing.before.take() {
+            old.fenced.notify_one();
+        }
+        let Some(history) = state.history().map(|row| row.history.clone()) else {
+            return Err(Refusal::Store("the index has not what was just written".into()));
+        };
+        Ok(promoted(&state, history))
+    }
+
+    fn begin_history(&self, at: CheckpointId, by: Promoter) -> Result<GroupRow, BackupError> {
+        let row = self.index.group(&self.name)?;
+        let parent = row.histories.last().map_or(self.id.0, |row| row.history.history);
+        let since_ns = now_ns();
+        // Epochs only go up, so it is another one than any of this store; and the rest tells stores apart.
+        let mut hasher = blake3::Hasher::new_derive_key("bfs 2026 history v1");
+        hasher.update(&parent).update(&row.granted.0.to_le_bytes()).update(&since_ns.to_le_bytes());
+        hasher.update(&by.writer.0).update(by.host.as_bytes());
+        let mut history = [0; 16];
+        history.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        let stage = PromoteStage::Fenced;
+        let history = History { history, parent, at, since_ns, by, stage, refused_ns: None };
+        self.index.begin_history(&self.name, history)
+    }
+
+    /// Notes how far a promotion is, durably. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If it is another one, or goes back.
+    pub fn promote_step(&self, history: [u8; 16], stage: PromoteStage) -> Result<Frame, Refusal> {
+        {
+            let state = self.state();
+            let known = state.history().map(|row| &row.history).filter(|known| known.history == history);
+            match known {
+                Some(known) if known.stage <= stage => {}
+                _ => {
+                    let why = format!("group {:?} was promoted again meanwhile: this one is void", self.name);
+                    return Err(Refusal::Bad(why));
+                }
+            }
+        }
+        let change = |last: &mut History| {
+            if last.history == history {
+                last.stage = last.stage.max(stage);
+            }
+        };
+        let row = self.index.change_history(&self.name, change).map_err(|e| Refusal::Store(e.to_string()))?;
+        let mut state = self.state();
+        state.know(&row);
+        match state.history().map(|row| row.history.clone()) {
+            Some(known) if known.history == history => Ok(promoted(&state, known)),
+            _ => Err(Refusal::Bad(format!("group {:?} was promoted again meanwhile", self.name))),
+        }
+    }
+
+    /// Whether this is the primary of the group. Blocks on the disk.
+    ///
+    /// # Errors
+    /// The refusal for its agent; that one came that is fenced is noted.
+    pub fn admit_writer(&self, id: GroupId) -> Result<(), Refusal> {
+        let (admitted, noted) = {
+            let state = self.state();
+            let noted = state.history().and_then(|row| row.history.refused_ns);
+            (state.admit_writer(&self.name, self.id, id), noted)
+        };
+        let now = now_ns();
+        if let Err(Refusal::Promoted { .. }) = &admitted
+            && noted.is_none_or(|then| now.saturating_sub(then) > NOTE_EVERY_NS)
+        {
+            match self.index.change_history(&self.name, |last| last.refused_ns = Some(now)) {
+                Ok(row) => self.state().know(&row),
+                // It is refused all the same; that it came is for people.
+                Err(error) => tracing::warn!("group {}: {error}", self.name),
+            }
+        }
+        admitted
+    }
+
+    /// Where the roots of the applied tree stand. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If that cannot be told.
+    pub fn places(&self) -> Result<Vec<(ObjectId, PathBytes)>, BackupError> {
+        let row = locked(&self.tree).clone();
+        let place = |(root, object): &(PathBytes, ObjectId)| {
+            Ok((*object, PathBytes::new(&self.area.root_path(root.as_path())?)))
+        };
+        row.roots.iter().map(place).collect()
+    }
+}
+
+impl State {
+    /// Takes in what the index has.
+    fn know(&mut self, row: &GroupRow) {
+        self.granted = self.granted.max(row.granted);
+        if row.histories.len() >= self.histories.len() {
+            self.histories.clone_from(&row.histories);
+        }
+    }
+}
+
+fn promoted(state: &State, history: History) -> Frame {
+    Frame::Promoted { history, pending_records: state.pending.records, pending_bytes: state.pending.bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::gate::Gate;
+    use crate::backup::kinds::Kinds;
+    use bfs_common::wire::Position;
+
+    const NAME: &str = "g";
+    const A: GroupId = GroupId([1; 16]);
+    const B: GroupId = GroupId([2; 16]);
+    const C: GroupId = GroupId([3; 16]);
+
+    fn state_with(histories: Vec<HistoryRow>) -> State {
+        let none = CheckpointId(0);
+        let gate = Gate::new(Position::START, none, ObjectId(0), Vec::new(), [0; 16], Kinds::default());
+        State::new(gate, Epoch(0), (none, Default::default()), histories)
+    }
+
+    fn row(number: u8, at: u64, writer: GroupId, host: &str, stage: PromoteStage) -> HistoryRow {
+        let by = Promoter { writer, host: host.into(), to: PathBytes::new("/".as_ref()) };
+        let history = History {
+            history: [number; 16],
+            parent: [number - 1; 16],
+            at: CheckpointId(at),
+            since_ns: i64::from(number),
+            by,
+            stage,
+            refused_ns: None,
+        };
+        HistoryRow { history, epoch: Epoch(u64::from(number) * 10) }
+    }
+
+    #[test]
+    fn only_the_last_that_was_promoted_may_write_and_the_others_hear_where_they_were_fenced() {
+        let done = PromoteStage::Done;
+        let state = state_with(Vec::new());
+        assert_eq!(state.admit_writer(NAME, A, A), Ok(()));
+        assert_eq!(state.admit_writer(NAME, A, B), Err(Refusal::OtherGroup { name: NAME.into() }));
+        assert_eq!(state.adopts(), None);
+
+        let state = state_with(vec![row(1, 7, B, "b", done)]);
+        let promoted = |at, since_ns, host: &str| {
+            Err(Refusal::Promoted { at: CheckpointId(at), since_ns, host: host.into() })
+        };
+        assert_eq!(state.admit_writer(NAME, A, A), promoted(7, 1, "b"));
+        assert_eq!(state.admit_writer(NAME, A, B), Ok(()));
+        assert!(matches!(state.admit_writer(NAME, A, C), Err(Refusal::OtherGroup { .. })));
+        assert_eq!(Err(state.fenced(Epoch(9))), promoted(7, 1, "b"));
+        assert_eq!(state.fenced(Epoch(10)), Refusal::Fenced { newest: Epoch(0) });
+
+        // A has the first seven in common with all; B those up to 9, where it went back to A.
+        let both = [row(1, 7, B, "b", done), row(2, 9, A, "a", done)];
+        let state = state_with(both.to_vec());
+        assert_eq!(state.admit_writer(NAME, A, A), Ok(()));
+        assert_eq!(state.admit_writer(NAME, A, B), promoted(9, 2, "a"));
+        let state = state_with([&both[..], &[row(3, 12, C, "c", done)]].concat());
+        assert_eq!(state.admit_writer(NAME, A, A), promoted(12, 3, "c"));
+        assert_eq!(state.admit_writer(NAME, A, B), promoted(9, 2, "c"));
+    }
+
+    #[test]
+    fn nobody_writes_before_a_promotion_is_finished() {
+        for stage in [PromoteStage::Fenced, PromoteStage::Placing] {
+            let state = state_with(vec![row(1, 7, B, "b", stage)]);
+            assert!(matches!(state.admit_writer(NAME, A, B), Err(Refusal::Store(_))), "{stage:?}");
+        }
+    }
+
+    #[test]
+    fn a_tree_is_adopted_until_a_checkpoint_of_the_new_primary_is_applied() {
+        let mut state = state_with(vec![row(1, 7, B, "b", PromoteStage::Done)]);
+        state.applied.0 = CheckpointId(7);
+        assert_eq!(state.adopts(), Some(PathBytes::new("/".as_ref())));
+        state.applied.0 = CheckpointId(8);
+        assert_eq!(state.adopts(), None);
+    }
+}

@@ -1,0 +1,56 @@
+//! Promotions in the index: each is one transaction, so it is there, with the fence, or it is not.
+
+use bfs_common::wire::History;
+
+use super::{GROUPS, GroupRow, HistoryRow, Index, group_row, pack};
+use crate::backup::error::BackupError;
+
+/// Promotions that are remembered; who was primary before the oldest of them is a stranger.
+const HISTORIES_MAX: usize = 64;
+
+impl Index {
+    /// Begins a history: whoever wrote the group holds an older epoch from now on. Durable.
+    ///
+    /// # Errors
+    /// If the index fails; then it has not begun, or it has and the next who reads the row sees it.
+    pub fn begin_history(&self, name: &str, history: History) -> Result<GroupRow, BackupError> {
+        self.change_row(name, |row| {
+            row.granted = row.granted.next();
+            if row.histories.len() >= HISTORIES_MAX {
+                row.histories.remove(0);
+            }
+            row.histories.push(HistoryRow { history, epoch: row.granted });
+        })
+    }
+
+    /// Changes the newest history, durably.
+    ///
+    /// # Errors
+    /// If the index fails.
+    pub fn change_history(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut History),
+    ) -> Result<GroupRow, BackupError> {
+        self.change_row(name, |row| {
+            if let Some(last) = row.histories.last_mut() {
+                change(&mut last.history);
+            }
+        })
+    }
+
+    fn change_row(&self, name: &str, change: impl FnOnce(&mut GroupRow)) -> Result<GroupRow, BackupError> {
+        self.with(|db| {
+            let write = db.begin_write()?;
+            let row = {
+                let mut table = write.open_table(GROUPS)?;
+                let mut row = group_row(&table, name)?;
+                change(&mut row);
+                table.insert(name, &pack(&row)[..])?;
+                row
+            };
+            write.commit()?;
+            Ok(row)
+        })
+    }
+}
