@@ -4,7 +4,7 @@
 //! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication),
 //! [`keys`] (who a host is, and whom it trusts), [`log`] (records in segments, durable), [`tree`] (files and attributes), [`generation`] (reading checkpoints
 //! that are kept), [`mount`] (one of them as a file system) and [`service`] (the service manager). [`cli`] holds the two command lines; the binaries
-//! are thin. [`nearest`] finds the word that was meant. [`durable`] is what makes things survive a power cut, [`mutant`] nothing but tests.
+//! are thin. [`nearest`] finds the word that was meant. [`policy`] says what is done with single files. [`durable`] is what makes things survive a power cut, [`mutant`] nothing but tests.
 
 pub mod backup;
 pub mod cli;
@@ -18,6 +18,7 @@ pub mod mount;
 pub mod mutant;
 pub mod nearest;
 pub mod net;
+pub mod policy;
 pub mod primary;
 pub mod service;
 #[cfg(test)]

@@ -114,7 +114,7 @@ fn the_documented_examples_do_what_they_say() {
         assert_eq!(without_numbers(&out), without_numbers(&here(said)), "{code}\n{err}");
         ran += 1;
     }
-    assert_eq!(ran, 3, "the examples are found");
+    assert_eq!(ran, 4, "the examples are found");
     let table = fs::read(world.backup().join("table")).unwrap();
     assert_eq!(&table[4096..4100], b"new.", "the checkpoint has what the example wrote");
     assert!(world.finish().unwrap().success());

@@ -84,6 +84,8 @@ pub struct Gate {
     pub boot_id: [u8; 16],
     /// The primary's files are being brought back to this checkpoint.
     pub rolling_back: Option<CheckpointId>,
+    /// There is a policy, or was one: the applier looks whether files have followers.
+    pub has_policies: bool,
     /// The objects that live.
     kinds: Kinds,
     /// Chain hashes of the last records, the newest last.
@@ -110,6 +112,7 @@ impl Gate {
             roots,
             boot_id,
             rolling_back: None,
+            has_policies: false,
             kinds,
             window,
         }
@@ -214,6 +217,7 @@ impl Gate {
                     self.open_gap(&GapScope::Everything);
                 }
             }
+            Record::Policies { lines } => self.has_policies |= !lines.is_empty(),
             Record::RollbackIntent { to } => self.rolling_back = Some(*to),
             Record::RollbackDone { .. } => self.rolling_back = None,
             Record::Object { object, .. } => {

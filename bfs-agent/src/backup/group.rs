@@ -13,6 +13,7 @@ use std::time::Instant;
 
 mod adopting;
 mod applying;
+mod following;
 mod merging;
 mod promoting;
 #[cfg(test)]
@@ -25,6 +26,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::apply::Area;
 use super::error::BackupError;
+use super::follow::{Followers, Standing};
 use super::gate::{Gate, Marker};
 use super::index::{GenerationRow, GroupRow, HistoryRow, Index};
 use super::kinds::Kinds;
@@ -109,6 +111,10 @@ pub struct State {
     untidy: bool,
     tidy_trouble: Option<String>,
     pending: Pending,
+    /// Followers are up to here.
+    followed: Sequence,
+    /// And stand like this.
+    following: Standing,
     /// An agent waits for room.
     short: bool,
     /// Merges that somebody waits for.
@@ -142,6 +148,8 @@ impl State {
             untidy: true,
             tidy_trouble: None,
             pending: Pending::default(),
+            followed: Sequence(0),
+            following: Standing::default(),
             short: false,
             merges: VecDeque::new(),
             unlogged: 0,
@@ -222,6 +230,8 @@ pub struct Group {
     limits: Limits,
     room: Arc<Room>,
     disks: Disks,
+    /// Second copies of single files; none before there is a policy.
+    followers: Mutex<Option<Followers>>,
     /// Which generations must stay.
     held: Mutex<Held>,
     /// When it was last looked which ones go.
@@ -245,6 +255,7 @@ fn open_log(log: &std::path::Path, row: &GroupRow, index: &Index) -> Result<Open
     view.each_kind(|object, kind| kinds.insert(object, kind))?;
     let (roots, highest) = (row.roots.clone(), row.highest_object);
     let mut gate = Gate::new(applied, row.checkpoint, highest, roots, row.boot_id, kinds);
+    gate.has_policies = !row.policies.is_empty();
     let mut steps = VecDeque::new();
     let mut pending = Pending::behind(row.highest_object);
     let mut waiting = 0;
@@ -315,7 +326,10 @@ impl Group {
         let images = std::fs::File::open(area.images()).map_err(BackupError::io("open", area.images()))?;
         let images = Disk::of(images).map_err(BackupError::io("stat", area.images()))?;
         let disks = Disks { store, tree: area.disk()?, images };
-        let (writer, gate, steps, pending) = open_log(&log, &row, &index)?;
+        let (writer, mut gate, steps, pending) = open_log(&log, &row, &index)?;
+        // Followers of policies that are no more may be left.
+        gate.has_policies |=
+            std::fs::read_dir(area.now()).map_err(BackupError::io("read", area.now()))?.next().is_some();
         let begun = index.plan(row.number)?;
         area.seal(begun.map_or(row.checkpoint, |plan| plan.to.checkpoint));
         let confirmed = steps.back().map_or(row.checkpoint, |s| s.marker.checkpoint);
@@ -349,6 +363,7 @@ impl Group {
             limits,
             room,
             disks,
+            followers: Mutex::default(),
             held: Mutex::default(),
             retired: Mutex::new(None),
             threads: Mutex::new(Vec::new()),
@@ -606,7 +621,8 @@ impl Group {
                     )
                 });
                 let all = [&state.log_trouble, &why_not, &state.apply_trouble, &damaged, &state.tidy_trouble];
-                let all: Vec<&str> = all.into_iter().flatten().map(String::as_str).collect();
+                let all = all.into_iter().flatten().chain(&state.following.troubles);
+                let all: Vec<&str> = all.map(String::as_str).collect();
                 (!all.is_empty()).then(|| all.join("; "))
             },
         }

@@ -20,6 +20,7 @@ use std::sync::{PoisonError, RwLock};
 
 use bfs_common::record::{
     CheckpointId, CheckpointLabel, Epoch, FileKind, GroupId, Identity, Meta, Name, ObjectId, PathBytes,
+    PolicyLine,
 };
 use bfs_common::wire::{History, Position};
 use bytes::Bytes;
@@ -82,6 +83,9 @@ pub struct GroupRow {
     /// Promotions, the newest last.
     #[serde(default)]
     pub histories: Vec<HistoryRow>,
+    /// Policies at the applied checkpoint.
+    #[serde(default)]
+    pub policies: Vec<PolicyLine>,
 }
 
 /// A promotion, and the epoch that it fenced everybody with.
@@ -621,6 +625,7 @@ impl GroupRow {
             roots: Vec::new(),
             boot_id: [0; 16],
             histories: Vec::new(),
+            policies: Vec::new(),
         }
     }
 }

@@ -5,7 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use bfs_common::record::{FileKind, Meta, ObjectId, Record};
+use bfs_common::record::{FileKind, Meta, ObjectId, PolicyLine, Record};
+
+use crate::policy::POLICIES_MAX;
 
 /// Object numbers in a page.
 const PAGE: u64 = 4096;
@@ -16,6 +18,9 @@ const XATTR_NAME_MAX: usize = 255;
 const XATTR_VALUE_MAX: usize = 65_536;
 /// Longest tag and trigger of a checkpoint, in bytes.
 const LABEL_MAX: usize = 1024;
+/// Most settings of a policy, and bytes of all of them with the pattern.
+const SETTINGS_MAX: usize = 64;
+const LINE_MAX: usize = 16 << 10;
 /// Forgotten since the last marker: records of its step may still name it.
 const FORGOTTEN: u8 = u8::MAX;
 
@@ -176,12 +181,26 @@ impl Kinds {
                 }
                 Ok(())
             }
+            Record::Policies { lines } => check_policies(lines),
             Record::Rebind { object, .. }
+            | Record::Closed { object }
             | Record::Forget { object }
             | Record::XattrRemove { object, .. } => given(object),
             _ => Ok(()),
         }
     }
+}
+
+/// What they mean is asked later, and what is not understood is named then: only their number and size is bounded.
+fn check_policies(lines: &[PolicyLine]) -> Result<(), String> {
+    let bytes =
+        |line: &PolicyLine| line.settings.iter().fold(line.pattern.len(), |n, (k, v)| n + k.len() + v.len());
+    if lines.len() > POLICIES_MAX
+        || lines.iter().any(|line| line.settings.len() > SETTINGS_MAX || bytes(line) > LINE_MAX)
+    {
+        return Err("policies that are too many or too long".into());
+    }
+    Ok(())
 }
 
 fn check_meta(meta: &Meta) -> Result<(), String> {

@@ -4,9 +4,20 @@ use bfs_common::wire::GroupStatus;
 
 use crate::metrics::{Exposition, flag};
 
+/// Followers of a group: how many there are, and how many of their copies were given up.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Following {
+    /// Name of the group.
+    pub group: String,
+    /// How many.
+    pub followers: u64,
+    /// Since the start of the replayer.
+    pub failures: u64,
+}
+
 /// The numbers of its groups.
 #[must_use]
-pub fn metrics(groups: &[GroupStatus]) -> String {
+pub fn metrics(groups: &[GroupStatus], following: &[Following]) -> String {
     let mut out = Exposition::default();
     let each = |out: &mut Exposition, name, help, value: &dyn Fn(&GroupStatus) -> f64| {
         for group in groups {
@@ -40,6 +51,13 @@ pub fn metrics(groups: &[GroupStatus]) -> String {
     for group in groups {
         out.store("bfs_replayer_store", &[("group", &group.group)], group.state);
     }
+    for of in following {
+        let labels = [("group", of.group.as_str())];
+        let help = "Files that have a follower by a policy";
+        out.gauge("bfs_replayer_followers", help, &labels, of.followers as f64);
+        let help = "Copies for followers that were given up";
+        out.counter("bfs_replayer_follower_failures_total", help, &labels, of.failures);
+    }
     out.text()
 }
 
@@ -51,9 +69,11 @@ mod tests {
     #[test]
     fn what_is_shown_is_in_the_format() {
         let groups = ["a", "b"].map(|group| GroupStatus { group: group.into(), ..Default::default() });
-        let text = metrics(&groups);
+        let following = Following { group: "a".into(), followers: 3, failures: 1 };
+        let text = metrics(&groups, &[following]);
         is_sound(&text);
         assert!(text.contains("bfs_replayer_store{group=\"b\",state=\"ready\"} 1\n"), "{text}");
-        assert_eq!(metrics(&[]), "");
+        assert!(text.contains("bfs_replayer_follower_failures_total{group=\"a\"} 1\n"), "{text}");
+        assert_eq!(metrics(&[], &[]), "");
     }
 }

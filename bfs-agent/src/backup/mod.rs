@@ -9,6 +9,7 @@ pub mod digests;
 mod door;
 pub mod elsewhere;
 pub mod error;
+mod follow;
 pub mod gate;
 pub mod generations;
 pub mod group;
@@ -40,6 +41,8 @@ pub use serve::{Replayer, ReplayerHandle, ServeOptions, store_keys};
 mod crash_tests;
 #[cfg(test)]
 mod exhaustive_tests;
+#[cfg(test)]
+mod follow_tests;
 #[cfg(test)]
 mod foreign_tests;
 #[cfg(test)]

@@ -207,7 +207,7 @@ impl Room {
         self.lock().insert(group, all);
     }
 
-    /// Whether all that is needed is free where this group works, and `more` bytes for its log.
+    /// Whether all that is needed is free where this group works, and `more` bytes for its log or its followers.
     ///
     /// # Errors
     /// What is too little.

@@ -22,6 +22,7 @@ use super::door::{self, Door};
 use super::error::BackupError;
 use super::group::{Group, Limits};
 use super::index::{GroupRow, Index, View};
+use super::metrics::Following;
 use super::places;
 use super::retention::Retention;
 use super::room::{Disks, Room};
@@ -238,6 +239,12 @@ impl Shared {
         groups.values().map(|group| group.status()).collect()
     }
 
+    /// How the followers of the groups stand.
+    fn following(&self) -> Vec<Following> {
+        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.values().map(|group| group.following()).collect()
+    }
+
     /// A number for a new connection.
     pub(super) fn number_connection(&self) -> u64 {
         self.connections.fetch_add(1, Ordering::Relaxed)
@@ -338,6 +345,12 @@ impl ReplayerHandle {
     #[must_use]
     pub fn status(&self) -> Vec<GroupStatus> {
         self.shared.status()
+    }
+
+    /// How the followers of the groups stand.
+    #[must_use]
+    pub fn following(&self) -> Vec<Following> {
+        self.shared.following()
     }
 
     /// Comes back when the workers have taken up a request for the status and answered it.

@@ -144,6 +144,9 @@ impl Whole<'_> {
             if let Some(roots) = &target.roots {
                 row.roots = roots.clone();
             }
+            if let Some(policies) = &target.policies {
+                row.policies.clone_from(policies);
+            }
         })
     }
 

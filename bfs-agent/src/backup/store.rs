@@ -13,6 +13,7 @@
 //!   kept/GROUP/N        object N, which is gone, while generations need it
 //!   images/GROUP/N.img  what the step from checkpoint N overwrote
 //!   images-at           where images/ is, if it is elsewhere (`elsewhere`)
+//!   now/GROUP/...       followers of single files (`follow`)
 //!   receive/GROUP/      a stream of another store while it is taken in
 //! ```
 
@@ -28,14 +29,14 @@ use crate::log::sync_dir;
 
 /// Format of the store that this release writes. 1 had no checksums of the tree, and 2 did not say which bytes are
 /// lost; 3 did not take streams in, and would not finish one that is there as a whole, nor look for
-/// before-images elsewhere; 4 knew no promotions, and would let in who is fenced. A store of them is taken over and
+/// before-images elsewhere; 4 knew no promotions, would let in who is fenced, and had no followers. A store of them is taken over and
 /// becomes one of 5, because a release that does not know these things would not keep them true.
 pub const FORMAT: u32 = 5;
 /// The oldest that it takes over.
 const FORMAT_OLDEST: u32 = 1;
 
 /// What stands in a store for each group.
-const FOLDERS: [&str; 7] = ["log", "tree", "stage", "aside", "kept", "images", "receive"];
+const FOLDERS: [&str; 8] = ["log", "tree", "stage", "aside", "kept", "images", "now", "receive"];
 
 /// A store that this process owns.
 #[derive(Debug)]

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use bfs_common::record::{FileKind, Identity, Meta, Name, ObjectId, PathBytes, Record};
+use bfs_common::record::{FileKind, Identity, Meta, Name, ObjectId, PathBytes, PolicyLine, Record};
 use bytes::Bytes;
 
 use crate::log::LogRef;
@@ -192,6 +192,8 @@ pub struct Target {
     pub last_place: HashMap<ObjectId, (ObjectId, Name)>,
     /// The roots, if they changed.
     pub roots: Option<Vec<(PathBytes, ObjectId)>>,
+    /// The policies, if they changed.
+    pub policies: Option<Vec<PolicyLine>>,
 }
 
 impl Target {
@@ -248,12 +250,12 @@ impl Target {
                 self.change(object).xattrs.insert(name, None);
             }
             Record::Roots { roots } => self.roots = Some(roots),
+            Record::Policies { lines } => self.policies = Some(lines),
             // They change no file: the gate or a later piece of work looks at them.
             Record::EpochBegin { .. }
             | Record::Closed { .. }
             | Record::Gap { .. }
             | Record::Repaired { .. }
-            | Record::Policies { .. }
             | Record::ProcessImage { .. }
             | Record::RollbackIntent { .. }
             | Record::RollbackDone { .. }

@@ -11,6 +11,7 @@ mod groups;
 mod hooks;
 mod keys;
 mod options;
+mod policies;
 mod show;
 mod spool;
 mod watching;
@@ -317,6 +318,18 @@ enum Command {
         #[command(subcommand)]
         what: PathCommand,
     },
+    /// Show or change policies (how single files are backed up beside the checkpoints) while everything runs
+    ///
+    /// Examples:
+    ///   bfs-agent policy add /srv/db/table --backup write
+    ///   bfs-agent policy suspend '*.pdf'
+    ///
+    /// A change counts at once, touches nothing else, and is still there after the agent is started again.
+    #[command(verbatim_doc_comment)]
+    Policy {
+        #[command(subcommand)]
+        what: policies::PolicyCommand,
+    },
     /// Configuration files (`bfs-agent --config FILE` does what one says)
     Config {
         #[command(subcommand)]
@@ -544,6 +557,10 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
                 PathCommand::Remove(change) => commands::change_path(&change, false),
                 PathCommand::List { target } => commands::paths(&target),
             }
+        }
+        Command::Policy { what } => {
+            asks(inherited)?;
+            policies::policy(&what)
         }
         Command::Config { what: ConfigCommand::Check { file } } => {
             asks(inherited)?;

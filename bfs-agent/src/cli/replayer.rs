@@ -500,7 +500,7 @@ fn serve(options: ServeOptions, metrics: Option<&Destination>) -> anyhow::Result
         eprintln!("listening on {address}");
     }
     let asked = Arc::clone(&handle);
-    let shown = move || Some(crate::backup::metrics::metrics(&asked.status()));
+    let shown = move || Some(crate::backup::metrics::metrics(&asked.status(), &asked.following()));
     let scrape = metrics.map(|at| Scrape::start(at, shown)).transpose()?;
     if let Some(scrape) = &scrape {
         eprintln!("metrics on {}", scrape.at());

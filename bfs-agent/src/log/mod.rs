@@ -13,6 +13,8 @@
 pub mod segment;
 pub mod writer;
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -140,6 +142,22 @@ pub fn read_range<E: From<LogError>>(
     group: GroupId,
     after: Sequence,
     to: Sequence,
+    each: impl FnMut(LogRecord) -> Result<(), E>,
+) -> Result<(), E> {
+    read_on(dir, group, &mut None, after, to, each)
+}
+
+/// As [`read_range`], where record `after` was read before: `spot` says where it ends, and then where the last one
+/// does that was read, so that nothing is read twice.
+///
+/// # Errors
+/// Damage, or what `each` says.
+pub fn read_on<E: From<LogError>>(
+    dir: &Path,
+    group: GroupId,
+    spot: &mut Option<LogRef>,
+    after: Sequence,
+    to: Sequence,
     mut each: impl FnMut(LogRecord) -> Result<(), E>,
 ) -> Result<(), E> {
     let all = segments(dir)?;
@@ -150,6 +168,9 @@ pub fn read_range<E: From<LogError>>(
             break;
         }
         let mut reader = SegmentReader::open(dir, *number, group)?;
+        if let Some(spot) = spot.filter(|spot| spot.segment == *number) {
+            reader.skip_to(spot.offset);
+        }
         while next <= to {
             let Some(found) = reader.read()? else { break };
             if found.encoded.sequence < next {
@@ -159,7 +180,9 @@ pub fn read_range<E: From<LogError>>(
                 let why = format!("record {next} is missing before {}", found.encoded.sequence);
                 return Err(LogError::corrupt(segment_path(dir, *number), why).into());
             }
+            let end = LogRef { segment: *number, offset: found.end };
             each(found)?;
+            *spot = Some(end);
             next = next.next();
         }
     }
@@ -167,6 +190,40 @@ pub fn read_range<E: From<LogError>>(
         return Err(LogError::corrupt(dir, format!("the log ends before record {next}")).into());
     }
     Ok(())
+}
+
+/// Reads payloads by where they stand.
+#[derive(Debug)]
+pub struct Payloads {
+    dir: PathBuf,
+    segments: HashMap<u64, File>,
+    buffer: Vec<u8>,
+}
+
+impl Payloads {
+    /// Of this log.
+    #[must_use]
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.into(), segments: HashMap::new(), buffer: Vec::new() }
+    }
+
+    /// So many bytes of the log from here on.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn read(&mut self, from: LogRef, len: usize) -> Result<&[u8], LogError> {
+        let path = segment_path(&self.dir, from.segment);
+        let file = match self.segments.entry(from.segment) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(free) => free.insert(File::open(&path).map_err(LogError::io("open", &path))?),
+        };
+        if self.buffer.len() < len {
+            self.buffer.resize(len, 0);
+        }
+        let buffer = &mut self.buffer[..len];
+        file.read_exact_at(buffer, from.offset).map_err(LogError::io("read", &path))?;
+        Ok(buffer)
+    }
 }
 
 /// Writes the bytes of a range once more as they are: after a failed sync they may be in

@@ -233,6 +233,12 @@ impl SegmentReader {
         Ok(Self { file, path, number, header, synced, buffer: Bytes::new(), at: HEADER })
     }
 
+    /// Goes on at this offset, where a record begins.
+    pub fn skip_to(&mut self, offset: u64) {
+        self.at = offset;
+        self.buffer = Bytes::new();
+    }
+
     /// The next record; `None` at the end of the file.
     ///
     /// # Errors
@@ -290,8 +296,7 @@ impl SegmentReader {
     /// # Errors
     /// What the system says.
     pub fn commit_behind(&mut self, from: u64) -> Result<bool, LogError> {
-        self.at = from;
-        self.buffer = Bytes::new();
+        self.skip_to(from);
         // As long as a segment at most, and only after a crash.
         while self.more()? {}
         let at_magic = |at: &usize| self.buffer[*at..].starts_with(&COMMIT_MAGIC);

@@ -7,6 +7,7 @@ pub mod cron;
 pub mod engine;
 pub mod failure;
 pub mod metrics;
+pub mod policies;
 pub mod preflight;
 pub mod process;
 pub mod reader;

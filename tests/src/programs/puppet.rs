@@ -3,7 +3,7 @@
 //!
 //! A line is a word and its arguments: `open SLOT PATH` (for reading and writing, made if it is not there),
 //! `append SLOT PATH`, `seek SLOT OFFSET`, `write SLOT TEXT`, `map SLOT`, `store SLOT OFFSET TEXT` (into the
-//! mapping), `unlink PATH`, `rename FROM TO`, `cd PATH`, `give SLOT` (the descriptor goes to the test), `take SLOT`
+//! mapping), `unmap SLOT`, `dup SLOT OTHER`, `fork PATH` (a child that ends when PATH is there), `unlink PATH`, `rename FROM TO`, `cd PATH`, `give SLOT` (the descriptor goes to the test), `take SLOT`
 //! (one comes from it), `close SLOT`, `end`. Each is answered by a line: `done`, or what went wrong.
 
 use std::collections::HashMap;
@@ -153,6 +153,33 @@ impl Held {
                 ensure!(offset + text.len() <= MAPPED, "beyond the mapping");
                 // SAFETY: within the mapping, as just checked; the file is as long as the test made it.
                 unsafe { libc::memcpy(at.add(offset).cast(), text.as_ptr().cast::<c_void>(), text.len()) };
+            }
+            "unmap" => {
+                let at = self.mapped.remove(&slot()?).context("nothing is mapped there")?;
+                // SAFETY: mapped by us, this long, and nobody has the address any more.
+                let done = unsafe { libc::munmap(at.cast(), MAPPED) };
+                ensure!(done == 0, "munmap: {}", std::io::Error::last_os_error());
+            }
+            "dup" => {
+                let twin = self.file(slot()?)?.try_clone()?;
+                self.files.insert(words[2].parse()?, twin);
+            }
+            "fork" => {
+                let until = std::ffi::CString::new(words[1])?;
+                // SAFETY: there is one thread; the child makes nothing but system calls.
+                match unsafe { libc::fork() } {
+                    -1 => return Err(std::io::Error::last_os_error().into()),
+                    0 => loop {
+                        // SAFETY: a path that lives, and calls that keep nothing.
+                        unsafe {
+                            if libc::access(until.as_ptr(), libc::F_OK) == 0 {
+                                libc::_exit(0);
+                            }
+                            libc::usleep(5000);
+                        }
+                    },
+                    _ => {}
+                }
             }
             "unlink" => fs::remove_file(words[1])?,
             "rename" => fs::rename(words[1], words[2])?,

@@ -242,6 +242,13 @@ impl World {
         self.store.join("tree").join(&self.group).join(below)
     }
 
+    /// The follower of a file of the replicated directory.
+    #[must_use]
+    pub fn follower(&self, name: &str) -> PathBuf {
+        let below = self.place.data.strip_prefix("/").expect("temporary directories are absolute");
+        self.store.join("now").join(&self.group).join(below).join(name)
+    }
+
     /// The directory of the world.
     ///
     /// # Panics
@@ -442,6 +449,7 @@ impl World {
         line.extend([self.place.data.display().to_string(), "--backup".to_owned(), self.destination()]);
         line.extend(["--keys".to_owned(), self.keys().display().to_string()]);
         line.extend(["--spool".to_owned(), self.spool().display().to_string()]);
+        line.extend(["--policies".to_owned(), self.root().join("policies").display().to_string()]);
         line.extend(self.agent_options.iter().cloned());
         line
     }

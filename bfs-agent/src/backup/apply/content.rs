@@ -1,9 +1,7 @@
 //! The bytes of files: from the log into the tree, and their checksums.
 
-use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 
 use bfs_common::record::ObjectId;
 use rustix::fs::FallocateFlags;
@@ -14,7 +12,7 @@ use super::super::plan::Touched;
 use super::super::sums;
 use super::super::target::Source;
 use super::Step;
-use crate::log::{LogRef, segment_path};
+use crate::log::LogRef;
 use crate::tree;
 
 /// Bytes copied at once from the log to a file.
@@ -98,17 +96,7 @@ impl Step<'_> {
 
     /// Bytes of the log.
     pub(super) fn logged(&mut self, from: LogRef, len: usize) -> Result<&[u8], BackupError> {
-        let path = segment_path(&self.area.log, from.segment);
-        let file = match self.segments.entry(from.segment) {
-            Entry::Occupied(open) => open.into_mut(),
-            Entry::Vacant(free) => free.insert(File::open(&path).map_err(BackupError::io("open", &path))?),
-        };
-        if self.buffer.len() < len {
-            self.buffer.resize(len, 0);
-        }
-        let buffer = &mut self.buffer[..len];
-        file.read_exact_at(buffer, from.offset).map_err(BackupError::io("read", &path))?;
-        Ok(buffer)
+        Ok(self.payloads.read(from, len)?)
     }
 }
 

@@ -55,6 +55,7 @@ use super::room::Disk;
 use super::store::Store;
 use super::sums::SumChange;
 use crate::durable;
+use crate::log::Payloads;
 use crate::mutant::{self, Mutant};
 use crate::tree;
 
@@ -66,6 +67,7 @@ pub struct Area {
     aside: Arc<OwnedFd>,
     kept: Arc<OwnedFd>,
     images: PathBuf,
+    now: PathBuf,
     base: Option<PathBuf>,
     maps: Vec<(PathBytes, PathBytes)>,
     allowed: Vec<PathBuf>,
@@ -120,6 +122,7 @@ impl Area {
             aside: Arc::new(make(own.join("aside").join(group))?),
             kept: Arc::new(make(own.join("kept").join(group))?),
             images: store.group_dir("images", group)?,
+            now: store.group_dir("now", group)?,
             base,
             maps: maps.to_vec(),
             allowed: allowed.to_vec(),
@@ -171,6 +174,12 @@ impl Area {
     #[must_use]
     pub fn images(&self) -> &Path {
         &self.images
+    }
+
+    /// The folder of followers.
+    #[must_use]
+    pub fn now(&self) -> &Path {
+        &self.now
     }
 
     /// Opens the file of an object that is gone, for reading; `None` if it was not kept.
@@ -305,7 +314,7 @@ pub struct Step<'a> {
     /// Roots before and after: places of root objects are looked up here too.
     detached: bool,
     dirs: HashMap<ObjectId, Arc<OwnedFd>>,
-    segments: HashMap<u64, File>,
+    payloads: Payloads,
     new_inos: HashMap<ObjectId, u64>,
     sums: Vec<(ObjectId, SumChange)>,
     damage: Vec<(ObjectId, Damage)>,
@@ -326,7 +335,7 @@ impl<'a> Step<'a> {
             plan,
             detached: false,
             dirs: HashMap::new(),
-            segments: HashMap::new(),
+            payloads: Payloads::new(&area.log),
             new_inos: HashMap::new(),
             sums: Vec::new(),
             damage: Vec::new(),

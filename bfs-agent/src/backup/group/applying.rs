@@ -29,7 +29,7 @@ impl Group {
     pub(super) fn run_apply(&self) {
         let mut pause = RETRY_MIN;
         loop {
-            {
+            let only_follows = {
                 let mut state = self.state();
                 loop {
                     if state.stop {
@@ -42,11 +42,20 @@ impl Group {
                     let again = state.untidy || state.apply_trouble.is_some();
                     if state.applying || again || state.short || !state.merges.is_empty() {
                         state.short = false;
-                        break;
+                        break false;
                     }
-                    state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    if state.follows(durable) {
+                        break true;
+                    }
+                    state = match state.following.again {
+                        Some(again) => {
+                            let left = again.saturating_duration_since(Instant::now());
+                            self.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                        }
+                        None => self.wake.wait(state).unwrap_or_else(PoisonError::into_inner),
+                    };
                 }
-            }
+            };
             let applied = self.apply_next();
             if self.room.is_short(&self.disks)
                 && let Err(error) = self.look_closer()
@@ -54,7 +63,7 @@ impl Group {
                 tracing::debug!("group {}: what waits cannot be looked at: {error}", self.name);
             }
             self.merge_asked();
-            let tidied = self.tidy(applied.is_ok());
+            let tidied = if only_follows { Ok(()) } else { self.tidy(applied.is_ok()) };
             let mut state = self.state();
             state.applying = false;
             let done = applied.is_ok();
@@ -67,7 +76,7 @@ impl Group {
             if let Some(trouble) = trouble.as_ref().filter(|_| trouble != state.apply_trouble) {
                 tracing::error!("group {}: {trouble}", self.name);
             }
-            if trouble.is_none() {
+            if trouble.is_none() && !only_follows {
                 let left = why("what is not needed any more cannot be removed", tidied);
                 if let Some(left) = left.as_ref().filter(|_| left != state.tidy_trouble) {
                     tracing::error!("group {}: {left}", self.name);
@@ -109,11 +118,13 @@ impl Group {
             let next = state.steps.front().map(|s| s.marker.clone());
             next.filter(|marker| marker.position.sequence <= durable)
         };
+        self.follow(&tree, next.as_ref().map_or(durable, |marker| marker.position.sequence))?;
         if let Some(marker) = next {
             let never = &mut CrashPoint::default();
             let applied = apply_step(&self.name, &tree, &self.index, &self.area, &self.log, marker, never);
             self.note_damage(tree.number)?;
             *tree = applied?;
+            self.follow_applied(&tree);
         }
         {
             let mut state = self.state();

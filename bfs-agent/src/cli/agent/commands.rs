@@ -24,11 +24,11 @@ fn connect(target: &Target) -> Result<Client, Failure> {
     Ok(Client::connect(&path)?)
 }
 
-fn ask(target: &Target, request: &Request) -> Result<Reply, Failure> {
+pub(super) fn ask(target: &Target, request: &Request) -> Result<Reply, Failure> {
     Ok(connect(target)?.ask(request)?)
 }
 
-fn unexpected(reply: &Reply) -> Failure {
+pub(super) fn unexpected(reply: &Reply) -> Failure {
     Failure::new(
         Kind::Other,
         format!("the agent answered something else than was asked: {reply:?}"),

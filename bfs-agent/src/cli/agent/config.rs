@@ -26,6 +26,8 @@ enum Form {
     Map,
     /// A text as for `--checkpoint`, or a table of its words.
     When,
+    /// A list of tables: `match`, and the settings of a policy.
+    Policies,
 }
 
 /// A key of a group, and the option that it stands for.
@@ -40,7 +42,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 26] = [
+const KEYS: [Key; 28] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::Text),
     key("keys", "--keys", Form::Text),
@@ -53,6 +55,8 @@ const KEYS: [Key; 26] = [
     key("before_checkpoint", "--before-checkpoint", Form::Text),
     key("after_checkpoint", "--after-checkpoint", Form::Text),
     key("hook_limit", "--hook-limit", Form::Text),
+    key("policy", "--policy", Form::Policies),
+    key("policies", "--policies", Form::Text),
     key("alert", "--alert", Form::Text),
     key("alert_after", "--alert-after", Form::Text),
     key("metrics", "--metrics", Form::Text),
@@ -75,6 +79,8 @@ const OF_RUN: [&str; 3] = ["rollback_on_failure", "kill_descendants", "include_f
 const OF_ATTACH: [&str; 4] = ["pid", "cgroup", "everyone", "resume"];
 /// One of them says whom to attach to.
 const WHOM: [&str; 3] = ["pid", "cgroup", "everyone"];
+/// Keys of a policy.
+const OF_POLICY: [&str; 6] = ["match", "backup", "recovery", "retries", "time_limit", "place"];
 /// Words of `--checkpoint`.
 const WHEN: [&str; 4] = ["every", "bytes", "ops", "cron"];
 
@@ -264,11 +270,41 @@ fn values(key: &Key, value: &Value, at: &str) -> Result<Vec<Option<String>>, Con
             }
             vec![words.join(",")]
         }
+        (Form::Policies, Value::Array(all)) => {
+            all.iter().map(|value| policy(&format!("{at}, policy"), value)).collect::<Result<_, _>>()?
+        }
+        (Form::Policies, _) => return Err(bad("tables: [[group.NAME.policy]]")),
         (Form::When, _) => {
             return Err(bad("a text like \"every=1s\", or a table of every, bytes, ops, cron"));
         }
     };
     Ok(all.into_iter().map(Some).collect())
+}
+
+/// A policy in one word.
+fn policy(at: &str, value: &Value) -> Result<String, ConfigError> {
+    let Value::Table(table) = value else { return Err(form(at, "each", "a table: [[group.NAME.policy]]")) };
+    let Some(Value::String(pattern)) = table.get("match") else {
+        let why = "match is missing, or no text: a path, or a pattern".to_owned();
+        return Err(ConfigError::Group { at: at.into(), why });
+    };
+    let mut settings = Vec::new();
+    for (key, value) in table.iter().filter(|(key, _)| *key != "match") {
+        if !OF_POLICY.contains(&key.as_str()) {
+            return Err(unknown(at, key, &OF_POLICY));
+        }
+        let value = match value {
+            Value::String(text) if !text.contains([',', ':']) => text.clone(),
+            Value::Integer(number) => number.to_string(),
+            _ => return Err(form(at, key, "a text without a comma or a colon, or a number")),
+        };
+        settings.push(format!("{key}={value}"));
+    }
+    if settings.is_empty() {
+        let why = format!("{pattern:?} says nothing: give backup = \"write\" or \"close\"");
+        return Err(ConfigError::Group { at: at.into(), why });
+    }
+    Ok(format!("{pattern}:{}", settings.join(",")))
 }
 
 fn texts(at: &str, key: &str, value: &Value) -> Result<Vec<String>, ConfigError> {
@@ -330,6 +366,12 @@ mod tests {
             words
         };
         assert_eq!(sorted(words), sorted(wanted.map(str::to_owned).to_vec()));
+        let text = "[group.web]\npaths = ['/a']\nbackup = 'dir:/x'\npid = 1\n\
+                    [[group.web.policy]]\nmatch = '*.db'\nbackup = 'close'\nretries = 2\n\
+                    [[group.web.policy]]\nmatch = '/a/b'\nbackup = 'write'\n";
+        let words = said(text);
+        let policies: Vec<_> = words.iter().filter(|word| word.starts_with("--policy=")).collect();
+        assert_eq!(policies, ["--policy=*.db:backup=close,retries=2", "--policy=/a/b:backup=write"]);
         let text =
             "[group.db]\npaths = ['/srv/db']\nbackup = 'dir:/x'\npid = [1, 2]\ncheckpoint = 'manual'\n";
         let words = said(text);
@@ -355,6 +397,11 @@ mod tests {
             group("pid = 1\nrollback_on_failure = true"),
             "group \"web\": rollback_on_failure needs run"
         );
+        let policy = |line: &str| group(&format!("pid = 1\npolicy = [{{ {line} }}]"));
+        let said = policy("match = '/a/b', bakup = 'write'");
+        assert_eq!(said, "group \"web\", policy: there is no \"bakup\"; did you mean \"backup\"?");
+        assert!(policy("backup = 'write'").contains("match is missing"));
+        assert!(policy("match = '/a/b'").contains("says nothing"));
         assert!(group("").contains("say whom to follow"));
         assert_eq!(refused("[group.web]\npid = 1\nbackup = 'dir:/x'"), "group \"web\": paths is missing");
         assert_eq!(refused("[groups.web]"), "the file: there is no \"groups\"; did you mean \"group\"?");

@@ -42,9 +42,12 @@ pub(super) fn check(file: &Path) -> Result<u8, Failure> {
     let groups = read(file)?;
     for group in &groups {
         match command(file, group)? {
-            Command::Run { options, .. } | Command::Attach { options, .. } => options.filter()?,
+            Command::Run { options, .. } | Command::Attach { options, .. } => {
+                options.filter()?;
+                options.policies()?;
+            }
             _ => unreachable!("a group is a run or an attach"),
-        };
+        }
         let words: Vec<_> = group.arguments.iter().map(|word| word.to_string_lossy()).collect();
         print(&format!("bfs-agent {}", words.join(" ")))?;
     }

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Group, hooks, keys, later, logging, spool, watching, words};
+use super::{Group, hooks, keys, later, logging, policies, spool, watching, words};
 use crate::net::Destination;
 use crate::primary::engine::filter::Filter;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::preflight;
 use crate::primary::schedule::{Schedule, parse_size, parse_time};
-use crate::primary::session::{GoingBack, SessionOptions};
+use crate::primary::session::{GoingBack, PolicyOptions, SessionOptions};
 
 #[derive(Debug, Args)]
 pub(super) struct Options {
@@ -55,6 +55,8 @@ pub(super) struct Options {
     #[command(flatten)]
     watching: watching::Watching,
     #[command(flatten)]
+    policies: policies::Options,
+    #[command(flatten)]
     spool: spool::Spool,
     /// Longest write whose bytes travel through the ring
     #[arg(long, value_name = "SIZE", hide = true, value_parser = parse_size)]
@@ -69,6 +71,11 @@ impl Options {
         Filter::new(&self.include, &self.exclude).map_err(|why| {
             Failure::new(Kind::Usage, why, "write --exclude '*.tmp', or --exclude 'cache/**' for a path")
         })
+    }
+
+    /// The policies, checked together.
+    pub(super) fn policies(&self) -> Result<PolicyOptions, Failure> {
+        self.policies.options()
     }
 
     /// Everything that can be checked before anything is started.
@@ -100,6 +107,7 @@ impl Options {
                 "FROM is a --path, a folder in one, or a folder above it",
             ));
         }
+        let policies = self.policies.options()?;
         let spool = self.spool.options();
         preflight::check_spool(&spool, &self.group.group, &roots)?;
         preflight::check_user()?;
@@ -119,6 +127,7 @@ impl Options {
             foreign: self.foreign.into(),
             spool,
             hooks: self.hooks.options(),
+            policies,
             alerts,
             metrics,
             rollback_on_failure: false,

@@ -11,6 +11,7 @@ use bfs_common::record::CheckpointId;
 use super::REPLY_MAX;
 use super::messages::{FailureKind, Reply, Status};
 use super::request::{GRACE, Request, WaitFor};
+use crate::policy::Policy;
 
 /// Why an agent was not asked or did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -188,6 +189,28 @@ impl Client {
         }
     }
 
+    /// Nothing is done by a policy from now on (`true`), or it works again; gives the policies that hold then.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn suspend_policy(
+        &mut self,
+        pattern: &str,
+        suspended: bool,
+        timeout: Duration,
+    ) -> Result<Vec<Policy>, ClientError> {
+        let (pattern, timeout_ms) = (pattern.to_owned(), milliseconds(timeout));
+        let request = if suspended {
+            Request::PolicySuspend { pattern, timeout_ms }
+        } else {
+            Request::PolicyResume { pattern, timeout_ms }
+        };
+        match self.ask(&request)? {
+            Reply::Policies { policies } => Ok(policies),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     fn unexpected(&self, reply: &Reply) -> ClientError {
         self.bad(&format!("something else than was asked: {reply:?}"))
     }
@@ -310,6 +333,28 @@ mod tests {
             panic!("{relative:?}")
         };
         assert_eq!(field, "path");
+    }
+
+    #[test]
+    fn a_policy_is_suspended_and_resumed() {
+        let (server, inbound, _dir) = server();
+        let mut client = Client::connect(server.path()).unwrap();
+        let policy = Policy::new("*.db").unwrap();
+        let holds = vec![policy.clone()];
+        let asking = std::thread::spawn(move || {
+            let limit = Duration::from_secs(5);
+            [true, false].map(|suspended| client.suspend_policy("*.db", suspended, limit).unwrap())
+        });
+        for _ in 0..2 {
+            let Inbound::Request { request, replies, .. } = next(&inbound) else { panic!() };
+            let (Request::PolicySuspend { pattern, .. } | Request::PolicyResume { pattern, .. }) = request
+            else {
+                panic!("{request:?}")
+            };
+            assert_eq!(pattern, "*.db");
+            replies.send(Reply::Policies { policies: vec![policy.clone()] });
+        }
+        assert_eq!(asking.join().unwrap(), [holds.clone(), holds]);
     }
 
     /// Who connects and says nothing, or does not read, keeps nobody from being answered.

@@ -55,6 +55,11 @@ pub enum Reply {
     },
     /// The comparison.
     Verified(VerifyReport),
+    /// The policies that hold, in their order.
+    Policies {
+        /// All of them.
+        policies: Vec<crate::policy::Policy>,
+    },
     /// It ends now.
     Ended {
         /// The last checkpoint.

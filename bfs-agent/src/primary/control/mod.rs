@@ -8,6 +8,7 @@
 mod client;
 mod lines;
 mod messages;
+mod policies;
 mod real_path;
 mod request;
 mod server;
@@ -19,6 +20,7 @@ pub use messages::{
     CheckpointStatus, Counters, DestinationStatus, FailureKind, FencedStatus, ForeignStatus, HookStatus,
     Reply, SpoolStatus, State, Status, StopTimes, StrangerStatus, VerifyReport,
 };
+pub use policies::PolicySettings;
 pub use request::{BadRequest, Request, WaitFor};
 pub use server::{Inbound, Replies, Server, ServerError, Ticket};
 

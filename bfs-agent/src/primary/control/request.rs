@@ -12,6 +12,7 @@ use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::policies::PolicySettings;
 use crate::generation::At;
 use crate::nearest::{did_you_mean, nearest};
 
@@ -122,6 +123,49 @@ pub enum Request {
         /// How long, altogether.
         timeout_ms: u64,
     },
+    /// Which policies hold? Answered by [`Reply::Policies`](super::Reply::Policies).
+    PolicyList,
+    /// A further policy. Answered like all changes by [`Reply::Policies`](super::Reply::Policies), when it is durable.
+    PolicyAdd {
+        /// Which files.
+        pattern: String,
+        /// What is not the default.
+        #[serde(flatten)]
+        settings: PolicySettings,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Other settings for a policy.
+    PolicySet {
+        /// Which.
+        pattern: String,
+        /// What changes.
+        #[serde(flatten)]
+        settings: PolicySettings,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// Nothing is done by a policy until it is resumed; its followers stay as they are.
+    PolicySuspend {
+        /// Which.
+        pattern: String,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// A policy works again, and its followers get a new copy.
+    PolicyResume {
+        /// Which.
+        pattern: String,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
+    /// One policy less; its followers go.
+    PolicyDelete {
+        /// Which.
+        pattern: String,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
     /// Take a last checkpoint, wait for it, and end. Answered by [`Reply::Ended`](super::Reply::Ended), as late as
     /// possible.
     Stop {
@@ -131,7 +175,7 @@ pub enum Request {
 }
 
 /// The names of all requests.
-const KNOWN: [&str; 10] = [
+const KNOWN: [&str; 16] = [
     "status",
     "checkpoint",
     "checkpoint_stopped",
@@ -141,6 +185,12 @@ const KNOWN: [&str; 10] = [
     "verify",
     "path_add",
     "path_remove",
+    "policy_list",
+    "policy_add",
+    "policy_set",
+    "policy_suspend",
+    "policy_resume",
+    "policy_delete",
     "stop",
 ];
 
@@ -224,6 +274,25 @@ impl Request {
                 path: fields.path()?,
                 timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
             },
+            "policy_list" => Self::PolicyList,
+            "policy_add" | "policy_set" => {
+                let pattern = fields.pattern()?;
+                let settings = fields.settings(&pattern)?;
+                let timeout_ms = fields.time("timeout_ms", TIMEOUT_MS)?;
+                match name.as_str() {
+                    "policy_add" => Self::PolicyAdd { pattern, settings, timeout_ms },
+                    _ => Self::PolicySet { pattern, settings, timeout_ms },
+                }
+            }
+            "policy_suspend" | "policy_resume" | "policy_delete" => {
+                let pattern = fields.pattern()?;
+                let timeout_ms = fields.time("timeout_ms", TIMEOUT_MS)?;
+                match name.as_str() {
+                    "policy_suspend" => Self::PolicySuspend { pattern, timeout_ms },
+                    "policy_resume" => Self::PolicyResume { pattern, timeout_ms },
+                    _ => Self::PolicyDelete { pattern, timeout_ms },
+                }
+            }
             "stop" => Self::Stop { timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)? },
             _ => {
                 let near = did_you_mean(nearest(&KNOWN, &name));
@@ -238,7 +307,7 @@ impl Request {
     /// How long the agent may take to answer, and how long processes may stand.
     pub(super) fn limits(&self) -> (Duration, Duration) {
         match self {
-            Self::Status => (GRACE, GRACE),
+            Self::Status | Self::PolicyList => (GRACE, GRACE),
             Self::Checkpoint { timeout_ms, .. }
             | Self::ReportUpdate { timeout_ms, .. }
             | Self::Recover { timeout_ms, .. }
@@ -246,6 +315,11 @@ impl Request {
             | Self::Flush { timeout_ms }
             | Self::PathAdd { timeout_ms, .. }
             | Self::PathRemove { timeout_ms, .. }
+            | Self::PolicyAdd { timeout_ms, .. }
+            | Self::PolicySet { timeout_ms, .. }
+            | Self::PolicySuspend { timeout_ms, .. }
+            | Self::PolicyResume { timeout_ms, .. }
+            | Self::PolicyDelete { timeout_ms, .. }
             | Self::Verify { timeout_ms, .. } => (Duration::from_millis(*timeout_ms) + GRACE, GRACE),
             Self::CheckpointStopped { timeout_ms, limit_ms, .. } => {
                 let stand = Duration::from_millis((*limit_ms).max(1));
@@ -261,7 +335,7 @@ fn known() -> String {
 
 /// The fields of an object that were not taken yet.
 #[derive(Default)]
-struct Fields {
+pub(super) struct Fields {
     left: Vec<(String, Value)>,
     /// Names that were asked for: what the request can have.
     asked: Vec<&'static str>,
@@ -296,7 +370,10 @@ impl<'de> Deserialize<'de> for Fields {
 }
 
 impl Fields {
-    fn optional<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<Option<T>, BadRequest> {
+    pub(super) fn optional<T: DeserializeOwned>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<Option<T>, BadRequest> {
         self.asked.push(name);
         let Some(at) = self.left.iter().position(|(known, _)| known == name) else { return Ok(None) };
         let value = self.left.swap_remove(at).1;
@@ -424,6 +501,13 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let (path, timeout_ms) = (PathBuf::from("/a"), 5);
+        let settings = PolicySettings {
+            backup: Some("close".into()),
+            recovery: Some("manual".into()),
+            retries: Some(7),
+            time_limit_ms: Some(9),
+            place: Some("x/y".into()),
+        };
         let all = [
             Request::Status,
             Request::Checkpoint { tag: "t".into(), wait: WaitFor::Taken, timeout_ms },
@@ -436,6 +520,12 @@ mod tests {
             Request::Verify { timeout_ms, repair: true },
             Request::PathAdd { path: path.clone(), timeout_ms },
             Request::PathRemove { path, timeout_ms },
+            Request::PolicyList,
+            Request::PolicyAdd { pattern: "/a".into(), settings: PolicySettings::default(), timeout_ms },
+            Request::PolicySet { pattern: "*.b".into(), settings, timeout_ms },
+            Request::PolicySuspend { pattern: "/a".into(), timeout_ms },
+            Request::PolicyResume { pattern: "/a".into(), timeout_ms },
+            Request::PolicyDelete { pattern: "/a".into(), timeout_ms },
             Request::Stop { timeout_ms },
         ];
         let mut names = std::collections::BTreeSet::new();
@@ -453,7 +543,8 @@ mod tests {
         let text = include_str!("../../../../docs/interface.md");
         for name in KNOWN {
             assert!(text.contains(&format!("`{name}`")), "{name}");
-            let line = format!(r#"{{"request":"{name}","path":"/a","no such":1}}"#);
+            let what = if name.starts_with("policy_") { "pattern" } else { "path" };
+            let line = format!(r#"{{"request":"{name}","{what}":"/a","no such":1}}"#);
             let hint = Request::parse(line.as_bytes()).unwrap_err().hint;
             for field in hint.trim_start_matches("it has ").split(", ") {
                 assert!(text.contains(&format!("`{field}`")), "{name}: {field}");
@@ -470,7 +561,11 @@ mod tests {
             ("{}", "request", "missing"),
             (r#"{"request":7}"#, "request", "invalid type"),
             (r#"{"request":"checkpont"}"#, "request", "did you mean \"checkpoint\""),
-            (r#"{"request":"policy_suspend"}"#, "request", "\"policy_suspend\" is not known"),
+            (r#"{"request":"policy_suspend"}"#, "pattern", "missing"),
+            (r#"{"request":"policy_delete","pattern":"a/b"}"#, "pattern", "neither absolute nor a name"),
+            (r#"{"request":"policy_add","pattern":"/a","backup":"x"}"#, "backup", "no class"),
+            (r#"{"request":"policy_set","pattern":"/a","place":"/x"}"#, "place", "no plain relative path"),
+            (r#"{"request":"policy_set","pattern":"/a","suspended":true}"#, "suspended", "no such field"),
             (r#"{"request":"recover","path":"/x","at":"yesterday"}"#, "at", "write a number"),
             (r#"{"request":"recover","path":"/x","at":-3}"#, "at", "write a number"),
             (r#"{"request":"status","x":1}"#, "x", "no such field in status"),
@@ -501,7 +596,7 @@ mod tests {
         assert_eq!(refused(&long).0, "tag");
         let bad = Request::parse(b"{\"request\":\"st\xff\"}").unwrap_err();
         assert_eq!(bad.message, "byte 15 of the line is not UTF-8");
-        assert!(Request::parse(br#"{"request":"policy_suspend"}"#).unwrap_err().is_unknown);
+        assert!(Request::parse(br#"{"request":"promote"}"#).unwrap_err().is_unknown);
     }
 
     proptest! {

@@ -142,7 +142,7 @@ impl Mapped {
         !self.odd.is_empty() || self.files.values().any(File::silent)
     }
 
-    fn ids(&self) -> Vec<ObjectId> {
+    pub(super) fn ids(&self) -> Vec<ObjectId> {
         let mut ids: Vec<_> = self.files.keys().copied().collect();
         ids.sort_unstable();
         ids
@@ -322,19 +322,25 @@ impl Engine {
         Ok(())
     }
 
+    /// Looks an object up by a name: tmpfs finds an inode by its number only after that was done once.
+    pub(super) fn look_up(&self, object: ObjectId, host: &mut dyn Host) -> Result<(), HostError> {
+        if let Some((directory, name)) = self.model.get(object).and_then(|o| o.links.first().cloned())
+            && let Some(directory) = self.model.get(directory).map(|o| o.inode)
+        {
+            host.child(directory, &name)?;
+        }
+        Ok(())
+    }
+
     /// Where nobody maps a file any more, the stores are over.
-    fn find_unmapped(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
+    pub(super) fn find_unmapped(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
         for object in self.mapped.ids() {
             let Some(inode) = self.mapped.files.get(&object).filter(|f| !f.held).map(|f| f.inode) else {
                 continue;
             };
             let mut mappings = host.writable_mappings(inode)?;
-            if mappings.is_none()
-                && let Some((directory, name)) = self.model.get(object).and_then(|o| o.links.first().cloned())
-                && let Some(directory) = self.model.get(directory).map(|o| o.inode)
-            {
-                // tmpfs finds an inode by its number only after it was once looked up by a name.
-                host.child(directory, &name)?;
+            if mappings.is_none() {
+                self.look_up(object, host)?;
                 mappings = host.writable_mappings(inode)?;
             }
             let now = host.now();

@@ -16,6 +16,7 @@ mod crossing;
 mod cut;
 pub mod dirty;
 pub mod filter;
+mod follow;
 pub mod foreign;
 pub mod host;
 pub mod interpret;
@@ -107,6 +108,17 @@ impl Reads {
             read.1 = read.1.min(now);
         }
         self.latest = self.latest.max(now);
+    }
+
+    /// The reads of the object's content count as one: it makes more dirty, and nothing less. Where much is read and
+    /// no checkpoint comes they would be ever more.
+    fn data_as_one(&mut self, object: ObjectId) {
+        if let Some(reads) = self.data.get_mut(&object).filter(|reads| reads.len() > 1) {
+            let start = reads.iter().map(|(range, _)| range.start).min().unwrap_or(0);
+            let end = reads.iter().map(|(range, _)| range.end).max().unwrap_or(u64::MAX);
+            let last = reads.iter().map(|(_, at)| *at).max().unwrap_or(0);
+            *reads = vec![(start..end, last)];
+        }
     }
 
     /// Whether the thing was read after `start_ns`, or too close before to tell.
@@ -238,6 +250,7 @@ pub struct Engine {
     deferred_bytes: usize,
     mapped: Mapped,
     foreign: foreign::Foreign,
+    follow: follow::Follow,
     /// The processes stand for a checkpoint.
     standing: bool,
     /// Objects that were seen with more than one name.
@@ -288,6 +301,7 @@ impl Engine {
             deferred_bytes: 0,
             mapped: Mapped::default(),
             foreign: foreign::Foreign::default(),
+            follow: follow::Follow::default(),
             standing: false,
             multiple,
             aside_ns: 0,
@@ -627,8 +641,13 @@ impl Engine {
         let mut ids: Vec<_> = self.snapshots.keys().copied().collect();
         ids.sort_unstable();
         for object in ids {
-            let meta = self.snapshots[&object].meta;
-            self.model.set_meta(object, meta, &mut self.out);
+            self.send_snapshot(object);
+        }
+    }
+
+    fn send_snapshot(&mut self, object: ObjectId) {
+        if let Some(seen) = self.snapshots.get(&object) {
+            self.model.set_meta(object, seen.meta, &mut self.out);
         }
     }
 }

@@ -6,7 +6,7 @@
 //! [`Model::forget_orphans`] lets it go. Pure: no I/O.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bfs_common::abi::InodeId;
 use bfs_common::codec::PAYLOAD_MAX;
@@ -114,6 +114,8 @@ pub struct Model {
     pub filter: Filter,
     /// Directories that got another place, where that decides about what is below them.
     moved: Vec<ObjectId>,
+    /// Objects of which the content changed, or that got a name, since [`Self::take_changed`]; where that is asked for.
+    changed: Option<HashSet<ObjectId>>,
 }
 
 /// Directories that one path is followed through. (Moves whose order is not known can leave a directory below
@@ -257,6 +259,43 @@ impl Model {
         Some(self.roots.iter().find(|r| r.1 == root)?.0.join(below))
     }
 
+    /// All of the object's paths.
+    #[must_use]
+    pub fn paths(&self, object: ObjectId) -> Vec<PathBuf> {
+        let links = self.get(object).into_iter().flat_map(|o| o.links.iter());
+        links.filter_map(|(directory, name)| Some(self.path(*directory)?.join(name.as_os_str()))).collect()
+    }
+
+    /// What stands at a path of the group.
+    #[must_use]
+    pub fn at_path(&self, path: &Path) -> Option<ObjectId> {
+        let (below, root) =
+            self.roots.iter().find_map(|(root, object)| Some((path.strip_prefix(root).ok()?, *object)))?;
+        below.iter().try_fold(root, |at, name| self.entry(at, &Name::new(name.as_encoded_bytes())?))
+    }
+
+    /// Whether [`Self::take_changed`] is going to be asked.
+    pub fn watch(&mut self, watched: bool) {
+        self.changed = watched.then(|| self.changed.take().unwrap_or_default());
+    }
+
+    /// Objects of which the content changed, or that got a name, since the last call.
+    pub fn take_changed(&mut self) -> Vec<ObjectId> {
+        self.changed.as_mut().map(|changed| changed.drain().collect()).unwrap_or_default()
+    }
+
+    /// Whether it is one of these.
+    #[must_use]
+    pub fn has_changed(&self, object: ObjectId) -> bool {
+        self.changed.as_ref().is_some_and(|changed| changed.contains(&object))
+    }
+
+    fn note_changed(&mut self, object: ObjectId) {
+        if let Some(changed) = &mut self.changed {
+            changed.insert(object);
+        }
+    }
+
     /// Whether an entry belongs to the group.
     #[must_use]
     pub fn verdict(&self, directory: ObjectId, name: &Name) -> Verdict {
@@ -373,6 +412,7 @@ impl Model {
         let Some(parent) = self.objects.get_mut(&directory) else { return };
         parent.entries.insert(name.clone(), object);
         out.push(&Record::EntrySet { directory, name: name.clone(), object }, b"");
+        self.note_changed(object);
         let mut left = Links::default();
         if let Some(o) = self.objects.get_mut(&object) {
             if o.kind == FileKind::Directory {
@@ -423,6 +463,7 @@ impl Model {
                 }
             }
             self.orphans.remove(&object);
+            self.note_changed(object);
             out.push(&Record::EntrySet { directory: place.0, name: place.1.clone(), object }, b"");
         }
     }
@@ -444,6 +485,7 @@ impl Model {
     /// The stream says something about these bytes.
     fn says(&mut self, object: ObjectId, range: std::ops::Range<u64>) {
         self.sent.changed(object, &range);
+        self.note_changed(object);
         if let Some(same) = &mut self.same {
             same.changed(object, range);
         }

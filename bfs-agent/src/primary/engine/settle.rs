@@ -201,7 +201,7 @@ impl Engine {
     }
 
     /// `false` when the inode is gone.
-    fn settle_object(
+    pub(super) fn settle_object(
         &mut self,
         object: ObjectId,
         dirty: &Dirty,

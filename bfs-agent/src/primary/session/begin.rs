@@ -26,6 +26,7 @@ use crate::primary::engine::model::{FileSystems, Model};
 use crate::primary::engine::outbox::Outbox;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::metrics::metrics;
+use crate::primary::policies::Policies;
 use crate::primary::preflight;
 use crate::primary::reader::{Reader, ReaderError, Root};
 use crate::primary::ship::{Shipper, Welcome};
@@ -62,6 +63,8 @@ pub struct Ground {
     spool_lost: bool,
     /// Answers monitors.
     scrape: Option<Scrape>,
+    /// What is done with single files, as commands left it.
+    policies: Policies,
     /// The replayer of a `dir:` destination.
     local: Option<Arc<ReplayerHandle>>,
 }
@@ -116,6 +119,7 @@ impl Ground {
     /// [`Failure`].
     pub fn open(options: SessionOptions, successor: bool) -> Result<Self, Failure> {
         let (sender, inbound) = mpsc::channel();
+        let policies = super::policies::load(&options.policies, &options.group)?;
         let server = control::Server::start(&options.group, options.socket.as_deref(), sender, || {})
             .map_err(|e| match e {
                 control::ServerError::Taken(_) => Failure::new(
@@ -179,6 +183,7 @@ impl Ground {
             rolled_back,
             spool_lost,
             scrape,
+            policies,
             local,
         })
     }
@@ -234,7 +239,18 @@ impl Ground {
         complete: bool,
     ) -> Result<Work, Failure> {
         let Self {
-            options, server, inbound, reader, roots, shipper, welcome, boot_id, scrape, local, ..
+            options,
+            server,
+            inbound,
+            reader,
+            roots,
+            shipper,
+            welcome,
+            boot_id,
+            scrape,
+            policies,
+            local,
+            ..
         } = self;
         let mut file_systems = FileSystems::default();
         for root in &roots {
@@ -289,7 +305,7 @@ impl Ground {
         let mut link = link::Link::new(&options.group, probes, reader, shipper, stopper);
         link.answers = answers;
         let beside = Beside { _scrape: scrape, _local: local };
-        Ok(Work::new(options, server, inbound, engine, link, welcome.epoch, state.clone(), beside))
+        Ok(Work::new(options, policies, server, inbound, engine, link, welcome.epoch, state.clone(), beside))
     }
 }
 

@@ -12,6 +12,7 @@ use crate::primary::control::{
     FailureKind, Inbound, Replies, Reply, Request as Command, State, Ticket, WaitFor,
 };
 use crate::primary::engine::Stop;
+use crate::primary::policies::Ask as PolicyAsk;
 use crate::primary::ship::Progress;
 use crate::primary::stop::Limits;
 
@@ -34,6 +35,7 @@ pub(super) enum Awaited {
     Flush,
     Verify(Box<Comparing>),
     Report,
+    Policies,
     Recovery { checkpoint: CheckpointId, bytes: u64 },
 }
 
@@ -167,6 +169,23 @@ impl Work {
             Command::PathRemove { path, timeout_ms } => {
                 self.change_paths(&Change::Remove(path), millis(timeout_ms), replies);
             }
+            Command::PolicyList => replies.send(self.list_policies()),
+            Command::PolicyAdd { pattern, settings, timeout_ms } => match settings.policy(&pattern) {
+                Ok(policy) => self.change_policy(&PolicyAsk::Add(policy), millis(timeout_ms), replies),
+                Err(bad) => replies.send(Reply::bad(bad.into())),
+            },
+            Command::PolicySet { pattern, settings, timeout_ms } => {
+                self.change_policy(&PolicyAsk::Set(pattern, settings.pairs()), millis(timeout_ms), replies);
+            }
+            Command::PolicySuspend { pattern, timeout_ms } => {
+                self.change_policy(&PolicyAsk::Suspend(pattern, true), millis(timeout_ms), replies);
+            }
+            Command::PolicyResume { pattern, timeout_ms } => {
+                self.change_policy(&PolicyAsk::Suspend(pattern, false), millis(timeout_ms), replies);
+            }
+            Command::PolicyDelete { pattern, timeout_ms } => {
+                self.change_policy(&PolicyAsk::Delete(pattern), millis(timeout_ms), replies);
+            }
             Command::Stop { timeout_ms } => self.stop_asked = Some((replies, millis(timeout_ms))),
         }
     }
@@ -270,7 +289,9 @@ impl Work {
         let reached = reached(waiter.checkpoint, waiter.sequence, progress);
         let done = match &waiter.what {
             Awaited::Checkpoint(wait) => reached.unwrap_or(WaitFor::Taken) >= *wait,
-            Awaited::Report | Awaited::Recovery { .. } => progress.sealed >= waiter.sequence,
+            Awaited::Report | Awaited::Policies | Awaited::Recovery { .. } => {
+                progress.sealed >= waiter.sequence
+            }
             Awaited::Flush => progress.durable.sequence >= waiter.sequence,
             Awaited::Verify(_) => reached >= Some(WaitFor::Confirmed),
         };
@@ -284,6 +305,7 @@ impl Work {
                 Awaited::Report => {
                     waiter.replies.send(Reply::Reported { after: waiter.checkpoint });
                 }
+                Awaited::Policies => waiter.replies.send(self.list_policies()),
                 Awaited::Recovery { checkpoint, bytes } => waiter.replies.send(Reply::Recovered {
                     checkpoint: *checkpoint,
                     bytes: *bytes,
@@ -322,6 +344,9 @@ impl Work {
         });
         let mut message = match waiter.what {
             Awaited::Report => "the update is noted, but that was not durable within the time".to_owned(),
+            Awaited::Policies => {
+                "the policy is changed, but that was not durable in the stream within the time".to_owned()
+            }
             Awaited::Recovery { .. } => {
                 "the file is brought back, but that is not noted durably for the next checkpoint yet"
                     .to_owned()

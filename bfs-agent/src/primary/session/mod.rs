@@ -12,6 +12,7 @@ mod link;
 mod mapped;
 mod notes;
 mod paths;
+mod policies;
 mod recoveries;
 mod reports;
 mod requests;
@@ -48,6 +49,7 @@ pub use alerts::AlertOptions;
 use begin::Ground;
 pub use hooks::{HookOptions, LIMIT as HOOK_LIMIT};
 pub use left::flush;
+pub use policies::PolicyOptions;
 pub use rollback::rollback;
 pub use state::group_id;
 use state::{Selection, State};
@@ -81,6 +83,8 @@ pub struct SessionOptions {
     pub spool: SpoolOptions,
     /// What is run before and after each checkpoint.
     pub hooks: HookOptions,
+    /// What is done with single files beyond checkpoints.
+    pub policies: PolicyOptions,
     /// Who is told when something goes wrong.
     pub alerts: AlertOptions,
     /// Where monitors can ask.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::SessionOptions;
 use super::alerts::AlertOptions;
 use super::hooks::{HookOptions, Owed};
+use super::policies::PolicyOptions;
 use crate::keys::Folder;
 use crate::primary::engine::filter::Filter;
 use crate::primary::engine::foreign::Policy;
@@ -56,6 +57,8 @@ pub struct State {
     #[serde(default)]
     hooks: HookOptions,
     #[serde(default)]
+    policies: PolicyOptions,
+    #[serde(default)]
     alerts: AlertOptions,
     #[serde(default)]
     metrics: Option<String>,
@@ -88,6 +91,7 @@ impl State {
             foreign: options.foreign,
             spool: options.spool.clone(),
             hooks: options.hooks.clone(),
+            policies: options.policies.clone(),
             alerts: options.alerts.clone(),
             metrics: options.metrics.as_ref().map(ToString::to_string),
             inline_max: options.inline_max,
@@ -116,6 +120,7 @@ impl State {
             foreign: self.foreign,
             spool: self.spool.clone(),
             hooks: self.hooks.clone(),
+            policies: self.policies.clone(),
             alerts: self.alerts.clone(),
             metrics: self
                 .metrics

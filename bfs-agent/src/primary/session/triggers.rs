@@ -124,7 +124,7 @@ impl Work {
     }
 
     /// Takes in writes that have no record yet, if there may be any.
-    fn take_runs(&mut self) {
+    pub(super) fn take_runs(&mut self) {
         self.since.looked = Instant::now();
         let went_on = self.link.went_on();
         if went_on == self.since.went_on {

@@ -22,6 +22,7 @@ use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{self, Inbound, Replies, Reply, State, WaitFor};
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::{CheckpointError, Engine, RECENT_NS, Request, Stop, Taken};
+use crate::primary::policies::Policies;
 use crate::primary::ship::Progress;
 
 /// Records wait at most this long for their batch, unless a checkpoint or a command comes: each batch is
@@ -31,6 +32,8 @@ const FLUSH_EVERY: Duration = Duration::from_millis(100);
 const FLUSH_SOON: Duration = Duration::from_millis(10);
 /// How often is looked at what was lost, and forgotten what is old.
 const CARE_EVERY: Duration = Duration::from_millis(200);
+/// How often files with followers are read, where there are any.
+const FOLLOW_EVERY: Duration = Duration::from_millis(50);
 /// How long the end of `run` waits for the backup's files once the checkpoint is confirmed.
 const APPLIED_WAIT: Duration = Duration::from_secs(10);
 /// How long it waits for the spool, where that is to keep what the backup did not take in time.
@@ -91,6 +94,7 @@ pub struct Beside {
 /// A session at work.
 pub struct Work {
     pub(super) options: SessionOptions,
+    pub(super) policies: Policies,
     _server: control::Server,
     pub(super) inbound: mpsc::Receiver<Inbound>,
     pub(super) engine: Engine,
@@ -113,6 +117,7 @@ pub struct Work {
     had_all: Instant,
     last_flush: Instant,
     last_care: Instant,
+    last_followed: Instant,
     pub(super) since: Since,
     look: Duration,
     pub(super) stop_asked: Option<(Replies, Duration)>,
@@ -125,6 +130,7 @@ impl Work {
     #[allow(clippy::too_many_arguments, reason = "the parts that a session is made of, once")]
     pub(super) fn new(
         options: SessionOptions,
+        policies: Policies,
         server: control::Server,
         inbound: mpsc::Receiver<Inbound>,
         engine: Engine,
@@ -137,6 +143,7 @@ impl Work {
         let since = Since::new(now, &options.schedule);
         Self {
             options,
+            policies,
             _server: server,
             inbound,
             engine,
@@ -157,6 +164,7 @@ impl Work {
             had_all: now,
             last_flush: now,
             last_care: now,
+            last_followed: now,
             since,
             look: LOOK_MIN,
             stop_asked: None,
@@ -172,6 +180,7 @@ impl Work {
         // Short pauses are meant as they are said: the default slack is 50 us (prctl(2)).
         // SAFETY: sets a number of this thread, touches no memory.
         unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000 as libc::c_ulong, 0, 0, 0) };
+        self.say_policies();
         if self.tally.taken == 0 {
             self.scheduled("start");
         }
@@ -253,6 +262,10 @@ impl Work {
         let wait = if filling { FLUSH_SOON } else { FLUSH_EVERY };
         if self.engine.needs_flush() && self.last_flush.elapsed() >= wait {
             self.flush();
+        }
+        if self.last_followed.elapsed() >= FOLLOW_EVERY {
+            self.last_followed = Instant::now();
+            self.tend_followers();
         }
         self.link.release_ring();
         self.look_at_runs();

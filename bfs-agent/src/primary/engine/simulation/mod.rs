@@ -18,6 +18,7 @@ use super::host::Host;
 use super::model::{FileSystems, Model};
 use super::outbox::Outbox;
 use super::{Engine, Request, Stop};
+use crate::policy::{Backup as Class, Policy, Table};
 use backup::Backup;
 use border::Border;
 use fs::{Fs, ROOT};
@@ -102,6 +103,17 @@ fn sent_by_two_agents(adopts: bool) -> Vec<usize> {
     sent
 }
 
+/// In some runs all files have followers: what is read for these between checkpoints changes none of them.
+fn followed(seed: u64) -> Table {
+    let classes: &[Class] = match seed % 3 {
+        0 => &[Class::Write],
+        1 => &[Class::Close],
+        _ => &[],
+    };
+    let policies = classes.iter().map(|class| Policy { backup: *class, ..Policy::new("*").unwrap() });
+    Table::new(policies.collect()).unwrap()
+}
+
 fn run(seed: u64) -> (u32, u32) {
     let mut world = World::new(seed, 1 + (seed % 4) as usize, 250);
     // Some of the tree is there before, and the program runs while it is copied first.
@@ -111,6 +123,8 @@ fn run(seed: u64) -> (u32, u32) {
     let mut backup = Backup::default();
     let border = Border::of(seed);
     let (mut engine, mut base) = begin(&mut world, border, &backup, CheckpointId(0), false);
+    let policies = followed(seed);
+    engine.set_policies(&policies, true);
     world.stops = 0;
     world.asynchronous = seed.is_multiple_of(3);
     let mut checkpoints = 0;
@@ -138,6 +152,10 @@ fn run(seed: u64) -> (u32, u32) {
         }
         if world.random.next(2) == 0 {
             engine.drain(&mut world).unwrap();
+            engine.flush(&mut world).unwrap();
+        }
+        if checkpoints > 0 && !policies.is_empty() && world.random.next(2) == 0 {
+            engine.follow_now(&mut world).unwrap();
             engine.flush(&mut world).unwrap();
         }
         let stop = if world.random.next(6) == 0 { Stop::Hold } else { Stop::IfNeeded };
@@ -184,6 +202,7 @@ fn run(seed: u64) -> (u32, u32) {
             }
             let adopts = seed.is_multiple_of(4);
             (engine, base) = begin(&mut world, border, &backup, taken.checkpoint, adopts);
+            engine.set_policies(&policies, true);
         }
     }
     (checkpoints, world.stops)
