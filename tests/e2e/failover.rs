@@ -408,3 +408,124 @@ fn shares(file: &Path) -> bool {
     let done = std::process::Command::new("filefrag").arg("-v").arg(file).output().unwrap();
     String::from_utf8_lossy(&done.stdout).contains("shared")
 }
+
+/// Appends numbered lines at full speed, wherever it finds its files; each time it goes on where they end.
+fn counting(hosts: &Hosts, name: &str) -> Vec<String> {
+    let place = &hosts.host(name).place;
+    let script = format!(
+        "cd '{}' && n=$(wc -l < journal) && touch '{}'; \
+         while :; do n=$((n+1)); echo $n >> journal; echo $n > last.new; mv last.new last; done",
+        place.data.display(),
+        place.aux.join("ready").display()
+    );
+    ["sh", "-c", &script].map(str::to_owned).to_vec()
+}
+
+/// The primary changes hosts there and back while the program works as fast as it can: no line is lost, ever.
+#[test]
+fn the_primary_changes_hosts_under_load_and_nothing_is_lost() {
+    const ENDED_BY_TERM: i32 = 143;
+    let mut hosts = Hosts::new("switch").unwrap();
+    furnish(&hosts.a.data());
+    fs::write(hosts.a.data().join("journal"), "").unwrap();
+    hosts.serve("b").unwrap();
+    hosts.pair("a", "b", &[]).unwrap();
+    let mut lines = 0;
+    for round in 0..rounds(6, 20) {
+        let (from, to) = if round % 2 == 0 { ("a", "b") } else { ("b", "a") };
+        // The store stays on b: its own agent comes over a socket of the host.
+        let backup = match from {
+            "a" => hosts.b.destination(),
+            _ => format!("unix:{}", hosts.b.store().join("replayer.sock").display()),
+        };
+        let command = counting(&hosts, from);
+        hosts.run(from, &backup, &command).unwrap();
+        hosts.said(&mut hosts.agent(from, "checkpoint")).unwrap();
+        let journal = hosts.host(from).data().join("journal");
+        let grown = |more: u64| fs::metadata(&journal).unwrap().len() > more;
+        let before = fs::metadata(&journal).unwrap().len();
+        until("the program to write", SOON, || grown(before + 2_000).then_some(())).unwrap();
+
+        let told = hosts.said(hosts.agent(from, "switchover").args(["--to", &backup])).unwrap();
+        assert!(told.contains("nothing is behind it"), "{told}");
+        assert_eq!(hosts.ended(from).unwrap(), ENDED_BY_TERM);
+        let mut promote = if to == "b" {
+            hosts.replayer("b", "promote")
+        } else {
+            if round == 1 {
+                hosts.pair("a", "b", &["--group", &hosts.group, "--may", "write,read,administrate"]).unwrap();
+            }
+            let mut promote = hosts.a.command(binary("bfs-replayer"));
+            promote.args(["promote", "--group", &hosts.group, "--connect", &hosts.b.destination(), "--keys"]);
+            promote.arg(hosts.a.own.join("keys"));
+            promote
+        };
+        let _ = fs::remove_dir_all(hosts.host(to).data());
+        let told = hosts.said(promote.args(["--to", "/"])).unwrap();
+        assert!(!told.contains("left out"), "{told}");
+        equal(&hosts.host(from).data(), &hosts.host(to).data(), &format!("switchover {round} to {to}"));
+        let text = fs::read_to_string(hosts.host(to).data().join("journal")).unwrap();
+        let now = text.lines().count();
+        assert!(text.lines().enumerate().all(|(at, line)| line == (at + 1).to_string()), "a line is lost");
+        assert!(now > lines, "{now} lines after {lines}");
+        lines = now;
+    }
+    println!("{lines} lines, none lost");
+    // Whoever was primary is fenced, also when it is started again with what it has.
+    let last = if rounds(6, 20).is_multiple_of(2) { "b" } else { "a" };
+    let backup = match last {
+        "a" => hosts.b.destination(),
+        _ => format!("unix:{}", hosts.b.store().join("replayer.sock").display()),
+    };
+    let command = counting(&hosts, last);
+    let refused = hosts.run(last, &backup, &command).unwrap_err().to_string();
+    assert!(refused.contains("FENCED"), "{refused}");
+}
+
+/// A program that does not end: nothing has changed, and it is followed as before. Then it is rolled back on the new primary
+/// to what it was on the old one.
+#[test]
+fn a_switchover_that_does_not_come_about_changes_nothing() {
+    let (mut hosts, mut kept) = begin("switch-not");
+    fs::write(hosts.a.data().join("sub/table"), "later").unwrap();
+    let later = kept.take(&hosts, "a");
+    let destination = hosts.b.destination();
+    let other = hosts.output(hosts.agent("a", "switchover").args(["--to", "tcp://10.77.0.9:1"])).unwrap();
+    assert_eq!(other.status.code(), Some(64), "{}", String::from_utf8_lossy(&other.stderr));
+    let mut waits = hosts.agent("a", "switchover");
+    let waited = hosts.output(waits.args(["--to", &destination, "--wait", "--timeout", "1s"])).unwrap();
+    let said = String::from_utf8_lossy(&waited.stderr).into_owned();
+    assert!(waited.status.code() == Some(74) && said.contains("did not end"), "{said}");
+    fs::write(hosts.a.data().join("still"), "followed").unwrap();
+    kept.take(&hosts, "a");
+    hosts.b.wire(false).unwrap();
+    let away = until("the agent to see that", SOON, || {
+        let status = hosts.status("a").ok()?;
+        (status["destinations"][0]["connected"] == false)
+            .then(|| hosts.output(hosts.agent("a", "switchover").args(["--to", &destination])).unwrap())
+    })
+    .unwrap();
+    let said = String::from_utf8_lossy(&away.stderr).into_owned();
+    assert!(!away.status.success() && said.contains("left alone"), "{said}");
+    hosts.b.wire(true).unwrap();
+    until("the wire to be mended", SOON, || {
+        hosts.status("a").ok().filter(|status| status["destinations"][0]["connected"] == true)
+    })
+    .unwrap();
+    hosts.said(hosts.agent("a", "switchover").args(["--to", &destination])).unwrap();
+    assert_eq!(hosts.ended("a").unwrap(), 143);
+    promote(&hosts, "b", &[]);
+    run_on_b(&mut hosts);
+    fs::write(hosts.b.data().join("sub/table"), "on b").unwrap();
+    fs::remove_file(hosts.b.data().join("one")).unwrap();
+    kept.take(&hosts, "b");
+    assert_eq!(hosts.finish("b").unwrap(), 0);
+    // What the old primary had, on the new one.
+    let mut back = hosts.agent("b", "rollback");
+    back.args(["--to", &later.to_string(), "--path"]).arg(&hosts.b.place.data).arg("--keys");
+    back.arg(hosts.b.own.join("keys")).arg("--spool").arg(hosts.b.own.join("spool")).arg("--backup");
+    hosts.said(back.arg(format!("unix:{}", hosts.b.store().join("replayer.sock").display()))).unwrap();
+    let then = &kept.0.iter().find(|(number, _)| *number == later).unwrap().1;
+    equal(then, &hosts.b.data(), "brought back on the new primary");
+    kept.all_equal(&hosts, "b", "after going back");
+}

@@ -281,6 +281,30 @@ enum Command {
         #[arg(long)]
         include_foreign: bool,
     },
+    /// Hand over to another host without loss: end the program, take and confirm the last checkpoint, end the agent
+    ///
+    /// Example:
+    ///   bfs-agent switchover --to tcp://backup.example:7400
+    ///
+    /// The processes get SIGTERM. When they do not end within the time, nothing has changed and they are followed as before.
+    /// Then, on the other host: `bfs-replayer promote`.
+    #[command(verbatim_doc_comment)]
+    Switchover {
+        #[command(flatten)]
+        target: Target,
+        /// The destination that becomes the primary, as given to --backup
+        #[arg(long, value_name = "DEST")]
+        to: Destination,
+        /// Wait until the program ends by itself
+        #[arg(long, conflicts_with = "kill")]
+        wait: bool,
+        /// Kill what has not ended 5 s after SIGTERM
+        #[arg(long)]
+        kill: bool,
+        /// How long, altogether
+        #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+        timeout: Duration,
+    },
     /// Keep what this host has, after the backup was promoted and another host is the primary
     ///
     /// Example:
@@ -544,6 +568,10 @@ fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
             let options = SessionOptions { going_back, ..options.check()? };
             options.no_filter("rollback")?;
             session::rollback(options, to, dry_run, &inherited)
+        }
+        Command::Switchover { target, to, wait, kill, timeout } => {
+            asks(inherited)?;
+            commands::switchover(&target, &to, (!wait, kill), timeout)
         }
         Command::Surplus { options } => session::surplus(options.check()?, &inherited),
         Command::Stop { target, timeout } => {

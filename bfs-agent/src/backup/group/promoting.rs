@@ -16,6 +16,9 @@ use super::{Group, Slot, State, locked};
 
 /// An agent that was silent for so long does not answer any more; it pings each second.
 const ANSWERS: Duration = Duration::from_secs(5);
+/// Longest name of a host, and longest path, in bytes.
+const HOST_MAX: usize = 255;
+const PATH_MAX: usize = 4096;
 /// Between two notes that a fenced primary came.
 const NOTE_EVERY_NS: i64 = 60_000_000_000;
 
@@ -90,8 +93,12 @@ impl Drop for Standing<'_> {
     fn drop(&mut self) {
         let mut state = self.group.state();
         state.promoting = false;
-        if state.slot.is_none() {
-            state.slot = self.before.take();
+        // Its connection may have ended meanwhile: then nobody would ever give the slot back.
+        if state.slot.is_none()
+            && let Some(before) = self.before.take()
+            && Arc::strong_count(&before.fenced) > 1
+        {
+            state.slot = Some(before);
         }
         drop(state);
         self.group.slot_free.notify_waiters();
@@ -104,11 +111,19 @@ impl Group {
     /// # Errors
     /// Why not. Then nothing has changed, but an agent that was connected may have to connect again.
     pub async fn promote(self: &Arc<Self>, by: Promoter, force: bool) -> Result<Frame, Refusal> {
+        if by.host.len() > HOST_MAX || by.to.0.len() > PATH_MAX || !by.to.as_path().is_absolute() {
+            return Err(Refusal::Bad("a promotion needs the name of a host and an absolute path".into()));
+        }
+        if self.progress.borrow().confirmed == CheckpointId(0) {
+            let why = format!("group {:?} has no confirmed checkpoint to promote", self.name);
+            return Err(Refusal::Bad(why));
+        }
         let mut standing = {
             let mut state = self.state();
             if let Some(row) = state.history()
                 && row.history.by == by
                 && state.gate.position.epoch < row.epoch
+                && row.history.at == self.progress.borrow().confirmed
             {
                 return Ok(promoted(&state, row.history.clone()));
             }
@@ -124,12 +139,6 @@ impl Group {
         };
         self.drain().await?;
         let at = self.progress.borrow().confirmed;
-        if at == CheckpointId(0) {
-            return Err(Refusal::Bad(format!(
-                "group {:?} has no confirmed checkpoint to promote",
-                self.name
-            )));
-        }
         let (group, wanted) = (self.clone(), by);
         let begun = tokio::task::spawn_blocking(move || group.begin_history(at, wanted)).await;
         let row =
@@ -153,11 +162,18 @@ impl Group {
         let mut hasher = blake3::Hasher::new_derive_key("bfs 2026 history v1");
         hasher.update(&parent).update(&row.granted.0.to_le_bytes()).update(&since_ns.to_le_bytes());
         hasher.update(&by.writer.0).update(by.host.as_bytes());
-        let mut history = [0; 16];
-        history.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        let mut id = [0; 16];
+        id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
         let stage = PromoteStage::Fenced;
-        let history = History { history, parent, at, since_ns, by, stage, refused_ns: None };
-        self.index.begin_history(&self.name, history)
+        let history = History { history: id, parent, at, since_ns, by, stage, refused_ns: None };
+        match self.index.begin_history(&self.name, history) {
+            // A transaction that was said to have failed may stand there.
+            Err(error) => match self.index.group(&self.name) {
+                Ok(row) if row.histories.last().is_some_and(|last| last.history.history == id) => Ok(row),
+                _ => Err(error),
+            },
+            begun => begun,
+        }
     }
 
     /// Notes how far a promotion is, durably. Blocks on the disk.

@@ -2,11 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::check::Checks;
 use super::{PathChange, Target, show};
 use crate::cli::sayln;
+use crate::net::Destination;
 use crate::primary::control::{Client, Reply, Request, VerifyReport, WaitFor, default_socket, milliseconds};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::{self, Inherited};
@@ -189,6 +190,51 @@ pub(super) fn change_path(change: &PathChange, add: bool) -> Result<u8, Failure>
 
 pub(super) fn paths(target: &Target) -> Result<u8, Failure> {
     connect(target)?.status()?.roots.iter().try_for_each(|root| print(root))?;
+    Ok(0)
+}
+
+/// Between two looks whether an agent has ended.
+const END_LOOK: Duration = Duration::from_millis(50);
+/// How long that may take when it has said so.
+const END_WAIT: Duration = Duration::from_secs(30);
+
+/// Ends program and agent with everything on the backup.
+pub(super) fn switchover(
+    target: &Target,
+    to: &Destination,
+    (signal, kill): (bool, bool),
+    timeout: Duration,
+) -> Result<u8, Failure> {
+    let status = connect(target)?.status()?;
+    let known: Vec<_> = status.destinations.iter().map(|known| known.address.as_str()).collect();
+    if !known.contains(&to.to_string().as_str()) {
+        let message = format!("group {:?} has no destination {to}", status.group);
+        return Err(Failure::new(Kind::Usage, message, format!("give --to {}", known.join(" or --to "))));
+    }
+    let request = Request::Switchover { timeout_ms: milliseconds(timeout), signal, kill };
+    let checkpoint = match ask(target, &request)? {
+        Reply::Ended { checkpoint, reached: Some(WaitFor::Confirmed | WaitFor::Applied), .. } => checkpoint,
+        Reply::Ended { checkpoint, .. } => {
+            return Err(Failure::new(
+                Kind::NotConfirmed,
+                format!(
+                    "the program has ended, but the last checkpoint ({checkpoint}) is not confirmed by {to}"
+                ),
+                "do not promote it yet: start the program here again, or `bfs-agent flush` when the backup is there",
+            ));
+        }
+        other => return Err(unexpected(&other)),
+    };
+    // Its connection ends with it: until then the replayer would say that the primary answers.
+    let deadline = Instant::now() + END_WAIT;
+    while connect(target).is_ok() && Instant::now() < deadline {
+        std::thread::sleep(END_LOOK);
+    }
+    print(&format!(
+        "the program has ended; checkpoint {checkpoint} is confirmed by {to}, and nothing is behind it\n\
+         on that host: bfs-replayer promote --store STORE --group {} --to /",
+        status.group
+    ))?;
     Ok(0)
 }
 

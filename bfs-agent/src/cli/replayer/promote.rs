@@ -153,7 +153,7 @@ fn refused(error: ReadError, promote: &Promote, to: &Path) -> anyhow::Error {
         return error;
     }
     error.context(format!(
-        "the primary is alive: for a planned change end the program there first; \
+        "the primary is alive: for a planned change `bfs-agent switchover --group {0} --to DEST` there first; \
          `bfs-replayer promote --group {0} --to {1} --force` fences it, and what it has not sent yet stays behind",
         promote.from.group(),
         to.display()

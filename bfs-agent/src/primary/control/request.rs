@@ -166,6 +166,15 @@ pub enum Request {
         /// How long, altogether.
         timeout_ms: u64,
     },
+    /// End the selected processes, and then do as for [`Request::Stop`]: the backup can be promoted, and nothing is lost.
+    Switchover {
+        /// How long, altogether.
+        timeout_ms: u64,
+        /// Send them SIGTERM; else they are waited for.
+        signal: bool,
+        /// Kill those that have not ended 5 s later.
+        kill: bool,
+    },
     /// Take a last checkpoint, wait for it, and end. Answered by [`Reply::Ended`](super::Reply::Ended), as late as
     /// possible.
     Stop {
@@ -175,7 +184,7 @@ pub enum Request {
 }
 
 /// The names of all requests.
-const KNOWN: [&str; 16] = [
+const KNOWN: [&str; 17] = [
     "status",
     "checkpoint",
     "checkpoint_stopped",
@@ -191,6 +200,7 @@ const KNOWN: [&str; 16] = [
     "policy_suspend",
     "policy_resume",
     "policy_delete",
+    "switchover",
     "stop",
 ];
 
@@ -293,6 +303,11 @@ impl Request {
                     _ => Self::PolicyDelete { pattern, timeout_ms },
                 }
             }
+            "switchover" => Self::Switchover {
+                timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)?,
+                signal: fields.optional("signal")?.unwrap_or(true),
+                kill: fields.optional("kill")?.unwrap_or_default(),
+            },
             "stop" => Self::Stop { timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)? },
             _ => {
                 let near = did_you_mean(nearest(&KNOWN, &name));
@@ -312,6 +327,7 @@ impl Request {
             | Self::ReportUpdate { timeout_ms, .. }
             | Self::Recover { timeout_ms, .. }
             | Self::Stop { timeout_ms }
+            | Self::Switchover { timeout_ms, .. }
             | Self::Flush { timeout_ms }
             | Self::PathAdd { timeout_ms, .. }
             | Self::PathRemove { timeout_ms, .. }
@@ -526,6 +542,7 @@ mod tests {
             Request::PolicySuspend { pattern: "/a".into(), timeout_ms },
             Request::PolicyResume { pattern: "/a".into(), timeout_ms },
             Request::PolicyDelete { pattern: "/a".into(), timeout_ms },
+            Request::Switchover { timeout_ms, signal: false, kill: true },
             Request::Stop { timeout_ms },
         ];
         let mut names = std::collections::BTreeSet::new();

@@ -186,6 +186,9 @@ impl Work {
             Command::PolicyDelete { pattern, timeout_ms } => {
                 self.change_policy(&PolicyAsk::Delete(pattern), millis(timeout_ms), replies);
             }
+            Command::Switchover { timeout_ms, signal, kill } => {
+                self.begin_switching(millis(timeout_ms), (signal, kill), replies);
+            }
             Command::Stop { timeout_ms } => self.stop_asked = Some((replies, millis(timeout_ms))),
         }
     }

@@ -21,6 +21,7 @@ mod select;
 mod state;
 mod status;
 mod surplus;
+mod switching;
 mod triggers;
 mod work;
 

@@ -386,7 +386,7 @@ pub fn rollback(
 }
 
 /// Sends a signal to all selected processes.
-fn send(probes: &Probes, signal: i32) {
+pub(super) fn send(probes: &Probes, signal: i32) {
     for process in probes.selected_processes().unwrap_or_default() {
         // SAFETY: a system call without pointers. One that ended meanwhile is an error that says nothing.
         unsafe { libc::kill(process as i32, signal) };

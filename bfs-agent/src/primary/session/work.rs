@@ -15,6 +15,7 @@ use super::comparing::Comparisons;
 use super::hooks::Hooks;
 use super::link::Link;
 use super::recoveries::Recovery;
+use super::switching::Switching;
 use super::triggers::Since;
 use crate::backup::ReplayerHandle;
 use crate::net::Scrape;
@@ -121,6 +122,8 @@ pub struct Work {
     pub(super) since: Since,
     look: Duration,
     pub(super) stop_asked: Option<(Replies, Duration)>,
+    /// Somebody waits for the end of the program.
+    pub(super) switching: Option<Switching>,
     pub(super) comparisons: Comparisons,
     pub(super) recovery: Option<Recovery>,
     _beside: Beside,
@@ -168,6 +171,7 @@ impl Work {
             since,
             look: LOOK_MIN,
             stop_asked: None,
+            switching: None,
             comparisons: Comparisons::new(),
             recovery: None,
             _beside: beside,
@@ -200,6 +204,7 @@ impl Work {
     pub(super) fn turn(&mut self) {
         self.tend_hooks();
         self.tend_alerts();
+        self.tend_switching();
         self.capture();
         if self.detached.is_none()
             && let Some(trigger) = self.due()
@@ -370,7 +375,10 @@ impl Work {
             self.let_go(held);
         }
         self.end_hooks();
-        let asked = self.stop_asked.take();
+        // The command of `run` may have ended before it was seen that all processes have.
+        let switching = self.switching.take();
+        let left = |s: Switching| (s.replies, s.deadline.saturating_duration_since(Instant::now()));
+        let asked = self.stop_asked.take().or(switching.map(left));
         let limit = asked.as_ref().map_or(self.options.final_wait, |a| a.1);
         let deadline = Instant::now() + limit;
         let taken = self.with_hooks("end", |work| work.take_last(deadline));
