@@ -15,7 +15,9 @@ use super::resolve::Way;
 
 /// What a covered call that was running at the instant touched, and when it ended.
 pub(super) struct Crossing {
-    pub tid: u32,
+    /// The task whose other calls came before or after it. None for a run of writes: what its record tells may have
+    /// been seen at the end of a later call of the same task.
+    pub tid: Option<u32>,
     pub touches: Things,
     pub until_ns: u64,
 }
@@ -99,7 +101,7 @@ impl Engine {
         self.deferred_touches(host).iter().any(|(span, touches)| {
             crossing
                 .iter()
-                .filter(|c| c.tid != span.tid && span.start_ns <= c.until_ns)
+                .filter(|c| c.tid != Some(span.tid) && span.start_ns <= c.until_ns)
                 .any(|c| c.touches.iter().any(|a| touches.iter().any(|b| self.share(a, b))))
         })
     }

@@ -572,7 +572,8 @@ impl Engine {
             if matches!(act, Act::Create { .. }) {
                 touches = self.cut_touches(&act, &way);
             }
-            crossing.push(Crossing { tid: span.tid, touches, until_ns });
+            let tid = (!matches!(parsed, Event::Run { .. })).then_some(span.tid);
+            crossing.push(Crossing { tid, touches, until_ns });
             return Ok(());
         }
         self.consume(event, host)
