@@ -32,7 +32,11 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     /// Install what is missing: the eBPF compiler and linker, the programs that the tests use.
-    Setup,
+    Setup {
+        /// Also a CRIU that works on this kernel, as target/criu/criu: for --with-process, and its tests.
+        #[arg(long)]
+        criu: bool,
+    },
     /// Build the probes only.
     Ebpf,
     /// Format, lints, unit tests, end-to-end tests. Ends with a line "N passed, N failed".
@@ -103,7 +107,12 @@ fn main() -> anyhow::Result<ExitCode> {
             return kernels::test(&versions);
         }
         Task::Test { long, filter, .. } => return test::test(long, filter.as_deref()),
-        Task::Setup => setup::setup()?,
+        Task::Setup { criu } => {
+            setup::setup()?;
+            if criu {
+                setup::criu()?;
+            }
+        }
         Task::Ebpf => {
             setup::setup()?;
             ebpf::build()?;

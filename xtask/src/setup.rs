@@ -59,6 +59,56 @@ pub fn setup() -> Result<()> {
     bpffs()
 }
 
+/// Provides a CRIU that works on this kernel, as `target/criu/criu`: the one that is installed where that does, else
+/// Debian's of a newer release in a folder of its own, started by its own loader with its own libraries.
+pub fn criu() -> Result<()> {
+    let folder = target().join("criu");
+    let launcher = folder.join("criu");
+    let works = |program: &Path| {
+        Command::new(program).arg("check").output().is_ok_and(|checked| checked.status.success())
+    };
+    if works(&launcher) {
+        return Ok(());
+    }
+    std::fs::create_dir_all(&folder)?;
+    let script = match find("criu", &["/usr/sbin".into()]).filter(|installed| works(installed)) {
+        Some(installed) => format!("#!/bin/sh\nexec {} \"$@\"\n", installed.display()),
+        None => {
+            println!("setup: no CRIU that works on this kernel (it dumps and restores processes)");
+            ensure!(is_root(), "unpacking one needs root: run `cargo xtask setup --criu` as root");
+            install(
+                &mut Apt::default(),
+                &[("debootstrap", "debootstrap", "unpacks packages of a newer release")],
+            )?;
+            let root = folder.join("root");
+            println!("setup: debootstrap trixie with criu (into {})", root.display());
+            if root.exists() {
+                std::fs::remove_dir_all(&root)?;
+            }
+            quiet(
+                Command::new("debootstrap")
+                    .args(["--variant=minbase", "--include=criu", "trixie"])
+                    .arg(&root),
+            )?;
+            let at = root.display();
+            format!(
+                "#!/bin/sh\nexec {at}/lib64/ld-linux-x86-64.so.2 --library-path \
+                 {at}/usr/lib/x86_64-linux-gnu:{at}/lib/x86_64-linux-gnu {at}/usr/sbin/criu \"$@\"\n"
+            )
+        }
+    };
+    std::fs::write(&launcher, script)?;
+    std::fs::set_permissions(&launcher, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let checked = Command::new(&launcher).arg("check").output()?;
+    ensure!(
+        checked.status.success(),
+        "{} check: {}",
+        launcher.display(),
+        String::from_utf8_lossy(&checked.stderr)
+    );
+    Ok(())
+}
+
 /// `cargo install` of a program into a folder below target/.
 fn installation(name: &str, version: &str) -> Command {
     let mut command = cargo();

@@ -51,7 +51,7 @@ pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
     let mut totals = Totals::default();
     let mut parts = Parts::default();
     // The tests load probes: where nothing can be installed or loaded, this is where it ends.
-    totals.add(parts.time("setup", || report("setup", setup::setup())));
+    totals.add(parts.time("setup", || report("setup", setup::setup().and_then(|()| setup::criu()))));
     totals.add(parts.time("tidy", || report("tidy", tidy::tidy())));
     totals.add(parts.time("format", || {
         let mut both = step(cargo().args(["fmt", "--all", "--check"]));

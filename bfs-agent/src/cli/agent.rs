@@ -1,17 +1,19 @@
 //! Command line of `bfs-agent`: what can be written, and where it goes.
 //!
-//! The arguments are here and in `options`, so that `--help` can be read in one place; `commands` asks a running
-//! agent and prints, `show` puts a status into words. Exit statuses are those of
+//! The arguments are here and in `options`, so that `--help` can be read in one place; `dispatch` does what a command
+//! line asks, `commands` asks a running agent and prints, `show` puts a status into words. Exit statuses are those of
 //! [`Kind`](crate::primary::failure::Kind), listed in [`STATUSES`].
 
 mod check;
 mod commands;
 mod config;
+mod dispatch;
 mod groups;
 mod hooks;
 mod keys;
 mod options;
 mod policies;
+mod process;
 mod show;
 mod spool;
 mod watching;
@@ -30,8 +32,8 @@ use crate::net::Destination;
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
 use crate::primary::schedule::parse_time;
-use crate::primary::session::{self, GoingBack, SessionOptions, Whom};
-use crate::primary::{preflight, stop::guard};
+use crate::primary::{contained, stop::guard};
+use dispatch::dispatch;
 use options::Options;
 
 /// Exit statuses, for `--help`.
@@ -103,6 +105,8 @@ enum Command {
         /// Bring back also what other processes changed
         #[arg(long, requires = "rollback_on_failure")]
         include_foreign: bool,
+        #[command(flatten)]
+        process: process::Process,
         /// The command and its arguments
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
@@ -258,14 +262,17 @@ enum Command {
     ///
     /// The program must have ended. The present state is kept, too, as a checkpoint of its own; what
     /// is brought back becomes the next one. Also finishes a rollback that was interrupted.
+    ///
+    /// Where an agent runs that keeps process state (`run --with-process`), it does this instead: what is left of the
+    /// processes is ended, and they go on as they were at that checkpoint.
     #[command(verbatim_doc_comment)]
     Rollback {
         #[command(flatten)]
         options: Options,
         /// Which: its number, tag:NAME, or a time (UTC) like 2026-11-21T14:05:00, which takes the
         /// last one up to then [default: the newest]
-        #[arg(long, value_name = "N|TIME|tag:NAME")]
-        to: Option<At>,
+        #[arg(long, value_name = "N|TIME|tag:NAME", value_parser = parse_at)]
+        to: Option<(String, At)>,
         /// Only list what would be done
         #[arg(long)]
         dry_run: bool,
@@ -391,6 +398,9 @@ enum Command {
     /// Thaws what the agent stopped, should the agent die
     #[command(name = guard::SUBCOMMAND, hide = true)]
     Guard,
+    /// Makes the namespaces of a command that CRIU can restore
+    #[command(name = contained::SUBCOMMAND, hide = true)]
+    Contain,
 }
 
 #[derive(Debug, Subcommand)]
@@ -444,6 +454,11 @@ struct Target {
     socket: Option<PathBuf>,
 }
 
+/// A checkpoint, and how it was written.
+fn parse_at(text: &str) -> Result<(String, At), String> {
+    Ok((text.to_owned(), text.parse()?))
+}
+
 /// The group's name becomes part of file names on both sides.
 fn parse_group(text: &str) -> Result<String, String> {
     let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
@@ -490,122 +505,6 @@ fn complain(failure: &Failure) {
 
 fn later(what: &str, instead: &str) -> Failure {
     Failure::new(Kind::Usage, format!("{what} comes in a later version"), instead)
-}
-
-fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
-    logging();
-    preflight::check_user()?;
-    preflight::check_kernel()?;
-    preflight::check_namespace()?;
-    session::resume(group, inherited)
-}
-
-fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Failure> {
-    // Only what captures keeps the signals; a command that asks is ended by them as usual.
-    let asks = |inherited: Inherited| {
-        inherited
-            .give_back()
-            .map_err(|e| Failure::new(Kind::Other, format!("cannot give the signals back: {e}"), ""))
-    };
-    match command {
-        Command::Run { options, rollback_on_failure, kill_descendants, include_foreign, command } => {
-            let going_back = GoingBack { discard: false, include_foreign, end_processes: kill_descendants };
-            let options = SessionOptions { rollback_on_failure, going_back, ..options.check()? };
-            if rollback_on_failure {
-                options.no_filter("--rollback-on-failure")?;
-                options.no_hooks("--rollback-on-failure")?;
-            }
-            session::run(options, command, inherited)
-        }
-        Command::Attach { options, resume: true, .. } if session::is_left(&options.group.group) => {
-            resume(&options.group.group, inherited)
-        }
-        Command::Attach { options, pid, cgroup, everyone, resume: _ } => {
-            let whom = match cgroup {
-                Some(directory) => Whom::Cgroup(directory),
-                None if everyone => Whom::Everyone,
-                None if pid.is_empty() => {
-                    return Err(Failure::new(
-                        Kind::Usage,
-                        "attach needs somebody to follow",
-                        "add --pid PID, --cgroup DIR or --everyone",
-                    ));
-                }
-                None => Whom::Processes(pid),
-            };
-            session::attach(options.check()?, &whom, &inherited)
-        }
-        Command::Resume { group } => resume(&group.group, inherited),
-        Command::Checkpoint { target, tag, wait, timeout, stopped: false, .. } => {
-            asks(inherited)?;
-            commands::checkpoint(&target, tag, wait.into(), timeout)
-        }
-        Command::Checkpoint { target, tag, wait, timeout, stopped: true, limit, command } => {
-            // The signals stay blocked: Ctrl-C ends CMD, and the processes go on right then.
-            commands::checkpoint_stopped(&target, tag, wait.into(), timeout, limit, &command, &inherited)
-        }
-        Command::Status { target, json, check } => {
-            asks(inherited)?;
-            match check {
-                Some(checks) => commands::check(&target, &checks),
-                None => commands::status(&target, json),
-            }
-        }
-        Command::Flush { target, timeout, spool } => {
-            asks(inherited)?;
-            commands::flush(&target, timeout, &spool.options())
-        }
-        Command::Recover { target, path, at, timeout } => {
-            asks(inherited)?;
-            commands::recover(&target, &path, at.as_deref(), timeout)
-        }
-        Command::Verify { target, timeout, repair } => {
-            asks(inherited)?;
-            commands::verify(&target, timeout, repair)
-        }
-        Command::Rollback { options, to, dry_run, stop, discard, include_foreign } => {
-            let going_back = GoingBack { discard, include_foreign, end_processes: stop };
-            let options = SessionOptions { going_back, ..options.check()? };
-            options.no_filter("rollback")?;
-            session::rollback(options, to, dry_run, &inherited)
-        }
-        Command::Switchover { target, to, wait, kill, timeout } => {
-            asks(inherited)?;
-            commands::switchover(&target, &to, (!wait, kill), timeout)
-        }
-        Command::Surplus { options } => session::surplus(options.check()?, &inherited),
-        Command::Stop { target, timeout } => {
-            asks(inherited)?;
-            commands::stop(&target, timeout)
-        }
-        Command::Path { what } => {
-            asks(inherited)?;
-            match what {
-                PathCommand::Add(change) => commands::change_path(&change, true),
-                PathCommand::Remove(change) => commands::change_path(&change, false),
-                PathCommand::List { target } => commands::paths(&target),
-            }
-        }
-        Command::Policy { what } => {
-            asks(inherited)?;
-            policies::policy(&what)
-        }
-        Command::Config { what: ConfigCommand::Check { file } } => {
-            asks(inherited)?;
-            groups::check(&file)
-        }
-        Command::Pair { keys, replayer, token } => {
-            asks(inherited)?;
-            keys::pair(&keys.folder(), &replayer, &token)
-        }
-        Command::Key { keys, what } => {
-            asks(inherited)?;
-            keys::key(&keys.folder(), what)
-        }
-        Command::Guard => guard::serve()
-            .map(|()| 0)
-            .map_err(|e| Failure::new(Kind::Other, format!("the guard cannot read its pipe: {e}"), "")),
-    }
 }
 
 /// Messages of the agent itself go to standard error; `BFS_LOG=debug` shows more.

@@ -2,10 +2,12 @@
 
 pub mod capture;
 pub mod clock;
+pub mod contained;
 pub mod control;
 pub mod cron;
 pub mod engine;
 pub mod failure;
+pub mod images;
 pub mod metrics;
 pub mod policies;
 pub mod preflight;

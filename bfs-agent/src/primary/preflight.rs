@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::failure::{Failure, Kind};
+use super::images;
 use super::spool::{self, SpoolOptions};
 use crate::net::Destination;
 
@@ -112,6 +113,21 @@ pub fn check_spool(spool: &SpoolOptions, group: &str, roots: &[PathBuf]) -> Resu
         Some(root) => Err(spool_inside(spool, root)),
         None => Ok(()),
     }
+}
+
+/// The images of processes are not in what is replicated.
+///
+/// # Errors
+/// [`Kind::Path`].
+pub fn check_images(directory: &Path, group: &str, roots: &[PathBuf]) -> Result<(), Failure> {
+    let folder = images::folder(directory, group);
+    overlapping(&real_place(&folder), roots).map_or(Ok(()), |root| {
+        Err(Failure::new(
+            Kind::Path,
+            format!("--path {} overlaps the process images in {}", root.display(), folder.display()),
+            "give another folder with --process-dir DIR, outside of every --path",
+        ))
+    })
 }
 
 /// The refusal of a spool in what is replicated.

@@ -123,7 +123,7 @@ impl Inherited {
     }
 
     /// Async-signal-safe: called between fork and exec.
-    fn restore(&self) {
+    pub(super) fn restore(&self) {
         for signal in &self.ignored {
             // SAFETY: SIG_IGN for a valid signal number; no handler of ours is involved.
             unsafe { libc::signal(*signal, libc::SIG_IGN) };

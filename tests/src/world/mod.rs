@@ -33,6 +33,7 @@ mod cleanup;
 mod commands;
 mod faulty;
 mod keys;
+mod namespaces;
 mod power;
 
 pub use commands::{Dropped, number_in, number_named};
@@ -593,7 +594,11 @@ impl World {
     pub fn program_pid(&self) -> Result<i32> {
         let text = fs::read_to_string(self.place.aux.join("pid")).context("the program was not started")?;
         ensure!(text.ends_with('\n'), "the program's number is not written yet");
-        Ok(text.trim().parse()?)
+        let number = text.trim().parse()?;
+        if self.agent_options.iter().any(|option| option == "--with-process") {
+            return namespaces::outer_number(self.leash.cgroup(), number);
+        }
+        Ok(number)
     }
 
     fn wait_program(&mut self) -> Result<()> {

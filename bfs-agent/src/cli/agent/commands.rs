@@ -147,6 +147,23 @@ pub(super) fn recover(
     Ok(0)
 }
 
+/// Goes back with the processes, where an agent of the group runs that keeps their state; `None` where not.
+pub(super) fn go_back(
+    group: &str,
+    socket: Option<&Path>,
+    at: Option<&str>,
+    timeout: Duration,
+) -> Result<Option<u8>, Failure> {
+    let path = socket.map_or_else(|| default_socket(group), Path::to_owned);
+    let Ok(mut client) = Client::connect(&path) else { return Ok(None) };
+    if client.status()?.process.is_none() {
+        return Ok(None);
+    }
+    let checkpoint = client.go_back(at, timeout)?;
+    print(&format!("files and processes are as at checkpoint {checkpoint}; the processes run"))?;
+    Ok(Some(0))
+}
+
 /// The agent has another working directory.
 fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     std::path::absolute(path)

@@ -42,7 +42,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 28] = [
+const KEYS: [Key; 33] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::Text),
     key("keys", "--keys", Form::Text),
@@ -71,10 +71,24 @@ const KEYS: [Key; 28] = [
     key("rollback_on_failure", "--rollback-on-failure", Form::Flag),
     key("kill_descendants", "--kill-descendants", Form::Flag),
     key("include_foreign", "--include-foreign", Form::Flag),
+    key("with_process", "--with-process", Form::Flag),
+    key("criu", "--criu", Form::Text),
+    key("restart_on_abort", "--restart-on-abort", Form::Numbers),
+    key("process_keep", "--process-keep", Form::Numbers),
+    key("process_dir", "--process-dir", Form::Text),
 ];
 
 /// Keys that belong to `run`.
-const OF_RUN: [&str; 3] = ["rollback_on_failure", "kill_descendants", "include_foreign"];
+const OF_RUN: [&str; 8] = [
+    "rollback_on_failure",
+    "kill_descendants",
+    "include_foreign",
+    "with_process",
+    "criu",
+    "restart_on_abort",
+    "process_keep",
+    "process_dir",
+];
 /// Keys that belong to `attach`.
 const OF_ATTACH: [&str; 4] = ["pid", "cgroup", "everyone", "resume"];
 /// One of them says whom to attach to.

@@ -134,7 +134,7 @@ mod tests {
     fn the_example_is_sound() {
         let text = include_str!("../../../../docs/agent.toml");
         let groups = config::parse(text).unwrap();
-        assert_eq!(groups.len(), 2);
+        assert_eq!(groups.len(), 3);
         for group in &groups {
             command(Path::new("docs/agent.toml"), group)
                 .unwrap_or_else(|failure| panic!("{}", failure.message));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Group, hooks, keys, later, logging, policies, spool, watching, words};
+use super::{Group, commands, hooks, keys, later, logging, policies, spool, watching, words};
 use crate::net::Destination;
 use crate::primary::engine::filter::Filter;
 use crate::primary::failure::{Failure, Kind};
@@ -78,6 +78,11 @@ impl Options {
         self.policies.options()
     }
 
+    /// Has a running agent go back with the processes, if it keeps their state.
+    pub(super) fn go_back(&self, at: Option<&str>) -> Result<Option<u8>, Failure> {
+        commands::go_back(&self.group.group, self.socket.as_deref(), at, self.final_wait)
+    }
+
     /// Everything that can be checked before anything is started.
     pub(super) fn check(self) -> Result<SessionOptions, Failure> {
         logging();
@@ -132,6 +137,7 @@ impl Options {
             metrics,
             rollback_on_failure: false,
             going_back: GoingBack::default(),
+            process: None,
             inline_max: self.inline_max,
             ring_bytes: self.ring_bytes,
         })

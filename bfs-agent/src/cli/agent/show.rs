@@ -6,7 +6,7 @@ use bfs_common::wire::StoreState;
 
 use crate::generation::time_text;
 use crate::primary::control::{
-    CheckpointStatus, ForeignStatus, HookStatus, SpoolStatus, State, Status, VerifyReport,
+    CheckpointStatus, ForeignStatus, HookStatus, ProcessStatus, SpoolStatus, State, Status, VerifyReport,
 };
 
 /// A status for people, first what matters most.
@@ -120,6 +120,9 @@ pub fn status(status: &Status) -> String {
     for text in hooks(&status.hooks) {
         line("hooks", text);
     }
+    if let Some(state) = &status.process {
+        line("processes", process(state));
+    }
     let stops = &status.stops;
     if stops.count > 0 {
         line(
@@ -172,6 +175,27 @@ fn hooks(hooks: &HookStatus) -> Vec<String> {
         lines.push(format!("{} failed; the last: {failure}", hooks.failures));
     }
     lines
+}
+
+/// Process state in checkpoints.
+fn process(state: &ProcessStatus) -> String {
+    let kept = state.kept.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let mut text = if kept.is_empty() {
+        "no checkpoint has their state".to_owned()
+    } else {
+        format!(
+            "checkpoints {kept} have their state ({}, dumped in {})",
+            size(state.last_bytes),
+            duration_us(state.last_us)
+        )
+    };
+    if state.restored > 0 {
+        text.push_str(&format!("; restored {} times", state.restored));
+    }
+    if let Some(failure) = &state.failure {
+        text.push_str(&format!("; {} checkpoints have files only, the last {failure}", state.failed));
+    }
+    text
 }
 
 /// What others than the selected processes changed, where there is anything to tell.

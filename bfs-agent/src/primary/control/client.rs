@@ -211,6 +211,19 @@ impl Client {
         }
     }
 
+    /// Goes back to a checkpoint that has process state (its number, `tag:NAME`, or a time; the newest if `at` is
+    /// `None`), with files and processes; gives the checkpoint.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn go_back(&mut self, at: Option<&str>, timeout: Duration) -> Result<CheckpointId, ClientError> {
+        let request = Request::GoBack { at: at.map(str::to_owned), timeout_ms: milliseconds(timeout) };
+        match self.ask(&request)? {
+            Reply::WentBack { checkpoint } => Ok(checkpoint),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     fn unexpected(&self, reply: &Reply) -> ClientError {
         self.bad(&format!("something else than was asked: {reply:?}"))
     }

@@ -46,6 +46,11 @@ pub enum Reply {
         /// Every checkpoint with a higher number has it so.
         after: CheckpointId,
     },
+    /// Files and processes are as they were, and the processes run.
+    WentBack {
+        /// As at this checkpoint.
+        checkpoint: CheckpointId,
+    },
     /// Everything captured until the request is durable at the destination.
     Flushed {
         /// The last durable record.
@@ -338,10 +343,33 @@ pub struct Status {
     pub foreign: ForeignStatus,
     /// What is run before and after each checkpoint.
     pub hooks: HookStatus,
+    /// Process state in checkpoints; `None` where none is wanted, or the command has not begun.
+    pub process: Option<ProcessStatus>,
     /// Counters.
     pub counters: Counters,
     /// The last thing that went wrong, also when it was overcome.
     pub last_error: Option<String>,
+}
+
+/// Process state in checkpoints (`--with-process`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessStatus {
+    /// Version of CRIU.
+    pub criu: String,
+    /// The checkpoints that have it and can be gone back to.
+    pub kept: Vec<CheckpointId>,
+    /// Dumps that came about.
+    pub dumped: u64,
+    /// Checkpoints that have files only, because the processes could not be dumped.
+    pub failed: u64,
+    /// Why the last of them.
+    pub failure: Option<String>,
+    /// How long the last dump took, within the stop, microseconds.
+    pub last_us: u64,
+    /// Its bytes.
+    pub last_bytes: u64,
+    /// How often the processes were restored.
+    pub restored: u64,
 }
 
 /// Commands that are run before and after each checkpoint.

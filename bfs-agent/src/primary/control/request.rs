@@ -95,6 +95,15 @@ pub enum Request {
         /// How long, altogether.
         timeout_ms: u64,
     },
+    /// Go back to a checkpoint that has process state, with files and processes. Answered by
+    /// [`Reply::WentBack`](super::Reply::WentBack) when the processes run again.
+    GoBack {
+        /// Which checkpoint: its number, `tag:NAME`, or a time; the newest if that is left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        at: Option<String>,
+        /// How long, altogether.
+        timeout_ms: u64,
+    },
     /// Send everything that is captured. Answered by [`Reply::Flushed`](super::Reply::Flushed).
     Flush {
         /// How long to wait.
@@ -184,12 +193,13 @@ pub enum Request {
 }
 
 /// The names of all requests.
-const KNOWN: [&str; 17] = [
+const KNOWN: [&str; 18] = [
     "status",
     "checkpoint",
     "checkpoint_stopped",
     "report_update",
     "recover",
+    "go_back",
     "flush",
     "verify",
     "path_add",
@@ -271,6 +281,9 @@ impl Request {
                 at: fields.at()?,
                 timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
             },
+            "go_back" => {
+                Self::GoBack { at: fields.at()?, timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)? }
+            }
             "flush" => Self::Flush { timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)? },
             "verify" => Self::Verify {
                 timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
@@ -326,6 +339,7 @@ impl Request {
             Self::Checkpoint { timeout_ms, .. }
             | Self::ReportUpdate { timeout_ms, .. }
             | Self::Recover { timeout_ms, .. }
+            | Self::GoBack { timeout_ms, .. }
             | Self::Stop { timeout_ms }
             | Self::Switchover { timeout_ms, .. }
             | Self::Flush { timeout_ms }
@@ -532,6 +546,8 @@ mod tests {
             Request::ReportUpdate { path: path.clone(), offset: None, length: None, timeout_ms },
             Request::Recover { path: path.clone(), at: None, timeout_ms },
             Request::Recover { path: path.clone(), at: Some("tag:x".into()), timeout_ms },
+            Request::GoBack { at: None, timeout_ms },
+            Request::GoBack { at: Some("7".into()), timeout_ms },
             Request::Flush { timeout_ms },
             Request::Verify { timeout_ms, repair: true },
             Request::PathAdd { path: path.clone(), timeout_ms },

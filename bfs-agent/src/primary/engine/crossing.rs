@@ -70,7 +70,14 @@ impl Engine {
             }
             all.push((span, self.cut_touches(&act, &way), Some((act, way))));
         }
+        // What was read since the call began may be what it left behind: led by that, its path leads elsewhere.
+        let read_since = |entry: &(ObjectId, Name), span: Span| {
+            self.reads.after(&Thing::Entry(entry.0, entry.1.clone()), span.start_ns)
+        };
         let resolve_again = |index: usize, span: Span, act: &Act, way: &Way| {
+            if way.winding && way.entries.iter().chain(&way.above).any(|entry| read_since(entry, span)) {
+                return true;
+            }
             // Records stand in the order of their ends: a call that overlaps may stand behind.
             let by_another = |changes: &Earliest| changes.other_before(index, span.end_ns);
             let entry = |entry: &(ObjectId, Name)| {

@@ -151,6 +151,7 @@ impl Work {
             Command::Recover { path, at, timeout_ms } => {
                 self.recover(path, at.as_deref(), millis(timeout_ms), replies);
             }
+            Command::GoBack { at, timeout_ms: _ } => self.ask_to_go_back(at, replies),
             Command::Flush { timeout_ms } => {
                 if let Some(why) = self.is_detached() {
                     return replies.send(why);

@@ -13,9 +13,11 @@ mod mapped;
 mod notes;
 mod paths;
 mod policies;
+mod program;
 mod recoveries;
 mod reports;
 mod requests;
+mod restoring;
 mod rollback;
 mod select;
 mod state;
@@ -28,7 +30,7 @@ mod work;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
 use super::capture::Probes;
@@ -37,7 +39,8 @@ use super::control::WaitFor;
 use super::engine::filter::Filter;
 use super::engine::foreign::Policy;
 use super::failure::{FENCED_HINT, Failure, Kind};
-use super::process::{Held, Inherited, Signals, exit_status, hold, tree_of};
+use super::images::criu::Criu;
+use super::process::{Inherited, Signals, exit_status, tree_of};
 use super::schedule::Schedule;
 use super::spool::SpoolOptions;
 use super::stop::freezer::Freezer;
@@ -51,6 +54,7 @@ use begin::Ground;
 pub use hooks::{HookOptions, LIMIT as HOOK_LIMIT};
 pub use left::flush;
 pub use policies::PolicyOptions;
+pub use program::ProcessOptions;
 pub use rollback::rollback;
 pub use state::group_id;
 use state::{Selection, State};
@@ -94,6 +98,8 @@ pub struct SessionOptions {
     pub rollback_on_failure: bool,
     /// How files are brought back.
     pub going_back: GoingBack,
+    /// `run`: checkpoints have process state as well.
+    pub process: Option<ProcessOptions>,
     /// Longest write whose bytes travel through the ring; `None` for the built-in choice.
     pub inline_max: Option<u64>,
     /// Size of the ring; `None` for the built-in choice.
@@ -154,88 +160,99 @@ pub struct GoingBack {
 /// [`Failure`] when replication could not be started; the command was not run then.
 pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited) -> Result<u8, Failure> {
     let group = options.group.clone();
+    let criu = options.process.as_ref().map(|process| Criu::find(&process.criu)).transpose()?;
     let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
     let ground = Ground::open(options, false)?;
     let probes = ground.load_probes(None)?;
-    let ready = prepare_run(&group, guard, &command, &inherited, &probes);
-    let (freezer, held) = match ready {
+    let ready = program::prepare(&group, guard, &command, &inherited, criu.is_some(), &probes);
+    let (freezer, waiting) = match ready {
         Ok(ready) => ready,
         Err(e) => {
             let _ = probes.unpin();
             return Err(e);
         }
     };
-    let program = command.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    let shown = command.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
     let cgroup = freezer.directory().to_owned();
-    let state = State::new(&ground.options, &program, Selection::Cgroup(cgroup.clone()));
+    let state = State::new(&ground.options, &shown, Selection::Cgroup(cgroup.clone()));
     let back = ground.options.rollback_on_failure;
     let mut work = ground.build(probes, Some(Box::new(freezer)), &state, false)?;
     let before = if back { work.before_command().map(Some) } else { Ok(None) };
     let before = match before {
         Ok(before) => before,
         Err(e) => {
-            held.cancel();
+            waiting.cancel();
             work.close();
             remove_cgroup(&cgroup);
             return Err(e);
         }
     };
-    let mut running = match held.release() {
-        Ok(running) => running,
+    let process = work.options.process.clone();
+    let images = process.as_ref().zip(criu).map(|(process, criu)| (process, criu, group.as_str()));
+    let (mut program, images) = match waiting.release(&command, &cgroup, images) {
+        Ok(begun) => begun,
         Err(e) => {
             work.close();
             remove_cgroup(&cgroup);
-            return Err(e.into());
+            return Err(e);
         }
     };
-    let sender = running.sender()?;
-    let _signals = Signals::start(&inherited, move |received| sender.forward(received))
-        .map_err(|e| cannot("read signals", &e))?;
+    work.images = images;
+    let sent = Arc::new(AtomicI32::new(0));
+    let noted = Arc::clone(&sent);
+    let _signals = program.pass_signals(&inherited, move |signal| noted.store(signal, Ordering::Relaxed))?;
     work.start_hooks(&inherited);
     work.start_alerts(&inherited);
     let mut status = None;
-    work.follow(|| {
-        status = running.wait(Duration::ZERO).ok().flatten();
-        status.is_some()
-    });
+    loop {
+        work.follow(|| {
+            status = program.ended();
+            status.is_some()
+        });
+        match work.go_back_as_asked() {
+            Some(true) => {
+                status = None;
+                continue;
+            }
+            Some(false) => status = program.ended(),
+            None => {}
+        }
+        match status {
+            Some(ended) if work.restarts(ended, sent.load(Ordering::Relaxed)) => {
+                match work.go_back_with_processes(None) {
+                    Ok(to) => eprintln!(
+                        "bfs-agent: the command was ended by a signal; it goes on from checkpoint {to}"
+                    ),
+                    Err(e) => {
+                        eprintln!(
+                            "bfs-agent: the command was ended by a signal and cannot be restored: {}",
+                            e.message
+                        );
+                        break;
+                    }
+                }
+            }
+            _ => break,
+        }
+    }
     // After `stop` nobody knows yet how the command ends: it is left alone.
     let rolled_back = match (before, status.map(exit_status)) {
         (Some(before), Some(failed @ 1..)) => Some(rollback::after_failure(&mut work, before, failed)),
         _ => None,
     };
     let ending = work.finish();
+    if let Some(mut images) = work.images.take() {
+        images.clear();
+    }
     work.close();
     // After `stop` the command goes on without us; its status is still ours.
-    while status.is_none() {
-        status = running.wait(Duration::from_secs(3600))?;
-    }
+    let status = match status {
+        Some(status) => status,
+        None => program.wait()?,
+    };
     remove_cgroup(&cgroup);
-    let command_status = rolled_back.unwrap_or_else(|| status.map_or(0, exit_status));
+    let command_status = rolled_back.unwrap_or_else(|| exit_status(status));
     Ok(final_status(command_status, &ending, &group))
-}
-
-fn prepare_run(
-    group: &str,
-    guard: Guard,
-    command: &[OsString],
-    inherited: &Inherited,
-    probes: &Probes,
-) -> Result<(Freezer, Held), Failure> {
-    let freezer = Freezer::create(group, guard)?;
-    let held = hold(command, inherited)?;
-    // Its threads and children follow by themselves, in the cgroup and in the probes.
-    let ready = freezer
-        .enter(held.pid())
-        .map_err(Failure::from)
-        .and_then(|()| Ok(probes.select_task(held.pid(), held.pid())?));
-    match ready {
-        Ok(()) => Ok((freezer, held)),
-        Err(e) => {
-            held.cancel();
-            remove_cgroup(freezer.directory());
-            Err(e)
-        }
-    }
 }
 
 /// Whom `attach` follows.

@@ -35,7 +35,7 @@ const SHOWN: usize = 20;
 
 /// How long processes have for ending by themselves when they are told to, and for dying.
 const TERM_WAIT: Duration = Duration::from_secs(5);
-const KILL_WAIT: Duration = Duration::from_secs(5);
+pub(super) const KILL_WAIT: Duration = Duration::from_secs(5);
 
 /// Between two looks at something that is waited for.
 const LOOK: Duration = Duration::from_millis(50);

@@ -130,6 +130,8 @@ impl State {
             // Who goes on is not the command's parent: it does not learn how the command ends.
             rollback_on_failure: false,
             going_back: super::GoingBack::default(),
+            // Nor has it the other end of its namespaces.
+            process: None,
             inline_max: self.inline_max,
             ring_bytes: self.ring_bytes,
         })

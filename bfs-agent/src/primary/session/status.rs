@@ -98,6 +98,7 @@ impl Work {
                 stream_bytes,
             },
             hooks: self.hook_status(),
+            process: self.process_status(),
             last_error: self.last_error.clone(),
         }
     }

@@ -23,6 +23,7 @@ use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{self, Inbound, Replies, Reply, State, WaitFor};
 use crate::primary::engine::host::HostError;
 use crate::primary::engine::{CheckpointError, Engine, RECENT_NS, Request, Stop, Taken};
+use crate::primary::images::Images;
 use crate::primary::policies::Policies;
 use crate::primary::ship::Progress;
 
@@ -126,6 +127,12 @@ pub struct Work {
     pub(super) switching: Option<Switching>,
     pub(super) comparisons: Comparisons,
     pub(super) recovery: Option<Recovery>,
+    /// Process state, where it is wanted.
+    pub(super) images: Option<Images>,
+    /// Somebody wants to go back with the processes, to this checkpoint.
+    pub(super) go_back_asked: Option<(Replies, Option<String>)>,
+    /// When the command was restored.
+    pub(super) restarted: Vec<Instant>,
     _beside: Beside,
 }
 
@@ -174,6 +181,9 @@ impl Work {
             switching: None,
             comparisons: Comparisons::new(),
             recovery: None,
+            images: None,
+            go_back_asked: None,
+            restarted: Vec::new(),
             _beside: beside,
         }
     }
@@ -189,7 +199,7 @@ impl Work {
             self.scheduled("start");
         }
         let mut looked = Instant::now();
-        while self.stop_asked.is_none() {
+        while self.stop_asked.is_none() && self.go_back_asked.is_none() {
             if looked.elapsed() >= Duration::from_millis(5) {
                 looked = Instant::now();
                 if ended() {
@@ -323,9 +333,17 @@ impl Work {
             return Err(HostError::NoRoom(why).into());
         }
         let wall_ns = wall_ns();
-        let request = Request { tag: tag.clone(), trigger, wall_ns, stop };
+        let with_images = self.takes_images(stop);
+        if with_images {
+            self.stand_longer();
+        }
+        let held = if with_images { Stop::Hold } else { stop };
+        let request = Request { tag: tag.clone(), trigger, wall_ns, stop: held };
         let went_on = self.link.went_on();
         let taken = self.engine.checkpoint(&mut self.link, &request);
+        if with_images && let Ok(taken) = &taken {
+            self.dump(taken, stop);
+        }
         self.since.tried = Instant::now();
         match taken {
             Ok(taken) => {

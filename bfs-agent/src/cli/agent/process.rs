@@ -1,0 +1,48 @@
+//! The options of process state.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::primary::images::DIRECTORY;
+use crate::primary::session::ProcessOptions;
+
+/// Process state in checkpoints.
+#[derive(Debug, Args)]
+pub(super) struct Process {
+    /// With each checkpoint, dump the command's processes by CRIU: files and memory are of the same instant. The
+    /// command runs in PID and mount namespaces of its own, without a controlling terminal
+    #[arg(long)]
+    with_process: bool,
+    /// CRIU's program
+    #[arg(long, value_name = "PATH", default_value = "criu", requires = "with_process")]
+    criu: PathBuf,
+    /// When a signal ends the command that did not come through bfs-agent, bring files and processes back to the
+    /// last checkpoint that has both, and go on from there; so often within an hour
+    #[arg(
+        long,
+        value_name = "TIMES",
+        default_value = "0",
+        hide_default_value = true,
+        requires = "with_process"
+    )]
+    restart_on_abort: u32,
+    /// Of how many checkpoints the process state is kept
+    #[arg(long, value_name = "NUMBER", default_value = "3", requires = "with_process",
+        value_parser = clap::value_parser!(u16).range(1..))]
+    process_keep: u16,
+    /// Where it is kept, in a folder of the group's name
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY, requires = "with_process")]
+    process_dir: PathBuf,
+}
+
+impl Process {
+    pub(super) fn options(self) -> Option<ProcessOptions> {
+        self.with_process.then(|| ProcessOptions {
+            criu: self.criu,
+            directory: self.process_dir,
+            keep: usize::from(self.process_keep),
+            restarts: self.restart_on_abort,
+        })
+    }
+}

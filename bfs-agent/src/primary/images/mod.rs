@@ -1,0 +1,314 @@
+//! Process state: what CRIU dumps of the command while it stands for a checkpoint, kept on the primary, and the way
+//! back.
+//!
+//! A checkpoint's images are of the instant of its files: they are made between the stop and the go, after the marker.
+//! They stand under the checkpoint's number only when they are complete; what is half there has another name and goes
+//! with the next dump.
+
+pub mod criu;
+mod outside;
+mod sizes;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bfs_common::record::CheckpointId;
+
+use super::contained::{Contained, Role};
+use super::process::tasks_of_cgroup;
+use criu::{Criu, DUMP_LOG, RESTORE_LOG, reason};
+use outside::Outside;
+
+/// Where the images of all groups are, each in a folder of its name.
+pub const DIRECTORY: &str = "/var/lib/bfs/process";
+
+/// How long a dump and a restore may take.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// How long it may take until it is known that a command has ended.
+const REAPED: Duration = Duration::from_millis(30);
+
+/// What is not complete yet.
+const UNFINISHED: &str = "unfinished";
+/// What comes from outside, beside the images.
+const OUTSIDE: &str = "outside.json";
+/// What CRIU prints, beside its logs.
+const PRINTED: &str = "criu.out";
+
+/// Why there is no process state, or none that comes back.
+#[derive(Debug, thiserror::Error)]
+pub enum ImagesError {
+    /// The processes cannot be dumped.
+    #[error("CRIU cannot dump it: {0}")]
+    Dump(String),
+    /// A process is no descendant of the command any more, and CRIU dumps trees.
+    #[error("process {0} ({1}) is no descendant of the command any more: it cannot be dumped with it")]
+    Left(u32, String),
+    /// The processes cannot be made again.
+    #[error("CRIU cannot restore checkpoint {0}: {1}")]
+    Restore(CheckpointId, String),
+    /// Of that checkpoint there is no process state.
+    #[error("there is no process state of checkpoint {0}; there is of {1}")]
+    None(CheckpointId, String),
+    /// The file system, or `/proc`, or the first process of the namespaces.
+    #[error("{0}: {1}")]
+    Other(String, io::Error),
+}
+
+fn other(what: impl Into<String>) -> impl FnOnce(io::Error) -> ImagesError {
+    let what = what.into();
+    move |e| ImagesError::Other(what, e)
+}
+
+/// What came of it so far.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// Dumps that are complete.
+    pub dumped: u64,
+    /// Checkpoints without process state.
+    pub failed: u64,
+    /// Why the last of them.
+    pub failure: Option<String>,
+    /// How long the last dump took.
+    pub last: Duration,
+    /// Its size, bytes.
+    pub bytes: u64,
+    /// How often the processes were restored.
+    pub restored: u64,
+}
+
+/// The process state of one command.
+#[derive(Debug)]
+pub struct Images {
+    criu: Criu,
+    folder: PathBuf,
+    cgroup: PathBuf,
+    contained: Arc<Mutex<Contained>>,
+    /// The command's number in its namespace.
+    root: i32,
+    keep: usize,
+    kept: Vec<CheckpointId>,
+    /// What came of it.
+    pub tally: Tally,
+}
+
+/// The folder of a group.
+#[must_use]
+pub fn folder(directory: &Path, group: &str) -> PathBuf {
+    directory.join(group)
+}
+
+impl Images {
+    /// Makes the folder ready. What an earlier run left can be restored by nobody: its namespaces are gone.
+    ///
+    /// # Errors
+    /// What the file system said.
+    pub fn new(
+        criu: Criu,
+        folder: PathBuf,
+        cgroup: PathBuf,
+        contained: Arc<Mutex<Contained>>,
+        root: i32,
+        keep: usize,
+    ) -> io::Result<Self> {
+        match fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+        let (kept, tally) = (Vec::new(), Tally::default());
+        Ok(Self { criu, folder, cgroup, contained, root, keep: keep.max(1), kept, tally })
+    }
+
+    fn contained(&self) -> MutexGuard<'_, Contained> {
+        self.contained.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the command lives.
+    pub fn lives(&self) -> bool {
+        self.contained().ended().is_none()
+    }
+
+    /// The checkpoints that can be gone back to, the newest last.
+    #[must_use]
+    pub fn kept(&self) -> &[CheckpointId] {
+        &self.kept
+    }
+
+    /// The newest of them at or before another one, if it is said.
+    ///
+    /// # Errors
+    /// [`ImagesError::None`].
+    pub fn choose(&self, wanted: Option<CheckpointId>) -> Result<CheckpointId, ImagesError> {
+        let there = self.kept.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let none = || if there.is_empty() { "none".to_owned() } else { there.clone() };
+        match wanted {
+            None => self.kept.last().copied().ok_or_else(|| ImagesError::None(CheckpointId(0), none())),
+            Some(wanted) if self.kept.contains(&wanted) => Ok(wanted),
+            Some(wanted) => Err(ImagesError::None(wanted, none())),
+        }
+    }
+
+    fn of(&self, checkpoint: CheckpointId) -> PathBuf {
+        self.folder.join(checkpoint.to_string())
+    }
+
+    /// Dumps the processes, which stand.
+    ///
+    /// # Errors
+    /// [`ImagesError`]: the checkpoint has files only.
+    pub fn dump(&mut self, checkpoint: CheckpointId) -> Result<(), ImagesError> {
+        let since = Instant::now();
+        self.tally.bytes = self.dump_to(checkpoint)?;
+        self.tally.dumped += 1;
+        self.tally.last = since.elapsed();
+        self.kept.push(checkpoint);
+        Ok(())
+    }
+
+    /// The checkpoint has files only, and the processes run. Whether that is because the command has ended by itself
+    /// meanwhile, which is no failure.
+    pub fn failed(&mut self, checkpoint: CheckpointId, why: &ImagesError) -> bool {
+        let since = Instant::now();
+        while since.elapsed() < REAPED {
+            if !self.lives() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.tally.failed += 1;
+        self.tally.failure = Some(format!("checkpoint {checkpoint}: {why}"));
+        false
+    }
+
+    fn dump_to(&self, checkpoint: CheckpointId) -> Result<u64, ImagesError> {
+        let unfinished = self.folder.join(UNFINISHED);
+        match fs::remove_dir_all(&unfinished) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(other(format!("remove {}", unfinished.display()))(e));
+            }
+            _ => {}
+        }
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&unfinished)
+            .map_err(other(format!("mkdir {}", unfinished.display())))?;
+        let processes = self.processes()?;
+        let mut contained = self.contained();
+        let outside =
+            Outside::of(contained.first(), &processes).map_err(other("read what is open in /proc"))?;
+        outside.write(&unfinished.join(OUTSIDE)).map_err(other("write what comes from outside"))?;
+        let line = self.criu.dump(self.root, &unfinished, &self.cgroup, &outside);
+        let failed = |why: String| ImagesError::Dump(why);
+        let printed = unfinished.join(PRINTED);
+        contained.hold(Role::Tool, &line, None, Some(&printed)).map_err(|e| failed(e.to_string()))?;
+        contained.go(&line[0]).map_err(|e| failed(e.to_string()))?;
+        let ended = contained.tool_ended(Instant::now() + LIMIT).map_err(|e| failed(e.to_string()))?;
+        if !ended.success() {
+            return Err(failed(reason(&unfinished.join(DUMP_LOG))));
+        }
+        sizes::forget_sizes(&unfinished.join("files.img")).map_err(other("files.img"))?;
+        let bytes = size(&unfinished).map_err(other("measure the images"))?;
+        fs::rename(&unfinished, self.of(checkpoint)).map_err(other("name the images"))?;
+        Ok(bytes)
+    }
+
+    /// The processes of the cgroup; all have to be descendants of the command.
+    fn processes(&self) -> Result<Vec<u32>, ImagesError> {
+        let mut processes: Vec<u32> = tasks_of_cgroup(&self.cgroup).into_iter().map(|t| t.1).collect();
+        processes.sort_unstable();
+        processes.dedup();
+        for process in &processes {
+            let mut at = *process;
+            loop {
+                let status = fs::read_to_string(format!("/proc/{at}/status")).map_err(other("read /proc"))?;
+                let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+                let inner =
+                    field("NSpid:").and_then(|l| l.split_whitespace().next_back()?.parse::<i32>().ok());
+                if inner == Some(self.root) {
+                    break;
+                }
+                // The first process of the namespace is where orphans go.
+                let parent = field("PPid:").and_then(|l| l.parse::<u32>().ok()).unwrap_or(0);
+                if inner.is_none_or(|inner| inner <= 1) || parent == 0 {
+                    let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+                    return Err(ImagesError::Left(*process, name.trim().to_owned()));
+                }
+                at = parent;
+            }
+        }
+        Ok(processes)
+    }
+
+    /// Removes what is beyond the number that is kept: not in the stop, for it can take long.
+    pub fn tidy(&mut self) {
+        while self.kept.len() > self.keep {
+            let oldest = self.kept.remove(0);
+            if let Err(e) = fs::remove_dir_all(self.of(oldest)) {
+                tracing::warn!("cannot remove the process images of checkpoint {oldest}: {e}");
+            }
+        }
+    }
+
+    /// Makes the processes again; `select` is called while the first of them, which makes the others, stands in the
+    /// cgroup and has done nothing yet. They have ended before, and the files are as they were.
+    ///
+    /// # Errors
+    /// [`ImagesError`].
+    pub fn restore(
+        &mut self,
+        checkpoint: CheckpointId,
+        select: impl FnOnce() -> Result<(), String>,
+    ) -> Result<(), ImagesError> {
+        let images = self.of(checkpoint);
+        let outside = Outside::read(&images.join(OUTSIDE)).map_err(other("read what comes from outside"))?;
+        let line = self.criu.restore(&images, &outside);
+        let failed = |why: String| ImagesError::Restore(checkpoint, why);
+        let mut contained = self.contained();
+        let printed = images.join(PRINTED);
+        contained
+            .hold(Role::Tool, &line, Some(&self.cgroup), Some(&printed))
+            .map_err(|e| failed(e.to_string()))?;
+        select().map_err(failed)?;
+        contained.lives_again();
+        contained.go(&line[0]).map_err(|e| failed(e.to_string()))?;
+        let ended = contained.tool_ended(Instant::now() + LIMIT).map_err(|e| failed(e.to_string()))?;
+        drop(contained);
+        if !ended.success() {
+            return Err(failed(reason(&images.join(RESTORE_LOG))));
+        }
+        self.tally.restored += 1;
+        // What came after is another future.
+        while let Some(later) = self.kept.pop_if(|kept| *kept > checkpoint) {
+            let _ = fs::remove_dir_all(self.of(later));
+        }
+        Ok(())
+    }
+
+    /// Removes all of them: nobody can restore them any more.
+    pub fn clear(&mut self) {
+        self.kept.clear();
+        if let Err(e) = fs::remove_dir_all(&self.folder) {
+            tracing::warn!("cannot remove {}: {e}", self.folder.display());
+        }
+    }
+
+    /// The version of CRIU.
+    #[must_use]
+    pub fn version(&self) -> String {
+        self.criu.version()
+    }
+}
+
+/// Bytes of the files in a folder.
+fn size(folder: &Path) -> io::Result<u64> {
+    let mut sum = 0;
+    for entry in fs::read_dir(folder)? {
+        sum += entry?.metadata()?.len();
+    }
+    Ok(sum)
+}

@@ -1,0 +1,191 @@
+//! Going back with the processes: what is left of them is ended, the files are brought back, the processes are made
+//! again as they were at that instant.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use bfs_common::record::CheckpointId;
+
+use super::program::select;
+use super::rollback::{KILL_WAIT, send};
+use super::state::Selection;
+use super::work::Work;
+use crate::generation::At;
+use crate::primary::control::{FailureKind, ProcessStatus, Replies, Reply, State};
+use crate::primary::engine::host::Host;
+use crate::primary::engine::{Stop, Taken};
+use crate::primary::failure::{Failure, Kind};
+use crate::primary::images::LIMIT;
+use crate::primary::rollback::RollbackError;
+use crate::primary::stop::Limits;
+
+/// Restarts are counted within this time.
+const HOUR: Duration = Duration::from_secs(3600);
+
+impl Work {
+    /// Whether the next checkpoint has process state.
+    pub(super) fn takes_images(&self, stop: Stop) -> bool {
+        stop != Stop::Never && self.images.as_ref().is_some_and(|images| images.lives())
+    }
+
+    /// They stand until they are dumped.
+    pub(super) fn stand_longer(&mut self) {
+        let Limits { reach, stand } = self.link.limits;
+        self.link.limits = Limits { reach, stand: stand.max(LIMIT) };
+    }
+
+    /// The processes stand at the instant of this checkpoint.
+    pub(super) fn dump(&mut self, taken: &Taken, stop: Stop) {
+        let Some(images) = &mut self.images else { return };
+        let dumped = images.dump(taken.checkpoint);
+        if stop != Stop::Hold {
+            self.link.go();
+        }
+        match dumped {
+            Ok(()) => images.tidy(),
+            Err(e) if images.failed(taken.checkpoint, &e) => {}
+            Err(e) => {
+                let why = format!("checkpoint {} has files only, no process state: {e}", taken.checkpoint);
+                if images.tally.failed == 1 {
+                    eprintln!("bfs-agent: {why}");
+                }
+                self.last_error = Some(why);
+            }
+        }
+    }
+
+    pub(super) fn process_status(&self) -> Option<ProcessStatus> {
+        let images = self.images.as_ref()?;
+        let tally = &images.tally;
+        Some(ProcessStatus {
+            criu: images.version(),
+            kept: images.kept().to_vec(),
+            dumped: tally.dumped,
+            failed: tally.failed,
+            failure: tally.failure.clone(),
+            last_us: u64::try_from(tally.last.as_micros()).unwrap_or(u64::MAX),
+            last_bytes: tally.bytes,
+            restored: tally.restored,
+        })
+    }
+
+    /// Whether a command that ended so is to be restored: it was a signal that did not come through the agent, and
+    /// there is something to restore.
+    pub(super) fn restarts(&mut self, status: ExitStatus, sent: i32) -> bool {
+        let (Some(options), Some(images)) = (&self.options.process, &self.images) else { return false };
+        let Some(signal) =
+            status.signal().or(status.code().filter(|code| *code > 128).map(|code| code - 128))
+        else {
+            return false;
+        };
+        if self.stop_asked.is_some() || signal == sent || images.kept().is_empty() {
+            return false;
+        }
+        self.restarted.retain(|at| at.elapsed() < HOUR);
+        if options.restarts == 0 {
+            return false;
+        }
+        if self.restarted.len() >= options.restarts as usize {
+            eprintln!(
+                "bfs-agent: signal {signal} ended the command; it was restored {} times within the hour, which is \
+                 the limit (--restart-on-abort)",
+                self.restarted.len()
+            );
+            return false;
+        }
+        self.restarted.push(Instant::now());
+        true
+    }
+
+    pub(super) fn ask_to_go_back(&mut self, at: Option<String>, replies: Replies) {
+        if let Some(why) = self.cannot_take() {
+            return replies.send(why);
+        }
+        if self.images.is_none() {
+            let why = "no process state is kept of this group";
+            let hint = "start its command with `bfs-agent run --with-process`";
+            return replies.send(Reply::failed(FailureKind::Failed, why, hint));
+        }
+        if self.go_back_asked.is_some() {
+            let why = "another going back is under way";
+            return replies.send(Reply::failed(FailureKind::Busy, why, "wait for its end"));
+        }
+        self.go_back_asked = Some((replies, at));
+    }
+
+    /// Goes back, if somebody asked for that, and answers. Whether the processes run again.
+    pub(super) fn go_back_as_asked(&mut self) -> Option<bool> {
+        let (replies, at) = self.go_back_asked.take()?;
+        let went = self.find(at.as_deref()).and_then(|to| self.go_back_with_processes(to));
+        let runs = self.images.as_ref().is_some_and(|images| images.lives());
+        replies.send(match went {
+            Ok(checkpoint) => Reply::WentBack { checkpoint },
+            Err(e) => Reply::failed(FailureKind::GivenUp, e.message, e.hint),
+        });
+        Some(runs)
+    }
+
+    /// The checkpoint that is meant.
+    fn find(&self, at: Option<&str>) -> Result<Option<CheckpointId>, Failure> {
+        let Some(at) = at else { return Ok(None) };
+        let none = |why| Failure::new(Kind::Refused, why, "look at `bfs-replayer generations`");
+        let at: At = at.parse().map_err(none)?;
+        let all = self.reader_client()?.generations(&self.options.group).map_err(RollbackError::from)?;
+        at.find(&all).map(Some).map_err(none)
+    }
+
+    /// Goes back to a checkpoint that has process state, the newest one unless it is said, with the processes.
+    ///
+    /// # Errors
+    /// [`Failure`]: then no process runs.
+    pub(super) fn go_back_with_processes(
+        &mut self,
+        to: Option<CheckpointId>,
+    ) -> Result<CheckpointId, Failure> {
+        let fail = |e: crate::primary::images::ImagesError| Failure::new(Kind::GivenUp, e.to_string(), "");
+        let Some(images) = &self.images else {
+            return Err(Failure::new(Kind::Usage, "no process state is kept", "run it --with-process"));
+        };
+        let to = images.choose(to).map_err(fail)?;
+        self.end_processes()?;
+        self.roll_back(to, false)?;
+        self.state = State::Following;
+        let Selection::Cgroup(cgroup) = self.kept.selection.clone() else {
+            return Err(Failure::new(Kind::Other, "the command has no cgroup of its own", ""));
+        };
+        let probes = &self.link.probes;
+        let Some(images) = &mut self.images else {
+            return Err(Failure::new(Kind::Other, "no process state is kept", ""));
+        };
+        images.restore(to, || select(probes, &cgroup)).map_err(fail)?;
+        Ok(to)
+    }
+
+    /// Ends what is left of the processes.
+    fn end_processes(&mut self) -> Result<(), Failure> {
+        let deadline = Instant::now() + KILL_WAIT;
+        loop {
+            send(&self.link.probes, libc::SIGKILL);
+            self.turn_over();
+            let gone = self.link.probes.selected_tasks()?.is_empty();
+            if gone && !self.images.as_ref().is_some_and(|images| images.lives()) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let left = self.link.probes.selected_processes()?;
+                return Err(Failure::new(
+                    Kind::GivenUp,
+                    format!("processes do not end: {left:?}"),
+                    "end them, then try again",
+                ));
+            }
+        }
+    }
+
+    /// Takes in what the probes tell, without a checkpoint.
+    fn turn_over(&mut self) {
+        self.capture();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

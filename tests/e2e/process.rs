@@ -1,0 +1,204 @@
+//! `run --with-process`: memory and files of one instant, and the way back to both.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use bfs_tests::exercise;
+use bfs_tests::random::Random;
+use bfs_tests::watch::{SOON, until};
+use bfs_tests::world::{Transport, World, binary, rounds};
+
+/// The command line makes no sense: `bfs-agent --help`.
+const USAGE: i32 = 64;
+
+/// CRIU as `cargo xtask setup --criu` provides it.
+fn criu() -> String {
+    let built = binary("bfs-agent");
+    let beside = built.ancestors().map(|folder| folder.join("criu/criu")).find(|path| path.exists());
+    beside.expect("`cargo xtask setup --criu` was run").display().to_string()
+}
+
+fn script(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("programs/process").join(name)
+}
+
+/// One of the programs under an agent, with checkpoints by time.
+fn started(name: &str, program: &str, more: &[&str]) -> World {
+    let mut world = World::new(name, Transport::Unix).unwrap();
+    world.checkpoints("every=150ms");
+    let images = world.root().join("images").display().to_string();
+    let criu = criu();
+    let mut options = vec!["--with-process", "--criu", &criu, "--process-dir", &images];
+    options.extend(more);
+    world.agent_options(&options);
+    world.start_replayer().unwrap();
+    let line = ["python3".to_owned(), script(program).display().to_string()];
+    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
+    world.run(&line.into_iter().chain(places).collect::<Vec<_>>()).unwrap();
+    world
+}
+
+/// The log goes from 1 without a gap or a repetition, and what memory knew is right on each line.
+fn counted(world: &World) -> u64 {
+    let log = fs::read_to_string(world.place.data.join("log")).unwrap();
+    let (mut count, mut total) = (0u64, 0u64);
+    for line in log.lines() {
+        count += 1;
+        total += count;
+        assert_eq!(line, format!("{count} {total}"));
+    }
+    count
+}
+
+/// Of the process images: how many dumps came about, how many did not, how often they were restored.
+fn images(world: &World) -> (u64, u64, u64) {
+    let status = world.status().unwrap();
+    let number = |name: &str| status["process"][name].as_u64().unwrap_or_else(|| panic!("{name}: {status}"));
+    (number("dumped"), number("failed"), number("restored"))
+}
+
+/// Ends the command, and waits until it is restored.
+fn kill(world: &World, restored: u64) {
+    let pid = world.program_pid().unwrap();
+    // SAFETY: a process of this world.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    until("the program to be restored", SOON, || (images(world).2 > restored).then_some(())).unwrap();
+}
+
+/// Killed again and again; each time it goes on from a checkpoint, with files and memory of one instant.
+fn goes_on(name: &str, program: &str, times: usize) {
+    let mut world = started(name, program, &["--restart-on-abort", "100000"]);
+    let mut random = Random::printed();
+    for round in 0..times {
+        let before = images(&world);
+        until("a dump", SOON, || (images(&world).0 > before.0).then_some(())).unwrap();
+        std::thread::sleep(Duration::from_millis(random.below(400) as u64));
+        let had = counted_loosely(&world);
+        kill(&world, before.2);
+        let has = until("progress", SOON, || Some(counted_loosely(&world)).filter(|n| *n > 0)).unwrap();
+        println!("{name} {round}: killed at {had}, goes on from about {has}");
+    }
+    let at = counted_loosely(&world);
+    until("more progress", SOON, || (counted_loosely(&world) > at).then_some(())).unwrap();
+    let (dumped, failed, restored) = images(&world);
+    println!("{name}: {dumped} dumps, {failed} failed, {restored} restored");
+    assert_eq!((failed, restored), (0, times as u64));
+    assert!(world.finish().unwrap().success(), "the program found itself wrong");
+    assert!(counted(&world) > 0);
+    exercise::equal(&world).unwrap();
+}
+
+/// Lines of the log just now.
+fn counted_loosely(world: &World) -> u64 {
+    let log = fs::read(world.place.data.join("log")).unwrap_or_default();
+    log.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+#[test]
+fn a_counter_goes_on_from_a_checkpoint() {
+    goes_on("process-counter", "counter.py", rounds(6, 100));
+}
+
+#[test]
+fn a_tree_with_pipes_goes_on_from_a_checkpoint() {
+    goes_on("process-pipes", "pipes.py", rounds(3, 100));
+}
+
+#[test]
+fn a_database_goes_on_from_a_checkpoint() {
+    goes_on("process-database", "database.py", rounds(3, 100));
+}
+
+#[test]
+fn what_cannot_be_dumped_is_said_and_the_files_are_safe() {
+    let mut world = started("process-connected", "connected.py", &["--restart-on-abort", "5"]);
+    until("dumps that fail", SOON, || (images(&world).1 > 1).then_some(())).unwrap();
+    let status = world.status().unwrap();
+    let why = status["process"]["failure"].as_str().unwrap();
+    assert!(why.contains("sockets"), "{why}");
+    for index in 0..3 {
+        exercise::stopped(&world, index).unwrap();
+    }
+    assert!(world.finish().unwrap().success());
+    counted(&world);
+    exercise::equal(&world).unwrap();
+}
+
+/// `bfs-agent rollback` while the command runs: to a checkpoint that is named, as often as one likes.
+#[test]
+fn one_goes_back_by_hand_with_the_processes() {
+    let mut world = started("process-by-hand", "counter.py", &["--process-keep", "50"]);
+    let path = world.place.data.display().to_string();
+    let backup = world.destination();
+    let rollback = |world: &World, to: &[&str]| {
+        let words = ["rollback", "--path", &path, "--backup", &backup];
+        world.agent_command(&words.iter().chain(to).copied().collect::<Vec<_>>(), SOON).unwrap()
+    };
+    until("a dump", SOON, || (images(&world).0 > 0).then_some(())).unwrap();
+    world.agent_command(&["checkpoint", "--tag", "here", "--wait", "applied"], SOON).unwrap();
+    let had = counted_loosely(&world);
+    for round in 0..3 {
+        until("progress", SOON, || (counted_loosely(&world) > had + 100).then_some(())).unwrap();
+        let done = rollback(&world, &["--to", "tag:here"]);
+        let said = String::from_utf8_lossy(&done.stdout).into_owned();
+        assert!(done.status.success() && said.contains("the processes run"), "{round}: {said} {done:?}");
+        assert!(counted_loosely(&world) < had + 100, "{round}");
+    }
+    // What has no process state, or does not exist, is refused, and the program goes on undisturbed.
+    let before = images(&world);
+    for (to, says) in [("9999", "no checkpoint"), ("tag:none", "no checkpoint")] {
+        let done = rollback(&world, &["--to", to]);
+        assert!(!done.status.success());
+        assert!(String::from_utf8_lossy(&done.stderr).contains(says), "{done:?}");
+    }
+    assert_eq!(images(&world).2, before.2);
+    assert!(world.program_runs());
+    assert!(world.finish().unwrap().success());
+    counted(&world);
+    exercise::equal(&world).unwrap();
+}
+
+#[test]
+fn a_command_that_ends_by_itself_or_by_a_signal_to_the_agent_has_ended() {
+    let mut world = started("process-ends", "counter.py", &["--restart-on-abort", "5"]);
+    until("a dump", SOON, || (images(&world).0 > 0).then_some(())).unwrap();
+    world.signal_agent(libc::SIGTERM).unwrap();
+    assert_eq!(world.finish().unwrap().code(), Some(128 + 15));
+    exercise::equal(&world).unwrap();
+}
+
+#[test]
+fn without_a_criu_that_works_nothing_is_started() {
+    let world = World::new("process-without", Transport::Unix).unwrap();
+    let old = world.scratch.join("old");
+    fs::write(&old, "#!/bin/sh\necho 'Version: 3.10'\n").unwrap();
+    let broken = world.scratch.join("broken");
+    let text =
+        "#!/bin/sh\n[ $1 = --version ] && { echo 'Version: 4.0'; exit; }\necho 'no vdso' >&2; exit 1\n";
+    fs::write(&broken, text).unwrap();
+    for program in [&old, &broken] {
+        fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let none = world.scratch.join("none");
+    let mark = world.place.aux.join("mark");
+    for (program, says) in
+        [(&none, "cannot be executed"), (&old, "is the oldest that does"), (&broken, "no vdso")]
+    {
+        let mut command = Command::new(binary("bfs-agent"));
+        command.args(["run", "--group", &world.group, "--with-process", "--criu"]).arg(program);
+        command
+            .arg("--path")
+            .arg(&world.place.data)
+            .arg("--backup")
+            .arg(format!("dir:{}", world.store.display()));
+        command.args(["--", "touch"]).arg(&mark);
+        let done = command.output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!(done.status.code(), Some(USAGE), "{said}");
+        assert!(said.contains(says) && said.contains("--criu"), "{said}");
+    }
+    assert!(!mark.exists());
+}

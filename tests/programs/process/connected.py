@@ -1,0 +1,18 @@
+# A program with a connection of TCP, which is not dumped. argv: data aux
+import os, socket, sys, time
+
+data, aux = sys.argv[1:3]
+listener = socket.create_server(("127.0.0.1", 0))
+one = socket.create_connection(listener.getsockname())
+two = listener.accept()[0]
+log = open(data + "/log", "a")
+count = total = 0
+open(aux + "/ready", "w").close()
+while not os.path.exists(aux + "/stop"):
+    count += 1
+    total += count
+    one.sendall(b"x")
+    assert two.recv(1) == b"x"
+    log.write("%d %d\n" % (count, total))
+    log.flush()
+    time.sleep(0.001)
