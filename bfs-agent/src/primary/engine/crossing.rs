@@ -45,6 +45,8 @@ impl Engine {
     fn deferred_touches(&self, host: &mut dyn Host) -> Vec<(Span, Things)> {
         let mut changed: HashMap<(ObjectId, Name), Earliest> = HashMap::new();
         let mut directories_changed = Earliest::default();
+        // What is inside got a name outside.
+        let mut taken_out = Earliest::default();
         // By others: any entry.
         let mut lists: HashMap<ObjectId, Earliest> = HashMap::new();
         let mut all = Vec::with_capacity(self.deferred.len());
@@ -63,6 +65,9 @@ impl Engine {
             for (place, object) in act.changes(&self.model) {
                 if object.is_none_or(|kind| matches!(kind, FileKind::Directory | FileKind::Symlink)) {
                     directories_changed.note(index, span.start_ns);
+                }
+                if object.is_some() && place.is_outside(&self.model) {
+                    taken_out.note(index, span.start_ns);
                 }
                 if let Some(entry) = place.entry() {
                     changed.entry(entry).or_default().note(index, span.start_ns);
@@ -83,7 +88,10 @@ impl Engine {
             let entry = |entry: &(ObjectId, Name)| {
                 changed.get(entry).is_some_and(by_another) || lists.get(&entry.0).is_some_and(by_another)
             };
-            way.entries.iter().any(entry)
+            // By a name outside it may reach what was inside at the instant.
+            let reaches_out = act.reaches_outside(&self.model) && by_another(&taken_out);
+            reaches_out
+                || way.entries.iter().any(entry)
                 || act.reaches_by().is_some_and(|place| {
                     by_another(&directories_changed) || place.entry().is_some_and(|e| entry(&e))
                 })
