@@ -33,8 +33,8 @@ mod cleanup;
 mod commands;
 mod faulty;
 mod keys;
-mod namespaces;
 mod power;
+mod processes;
 
 pub use commands::{Dropped, number_in, number_named};
 pub use keys::said;
@@ -414,22 +414,6 @@ impl World {
         Ok(())
     }
 
-    /// Makes the agent stand (SIGSTOP), or go on.
-    ///
-    /// # Errors
-    /// When none runs.
-    pub fn pause_agent(&self, stand: bool) -> Result<()> {
-        pause(self.agent.as_ref().context("no agent runs")?, stand)
-    }
-
-    /// Makes the replayer stand (SIGSTOP), or go on.
-    ///
-    /// # Errors
-    /// When none runs.
-    pub fn pause_replayer(&self, stand: bool) -> Result<()> {
-        pause(self.replayer.as_ref().context("no replayer runs")?, stand)
-    }
-
     fn start_agent(&mut self, arguments: &[String]) -> Result<()> {
         ensure!(self.agent.is_none(), "the agent runs");
         self.pair_if_needed()?;
@@ -587,20 +571,6 @@ impl World {
             .collect()
     }
 
-    /// Number of the program's first process.
-    ///
-    /// # Errors
-    /// When it was not started.
-    pub fn program_pid(&self) -> Result<i32> {
-        let text = fs::read_to_string(self.place.aux.join("pid")).context("the program was not started")?;
-        ensure!(text.ends_with('\n'), "the program's number is not written yet");
-        let number = text.trim().parse()?;
-        if self.agent_options.iter().any(|option| option == "--with-process") {
-            return namespaces::outer_number(self.leash.cgroup(), number);
-        }
-        Ok(number)
-    }
-
     fn wait_program(&mut self) -> Result<()> {
         let ready = self.place.aux.join("ready");
         let (agent, program) = (&mut self.agent, &mut self.program);
@@ -629,14 +599,6 @@ impl World {
         });
         self.agent = Some(agent);
         answered?
-    }
-
-    /// Whether the program still runs.
-    #[must_use]
-    pub fn program_runs(&self) -> bool {
-        let Ok(pid) = self.program_pid() else { return false };
-        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        state.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z') && !rest.starts_with('X'))
     }
 
     /// Tells the program to end, waits for it and for the last checkpoint, and ends the agent.
@@ -680,13 +642,6 @@ impl World {
         ensure!(status.success(), "the agent ended with {status}");
         Ok(())
     }
-}
-
-fn pause(child: &Child, stand: bool) -> Result<()> {
-    let signal = if stand { libc::SIGSTOP } else { libc::SIGCONT };
-    // SAFETY: a system call without pointers; the child was not waited for, so the number is its own.
-    ensure!(unsafe { libc::kill(child.id() as i32, signal) } == 0, "{} cannot be signalled", child.id());
-    Ok(())
 }
 
 /// Runs a command that must succeed.
