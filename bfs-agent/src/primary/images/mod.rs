@@ -115,11 +115,8 @@ impl Images {
         root: i32,
         keep: usize,
     ) -> io::Result<Self> {
-        match fs::remove_dir_all(&folder) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+        remove_images(&folder)?;
         let (kept, tally) = (Vec::new(), Tally::default());
         Ok(Self { criu, folder, cgroup, contained, root, keep: keep.max(1), kept, tally })
     }
@@ -292,7 +289,7 @@ impl Images {
     /// Removes all of them: nobody can restore them any more.
     pub fn clear(&mut self) {
         self.kept.clear();
-        if let Err(e) = fs::remove_dir_all(&self.folder) {
+        if let Err(e) = remove_images(&self.folder).and_then(|()| fs::remove_dir(&self.folder)) {
             tracing::warn!("cannot remove {}: {e}", self.folder.display());
         }
     }
@@ -304,6 +301,19 @@ impl Images {
     }
 }
 
+/// Removes what has the name of images; a folder that is somebody else's keeps what it has.
+fn remove_images(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let number = name.to_str().is_some_and(|name| name.parse::<u64>().is_ok());
+        if (number || name == UNFINISHED) && entry.path().join(OUTSIDE).exists() {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of the files in a folder.
 fn size(folder: &Path) -> io::Result<u64> {
     let mut sum = 0;
@@ -311,4 +321,23 @@ fn size(folder: &Path) -> io::Result<u64> {
         sum += entry?.metadata()?.len();
     }
     Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_images_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["7", "8", "unfinished", "data"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        for images in ["7", "unfinished", "data"] {
+            fs::write(dir.path().join(images).join(OUTSIDE), "{}").unwrap();
+        }
+        remove_images(dir.path()).unwrap();
+        let left = ["7", "8", "unfinished", "data"].map(|name| dir.path().join(name).exists());
+        assert_eq!(left, [false, true, false, true]);
+    }
 }
