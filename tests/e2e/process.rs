@@ -27,11 +27,14 @@ fn script(name: &str) -> PathBuf {
 
 /// One of the programs under an agent, with checkpoints by time.
 fn started(name: &str, program: &str, more: &[&str]) -> World {
+    started_by(&criu(), name, program, more)
+}
+
+fn started_by(criu: &str, name: &str, program: &str, more: &[&str]) -> World {
     let mut world = World::new(name, Transport::Unix).unwrap();
     world.checkpoints("every=150ms");
     let images = world.root().join("images").display().to_string();
-    let criu = criu();
-    let mut options = vec!["--with-process", "--criu", &criu, "--process-dir", &images];
+    let mut options = vec!["--with-process", "--criu", criu, "--process-dir", &images];
     options.extend(more);
     world.agent_options(&options);
     world.start_replayer().unwrap();
@@ -157,6 +160,28 @@ fn one_goes_back_by_hand_with_the_processes() {
     assert_eq!(images(&world).2, before.2);
     assert!(world.program_runs());
     assert!(world.finish().unwrap().success());
+    counted(&world);
+    exercise::equal(&world).unwrap();
+}
+
+/// The command is gone then, and the agent does not wait for it.
+#[test]
+fn a_restore_that_fails_is_the_end_of_the_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("criu");
+    let text = format!("#!/bin/sh\n[ $1 = restore ] && exit 1\nexec {} \"$@\"\n", criu());
+    fs::write(&broken, text).unwrap();
+    fs::set_permissions(&broken, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut world = started_by(broken.to_str().unwrap(), "process-broken", "counter.py", &[]);
+    until("progress", SOON, || (counted_loosely(&world) > 0).then_some(())).unwrap();
+    let before = images(&world).0;
+    until("dumps", SOON, || (images(&world).0 > before + 1).then_some(())).unwrap();
+    let path = world.place.data.display().to_string();
+    let words = ["rollback", "--path", &path, "--backup", &world.destination()];
+    let done = world.agent_command(&words, SOON).unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(!done.status.success() && said.contains("cannot restore"), "{said}");
+    assert_eq!(world.finish().unwrap().code(), Some(128 + 9));
     counted(&world);
     exercise::equal(&world).unwrap();
 }

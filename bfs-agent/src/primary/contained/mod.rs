@@ -183,9 +183,14 @@ impl Contained {
         self.ended
     }
 
-    /// The command is alive again: it was restored.
-    pub fn lives_again(&mut self) {
-        self.ended = None;
+    /// The command is being restored: it is going to be alive again. Gives how it had ended.
+    pub fn lives_again(&mut self) -> Option<ExitStatus> {
+        self.ended.take()
+    }
+
+    /// It was not restored.
+    pub fn is_as_before(&mut self, ended: Option<ExitStatus>) {
+        self.ended = ended;
     }
 
     /// Waits for the end of the tool that was let go, at most until the deadline.

@@ -9,17 +9,19 @@ pub mod criu;
 mod outside;
 mod sizes;
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bfs_common::record::CheckpointId;
 
 use super::contained::{Contained, Role};
-use super::process::tasks_of_cgroup;
+use super::process::{ProcessError, tasks_of_cgroup};
 use criu::{Criu, DUMP_LOG, RESTORE_LOG, reason};
 use outside::Outside;
 
@@ -136,7 +138,7 @@ impl Images {
         &self.kept
     }
 
-    /// The newest of them at or before another one, if it is said.
+    /// That checkpoint, if it is one of them; without a wish the newest of them.
     ///
     /// # Errors
     /// [`ImagesError::None`].
@@ -200,11 +202,9 @@ impl Images {
             Outside::of(contained.first(), &processes).map_err(other("read what is open in /proc"))?;
         outside.write(&unfinished.join(OUTSIDE)).map_err(other("write what comes from outside"))?;
         let line = self.criu.dump(self.root, &unfinished, &self.cgroup, &outside);
-        let failed = |why: String| ImagesError::Dump(why);
+        let failed = ImagesError::Dump;
         let printed = unfinished.join(PRINTED);
-        contained.hold(Role::Tool, &line, None, Some(&printed)).map_err(|e| failed(e.to_string()))?;
-        contained.go(&line[0]).map_err(|e| failed(e.to_string()))?;
-        let ended = contained.tool_ended(Instant::now() + LIMIT).map_err(|e| failed(e.to_string()))?;
+        let ended = work(&mut contained, &line, None, &printed, || Ok(())).map_err(failed)?;
         if !ended.success() {
             return Err(failed(reason(&unfinished.join(DUMP_LOG))));
         }
@@ -267,15 +267,14 @@ impl Images {
         let failed = |why: String| ImagesError::Restore(checkpoint, why);
         let mut contained = self.contained();
         let printed = images.join(PRINTED);
-        contained
-            .hold(Role::Tool, &line, Some(&self.cgroup), Some(&printed))
-            .map_err(|e| failed(e.to_string()))?;
-        select().map_err(failed)?;
-        contained.lives_again();
-        contained.go(&line[0]).map_err(|e| failed(e.to_string()))?;
-        let ended = contained.tool_ended(Instant::now() + LIMIT).map_err(|e| failed(e.to_string()))?;
+        // Before it does, for it may end again at once.
+        let before = contained.lives_again();
+        let ended = work(&mut contained, &line, Some(&self.cgroup), &printed, select);
+        if !ended.as_ref().is_ok_and(ExitStatus::success) {
+            contained.is_as_before(before);
+        }
         drop(contained);
-        if !ended.success() {
+        if !ended.map_err(failed)?.success() {
             return Err(failed(reason(&images.join(RESTORE_LOG))));
         }
         self.tally.restored += 1;
@@ -299,6 +298,21 @@ impl Images {
     pub fn version(&self) -> String {
         self.criu.version()
     }
+}
+
+/// Has a tool work in the namespaces, until it has ended; `before` is called while it is held.
+fn work(
+    contained: &mut Contained,
+    line: &[OsString],
+    cgroup: Option<&Path>,
+    printed: &Path,
+    before: impl FnOnce() -> Result<(), String>,
+) -> Result<ExitStatus, String> {
+    let text = |e: ProcessError| e.to_string();
+    contained.hold(Role::Tool, line, cgroup, Some(printed)).map_err(text)?;
+    before()?;
+    contained.go(&line[0]).map_err(text)?;
+    contained.tool_ended(Instant::now() + LIMIT).map_err(text)
 }
 
 /// Removes what has the name of images; a folder that is somebody else's keeps what it has.

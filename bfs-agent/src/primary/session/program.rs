@@ -101,12 +101,12 @@ impl Waiting {
         cgroup: &Path,
         images: Option<(&ProcessOptions, Criu, &str)>,
     ) -> Result<(Program, Option<Images>), Failure> {
-        let (mut contained, root) = match self {
+        let (contained, root) = match self {
             Self::Plain(held) => return Ok((Program::Plain(held.release()?), None)),
             Self::Contained { contained, root } => (contained, root),
         };
-        contained.go(&command[0])?;
         let contained = Arc::new(Mutex::new(contained));
+        // What can fail comes first: then nothing of the command has run.
         let images = images
             .map(|(options, criu, group)| {
                 let folder = folder(&options.directory, group);
@@ -116,6 +116,7 @@ impl Waiting {
                     .map_err(|e| Failure::new(Kind::Path, format!("--process-dir: {shown}: {e}"), ""))
             })
             .transpose()?;
+        contained.lock().unwrap_or_else(PoisonError::into_inner).go(&command[0])?;
         Ok((Program::Contained(contained), images))
     }
 

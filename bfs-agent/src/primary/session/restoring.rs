@@ -138,7 +138,7 @@ impl Work {
     /// Goes back to a checkpoint that has process state, the newest one unless it is said, with the processes.
     ///
     /// # Errors
-    /// [`Failure`]: then no process runs.
+    /// [`Failure`]: a checkpoint that has none leaves everything as it is; else no process may be left.
     pub(super) fn go_back_with_processes(
         &mut self,
         to: Option<CheckpointId>,
@@ -167,7 +167,7 @@ impl Work {
         let deadline = Instant::now() + KILL_WAIT;
         loop {
             send(&self.link.probes, libc::SIGKILL);
-            self.turn_over();
+            self.capture();
             let gone = self.link.probes.selected_tasks()?.is_empty();
             if gone && !self.images.as_ref().is_some_and(|images| images.lives()) {
                 return Ok(());
@@ -181,11 +181,5 @@ impl Work {
                 ));
             }
         }
-    }
-
-    /// Takes in what the probes tell, without a checkpoint.
-    fn turn_over(&mut self) {
-        self.capture();
-        std::thread::sleep(Duration::from_millis(1));
     }
 }
