@@ -18,9 +18,11 @@ use std::process::{Child, Command, ExitStatus};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::primary::clock::timespec;
 
 pub use cgroup::{in_cgroup, tasks_of_cgroup};
 pub use hook::{Hook, HookError};
@@ -390,10 +392,7 @@ impl Running {
         let deadline = Instant::now() + limit;
         while self.status.is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            };
+            let timeout = timespec(left);
             let mut fds = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
             match poll(&mut fds, Some(&timeout)) {
                 Ok(0) => return Ok(None),

@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use crate::primary::clock::timespec;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -105,10 +106,7 @@ pub(super) fn hear<T: DeserializeOwned>(from: impl AsFd) -> io::Result<Option<T>
 
 /// Whether there is something to hear within the time.
 pub(super) fn is_heard(from: impl AsFd, limit: Duration) -> io::Result<bool> {
-    let timeout = Timespec {
-        tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(limit.subsec_nanos()),
-    };
+    let timeout = timespec(limit);
     match poll(&mut [PollFd::new(&from, PollFlags::IN)], Some(&timeout)) {
         Ok(ready) => Ok(ready > 0),
         Err(Errno::INTR) => Ok(false),

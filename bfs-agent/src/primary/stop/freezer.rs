@@ -19,6 +19,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+use crate::primary::clock::timespec;
+
 use super::guard::Guard;
 use super::{Limits, StopError, Stopped, Stopper};
 
@@ -226,10 +228,7 @@ impl Freezer {
             let Some(left) = left else {
                 return Err(StopError::Late { limit_ms: limits.reach.as_millis(), waiting: self.waiting() });
             };
-            let timeout = rustix::event::Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            };
+            let timeout = timespec(left);
             let mut fds = [PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::PRI)];
             match poll(&mut fds, Some(&timeout)) {
                 Ok(_) | Err(Errno::INTR) => {}

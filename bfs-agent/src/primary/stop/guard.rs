@@ -16,7 +16,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::primary::clock::timespec;
 
 /// Name of the hidden subcommand that runs [`serve`].
 pub const SUBCOMMAND: &str = "guard";
@@ -150,10 +152,7 @@ fn watch_pipe(pipe: &OwnedFd, watch: &mut Watch) -> io::Result<()> {
     loop {
         let timeout = watch.deadline.map(|at| {
             let left = at.saturating_duration_since(Instant::now());
-            Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            }
+            timespec(left)
         });
         let mut fds = [PollFd::from_borrowed_fd(pipe.as_fd(), PollFlags::IN)];
         match poll(&mut fds, timeout.as_ref()) {
