@@ -9,6 +9,8 @@
 //! Who the peer is was proven before: over TCP by the keys of a TLS connection, over a unix socket by the kernel. Then
 //! the replayer sends its [`PREAMBLE`], magic and version, the agent its own, and frames follow.
 
+mod generation;
+mod process;
 mod promote;
 mod status;
 
@@ -22,6 +24,11 @@ use crate::record::{
 };
 pub use crate::refusal::Refusal;
 
+pub use generation::{DIGEST_BLOCK, DIGEST_BYTES, DigestLine, Digests, GenerationLine, TreeObject};
+pub use process::{
+    PROCESS_BLOCK, PROCESS_BLOCKS_MAX, PROCESS_DIGEST, PROCESS_FILE_MAX, PROCESS_FILES_MAX, PROCESS_PIECE,
+    process_file_is_valid,
+};
 pub use promote::{History, PromoteStage, Promoter};
 pub use status::{GroupStatus, StoreState};
 
@@ -37,10 +44,13 @@ pub enum Version {
     /// Failover: [`Frame::Promote`] and what belongs to it, `adopt` in [`Frame::Welcome`], [`Refusal::Promoted`],
     /// [`Refusal::Attached`], `history` in [`GroupStatus`].
     V3 = 3,
+    /// Process state: [`Frame::PutProcess`], [`Frame::GetProcess`] and what belongs to them, `process` in
+    /// [`GenerationLine`].
+    V4 = 4,
 }
 
 /// What this build speaks.
-pub const VERSION: Version = Version::V3;
+pub const VERSION: Version = Version::V4;
 
 /// Magic bytes, then the version (little-endian): the first bytes from either side.
 pub const PREAMBLE: [u8; 8] = [b'b', b'f', b's', b'1', VERSION as u8, 0, 0, 0];
@@ -112,55 +122,6 @@ pub struct ManifestLine {
     /// blake3 over the sorted extended attributes: for each, u32 length and name, u32 length and
     /// value.
     pub xattrs: [u8; 32],
-}
-
-/// A checkpoint that is kept.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GenerationLine {
-    /// Its number.
-    pub checkpoint: CheckpointId,
-    /// Its label.
-    pub label: CheckpointLabel,
-    /// Objects that changed since the one before.
-    pub changed: u64,
-    /// Bytes of files that were written since.
-    pub bytes: u64,
-}
-
-/// One object of a generation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TreeObject {
-    /// It, as it was; what is too much for one line comes in more of the same number.
-    pub object: CatalogObject,
-    /// Something about it changed since.
-    pub changed: bool,
-    /// blake3 of the content of a regular file, if it was asked for.
-    pub content: Option<[u8; 32]>,
-}
-
-/// Of which files of a generation digests are wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Digests {
-    /// Of none.
-    None,
-    /// Of those that changed since.
-    Changed,
-    /// Of all.
-    All,
-}
-
-/// Bytes of a block that has a digest of its own.
-pub const DIGEST_BLOCK: u64 = 4096;
-/// Bytes of a digest: the first of its blake3.
-pub const DIGEST_BYTES: usize = 16;
-
-/// Digests of a file's blocks; more of the same file come in the next lines.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DigestLine {
-    /// The file.
-    pub object: ObjectId,
-    /// The digests, [`DIGEST_BYTES`] each; the last block ends with the file.
-    pub digests: Bytes,
 }
 
 /// A frame.
@@ -481,6 +442,46 @@ pub enum Frame {
         /// No more to come.
         last: bool,
     },
+    /// Agent: the images of the processes of this checkpoint follow, on a connection of their own. Answered by
+    /// [`Frame::ProcessBegun`] as soon as the checkpoint is confirmed.
+    PutProcess {
+        /// Name of the group.
+        group: String,
+        /// The epoch that the agent holds.
+        epoch: Epoch,
+        /// Of which checkpoint.
+        checkpoint: CheckpointId,
+    },
+    /// Replayer: go on.
+    ProcessBegun,
+    /// Agent: digests of the next blocks of a file, in the body. The files come one after another, each from its
+    /// beginning on. Answered by [`Frame::ProcessWanted`].
+    ProcessBlocks {
+        /// Name of the file.
+        file: String,
+        /// Bytes of the whole file.
+        size: u64,
+    },
+    /// Replayer: a bit for each of these blocks in the body, the lowest first: whether its bytes are wanted.
+    ProcessWanted,
+    /// Agent: the bytes of the next blocks that are wanted, in the body. Not answered.
+    ProcessBytes,
+    /// Agent: that was all. Answered by [`Frame::ProcessKept`].
+    ProcessEnd,
+    /// Replayer: they are durable, and the checkpoint has them.
+    ProcessKept,
+    /// Command: send the images of the processes of a checkpoint. Answered by [`Frame::ProcessPiece`] frames.
+    GetProcess {
+        /// Name of the group.
+        group: String,
+        /// Of which checkpoint.
+        at: CheckpointId,
+    },
+    /// Replayer: the next bytes of a file, in the body.
+    ProcessPiece {
+        /// Name of the file; empty at the end.
+        file: String,
+    },
     /// Command on the same host: the keys were changed, so look at them; connections of those that may not be there any more
     /// are ended. Answered by [`Frame::KeysRead`] when they are.
     ReadKeys,
@@ -623,7 +624,15 @@ mod tests {
             hex(Frame::Refused(refusal)),
             "1c000000 18000000 81 a752656675736564 81 a850726f6d6f746564 93 07 01 a162".replace(' ', "")
         );
-        assert_eq!(PREAMBLE, *b"bfs1\x03\0\0\0");
+        let put = Frame::PutProcess { group: "g".into(), epoch: Epoch(2), checkpoint: CheckpointId(7) };
+        assert_eq!(hex(put), "15000000 11000000 81 aa50757450726f63657373 93 a167 02 07".replace(' ', ""));
+        let blocks = Frame::ProcessBlocks { file: "a.img".into(), size: 300 };
+        assert_eq!(
+            hex(blocks),
+            "1d000000 19000000 81 ad50726f63657373426c6f636b73 92 a5612e696d67 cd012c".replace(' ', "")
+        );
+        assert_eq!(hex(Frame::ProcessKept), "10000000 0c000000 ab50726f636573734b657074".replace(' ', ""));
+        assert_eq!(PREAMBLE, *b"bfs1\x04\0\0\0");
     }
 
     #[test]

@@ -227,3 +227,50 @@ fn without_a_criu_that_works_nothing_is_started() {
     }
     assert!(!mark.exists());
 }
+
+/// Each checkpoint of the backup has its processes as well, or says that it has not, whatever dies meanwhile.
+#[test]
+fn the_backup_has_the_processes_too() {
+    let mut world = started("process-shipped", "counter.py", &[]);
+    let shipped = |world: &World| {
+        let status = world.status().unwrap();
+        status["process"]["shipped"].as_u64().unwrap_or(0)
+    };
+    let lines = |world: &World| -> Vec<(u64, Option<u64>)> {
+        let said = world.of_replayer(&["generations", "--json", "--group", &world.group]).unwrap();
+        let all: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+        let line = |g: &serde_json::Value| (g["checkpoint"].as_u64().unwrap(), g["process"].as_u64());
+        all.as_array().unwrap().iter().map(line).collect()
+    };
+    for round in 0..rounds(4, 30) {
+        let before = shipped(&world);
+        until("process state on the backup", SOON, || (shipped(&world) > before + 1).then_some(())).unwrap();
+        let last = shipped(&world);
+        // Confirmed, so it is applied soon.
+        let bytes = until("its checkpoint", SOON, || {
+            lines(&world).into_iter().find(|(number, _)| *number == last).map(|(_, bytes)| bytes)
+        });
+        assert!(bytes.unwrap().is_some_and(|bytes| bytes > 1 << 20), "checkpoint {last}");
+        world.kill_replayer().unwrap();
+        std::thread::sleep(Duration::from_millis(37 * round as u64 % 500));
+        world.start_replayer().unwrap();
+    }
+    let status = world.status().unwrap();
+    println!("{}", status["process"]);
+    // Only what changed travels.
+    let (all, sent) = (&status["process"]["last_bytes"], &status["process"]["shipped_bytes"]);
+    assert!(sent.as_u64().unwrap() < all.as_u64().unwrap() / 2, "{sent} of {all}");
+    let folder = world.store.join("process").join(&world.group);
+    for entry in fs::read_dir(&folder).unwrap() {
+        assert_eq!(entry.unwrap().metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+    assert!(world.finish().unwrap().success());
+    counted(&world);
+    exercise::equal(&world).unwrap();
+    let had = lines(&world);
+    assert!(had.iter().any(|(_, bytes)| bytes.is_some()), "{had:?}");
+    assert_eq!(had.last().unwrap().1, None, "the program had ended");
+    world.kill_replayer().unwrap();
+    let done = world.of_replayer(&["check", "--read-data"]).unwrap();
+    assert!(done.status.success(), "{done:?}");
+}

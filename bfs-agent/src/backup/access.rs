@@ -47,7 +47,12 @@ pub fn need(frame: &Frame) -> Need<'_> {
     const COMPARE: &[Right] = &[Right::Write, Right::Read];
     match frame {
         Frame::Hello { group, .. } => Need::ToWrite(group),
-        Frame::Records { .. } | Frame::GetCatalog => Need::Writer,
+        Frame::Records { .. }
+        | Frame::GetCatalog
+        | Frame::ProcessBlocks { .. }
+        | Frame::ProcessBytes
+        | Frame::ProcessEnd => Need::Writer,
+        Frame::PutProcess { group, .. } => Need::Group(group, &[Right::Write]),
         Frame::GetManifest { group, .. } | Frame::GetDigests { group, .. } => Need::Group(group, COMPARE),
         Frame::GetDamage { group, heal: false, .. } => Need::Group(group, COMPARE),
         Frame::GetDamage { group, heal: true, .. } => Need::Group(group, &[Right::Write]),
@@ -59,7 +64,9 @@ pub fn need(frame: &Frame) -> Need<'_> {
         | Frame::GetVersions { group, .. }
         | Frame::GetTransfer { group, .. }
         | Frame::Look { group, .. } => Need::Group(group, &[Right::Read]),
-        Frame::Merge { group, .. }
+        // Memory has what no file has: keys, passwords.
+        Frame::GetProcess { group, .. }
+        | Frame::Merge { group, .. }
         | Frame::Receive { group: Some(group), .. }
         | Frame::Promote { group, .. }
         | Frame::PromoteStep { group, .. } => Need::Group(group, &[Right::Administrate]),
@@ -88,6 +95,10 @@ pub fn need(frame: &Frame) -> Need<'_> {
         | Frame::Digests { .. }
         | Frame::Damage { .. }
         | Frame::KeysRead { .. }
+        | Frame::ProcessBegun
+        | Frame::ProcessWanted
+        | Frame::ProcessKept
+        | Frame::ProcessPiece { .. }
         | Frame::Status { .. } => Need::Nothing,
     }
 }

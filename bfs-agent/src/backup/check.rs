@@ -10,6 +10,8 @@
 //!   compared with its checksum. A file in the tree that has none, written by a release that kept none, gets those
 //!   of what it has, if nothing else is wrong with it.
 //!
+//! - Images of processes: their descriptions, and with `read_data` every byte.
+//!
 //! The store must have no owner: the lock is taken. A step that was begun and is not complete leaves the
 //! tree between two checkpoints; then it is not looked at, and the report says so.
 
@@ -30,6 +32,7 @@ use super::images::{self, Blocks};
 use super::index::{Base, GroupRow, Index, Node, Place, View};
 use super::past::{Past, Source};
 use super::plan::Plan;
+use super::process;
 use super::store::{self, Store};
 use super::sums::{self, SumChange};
 use crate::log::segment::{Item, SegmentReader, Tail};
@@ -127,6 +130,7 @@ pub fn check(path: &Path, read_data: bool, allowed: &[PathBuf]) -> Result<Report
         group.check_log()?;
         group.check_images()?;
         group.check_tree()?;
+        group.check_process()?;
     }
     Ok(report)
 }
@@ -263,6 +267,14 @@ impl Group<'_> {
                 }
             }
         }
+    }
+
+    /// The images of processes.
+    fn check_process(&mut self) -> Result<(), BackupError> {
+        for (at, path, why) in process::check(self.area.process(), self.row.id, self.read_data)? {
+            self.problem(path.display(), why, vec![at]);
+        }
+        Ok(())
     }
 
     /// A checkpoint needs the images of all steps from it on.

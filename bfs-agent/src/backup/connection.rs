@@ -17,6 +17,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
+mod process;
 mod writing;
 
 use super::access::{Entered, Need, need};
@@ -79,6 +80,8 @@ struct Session {
     looked: Option<(Arc<Group>, Loaded)>,
     /// A stream of another store that it sends.
     receiver: Option<Receiver>,
+    /// Images of processes that it sends.
+    putting: Option<process::Putting>,
 }
 
 /// Serves a connection until it ends.
@@ -115,6 +118,7 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
         held: Vec::new(),
         looked: None,
         receiver: None,
+        putting: None,
     };
     let end = tokio::select! {
         biased;
@@ -437,6 +441,13 @@ impl Session {
                 Ok(())
             }
             Frame::Look { group, at, look } => self.look(group, at, look).await,
+            Frame::PutProcess { group, epoch, checkpoint } => {
+                self.put_process(&group, epoch, checkpoint).await
+            }
+            Frame::ProcessBlocks { file, size } => self.process_blocks(file, size, body).await,
+            Frame::ProcessBytes => self.process_bytes(body).await,
+            Frame::ProcessEnd => self.process_end().await,
+            Frame::GetProcess { group, at } => self.get_process(&group, at).await,
             Frame::ReadKeys => {
                 let ended = match &self.shared.access {
                     Some(access) => access.clone().read_keys().await?,

@@ -15,6 +15,7 @@ mod adopting;
 mod applying;
 mod following;
 mod merging;
+mod processes;
 mod promoting;
 #[cfg(test)]
 pub(crate) mod simulated;
@@ -31,6 +32,7 @@ use super::gate::{Gate, Marker};
 use super::index::{GenerationRow, GroupRow, HistoryRow, Index};
 use super::kinds::Kinds;
 use super::past::{self, Source};
+use super::process::Sets;
 use super::retention::Retention;
 use super::room::{Disk, Disks, Need, Room};
 use super::transfer::Incoming;
@@ -230,6 +232,8 @@ pub struct Group {
     limits: Limits,
     room: Arc<Room>,
     disks: Disks,
+    /// Images of processes.
+    process: Arc<Sets>,
     /// Second copies of single files; none before there is a policy.
     followers: Mutex<Option<Followers>>,
     /// Which generations must stay.
@@ -344,6 +348,7 @@ impl Group {
         let applied = (row.checkpoint, row.label.clone());
         let mut state = State::new(gate, row.granted, applied, row.histories.clone());
         (state.steps, state.pending) = (steps, pending);
+        let process = Arc::new(Sets::open(area.process().to_owned(), row.id)?);
         let (to_log, from_group) = mpsc::channel(QUEUE);
         let group = Arc::new(Self {
             name: name.into(),
@@ -363,6 +368,7 @@ impl Group {
             limits,
             room,
             disks,
+            process,
             followers: Mutex::default(),
             held: Mutex::default(),
             retired: Mutex::new(None),
@@ -566,6 +572,7 @@ impl Group {
         let all = self.index.generations(self.number)?;
         let line = |(checkpoint, row): (CheckpointId, GenerationRow)| GenerationLine {
             checkpoint,
+            process: self.process.bytes(checkpoint, row.label.wall_ns),
             label: row.label,
             changed: row.changed,
             bytes: row.bytes,

@@ -24,6 +24,7 @@ pub mod past;
 pub mod pieces;
 pub mod places;
 pub mod plan;
+pub mod process;
 pub mod read;
 pub mod retention;
 pub mod room;

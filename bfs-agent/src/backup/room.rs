@@ -160,6 +160,14 @@ pub struct Disks {
     pub images: Disk,
 }
 
+impl Disks {
+    /// Whether before-images and log stand on the same one.
+    #[must_use]
+    pub fn images_beside_log(&self) -> bool {
+        self.images.device == self.store.device
+    }
+}
+
 /// What is too little.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Short {

@@ -3,7 +3,7 @@
 //! ```text
 //! STORE/                mode 0700
 //!   bfs.lock            flock: one owner; holds the owner's pid
-//!   format              "bfs store 5\n"
+//!   format              "bfs store 6\n"
 //!   index.redb          objects, entries, positions, plans
 //!   replayer.sock       the owner's socket
 //!   log/GROUP/          segments
@@ -14,6 +14,7 @@
 //!   images/GROUP/N.img  what the step from checkpoint N overwrote
 //!   images-at           where images/ is, if it is elsewhere (`elsewhere`)
 //!   now/GROUP/...       followers of single files (`follow`)
+//!   process/GROUP/      images of the processes of checkpoints (`process`)
 //!   receive/GROUP/      a stream of another store while it is taken in
 //! ```
 
@@ -29,14 +30,14 @@ use crate::log::sync_dir;
 
 /// Format of the store that this release writes. 1 had no checksums of the tree, and 2 did not say which bytes are
 /// lost; 3 did not take streams in, and would not finish one that is there as a whole, nor look for
-/// before-images elsewhere; 4 knew no promotions, would let in who is fenced, and had no followers. A store of them is taken over and
-/// becomes one of 5, because a release that does not know these things would not keep them true.
-pub const FORMAT: u32 = 5;
+/// before-images elsewhere; 4 knew no promotions, would let in who is fenced, and had no followers; 5 would keep images of processes
+/// for ever. A store of them is taken over and becomes one of 6, because a release that does not know these things would not keep them true.
+pub const FORMAT: u32 = 6;
 /// The oldest that it takes over.
 const FORMAT_OLDEST: u32 = 1;
 
 /// What stands in a store for each group.
-const FOLDERS: [&str; 8] = ["log", "tree", "stage", "aside", "kept", "images", "now", "receive"];
+const FOLDERS: [&str; 9] = ["log", "tree", "stage", "aside", "kept", "images", "now", "receive", "process"];
 
 /// A store that this process owns.
 #[derive(Debug)]

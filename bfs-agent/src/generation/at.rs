@@ -132,6 +132,7 @@ mod tests {
             checkpoint: CheckpointId(n),
             label: CheckpointLabel { wall_ns, tag: tag.into(), ..CheckpointLabel::default() },
             changed: 0,
+            process: None,
             bytes: 0,
         };
         let all = [line(3, 10, "a"), line(4, 20, "a"), line(6, 30, "")];

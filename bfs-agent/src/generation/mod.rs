@@ -20,6 +20,7 @@ use bfs_common::record::{
 };
 use bfs_common::wire::{
     DigestLine, Digests, Frame, GenerationLine, GroupStatus, History, PromoteStage, Promoter,
+    process_file_is_valid,
 };
 use bytes::Bytes;
 
@@ -264,6 +265,26 @@ impl Client {
                 None => {}
             }
         }
+    }
+
+    /// The images of the processes of a checkpoint: `each` gets the name of a file and its next bytes.
+    ///
+    /// # Errors
+    /// [`ReadError`]; [`ReadError::Sink`] for what `each` says.
+    pub fn process(
+        &mut self,
+        group: &str,
+        at: CheckpointId,
+        mut each: impl FnMut(&str, &[u8]) -> std::io::Result<()>,
+    ) -> Result<(), ReadError> {
+        self.ask(&Frame::GetProcess { group: group.into(), at }, |frame, body| match frame {
+            Frame::ProcessPiece { file } if file.is_empty() => Ok(true),
+            Frame::ProcessPiece { file } if process_file_is_valid(&file) => {
+                each(&file, &body).map_err(ReadError::Sink)?;
+                Ok(false)
+            }
+            _ => Err(AskError::Unexpected.into()),
+        })
     }
 
     /// How the groups of the store stand.

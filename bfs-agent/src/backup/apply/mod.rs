@@ -68,6 +68,7 @@ pub struct Area {
     kept: Arc<OwnedFd>,
     images: PathBuf,
     now: PathBuf,
+    process: PathBuf,
     base: Option<PathBuf>,
     maps: Vec<(PathBytes, PathBytes)>,
     allowed: Vec<PathBuf>,
@@ -123,6 +124,7 @@ impl Area {
             kept: Arc::new(make(own.join("kept").join(group))?),
             images: store.group_dir("images", group)?,
             now: store.group_dir("now", group)?,
+            process: store.group_dir("process", group)?,
             base,
             maps: maps.to_vec(),
             allowed: allowed.to_vec(),
@@ -174,6 +176,12 @@ impl Area {
     #[must_use]
     pub fn images(&self) -> &Path {
         &self.images
+    }
+
+    /// The folder of the images of processes.
+    #[must_use]
+    pub fn process(&self) -> &Path {
+        &self.process
     }
 
     /// The folder of followers.

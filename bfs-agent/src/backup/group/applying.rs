@@ -210,6 +210,7 @@ impl Group {
         if due {
             *locked(&self.retired) = Some(Instant::now());
         }
+        self.retire_process(short, due)?;
         // What was dropped may have failed between the index and the files.
         if self.state().untidy {
             let needed = dropping.needed()?;
@@ -259,6 +260,10 @@ impl Group {
             for (checkpoint, _) in rows {
                 *bytes.entry(*checkpoint).or_default() += images::allocated(self.area.images(), *checkpoint);
             }
+        }
+        if with_bytes && let Some((newest, _)) = rows.last() {
+            // They are bounded by themselves, so they count where nothing goes for them.
+            *bytes.entry(*newest).or_default() += self.process_bytes();
         }
         Ok(rows
             .iter()

@@ -189,6 +189,16 @@ fn process(state: &ProcessStatus) -> String {
             duration_us(state.last_us)
         )
     };
+    match (&state.shipped, &state.ship_failure) {
+        (_, Some(why)) => text.push_str(&format!("; the backup does not get it: {why}")),
+        (Some(shipped), None) => {
+            text.push_str(&format!(
+                "; the backup has that of {shipped} ({} sent)",
+                size(state.shipped_bytes)
+            ));
+        }
+        (None, None) => {}
+    }
     if state.restored > 0 {
         text.push_str(&format!("; restored {} times", state.restored));
     }

@@ -166,14 +166,24 @@ pub(super) fn generations(from: &From, json: bool) -> anyhow::Result<()> {
 
 fn table(all: &[GenerationLine]) -> String {
     use std::fmt::Write;
-    let mut out = String::from("checkpoint  time                   changed        bytes  tag\n");
+    let has_processes = all.iter().any(|g| g.process.is_some());
+    // Only who keeps process state has a column for it.
+    let column = |text: String| if has_processes { format!("{text:>11}  ") } else { String::new() };
+    let mut out = format!(
+        "checkpoint  time                   changed        bytes  {}tag\n",
+        column("processes".into())
+    );
     for g in all {
         let time = time_text(g.label.wall_ns);
         // Writing to a string does not fail.
         let _ = writeln!(
             out,
-            "{:>10}  {time:20}  {:>8}  {:>11}  {}",
-            g.checkpoint.0, g.changed, g.bytes, g.label.tag
+            "{:>10}  {time:20}  {:>8}  {:>11}  {}{}",
+            g.checkpoint.0,
+            g.changed,
+            g.bytes,
+            column(g.process.map_or_else(|| "-".into(), |bytes| bytes.to_string())),
+            g.label.tag
         );
     }
     out
@@ -212,7 +222,15 @@ mod tests {
             tag: "before".into(),
             ..Default::default()
         };
-        let text = table(&[GenerationLine { checkpoint: CheckpointId(7), label, changed: 3, bytes: 4096 }]);
+        let mut line =
+            GenerationLine { checkpoint: CheckpointId(7), label, changed: 3, bytes: 4096, process: None };
+        let text = table(std::slice::from_ref(&line));
         assert!(text.contains("         7  2026-11-21T13:24:05Z         3         4096  before\n"), "{text}");
+        let without = line.clone();
+        line.process = Some(70_000);
+        let text = table(&[without, line]);
+        assert!(text.contains("  processes  tag\n"), "{text}");
+        assert!(text.contains("     4096            -  before\n"), "{text}");
+        assert!(text.contains("     4096        70000  before\n"), "{text}");
     }
 }

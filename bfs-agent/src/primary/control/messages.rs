@@ -370,6 +370,16 @@ pub struct ProcessStatus {
     pub last_bytes: u64,
     /// How often the processes were restored.
     pub restored: u64,
+    /// The last checkpoint whose process state the backup has.
+    pub shipped: Option<CheckpointId>,
+    /// Bytes of it that had to be sent: what the one before had as well is not.
+    pub shipped_bytes: u64,
+    /// How long that took, beside the program, microseconds.
+    pub shipped_us: u64,
+    /// Checkpoints whose process state stayed on this host: the next one came before it was sent, or it was not taken.
+    pub not_shipped: u64,
+    /// Why the last one could not be sent, while it could not.
+    pub ship_failure: Option<String>,
 }
 
 /// Commands that are run before and after each checkpoint.

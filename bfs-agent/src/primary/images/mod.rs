@@ -5,6 +5,7 @@
 //! They stand under the checkpoint's number only when they are complete; what is half there has another name and goes
 //! with the next dump.
 
+mod courier;
 pub mod criu;
 mod outside;
 mod sizes;
@@ -18,10 +19,13 @@ use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use bfs_common::record::CheckpointId;
+use bfs_common::record::{CheckpointId, Epoch};
 
 use super::contained::{Contained, Role};
 use super::process::{ProcessError, tasks_of_cgroup};
+use super::ship::Connect;
+use courier::Courier;
+pub use courier::Shipped;
 use criu::{Criu, DUMP_LOG, RESTORE_LOG, reason};
 use outside::Outside;
 
@@ -94,6 +98,7 @@ pub struct Images {
     root: i32,
     keep: usize,
     kept: Vec<CheckpointId>,
+    courier: Option<Courier>,
     /// What came of it.
     pub tally: Tally,
 }
@@ -119,8 +124,23 @@ impl Images {
     ) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
         remove_images(&folder)?;
-        let (kept, tally) = (Vec::new(), Tally::default());
-        Ok(Self { criu, folder, cgroup, contained, root, keep: keep.max(1), kept, tally })
+        let (kept, courier, tally) = (Vec::new(), None, Tally::default());
+        Ok(Self { criu, folder, cgroup, contained, root, keep: keep.max(1), kept, courier, tally })
+    }
+
+    /// From now on each set is brought to this destination.
+    ///
+    /// # Errors
+    /// When there is no thread for it.
+    pub fn bring_to(&mut self, connect: Connect, group: &str, epoch: Epoch) -> io::Result<()> {
+        self.courier = Some(Courier::start(connect, group, epoch)?);
+        Ok(())
+    }
+
+    /// What came of that.
+    #[must_use]
+    pub fn shipped(&self) -> Shipped {
+        self.courier.as_ref().map(Courier::shipped).unwrap_or_default()
     }
 
     fn contained(&self) -> MutexGuard<'_, Contained> {
@@ -241,8 +261,11 @@ impl Images {
         Ok(processes)
     }
 
-    /// Removes what is beyond the number that is kept: not in the stop, for it can take long.
+    /// What needs no stop: the newest is brought to the destination, and what is beyond the number that is kept removed.
     pub fn tidy(&mut self) {
+        if let (Some(courier), Some(newest)) = (&self.courier, self.kept.last()) {
+            courier.bring(*newest, self.of(*newest));
+        }
         while self.kept.len() > self.keep {
             let oldest = self.kept.remove(0);
             if let Err(e) = fs::remove_dir_all(self.of(oldest)) {
@@ -287,6 +310,7 @@ impl Images {
 
     /// Removes all of them: nobody can restore them any more.
     pub fn clear(&mut self) {
+        self.courier = None;
         self.kept.clear();
         if let Err(e) = remove_images(&self.folder).and_then(|()| fs::remove_dir(&self.folder)) {
             tracing::warn!("cannot remove {}: {e}", self.folder.display());

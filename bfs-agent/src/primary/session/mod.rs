@@ -198,6 +198,7 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
         }
     };
     work.images = images;
+    work.bring_images();
     let sent = Arc::new(AtomicI32::new(0));
     let noted = Arc::clone(&sent);
     let _signals = program.pass_signals(&inherited, move |signal| noted.store(signal, Ordering::Relaxed))?;

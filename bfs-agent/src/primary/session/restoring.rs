@@ -29,6 +29,15 @@ impl Work {
         stop != Stop::Never && self.images.as_ref().is_some_and(|images| images.lives())
     }
 
+    /// Sets of images go to the destination from now on.
+    pub(super) fn bring_images(&mut self) {
+        let Some(images) = &mut self.images else { return };
+        let connect = self.link.shipper.remote().connector();
+        if let Err(e) = images.bring_to(connect, &self.options.group, self.epoch) {
+            self.last_error = Some(format!("process images stay on this host: no thread for them: {e}"));
+        }
+    }
+
     /// They stand until they are dumped.
     pub(super) fn stand_longer(&mut self) {
         let Limits { reach, stand } = self.link.limits;
@@ -57,7 +66,7 @@ impl Work {
 
     pub(super) fn process_status(&self) -> Option<ProcessStatus> {
         let images = self.images.as_ref()?;
-        let tally = &images.tally;
+        let (tally, shipped) = (&images.tally, images.shipped());
         Some(ProcessStatus {
             criu: images.version(),
             kept: images.kept().to_vec(),
@@ -67,6 +76,11 @@ impl Work {
             last_us: u64::try_from(tally.last.as_micros()).unwrap_or(u64::MAX),
             last_bytes: tally.bytes,
             restored: tally.restored,
+            shipped: shipped.last,
+            shipped_bytes: shipped.bytes,
+            shipped_us: u64::try_from(shipped.took.as_micros()).unwrap_or(u64::MAX),
+            not_shipped: shipped.skipped,
+            ship_failure: shipped.failure,
         })
     }
 
