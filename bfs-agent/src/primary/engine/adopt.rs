@@ -6,7 +6,6 @@
 use std::path::{Path, PathBuf};
 
 use bfs_common::record::{GapScope, Name, ObjectId};
-use foldhash::HashSet;
 
 use super::Engine;
 use super::host::Stat;
@@ -42,20 +41,6 @@ impl Engine {
     pub(super) fn adopt(&mut self, directory: ObjectId, name: &Name, stat: &Stat) -> Option<ObjectId> {
         let object = self.model.entry(directory, name)?;
         self.bind(object, stat).then_some(object)
-    }
-
-    /// Whether one of the object's names leads down from a root. (A directory can have two names until moves whose order is
-    /// not known are settled: each is followed.)
-    pub(super) fn is_reachable(&self, object: ObjectId) -> bool {
-        let (mut todo, mut seen) = (vec![object], HashSet::from_iter([object]));
-        while let Some(at) = todo.pop() {
-            if self.model.is_root(at) {
-                return true;
-            }
-            let links = self.model.get(at).into_iter().flat_map(|known| known.links.iter());
-            todo.extend(links.map(|(directory, _)| *directory).filter(|directory| seen.insert(*directory)));
-        }
-        false
     }
 
     fn bind(&mut self, object: ObjectId, stat: &Stat) -> bool {

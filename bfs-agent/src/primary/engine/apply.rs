@@ -347,6 +347,8 @@ impl Engine {
     fn doubtful_entry(&self, directory: ObjectId, name: &Name, span: Span) -> bool {
         self.is_dirty_entry(directory, name)
             || self.reads.after(&Thing::Entry(directory, name.clone()), span.start_ns)
+            // A directory that left the set: what happened in it since is not followed.
+            || !self.model.is_reachable(directory)
     }
 
     fn suspect_entry(&mut self, place: &Place, deep: bool) {

@@ -317,6 +317,25 @@ impl Model {
         std::mem::take(&mut self.moved)
     }
 
+    /// Whether one of the object's names leads down from a root.
+    #[must_use]
+    pub fn is_reachable(&self, object: ObjectId) -> bool {
+        let up = |at: &ObjectId| Some(self.get(*at)?.links.first()?.0);
+        if std::iter::successors(Some(object), up).take(DEPTH_MAX).any(|at| self.is_root(at)) {
+            return true;
+        }
+        // A directory can have two names until moves whose order is not known are settled: each is followed.
+        let (mut todo, mut seen) = (vec![object], HashSet::from_iter([object]));
+        while let Some(at) = todo.pop() {
+            if self.is_root(at) {
+                return true;
+            }
+            let links = self.get(at).into_iter().flat_map(|known| known.links.iter());
+            todo.extend(links.map(|(directory, _)| *directory).filter(|directory| seen.insert(*directory)));
+        }
+        false
+    }
+
     /// What an entry names.
     #[must_use]
     pub fn entry(&self, directory: ObjectId, name: &Name) -> Option<ObjectId> {

@@ -120,7 +120,7 @@ impl Engine {
         let settled = self.settle_all(host, ahead, &mut left);
         // What is below something that is gone is gone, too: nobody looks for it any more.
         for (object, dirty) in left.gone {
-            if settled.is_err() || self.is_reachable(object) {
+            if settled.is_err() || self.model.is_reachable(object) {
                 // An inode that is gone while it has a name: the name is what changed.
                 if settled.is_ok() {
                     self.suspect_names(object);
@@ -130,7 +130,7 @@ impl Engine {
         }
         for (object, dirty) in left.unbound {
             // Whoever was found meanwhile is suspect as a whole.
-            if self.model.is_unbound(object) && (settled.is_err() || self.is_reachable(object)) {
+            if self.model.is_unbound(object) && (settled.is_err() || self.model.is_reachable(object)) {
                 // It was moved after its directory was read: its name is read again.
                 self.suspect_names(object);
                 self.dirty.put(object, dirty);
