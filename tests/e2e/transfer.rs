@@ -12,16 +12,10 @@ use std::process::{Child, Command, Output, Stdio};
 use bfs_tests::programs::append::AppendWriters;
 use bfs_tests::programs::names::RandomNames;
 use bfs_tests::random::{Random, given_seed};
+use bfs_tests::stores::{below, is_sound, kept, replayer, restored_equals};
 use bfs_tests::watch::{SOON, until};
-use bfs_tests::world::{How, Transport, World, binary, command_ok, rounds};
+use bfs_tests::world::{How, Transport, World, command_ok, rounds};
 use bfs_tests::{copy, oracle};
-use serde_json::Value;
-
-fn replayer(words: &[&str], store: &Path) -> Command {
-    let mut command = Command::new(binary("bfs-replayer"));
-    command.args(words).arg("--store").arg(store);
-    command
-}
 
 /// A stream of a checkpoint, whole or the difference to another one.
 fn send(world: &World, from: Option<u64>, to: u64) -> Child {
@@ -44,32 +38,6 @@ fn send_into(world: &World, from: Option<u64>, to: u64, store: &Path) -> Output 
 
 fn ok(done: &Output) {
     assert!(done.status.success(), "{}: {}", done.status, String::from_utf8_lossy(&done.stderr));
-}
-
-fn kept(world: &World, store: &Path) -> Vec<u64> {
-    let said =
-        command_ok(&mut replayer(&["generations", "--json", "--group", &world.group], store)).unwrap().stdout;
-    let said: Value = serde_json::from_slice(&said).unwrap();
-    said.as_array().unwrap().iter().map(|line| line["checkpoint"].as_u64().unwrap()).collect()
-}
-
-/// Restored from a store a checkpoint equals the copy.
-fn restored_equals(world: &World, store: &Path, number: u64, then: &Path) {
-    let to = world.scratch.join("restored");
-    let at = number.to_string();
-    let mut restore = replayer(&["restore", "--group", &world.group, "--at", &at], store);
-    command_ok(restore.arg(&to)).unwrap();
-    let differences = oracle::compare(then, &to.join(below(world))).unwrap();
-    assert_eq!(differences, Vec::<String>::new(), "checkpoint {number} of {}", store.display());
-    fs::remove_dir_all(&to).unwrap();
-}
-
-fn below(world: &World) -> PathBuf {
-    world.place.data.strip_prefix("/").unwrap().to_owned()
-}
-
-fn is_sound(store: &Path) {
-    command_ok(&mut replayer(&["check", "--read-data"], store)).unwrap();
 }
 
 /// Checkpoints of names that change: some are sent, whole and as differences, some are merged, in the one store while it is

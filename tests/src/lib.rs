@@ -6,7 +6,7 @@
 //! it, [`programs`] are the programs that are replicated, each with a check of what it left,
 //! [`watch`] waits for conditions, [`exercise`] is what is done with every program, [`rows`] are the ways to
 //! change a file, one by one, [`faults`] makes system calls of a daemon fail,
-//! [`network`] what is between the two, [`hosts`] two machines on one.
+//! [`network`] what is between the two, [`hosts`] two machines on one, [`stores`] what stores say and give back.
 
 pub mod copy;
 pub mod exercise;
@@ -19,5 +19,6 @@ pub mod oracle;
 pub mod programs;
 pub mod random;
 pub mod rows;
+pub mod stores;
 pub mod watch;
 pub mod world;

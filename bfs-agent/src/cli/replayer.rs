@@ -1,6 +1,7 @@
 //! Command line of `bfs-replayer`.
 
 mod changes;
+mod follow;
 mod giveback;
 mod keep;
 mod keys;
@@ -272,6 +273,14 @@ Examples:
         #[arg(value_name = "FILE")]
         file: Option<PathBuf>,
     },
+    /// Take each checkpoint of another store, as it comes, until SIGTERM or SIGINT
+    #[command(after_help = "\
+The other replayer needs to know this host (`bfs-replayer pair` there, `bfs-agent pair` here, with the right to read the
+group), and nothing else: this store has its own rules, keys and state. After a kill of either side, or a network that was
+away, the same command goes on from the newest checkpoint that is here.
+Example:
+  bfs-replayer follow --store /third/store --from tcp://second:7400 --group db --every 30s")]
+    Follow(follow::Follow),
     /// Write the files of a checkpoint as a tar archive to standard output
     #[command(after_help = "\
 It has all that `restore` writes (hard links, holes, extended attributes, times to the nanosecond), in the format of
@@ -421,6 +430,7 @@ pub fn main() -> ExitCode {
         Command::Merge { from, keep_min, a, b } => giveback::merge(&from, [&a, &b], keep_min),
         Command::Send { from, older, to } => transfer::send(&from, older.as_ref(), &to),
         Command::Receive { owner, group, file } => transfer::receive(&owner, group, file.as_deref()),
+        Command::Follow(what) => follow::follow(&what),
         Command::Export { from, at, path } => transfer::export(&from, &at, path.as_deref()),
         Command::Promote(promote) => promote::promote(&promote),
         Command::Check { store, read_data, allow_root } => match check(&store, read_data, &allow_root) {

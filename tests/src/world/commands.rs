@@ -63,6 +63,17 @@ impl World {
         self.leash.hold(&mut command)?.spawn().context("bfs-agent does not start")
     }
 
+    /// Starts `bfs-replayer WORDS...`; what it prints goes into a log.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn spawn_replayer_command(&self, words: &[&str]) -> Result<std::process::Child> {
+        let mut command = Command::new(binary("bfs-replayer"));
+        command.args(words).stdin(Stdio::null());
+        command.stdout(self.log("replayer-commands.log")?).stderr(self.log("replayer-commands.log")?);
+        self.leash.hold(&mut command)?.spawn().context("bfs-replayer does not start")
+    }
+
     pub(super) fn agent_line(&self, words: &[&str]) -> Command {
         let mut command = Command::new(binary("bfs-agent"));
         // These have commands of their own.

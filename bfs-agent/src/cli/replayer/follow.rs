@@ -1,0 +1,328 @@
+//! `follow`: a store that takes each checkpoint of another one, as it comes. The other store knows nothing of it.
+//!
+//! A difference needs the checkpoint that it begins with on both sides. The connection that brought the newest one is
+//! kept until a younger one is there: for so long the other store keeps it, whatever its rules say.
+
+use std::path::PathBuf;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bfs_common::record::CheckpointId;
+use bfs_common::wire::GenerationLine;
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Exit, Owner, exit_of, transfer};
+use crate::backup::ReplayerHandle;
+use crate::backup::retention::{KEEP_MIN, Retention};
+use crate::cli::sayln;
+use crate::generation::{Client, ReadError};
+use crate::keys::Folder;
+use crate::net::{self, Destination};
+use crate::primary::schedule::parse_time;
+use crate::service::Service;
+
+/// Pieces of a stream that wait between the two stores.
+const PIECES: usize = 4;
+/// Between two tries to reach a store that is away, at first; then twice as long each time.
+const AGAIN_MIN: Duration = Duration::from_millis(500);
+/// The longest of these, unless `--every` is longer.
+const AGAIN_MAX: Duration = Duration::from_secs(30);
+
+/// Which store follows which.
+#[derive(Debug, Args)]
+pub(super) struct Follow {
+    /// Folder of the store that follows; made if it is missing. Where a replayer serves it, that is asked; else this
+    /// command owns it until it ends, and keeps every checkpoint
+    #[arg(long, value_name = "DIR")]
+    store: PathBuf,
+    /// Address of the replayer that it follows: tcp://HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    from: Destination,
+    /// Name of the group
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    group: String,
+    /// How often to look for a new checkpoint: 500ms, 10s, 5m, 1h
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
+    every: Duration,
+    /// Take the newest checkpoint, and end
+    #[arg(long)]
+    once: bool,
+    /// Folder of keys of this host, for tcp://
+    #[arg(long, value_name = "DIR", default_value = crate::keys::DEFAULT)]
+    keys: PathBuf,
+}
+
+/// Why a store can never catch up by differences.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+enum Apart {
+    #[error(
+        "checkpoint {0}, the newest here, is not kept there any more: differences would need it. Begin again with \
+         another --store, and let the replayer there keep more (`serve --keep`)"
+    )]
+    Merged(CheckpointId),
+    #[error(
+        "checkpoint {0} here and there have only the number in common: something else wrote to one of the stores. Begin \
+         again with another --store"
+    )]
+    Another(CheckpointId),
+    #[error(
+        "checkpoint {here} is here, and there is none after {there} there: that is not the store that was followed"
+    )]
+    Behind { here: CheckpointId, there: CheckpointId },
+}
+
+/// What is to be done.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    /// The other store has nothing yet.
+    Wait,
+    /// Nothing: the newest is here.
+    Done(CheckpointId),
+    /// Take this one, as the difference to the other; whole without.
+    Take { older: Option<CheckpointId>, newest: CheckpointId },
+}
+
+/// Decides by what both stores keep, each the oldest first.
+fn next(here: &[GenerationLine], there: &[GenerationLine]) -> Result<Step, Apart> {
+    let (Some(newest), ours) = (there.last(), here.last()) else { return Ok(Step::Wait) };
+    let Some(ours) = ours else { return Ok(Step::Take { older: None, newest: newest.checkpoint }) };
+    let number = ours.checkpoint;
+    if number > newest.checkpoint {
+        return Err(Apart::Behind { here: number, there: newest.checkpoint });
+    }
+    match there.iter().find(|line| line.checkpoint == number) {
+        None => Err(Apart::Merged(number)),
+        Some(line) if line.label != ours.label => Err(Apart::Another(number)),
+        Some(_) if number == newest.checkpoint => Ok(Step::Done(number)),
+        Some(_) => Ok(Step::Take { older: Some(number), newest: newest.checkpoint }),
+    }
+}
+
+/// Whether the command is to end, and the wait for that.
+#[derive(Debug, Default)]
+struct Ending {
+    asked: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Ending {
+    /// A thread waits for the signals that end the command.
+    fn by_signal() -> anyhow::Result<Arc<Self>> {
+        let ending = Arc::new(Self::default());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let [mut terminate, mut interrupt] = {
+            let _inside = runtime.enter();
+            [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
+        };
+        let theirs = Arc::clone(&ending);
+        std::thread::Builder::new().name("bfs-signals".into()).spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            });
+            *theirs.asked.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            theirs.changed.notify_all();
+        })?;
+        Ok(ending)
+    }
+
+    fn is_asked(&self) -> bool {
+        *self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits; true when the command is to end.
+    fn wait(&self, time: Duration) -> bool {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        *self
+            .changed
+            .wait_timeout_while(asked, time, |asked| !*asked)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+}
+
+/// Both stores, and what is held of the other one.
+struct Pair<'a> {
+    what: &'a Follow,
+    here: Owner,
+    owned: Option<ReplayerHandle>,
+    /// Over this the newest checkpoint came.
+    held: Option<Client>,
+    ending: Arc<Ending>,
+}
+
+/// Follows until a signal comes, or what cannot heal by itself.
+pub(super) fn follow(what: &Follow) -> anyhow::Result<()> {
+    let ending = Ending::by_signal()?;
+    let here = Owner { store: Some(what.store.clone()), connect: None, keys: what.keys.clone() };
+    let (_, owned) = here.open_or_make(Retention::everything(KEEP_MIN))?;
+    let mut pair = Pair { what, here, owned, held: None, ending: Arc::clone(&ending) };
+    let mut service = Service::of_environment();
+    service.ready("following");
+    let (mut again, mut told) = (AGAIN_MIN, None);
+    loop {
+        let pause = match pair.round() {
+            Ok(taken) => {
+                if told.take().is_some() {
+                    eprintln!("bfs-replayer: {} answers again", what.from);
+                }
+                again = AGAIN_MIN;
+                if taken.is_some() && what.once {
+                    return Ok(());
+                }
+                what.every
+            }
+            Err(_) if ending.is_asked() => break,
+            Err(error) if what.once || is_final(&error) => return Err(error),
+            Err(error) => {
+                let text = format!("{error:#}");
+                if told.as_ref() != Some(&text) {
+                    eprintln!("bfs-replayer: {text}; it is tried again");
+                    told = Some(text);
+                }
+                again = (again * 2).min(AGAIN_MAX.max(what.every));
+                again
+            }
+        };
+        // In pieces, so that a service manager hears of it.
+        let until = Instant::now() + pause;
+        while !ending.is_asked() && Instant::now() < until {
+            service.alive();
+            let left = until.saturating_duration_since(Instant::now());
+            ending.wait(service.every().map_or(left, |every| left.min(every)));
+        }
+        if ending.is_asked() {
+            break;
+        }
+    }
+    service.stopping();
+    Ok(())
+}
+
+/// Whether trying again is of no use.
+fn is_final(error: &anyhow::Error) -> bool {
+    error.is::<Apart>() || !matches!(exit_of(error), Exit::Other | Exit::Unreachable)
+}
+
+impl Pair<'_> {
+    fn client_here(&self) -> anyhow::Result<Client> {
+        match &self.owned {
+            Some(handle) => Ok(Client::open(async { Ok(handle.connect_local()) })?),
+            None => Ok(self.here.open_or_make(Retention::everything(KEEP_MIN))?.0),
+        }
+    }
+
+    /// Looks once, and takes what is new; gives the newest checkpoint that is here then.
+    fn round(&mut self) -> anyhow::Result<Option<CheckpointId>> {
+        let group = &self.what.group;
+        let mut there = Client::open(net::connect(&self.what.from, &Folder::new(&self.what.keys)))?;
+        let mut here = self.client_here()?;
+        let (theirs, ours) = (kept(&mut there, group)?, kept(&mut here, group)?);
+        let (older, newest) = match next(&ours, &theirs)? {
+            Step::Wait => return Ok(None),
+            Step::Done(newest) => return Ok(Some(newest)),
+            Step::Take { older, newest } => (older, newest),
+        };
+        let bytes = self.take(&mut there, &mut here, older, newest)?;
+        transfer::applied(&mut here, group, newest)?;
+        self.held = Some(there);
+        let how = older.map_or_else(|| "whole".to_owned(), |older| format!("what differs from {older}"));
+        sayln!("group {group}: checkpoint {newest} of {} ({how}, {bytes} bytes)", self.what.from)?;
+        Ok(Some(newest))
+    }
+
+    fn take(
+        &self,
+        there: &mut Client,
+        here: &mut Client,
+        older: Option<CheckpointId>,
+        newest: CheckpointId,
+    ) -> anyhow::Result<u64> {
+        let group = &self.what.group;
+        let ending = &self.ending;
+        let (pieces, came) = sync_channel::<Vec<u8>>(PIECES);
+        let mut bytes = 0;
+        let (sent, taken) = std::thread::scope(|scope| {
+            let sending = scope.spawn(move || {
+                there.transfer(group, older, newest, |piece| {
+                    if ending.is_asked() {
+                        return Err(std::io::ErrorKind::Interrupted.into());
+                    }
+                    // An empty one would be the end.
+                    if piece.is_empty() || pieces.send(piece.to_vec()).is_ok() {
+                        return Ok(());
+                    }
+                    Err(std::io::ErrorKind::BrokenPipe.into())
+                })
+            });
+            let taken = here.receive(Some(group.clone()), &mut |piece| {
+                // What is cut off has no end, so it is refused.
+                *piece = came.recv().unwrap_or_default();
+                bytes += piece.len() as u64;
+                Ok(())
+            });
+            // Should it not take all: whoever sends must not wait for that.
+            drop(came);
+            (sending.join(), taken)
+        });
+        let sent = sent.map_err(|_| anyhow::anyhow!("what reads the other store failed"))?;
+        match (sent, taken) {
+            // The pipe broke because of what this store says.
+            (Err(ReadError::Sink(_)) | Ok(()), Err(error)) => Err(error.into()),
+            (Err(error), _) => Err(error.into()),
+            (Ok(()), Ok(_)) => Ok(bytes),
+        }
+    }
+}
+
+/// What a store keeps of a group; nothing if there is no such group.
+fn kept(client: &mut Client, group: &str) -> anyhow::Result<Vec<GenerationLine>> {
+    if client.status()?.iter().all(|status| status.group != group) {
+        return Ok(Vec::new());
+    }
+    Ok(client.generations(group)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use bfs_common::record::CheckpointLabel;
+
+    use super::*;
+
+    fn lines(numbers: &[u64], wall_ns: i64) -> Vec<GenerationLine> {
+        let label = CheckpointLabel { wall_ns, tag: String::new(), trigger: "manual".into(), stopped_us: 0 };
+        let line = |number: &u64| GenerationLine {
+            checkpoint: CheckpointId(*number),
+            label: label.clone(),
+            changed: 0,
+            bytes: 0,
+            process: None,
+        };
+        numbers.iter().map(line).collect()
+    }
+
+    #[test]
+    fn the_newest_is_taken_as_the_difference_to_the_newest_here() {
+        let take = |older: Option<u64>, newest| {
+            Ok(Step::Take { older: older.map(CheckpointId), newest: CheckpointId(newest) })
+        };
+        assert_eq!(next(&[], &[]), Ok(Step::Wait));
+        assert_eq!(next(&lines(&[3], 1), &[]), Ok(Step::Wait));
+        assert_eq!(next(&[], &lines(&[1, 2, 5], 1)), take(None, 5));
+        assert_eq!(next(&lines(&[2], 1), &lines(&[1, 2, 5], 1)), take(Some(2), 5));
+        assert_eq!(next(&lines(&[2, 5], 1), &lines(&[1, 5], 1)), Ok(Step::Done(CheckpointId(5))));
+    }
+
+    #[test]
+    fn stores_that_parted_are_told_so() {
+        let n = CheckpointId;
+        assert_eq!(next(&lines(&[2], 1), &lines(&[1, 5], 1)), Err(Apart::Merged(n(2))));
+        assert_eq!(next(&lines(&[5], 2), &lines(&[1, 5], 1)), Err(Apart::Another(n(5))));
+        let behind = Apart::Behind { here: n(6), there: n(5) };
+        assert_eq!(next(&lines(&[6], 1), &lines(&[1, 5], 1)), Err(behind));
+    }
+}
