@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use bfs_tests::exercise;
+use bfs_tests::hosts::Hosts;
 use bfs_tests::random::Random;
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World, binary, rounds};
@@ -96,8 +97,7 @@ fn goes_on(name: &str, program: &str, times: usize) {
 
 /// Lines of the log just now.
 fn counted_loosely(world: &World) -> u64 {
-    let log = fs::read(world.place.data.join("log")).unwrap_or_default();
-    log.iter().filter(|byte| **byte == b'\n').count() as u64
+    counted_lines(&world.place.data.join("log"))
 }
 
 #[test]
@@ -273,4 +273,89 @@ fn the_backup_has_the_processes_too() {
     world.kill_replayer().unwrap();
     let done = world.of_replayer(&["check", "--read-data"]).unwrap();
     assert!(done.status.success(), "{done:?}");
+}
+
+/// `bfs-replayer promote --with-process` on a host; the agent that it becomes has these options.
+fn promote(hosts: &mut Hosts, name: &str, to: &str, backup: &str) {
+    let mut promote = hosts.replayer(name, "promote");
+    promote.args(["--to", to, "--with-process", "--process-dir"]).arg(hosts.host(name).own.join("images"));
+    promote.args(["--", "--backup", backup]).args(options(hosts, name));
+    hosts.start(name, promote).unwrap();
+}
+
+fn options(hosts: &Hosts, name: &str) -> Vec<String> {
+    let own = &hosts.host(name).own;
+    let folder = |sub: &str| own.join(sub).display().to_string();
+    let words = ["--checkpoint", "every=150ms", "--criu", &criu(), "--keys", &folder("keys"), "--spool"];
+    words.iter().map(|word| (*word).to_owned()).chain([folder("spool")]).collect()
+}
+
+/// The primary dies, the program goes on on the other host, with memory and files of one instant; then the roles swap.
+#[test]
+fn the_program_goes_on_on_the_other_host_and_comes_back() {
+    let mut hosts = Hosts::new("process-hosts").unwrap();
+    for (backup, primary) in [("b", "a"), ("a", "b")] {
+        hosts.serve(backup).unwrap();
+        hosts.pair(primary, backup, &[]).unwrap();
+    }
+    let (to_a, to_b) = (hosts.a.destination(), hosts.b.destination());
+    let place = hosts.a.place.clone();
+    let mut run = hosts.agent("a", "run");
+    run.args(["--with-process", "--process-dir"]).arg(hosts.a.own.join("images"));
+    run.arg("--path").arg(&place.data).args(["--backup", &to_b]).args(options(&hosts, "a"));
+    run.args(["--", "python3"]).arg(script("counter.py")).args([&place.data, &place.aux]);
+    hosts.start("a", run).unwrap();
+
+    let shipped = |hosts: &Hosts, name: &str| {
+        hosts.status(name).ok().and_then(|status| status["process"]["shipped"].as_u64()).unwrap_or(0)
+    };
+    // Whole lines, each right; how many there are.
+    let counted = |log: &std::path::Path| {
+        let text = fs::read_to_string(log).unwrap();
+        let (mut count, mut total) = (0u64, 0u64);
+        for line in text.lines() {
+            count += 1;
+            total += count;
+            assert_eq!(line, format!("{count} {total}"), "{}", log.display());
+        }
+        count
+    };
+    let log_a = hosts.a.data().join("log");
+    let first = until("process state on the backup", SOON, || Some(shipped(&hosts, "a")).filter(|n| *n > 2));
+    println!("checkpoint {} of a is on b", first.unwrap());
+    hosts.kill_agent("a").unwrap();
+    let had = counted(&log_a);
+
+    promote(&mut hosts, "b", "/", &to_a);
+    let log_b = hosts.b.data().join("log");
+    until("progress on b", SOON, || (counted_lines(&log_b) > had + 100).then_some(())).unwrap();
+    println!("killed on a at {had}, on b it is at {}", counted_lines(&log_b));
+    let before = shipped(&hosts, "b");
+    until("process state back on a", SOON, || (shipped(&hosts, "b") > before + 2).then_some(())).unwrap();
+
+    // The second failure. Below a directory of a the files stand elsewhere than the program sees them.
+    hosts.kill_agent("b").unwrap();
+    let had = counted(&log_b);
+    let elsewhere = hosts.scratch("elsewhere");
+    let own_store = format!("unix:{}/replayer.sock", hosts.a.store().display());
+    promote(&mut hosts, "a", elsewhere.to_str().unwrap(), &own_store);
+    let data = elsewhere.join(place.data.strip_prefix("/").unwrap());
+    until("progress on a", SOON, || (counted_lines(&data.join("log")) > had + 100).then_some(())).unwrap();
+    assert_eq!(counted(&log_a.clone()), counted(&log_a), "what stood there before is as it was");
+    println!("killed on b at {had}, on a it is at {}", counted_lines(&data.join("log")));
+    until("process state again", SOON, || (shipped(&hosts, "a") > 0).then_some(())).unwrap();
+    // Its memory never left it: the program finds itself right, and ends as it was told on the host where it began.
+    fs::write(place.stop(), "").unwrap();
+    assert_eq!(hosts.ended("a").unwrap(), 0);
+    let all = counted(&data.join("log"));
+    assert!(all > had + 100, "{all} after {had}");
+    let backup = hosts.a.store().join("tree").join(&hosts.group).join(data.strip_prefix("/").unwrap());
+    assert_eq!(bfs_tests::oracle::compare(&data, &backup).unwrap(), Vec::<String>::new());
+    // What began is not there to begin once more, on files that went on.
+    let consumed = hosts.a.own.join("images").join(format!("{}.promoted", hosts.group));
+    assert!(!consumed.exists());
+}
+
+fn counted_lines(log: &std::path::Path) -> u64 {
+    fs::read(log).unwrap_or_default().iter().filter(|byte| **byte == b'\n').count() as u64
 }

@@ -297,6 +297,51 @@ impl Hosts {
         Ok(())
     }
 
+    /// Starts what becomes the agent of a host, and returns when that answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn start(&mut self, name: &str, mut agent: Command) -> Result<()> {
+        let host = self.host(name);
+        agent.stdout(host.log("agent.log")?).stderr(host.log("agent.log")?);
+        let mut child = self.leash.hold(&mut agent)?.spawn()?;
+        let log = host.own.join("agent.log");
+        until("the agent", SOON, || {
+            if let Ok(Some(ended)) = child.try_wait() {
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                return Some(Err(anyhow::anyhow!("the agent of {name} ended: {ended}: {said}")));
+            }
+            self.status(name).ok().map(|_| Ok(()))
+        })??;
+        self.host_mut(name).agent = Some(child);
+        Ok(())
+    }
+
+    /// Kills the agent of a host and all that it started with -9.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn kill_agent(&mut self, name: &str) -> Result<()> {
+        let mut agent = self.host_mut(name).agent.take().context("no agent runs")?;
+        let mut all = vec![agent.id()];
+        let mut next = 0;
+        while let Some(pid) = all.get(next).copied() {
+            next += 1;
+            for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+                all.extend(children.split_whitespace().filter_map(|child| child.parse::<u32>().ok()));
+            }
+        }
+        for pid in &all {
+            // SAFETY: a process that this host's agent started, or the agent.
+            unsafe { libc::kill(*pid as i32, libc::SIGKILL) };
+        }
+        agent.wait()?;
+        until("its processes to end", SOON, || {
+            all.iter().all(|pid| !Path::new(&format!("/proc/{pid}/exe")).exists()).then_some(())
+        })
+    }
+
     /// A program that does nothing until it is told to end.
     #[must_use]
     pub fn resting(&self, name: &str) -> Vec<String> {

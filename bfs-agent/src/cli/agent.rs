@@ -108,7 +108,7 @@ enum Command {
         #[command(flatten)]
         process: process::Process,
         /// The command and its arguments
-        #[arg(last = true, required = true, value_name = "CMD")]
+        #[arg(last = true, required_unless_present = "restore", value_name = "CMD")]
         command: Vec<OsString>,
     },
     /// Replicate what programs do that run already, and all their children

@@ -5,6 +5,7 @@ mod follow;
 mod giveback;
 mod keep;
 mod keys;
+mod processes;
 mod promote;
 mod transfer;
 

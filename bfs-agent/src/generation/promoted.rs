@@ -56,6 +56,11 @@ impl Places {
         self.all.iter().map(|place| place.at.as_path())
     }
 
+    /// Each root as it was on the primary, and its place here.
+    pub fn pairs(&self) -> impl Iterator<Item = (&Path, &Path)> {
+        self.all.iter().map(|place| (place.root.as_path(), place.at.as_path()))
+    }
+
     /// Makes the places, with an empty folder of ours in each. Nothing else may stand there.
     ///
     /// # Errors

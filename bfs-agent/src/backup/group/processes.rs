@@ -2,6 +2,7 @@
 //! writes the group, and gone with it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bfs_common::record::{CheckpointId, CheckpointLabel, Epoch};
 use bfs_common::wire::Refusal;
@@ -10,6 +11,9 @@ use super::super::error::BackupError;
 use super::super::process::Sets;
 use super::super::process::put::{Begun, Put, PutError};
 use super::{Group, locked};
+
+/// How long images wait for their checkpoint: nothing else is heard on their connection meanwhile.
+const CONFIRMED: Duration = Duration::from_secs(5);
 
 fn refused(group: &str, error: PutError) -> Refusal {
     match error {
@@ -37,8 +41,12 @@ impl Group {
     ) -> Result<Option<Box<Put>>, Refusal> {
         self.state().admit(epoch)?;
         let mut progress = self.progress();
-        let confirmed = progress.wait_for(|p| p.confirmed >= at).await;
-        drop(confirmed.map_err(|_| Refusal::Store("it is being closed".into()))?);
+        let confirmed = tokio::time::timeout(CONFIRMED, progress.wait_for(|p| p.confirmed >= at));
+        match confirmed.await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) => return Err(Refusal::Store("it is being closed".into())),
+            Err(_) => return Err(Refusal::Behind(format!("checkpoint {at} is not confirmed yet"))),
+        }
         // Who was fenced meanwhile may have another checkpoint of this number.
         self.state().admit(epoch)?;
         let group = Arc::clone(self);

@@ -42,7 +42,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 33] = [
+const KEYS: [Key; 34] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::Text),
     key("keys", "--keys", Form::Text),
@@ -76,10 +76,11 @@ const KEYS: [Key; 33] = [
     key("restart_on_abort", "--restart-on-abort", Form::Numbers),
     key("process_keep", "--process-keep", Form::Numbers),
     key("process_dir", "--process-dir", Form::Text),
+    key("process_overrun", "--process-overrun", Form::Text),
 ];
 
 /// Keys that belong to `run`.
-const OF_RUN: [&str; 8] = [
+const OF_RUN: [&str; 9] = [
     "rollback_on_failure",
     "kill_descendants",
     "include_foreign",
@@ -88,6 +89,7 @@ const OF_RUN: [&str; 8] = [
     "restart_on_abort",
     "process_keep",
     "process_dir",
+    "process_overrun",
 ];
 /// Keys that belong to `attach`.
 const OF_ATTACH: [&str; 4] = ["pid", "cgroup", "everyone", "resume"];

@@ -144,7 +144,7 @@ impl Options {
     }
 }
 
-fn parse_map(text: &str) -> Result<(PathBuf, PathBuf), String> {
+pub(super) fn parse_map(text: &str) -> Result<(PathBuf, PathBuf), String> {
     let form = "write FROM=TO, for example --map /srv/data=/data";
     let (from, to) = text.split_once('=').ok_or(form)?;
     if to.is_empty() || !from.starts_with('/') {

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
+
+use super::options::parse_map;
 
 use crate::primary::images::DIRECTORY;
 use crate::primary::session::ProcessOptions;
@@ -34,6 +36,25 @@ pub(super) struct Process {
     /// Where it is kept, in a folder of the group's name
     #[arg(long, value_name = "DIR", default_value = DIRECTORY, requires = "with_process")]
     process_dir: PathBuf,
+    /// Where a dump takes longer than every=TIME: `stretch` the time between checkpoints, or `skip` process state, and count
+    /// that, until the program has run for as long as it stood
+    #[arg(long, value_enum, value_name = "HOW", default_value = "stretch", requires = "with_process")]
+    process_overrun: Overrun,
+    /// Instead of a command: the processes whose images stand there, as `bfs-replayer promote --with-process` gives them
+    #[arg(long, value_name = "DIR", requires = "with_process", conflicts_with_all = ["command", "rollback_on_failure"])]
+    restore: Option<PathBuf>,
+    /// The processes see the directory FROM at TO (may be repeated)
+    #[arg(long = "bind", value_name = "FROM=TO", requires = "with_process", value_parser = parse_map)]
+    binds: Vec<(PathBuf, PathBuf)>,
+}
+
+/// What is done when a dump takes too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Overrun {
+    /// Checkpoints are further apart.
+    Stretch,
+    /// They have files only.
+    Skip,
 }
 
 impl Process {
@@ -43,6 +64,9 @@ impl Process {
             directory: self.process_dir,
             keep: usize::from(self.process_keep),
             restarts: self.restart_on_abort,
+            restore: self.restore,
+            binds: self.binds,
+            skips: self.process_overrun == Overrun::Skip,
         })
     }
 }

@@ -184,9 +184,10 @@ fn process(state: &ProcessStatus) -> String {
         "no checkpoint has their state".to_owned()
     } else {
         format!(
-            "checkpoints {kept} have their state ({}, dumped in {})",
+            "checkpoints {kept} have their state ({}, dumped in {} of the {} that they stood)",
             size(state.last_bytes),
-            duration_us(state.last_us)
+            duration_us(state.last_us),
+            duration_us(state.last_stop_us)
         )
     };
     match (&state.shipped, &state.ship_failure) {
@@ -198,6 +199,19 @@ fn process(state: &ProcessStatus) -> String {
             ));
         }
         (None, None) => {}
+    }
+    if state.skipped > 0 {
+        text.push_str(&format!(
+            "; {} checkpoints without it, as a dump takes longer than the interval",
+            state.skipped
+        ));
+    }
+    if let Some(first) = state.outside.first() {
+        let more = state.outside.len() - 1;
+        text.push_str(&format!(
+            "; open elsewhere: {} ({}), and {more} more (--json)",
+            first.what, first.at_restore
+        ));
     }
     if state.restored > 0 {
         text.push_str(&format!("; restored {} times", state.restored));

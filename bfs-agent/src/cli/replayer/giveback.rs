@@ -36,6 +36,15 @@ impl From {
         self.owner.store.as_deref()
     }
 
+    /// How an agent on this host reaches the store; `own`: nobody has it but this process.
+    pub(super) fn destination(&self, own: bool) -> String {
+        match (&self.owner.store, &self.owner.connect) {
+            (Some(store), _) if own => format!("dir:{}", store.display()),
+            (Some(store), _) => Destination::Unix(net::store_socket(store)).to_string(),
+            (None, connect) => connect.as_ref().map(ToString::to_string).unwrap_or_default(),
+        }
+    }
+
     /// Writes a checkpoint, or what stands at a path of it, below a directory.
     pub(super) fn write_out(
         &self,

@@ -8,6 +8,7 @@ use bfs_common::wire::{Digests, PromoteStage, Promoter, Refusal};
 use clap::Args;
 
 use super::giveback::From;
+use super::processes::{Processes, Wanted};
 use super::transfer::applied;
 use crate::cli::sayln;
 use crate::generation::{At, Client, Places, Promotion, ReadError, Tree, time_text};
@@ -31,6 +32,8 @@ pub(super) struct Promote {
     /// With --test: another checkpoint than the newest, as for `restore`
     #[arg(long, value_name = "N|TIME|tag:NAME", requires = "test")]
     at: Option<At>,
+    #[command(flatten)]
+    process: Wanted,
 }
 
 /// The name of this host, for people.
@@ -69,18 +72,23 @@ fn go(promote: &Promote, to: &Path) -> anyhow::Result<()> {
     let to = std::path::absolute(to)?;
     let plain = to.components().all(|part| !matches!(part, std::path::Component::ParentDir));
     anyhow::ensure!(plain, "--to {}: write it without `..`", to.display());
-    let (mut client, _owner) = promote.from.open()?;
+    let process = promote.process.look(group)?;
+    let (mut client, owner) = promote.from.open()?;
     let by = Promoter { writer: group_id(group), host: host_name(), to: PathBytes::new(&to) };
     let begun = client.status()?.into_iter().find(|status| status.group == group);
     let begun = begun.with_context(|| format!("there is no group {group:?} in this store"))?;
+    let gone_on = begun.applied;
     let begun = begun.history.filter(|history| history.by == by && history.stage != PromoteStage::Fenced);
     if begun.is_none() {
         // First what costs nothing to refuse.
         look(promote, &mut client, group, &to)?;
+        process.as_ref().map(|process| process.newest(&mut client)).transpose()?;
     }
     let promotion = client.promote(group, by, promote.force).map_err(|error| refused(error, promote, &to))?;
     let history = &promotion.history;
-    if history.stage == PromoteStage::Done {
+    // Processes that were promoted and have not begun, on files with which nobody has gone on.
+    let waits = |process: &Processes<'_>| gone_on <= history.at && process.origin().is_ok();
+    if history.stage == PromoteStage::Done && !process.as_ref().is_some_and(waits) {
         sayln!(
             "checkpoint {} was promoted before, below {}: there is nothing to do",
             history.at,
@@ -89,15 +97,29 @@ fn go(promote: &Promote, to: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     applied(&mut client, group, history.at)?;
-    let tree = client.tree(group, history.at, Digests::None)?;
+    // The newest that has processes: those behind it have no more than files.
+    let at = match (&process, history.stage) {
+        (None, _) => history.at,
+        (Some(process), PromoteStage::Fenced) => process.newest(&mut client)?,
+        (Some(process), _) => process.origin()?.checkpoint,
+    };
+    let tree = client.tree(group, at, Digests::None)?;
     let places = Places::of(group, &tree, &to);
     if history.stage == PromoteStage::Fenced {
         write(&promote.from, &mut client, &tree, &places)?;
+        process.as_ref().map(|process| process.export(&mut client, at)).transpose()?;
         client.promote_step(group, history.history, PromoteStage::Placing)?;
     }
-    places.put(&tree)?;
-    client.promote_step(group, history.history, PromoteStage::Done)?;
-    tell(group, &promotion, &tree, &places)
+    if history.stage != PromoteStage::Done {
+        places.put(&tree)?;
+        client.promote_step(group, history.history, PromoteStage::Done)?;
+    }
+    tell(group, &promotion, &tree, &places, process.as_ref())?;
+    let Some(process) = process else { return Ok(()) };
+    let backup = promote.from.destination(owner.is_some());
+    // A store that nobody owned is the agent's from now on.
+    drop((client, owner));
+    Err(process.begin(&tree, &places, backup).into())
 }
 
 /// Whether the places are free and have room, before anybody is fenced.
@@ -160,20 +182,32 @@ fn refused(error: ReadError, promote: &Promote, to: &Path) -> anyhow::Error {
     ))
 }
 
-fn tell(group: &str, promotion: &Promotion, tree: &Tree, places: &Places) -> anyhow::Result<()> {
+fn tell(
+    group: &str,
+    promotion: &Promotion,
+    tree: &Tree,
+    places: &Places,
+    process: Option<&Processes<'_>>,
+) -> anyhow::Result<()> {
     let history = &promotion.history;
     sayln!(
         "checkpoint {} ({}) is the primary now, on {}",
-        history.at,
+        tree.checkpoint,
         time_text(tree.label.wall_ns),
         history.by.host
     )?;
+    if tree.checkpoint < history.at {
+        sayln!("checkpoints behind it up to {} have no processes; they are kept", history.at)?;
+    }
     if promotion.pending_records > 0 {
         sayln!(
             "left out: {} records, {} bytes behind it, which no checkpoint covers",
             promotion.pending_records,
             promotion.pending_bytes
         )?;
+    }
+    if process.is_some() {
+        return Ok(());
     }
     let paths: Vec<String> = places.paths().map(|at| format!("--path {}", at.display())).collect();
     sayln!("go on with: bfs-agent run --group {group} {} --backup ... -- CMD", paths.join(" "))?;

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::ExitStatus;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind_recursive, mount_change};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::setsid;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -117,6 +117,18 @@ impl First {
                 Ok(Some(Order::Hold { role, arguments, cgroup, output })) => {
                     let made = self.hold(role, &arguments, cgroup.as_deref(), output.as_deref());
                     self.answer(made);
+                }
+                Ok(Some(Order::Bind(from, to))) => {
+                    let bound = fs::create_dir_all(&to)
+                        .and_then(|()| Ok(mount_bind_recursive(&from, &to)?))
+                        .map_err(|e| (e, format!("mount {} on {}", from.display(), to.display())));
+                    self.answer(bound.map(|()| Said::Ready));
+                }
+                Ok(Some(Order::Expect { command, above })) => {
+                    // The next child gets a number behind this one (pid_namespaces(7)).
+                    let set = fs::write("/proc/sys/kernel/ns_last_pid", above.to_string());
+                    self.command = Some(command);
+                    self.answer(set.map(|()| Said::Ready).map_err(|e| (e, "ns_last_pid".to_owned())));
                 }
                 Ok(Some(Order::Go)) => {
                     let gone = self.go();

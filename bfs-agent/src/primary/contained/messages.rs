@@ -38,6 +38,10 @@ pub(super) enum Order {
         /// [`super::STANDARD`].
         output: Option<PathBuf>,
     },
+    /// What is at the first path is at the second one, too, for all in these namespaces.
+    Bind(PathBuf, PathBuf),
+    /// The command is going to be restored under this number; no child gets one up to the second before.
+    Expect { command: i32, above: i32 },
     /// The child that is held begins.
     Go,
     /// The command gets a signal.

@@ -129,6 +129,31 @@ impl Contained {
         }
     }
 
+    fn done(&mut self, order: &Order, what: &str) -> Result<(), ProcessError> {
+        tell(&self.control, order).map_err(|e| system(what, e))?;
+        match self.answer(what)? {
+            Said::Ready => Ok(()),
+            other => Err(system(what, io::Error::other(format!("{other:?}")))),
+        }
+    }
+
+    /// All in the namespaces see the directory `from` at `to` as well, which is made if it is not there.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn bind(&mut self, from: &Path, to: &Path) -> Result<(), ProcessError> {
+        self.done(&Order::Bind(from.to_owned(), to.to_owned()), "bind")
+    }
+
+    /// A command that was dumped elsewhere is going to be restored: `command` is its number, and `above` the highest
+    /// that any of its processes has.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn expect(&mut self, command: i32, above: i32) -> Result<(), ProcessError> {
+        self.done(&Order::Expect { command, above }, "expect")
+    }
+
     /// Makes a child up to just before its exec; gives its number in the namespace. With `output` what it prints goes
     /// there, and the command's standard streams stand at [`STANDARD`].
     ///

@@ -6,6 +6,8 @@ use bfs_common::record::{CheckpointId, Epoch, Sequence};
 use bfs_common::wire::StoreState;
 use serde::{Deserialize, Serialize};
 
+use crate::primary::images::OpenOutside;
+
 use super::request::{BadRequest, WaitFor};
 use crate::primary::engine::foreign::Policy;
 
@@ -368,6 +370,15 @@ pub struct ProcessStatus {
     pub last_us: u64,
     /// Its bytes.
     pub last_bytes: u64,
+    /// How long the processes stood for that checkpoint altogether, microseconds.
+    pub last_stop_us: u64,
+    /// How long of that it took until all of them stood, microseconds.
+    pub last_reach_us: u64,
+    /// What they had open then outside of the replicated directories, and what becomes of it at a restore.
+    pub outside: Vec<OpenOutside>,
+    /// Checkpoints that have files only because the dump before had taken longer than the interval
+    /// (`--process-overrun skip`).
+    pub skipped: u64,
     /// How often the processes were restored.
     pub restored: u64,
     /// The last checkpoint whose process state the backup has.

@@ -8,6 +8,7 @@
 mod courier;
 pub mod criu;
 mod outside;
+mod promoted;
 mod sizes;
 
 use std::ffi::OsString;
@@ -27,7 +28,9 @@ use super::ship::Connect;
 use courier::Courier;
 pub use courier::Shipped;
 use criu::{Criu, DUMP_LOG, RESTORE_LOG, reason};
-use outside::Outside;
+pub use outside::{OpenOutside, Origin};
+use outside::{Outside, open_outside};
+pub use promoted::{Export, export_folder, origin};
 
 /// Where the images of all groups are, each in a folder of its name.
 pub const DIRECTORY: &str = "/var/lib/bfs/process";
@@ -83,6 +86,12 @@ pub struct Tally {
     pub last: Duration,
     /// Its size, bytes.
     pub bytes: u64,
+    /// How long the processes stood for it, and how long it took of that until all of them did.
+    pub stood: (Duration, Duration),
+    /// What they had open then outside of the replicated directories.
+    pub outside: Vec<OpenOutside>,
+    /// Checkpoints without process state because the dump before had taken longer than the interval.
+    pub skipped: u64,
     /// How often the processes were restored.
     pub restored: u64,
 }
@@ -96,9 +105,15 @@ pub struct Images {
     contained: Arc<Mutex<Contained>>,
     /// The command's number in its namespace.
     root: i32,
+    /// What it sees elsewhere than it stands.
+    binds: Vec<(PathBuf, PathBuf)>,
     keep: usize,
     kept: Vec<CheckpointId>,
     courier: Option<Courier>,
+    /// The replicated directories, as the processes see them.
+    inside: Vec<PathBuf>,
+    /// When the last dump had ended.
+    dumped: Option<Instant>,
     /// What came of it.
     pub tally: Tally,
 }
@@ -110,7 +125,16 @@ pub fn folder(directory: &Path, group: &str) -> PathBuf {
 }
 
 impl Images {
-    /// Makes the folder ready. What an earlier run left can be restored by nobody: its namespaces are gone.
+    /// Whether a checkpoint that is due each `every` goes without process state, as the last dump took longer: then the
+    /// processes go on at least for as long as they were dumped. Counted.
+    pub fn skips(&mut self, every: Duration) -> bool {
+        let Some(ended) = self.dumped else { return false };
+        let skips = self.tally.last > every && ended.elapsed() < self.tally.last;
+        self.tally.skipped += u64::from(skips);
+        skips
+    }
+
+    /// Makes the folder ready; with the replicated directories, and what of them the command sees elsewhere. What an earlier run left can be restored by nobody: its namespaces are gone.
     ///
     /// # Errors
     /// What the file system said.
@@ -120,12 +144,30 @@ impl Images {
         cgroup: PathBuf,
         contained: Arc<Mutex<Contained>>,
         root: i32,
+        (roots, binds): (&[PathBuf], Vec<(PathBuf, PathBuf)>),
         keep: usize,
     ) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
         remove_images(&folder)?;
+        let seen = |root: &PathBuf| {
+            binds.iter().find(|(from, _)| from == root).map_or_else(|| root.clone(), |(_, to)| to.clone())
+        };
+        let inside = roots.iter().map(seen).collect();
         let (kept, courier, tally) = (Vec::new(), None, Tally::default());
-        Ok(Self { criu, folder, cgroup, contained, root, keep: keep.max(1), kept, courier, tally })
+        Ok(Self {
+            criu,
+            folder,
+            cgroup,
+            contained,
+            root,
+            binds,
+            keep: keep.max(1),
+            kept,
+            courier,
+            inside,
+            dumped: None,
+            tally,
+        })
     }
 
     /// From now on each set is brought to this destination.
@@ -182,7 +224,8 @@ impl Images {
     /// [`ImagesError`]: the checkpoint has files only.
     pub fn dump(&mut self, checkpoint: CheckpointId) -> Result<(), ImagesError> {
         let since = Instant::now();
-        self.tally.bytes = self.dump_to(checkpoint)?;
+        (self.tally.bytes, self.tally.outside) = self.dump_to(checkpoint)?;
+        self.dumped = Some(Instant::now());
         self.tally.dumped += 1;
         self.tally.last = since.elapsed();
         self.kept.push(checkpoint);
@@ -204,7 +247,7 @@ impl Images {
         false
     }
 
-    fn dump_to(&self, checkpoint: CheckpointId) -> Result<u64, ImagesError> {
+    fn dump_to(&self, checkpoint: CheckpointId) -> Result<(u64, Vec<OpenOutside>), ImagesError> {
         let unfinished = self.folder.join(UNFINISHED);
         match fs::remove_dir_all(&unfinished) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -218,8 +261,11 @@ impl Images {
             .map_err(other(format!("mkdir {}", unfinished.display())))?;
         let processes = self.processes()?;
         let mut contained = self.contained();
-        let outside =
+        let mut outside =
             Outside::of(contained.first(), &processes).map_err(other("read what is open in /proc"))?;
+        let told =
+            open_outside(&outside, &processes, &self.inside).map_err(other("read what is open in /proc"))?;
+        outside.of = Origin { checkpoint, root: self.root, binds: self.binds.clone() };
         outside.write(&unfinished.join(OUTSIDE)).map_err(other("write what comes from outside"))?;
         let line = self.criu.dump(self.root, &unfinished, &self.cgroup, &outside);
         let failed = ImagesError::Dump;
@@ -231,7 +277,7 @@ impl Images {
         sizes::forget_sizes(&unfinished.join("files.img")).map_err(other("files.img"))?;
         let bytes = size(&unfinished).map_err(other("measure the images"))?;
         fs::rename(&unfinished, self.of(checkpoint)).map_err(other("name the images"))?;
-        Ok(bytes)
+        Ok((bytes, told))
     }
 
     /// The processes of the cgroup; all have to be descendants of the command.

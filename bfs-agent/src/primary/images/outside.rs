@@ -6,8 +6,9 @@ use std::fs;
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use bfs_common::record::CheckpointId;
 use serde::{Deserialize, Serialize};
 
 use crate::primary::contained::STANDARD;
@@ -19,6 +20,20 @@ const TERMINALS: [std::ops::RangeInclusive<u32>; 2] = [136..=143, 4..=5];
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outside {
     files: BTreeMap<String, RawFd>,
+    /// Whose state it is.
+    #[serde(default)]
+    pub of: Origin,
+}
+
+/// Whose state a set of images is: enough to restore it elsewhere.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Of which checkpoint.
+    pub checkpoint: CheckpointId,
+    /// The command's number in its namespace.
+    pub root: i32,
+    /// Directories that stood elsewhere: where, and where the processes saw them.
+    pub binds: Vec<(PathBuf, PathBuf)>,
 }
 
 /// CRIU's name of the open file of a descriptor (criu(8), `--external` and `--inherit-fd`), and whether it stands on a
@@ -61,6 +76,67 @@ fn mounts(process: u32) -> io::Result<BTreeSet<u32>> {
     Ok(text.lines().filter_map(|line| line.split(' ').next()?.parse().ok()).collect())
 }
 
+/// An open file that is neither in the replicated directories nor the processes' alone.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct OpenOutside {
+    /// What it is: a path, or a socket.
+    pub what: String,
+    /// What becomes of it when the processes are restored.
+    pub at_restore: String,
+}
+
+/// Open files that are told of, at most.
+const TOLD_MAX: usize = 256;
+
+/// What becomes of an open file at a restore, if there is anything to tell: `target` is what its link in `/proc` says.
+fn told(target: &str, given: bool, inside: &[PathBuf]) -> Option<&'static str> {
+    let path = Path::new(target);
+    if given {
+        return Some("it is given to them again as it is then: what was written to it is not taken back");
+    }
+    if target.starts_with("socket:") {
+        return Some(
+            "it comes back only with both its ends; to anybody else the dump, or the restore, fails",
+        );
+    }
+    let own = !path.is_absolute() || target.ends_with(" (deleted)");
+    if own || inside.iter().any(|inside| path.starts_with(inside)) {
+        return None;
+    }
+    if path.starts_with("/dev") || path.starts_with("/proc") || path.starts_with("/sys") {
+        return Some("it is opened again");
+    }
+    Some(
+        "it is opened again by its path: what it has is not brought back, and with another size the restore fails",
+    )
+}
+
+/// What `processes` have open outside of the directories `inside`.
+///
+/// # Errors
+/// What `/proc` said.
+pub fn open_outside(
+    outside: &Outside,
+    processes: &[u32],
+    inside: &[PathBuf],
+) -> io::Result<Vec<OpenOutside>> {
+    let mut found = BTreeSet::new();
+    for process in processes {
+        for fd in descriptors(*process)? {
+            let target = fs::read_link(format!("/proc/{process}/fd/{fd}"))?;
+            let what = target.to_string_lossy().into_owned();
+            let name = name_of(*process, fd)?;
+            let given = name.is_some_and(|(name, _)| outside.files.contains_key(&name));
+            if let Some(at_restore) = told(&what, given, inside)
+                && found.len() < TOLD_MAX
+            {
+                found.insert(OpenOutside { what, at_restore: at_restore.into() });
+            }
+        }
+    }
+    Ok(found.into_iter().collect())
+}
+
 impl Outside {
     /// What of the open files of `processes`, which stand, comes from outside. `first` is the first process of their
     /// namespace, which has open what the command was started with.
@@ -86,7 +162,7 @@ impl Outside {
                 }
             }
         }
-        Ok(Self { files })
+        Ok(Self { files, of: Origin::default() })
     }
 
     /// What a dump is told of. Pipes it finds out by itself.
@@ -119,6 +195,21 @@ impl Outside {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn it_is_told_what_becomes_of_what_is_not_theirs() {
+        let inside = [PathBuf::from("/srv/data")];
+        let told = |target, given| told(target, given, &inside).unwrap_or_default();
+        assert_eq!(told("/srv/data/log", false), "");
+        assert_eq!(told("/srv/data/log (deleted)", false), "");
+        assert_eq!(told("pipe:[7]", false), "");
+        assert_eq!(told("anon_inode:[eventpoll]", false), "");
+        assert!(told("/srv/database", false).contains("by its path"));
+        assert!(told("/var/log/x", true).contains("given to them again"));
+        assert!(told("pipe:[7]", true).contains("given to them again"));
+        assert!(told("socket:[9]", false).contains("both its ends"));
+        assert_eq!(told("/dev/null", false), "it is opened again");
+    }
 
     #[test]
     fn only_what_is_from_other_mounts_is_from_outside() {

@@ -1,6 +1,7 @@
 //! The open files in a set of CRIU's images (`files.img`). CRIU refuses to restore a process one of whose files has not
 //! the size of the dump. That is right for what is brought back, and wrong for what is not: a log that the command
-//! was started with goes on growing. So the sizes of files that come from outside are taken out.
+//! was started with goes on growing. So the sizes of files that come from outside are taken out. Their positions are, too: whoever restores gives
+//! a file of his own, maybe a pipe, and where it stands is where it is to go on.
 //!
 //! `files.img` has two magic words, then entries: a length of 4 bytes, and a protocol buffer `file_entry` (CRIU's
 //! `images/fdinfo.proto` and `images/regfile.proto`; numbers of fields never change in such a format).
@@ -11,6 +12,9 @@ use std::path::Path;
 
 /// `file_entry.reg`
 const REG: u64 = 3;
+/// `reg_file_entry.pos`, and what it is where none is to be restored (`do_open_reg` in CRIU's `files-reg.c`).
+const POS: u64 = 3;
+const POS_NONE: u64 = u64::MAX;
 /// `reg_file_entry.size`
 const SIZE: u64 = 8;
 /// `reg_file_entry.ext`: it comes from outside.
@@ -19,7 +23,7 @@ const EXT: u64 = 9;
 /// Bytes of the magic words.
 const MAGIC: usize = 8;
 
-/// Takes the sizes of files from outside out of an image.
+/// Takes the sizes and positions of files from outside out of an image.
 ///
 /// # Errors
 /// What the file system said, or that the image is not understood.
@@ -42,11 +46,17 @@ fn without_sizes(image: &[u8]) -> Option<Vec<u8>> {
                 Field { number: REG, body: Some(body), .. } => {
                     let inner = fields(body)?;
                     let outside = inner.iter().any(|f| f.number == EXT && f.value != Some(0));
-                    let reg: Vec<u8> = inner
-                        .iter()
-                        .filter(|f| !(outside && f.number == SIZE))
-                        .flat_map(|f| f.whole.iter().copied())
-                        .collect();
+                    let mut reg = Vec::with_capacity(body.len());
+                    for field in &inner {
+                        match field.number {
+                            SIZE if outside => {}
+                            POS if outside => {
+                                put_varint(&mut reg, POS << 3);
+                                put_varint(&mut reg, POS_NONE);
+                            }
+                            _ => reg.extend_from_slice(field.whole),
+                        }
+                    }
                     put_varint(&mut kept, REG << 3 | 2);
                     put_varint(&mut kept, reg.len() as u64);
                     kept.extend_from_slice(&reg);
@@ -132,6 +142,14 @@ mod tests {
         assert_eq!(without_sizes(&own), Some(own.clone()));
         assert_eq!(without_sizes(&image(&size, &[0x48, 1])), Some(image(&[], &[0x48, 1])));
         assert_eq!(without_sizes(&image(&size, &[0x48, 0])), Some(image(&size, &[0x48, 0])));
+    }
+
+    #[test]
+    fn and_its_position() {
+        let none = [&[0x18][..], &[0xff; 9], &[1]].concat();
+        let with = |pos: &[u8], ext| image(&[pos, &[0x40, 1]].concat(), ext);
+        assert_eq!(without_sizes(&with(&[0x18, 5], &[0x48, 1])), Some(image(&none, &[0x48, 1])));
+        assert_eq!(without_sizes(&with(&[0x18, 5], &[])), Some(with(&[0x18, 5], &[])));
     }
 
     #[test]

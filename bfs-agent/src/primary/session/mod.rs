@@ -164,7 +164,8 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
     let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
     let ground = Ground::open(options, false)?;
     let probes = ground.load_probes(None)?;
-    let ready = program::prepare(&group, guard, &command, &inherited, criu.is_some(), &probes);
+    let process = ground.options.process.clone();
+    let ready = program::prepare(&group, guard, &command, &inherited, process.as_ref(), &probes);
     let (freezer, waiting) = match ready {
         Ok(ready) => ready,
         Err(e) => {
@@ -172,7 +173,10 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
             return Err(e);
         }
     };
-    let shown = command.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    let shown = match process.as_ref().and_then(|process| process.restore.as_ref()) {
+        Some(from) => format!("restored from {}", from.display()),
+        None => command.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" "),
+    };
     let cgroup = freezer.directory().to_owned();
     let state = State::new(&ground.options, &shown, Selection::Cgroup(cgroup.clone()));
     let back = ground.options.rollback_on_failure;
@@ -187,9 +191,10 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
             return Err(e);
         }
     };
-    let process = work.options.process.clone();
-    let images = process.as_ref().zip(criu).map(|(process, criu)| (process, criu, group.as_str()));
-    let (mut program, images) = match waiting.release(&command, &cgroup, images) {
+    let images = process.as_ref().zip(criu);
+    let roots = work.options.roots.clone();
+    let images = images.map(|(process, criu)| (process, criu, group.as_str(), roots.as_slice()));
+    let (mut program, images) = match waiting.release(&command, &cgroup, images, &work.link.probes) {
         Ok(begun) => begun,
         Err(e) => {
             work.close();

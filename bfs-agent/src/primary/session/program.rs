@@ -11,7 +11,7 @@ use crate::primary::capture::Probes;
 use crate::primary::contained::{Contained, Role};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::images::criu::Criu;
-use crate::primary::images::{Images, folder};
+use crate::primary::images::{Images, export_folder, folder};
 use crate::primary::process::{Held, Inherited, ProcessError, Running, Signals, hold, tasks_of_cgroup};
 use crate::primary::stop::freezer::Freezer;
 use crate::primary::stop::guard::Guard;
@@ -27,12 +27,26 @@ pub struct ProcessOptions {
     pub keep: usize,
     /// How often within an hour a command that was ended by a signal is restored; 0 for never.
     pub restarts: u32,
+    /// Instead of a command that begins, the processes whose images stand there.
+    pub restore: Option<PathBuf>,
+    /// The processes see the first directory at the second path.
+    pub binds: Vec<(PathBuf, PathBuf)>,
+    /// Where a dump takes longer than the interval: the next checkpoints have files only, or the interval gets longer.
+    pub skips: bool,
 }
 
 /// A command that has not begun, in a cgroup of its own.
 pub(super) enum Waiting {
     Plain(Held),
-    Contained { contained: Contained, root: i32 },
+    Contained {
+        contained: Contained,
+        root: i32,
+    },
+    /// Its processes are going to be restored.
+    Restored {
+        contained: Contained,
+        from: PathBuf,
+    },
 }
 
 /// A command that was begun.
@@ -47,13 +61,19 @@ pub(super) fn prepare(
     guard: Guard,
     command: &[OsString],
     inherited: &Inherited,
-    contained: bool,
+    process: Option<&ProcessOptions>,
     probes: &Probes,
 ) -> Result<(Freezer, Waiting), Failure> {
     let freezer = Freezer::create(group, guard)?;
     let waiting = (|| {
-        if contained {
+        if let Some(process) = process {
             let mut contained = Contained::start(inherited)?;
+            for (from, to) in &process.binds {
+                contained.bind(from, to)?;
+            }
+            if let Some(from) = &process.restore {
+                return Ok(Waiting::Restored { contained, from: from.clone() });
+            }
             let root = contained.hold(Role::Command, command, Some(freezer.directory()), None)?;
             select(probes, freezer.directory()).map_err(|e| cannot("select the command", &e))?;
             return Ok(Waiting::Contained { contained, root });
@@ -99,24 +119,43 @@ impl Waiting {
         self,
         command: &[OsString],
         cgroup: &Path,
-        images: Option<(&ProcessOptions, Criu, &str)>,
+        images: Option<(&ProcessOptions, Criu, &str, &[PathBuf])>,
+        probes: &Probes,
     ) -> Result<(Program, Option<Images>), Failure> {
-        let (contained, root) = match self {
+        let (contained, root, from) = match self {
             Self::Plain(held) => return Ok((Program::Plain(held.release()?), None)),
-            Self::Contained { contained, root } => (contained, root),
+            Self::Contained { contained, root } => (contained, root, None),
+            Self::Restored { contained, from } => (contained, 0, Some(from)),
         };
         let contained = Arc::new(Mutex::new(contained));
+        if let (None, Some((options, _, group, _))) = (&from, &images) {
+            // What was promoted and did not begin must not do so on files with which another command goes on.
+            let stale = export_folder(&options.directory, group);
+            if stale.exists() {
+                std::fs::remove_dir_all(&stale)
+                    .map_err(|e| cannot(&format!("remove {}", stale.display()), &e))?;
+            }
+        }
         // What can fail comes first: then nothing of the command has run.
-        let images = images
-            .map(|(options, criu, group)| {
+        let mut images = images
+            .map(|(options, criu, group, roots)| {
                 let folder = folder(&options.directory, group);
                 let shown = folder.display().to_string();
                 let shared = Arc::clone(&contained);
-                Images::new(criu, folder, cgroup.to_owned(), shared, root, options.keep)
+                let binds = options.binds.clone();
+                Images::new(criu, folder, cgroup.to_owned(), shared, root, (roots, binds), options.keep)
                     .map_err(|e| Failure::new(Kind::Path, format!("--process-dir: {shown}: {e}"), ""))
             })
             .transpose()?;
-        contained.lock().unwrap_or_else(PoisonError::into_inner).go(&command[0])?;
+        match (from, &mut images) {
+            (Some(from), Some(images)) => {
+                let hint = "its files are as they were; when the cause is gone, the same command does it";
+                let restored = images.restore_promoted(&from, || select(probes, cgroup));
+                let to = restored.map_err(|e| Failure::new(Kind::GivenUp, e.to_string(), hint))?;
+                eprintln!("bfs-agent: the processes go on from checkpoint {to}");
+            }
+            _ => contained.lock().unwrap_or_else(PoisonError::into_inner).go(&command[0])?,
+        }
         Ok((Program::Contained(contained), images))
     }
 
@@ -124,7 +163,7 @@ impl Waiting {
     pub(super) fn cancel(self) {
         match self {
             Self::Plain(held) => held.cancel(),
-            Self::Contained { contained, .. } => contained.leave(),
+            Self::Contained { contained, .. } | Self::Restored { contained, .. } => contained.leave(),
         }
     }
 }

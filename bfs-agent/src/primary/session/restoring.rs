@@ -25,8 +25,12 @@ const HOUR: Duration = Duration::from_secs(3600);
 
 impl Work {
     /// Whether the next checkpoint has process state.
-    pub(super) fn takes_images(&self, stop: Stop) -> bool {
-        stop != Stop::Never && self.images.as_ref().is_some_and(|images| images.lives())
+    pub(super) fn takes_images(&mut self, stop: Stop, trigger: &str) -> bool {
+        let Some(images) = self.images.as_mut().filter(|images| images.lives()) else { return false };
+        let may_skip =
+            trigger == "every" && self.options.process.as_ref().is_some_and(|process| process.skips);
+        let every = self.options.schedule.every.filter(|_| may_skip);
+        stop != Stop::Never && !every.is_some_and(|every| images.skips(every))
     }
 
     /// Sets of images go to the destination from now on.
@@ -50,6 +54,8 @@ impl Work {
         let dumped = images.dump(taken.checkpoint);
         if stop != Stop::Hold {
             self.link.go();
+            let stood = self.link.stops_us.last().copied().unwrap_or_default();
+            images.tally.stood = (Duration::from_micros(stood), self.link.reached);
         }
         match dumped {
             Ok(()) => images.tidy(),
@@ -75,6 +81,10 @@ impl Work {
             failure: tally.failure.clone(),
             last_us: u64::try_from(tally.last.as_micros()).unwrap_or(u64::MAX),
             last_bytes: tally.bytes,
+            last_stop_us: u64::try_from(tally.stood.0.as_micros()).unwrap_or(u64::MAX),
+            last_reach_us: u64::try_from(tally.stood.1.as_micros()).unwrap_or(u64::MAX),
+            outside: tally.outside.clone(),
+            skipped: tally.skipped,
             restored: tally.restored,
             shipped: shipped.last,
             shipped_bytes: shipped.bytes,

@@ -333,7 +333,7 @@ impl Work {
             return Err(HostError::NoRoom(why).into());
         }
         let wall_ns = wall_ns();
-        let with_images = self.takes_images(stop);
+        let with_images = self.takes_images(stop, trigger);
         if with_images {
             self.stand_longer();
         }
