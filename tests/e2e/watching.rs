@@ -64,15 +64,26 @@ fn what_is_wrong_is_seen_from_outside() {
         let text = fs::read_to_string(&log).unwrap_or_default();
         text.replace(&world.group, "G").lines().map(str::to_owned).collect()
     };
-    until("the alert", SOON, || (!told(&world).is_empty()).then_some(())).unwrap();
+    let all_told = |world: &World, what: &[&str]| {
+        until("the alerts", SOON, || what.iter().all(|w| told(world).iter().any(|t| t == w)).then_some(()))
+    };
+    all_told(&world, &["G unconfirmed begins", "G away begins"]).unwrap();
+    let stands = |world: &World| world.status().unwrap()["destinations"][0].clone();
+    let away = stands(&world);
+    assert_eq!(away["standing"], "detached");
+    assert!(away["why"].as_str().is_some_and(|why| !why.is_empty()), "{away}");
     let (status, said) = check(&world, "lag=1s,connected");
     assert!(status == 1 && said.contains("lag: ") && said.contains("connected: "), "{status}: {said}");
     let text = scrape(&metrics).unwrap();
     assert!(value(&text, "bfs_lag_seconds", &[&group]).unwrap() > 1.0);
     assert_eq!(value(&text, "bfs_connected", &[]), Some(0.0));
+    assert_eq!(value(&text, "bfs_standing", &["standing=\"detached\""]), Some(1.0));
     world.start_replayer().unwrap();
-    until("the end of the alert", SOON, || (told(&world).len() >= 2).then_some(())).unwrap();
-    assert_eq!(told(&world), ["G unconfirmed begins", "G unconfirmed ends"]);
+    all_told(&world, &["G unconfirmed ends", "G away ends"]).unwrap();
+    assert_eq!(told(&world).len(), 4, "{:?}", told(&world));
+    let back = stands(&world);
+    assert_eq!((&back["standing"], &back["why"]), (&"attached".into(), &serde_json::Value::Null));
+    assert!(back["since_ns"].as_i64() > away["since_ns"].as_i64());
     until("the lag to be small again", SOON, || (check(&world, "lag=20s,connected").0 == 0).then_some(()))
         .unwrap();
     assert!(world.finish().unwrap().success());

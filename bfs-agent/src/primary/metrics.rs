@@ -1,6 +1,6 @@
 //! What an agent shows to monitors. Pure.
 
-use super::control::{State, Status};
+use super::control::{Standing, State, Status};
 use crate::metrics::{Exposition, flag};
 
 /// The numbers of a status.
@@ -59,6 +59,18 @@ pub fn metrics(status: &Status) -> String {
     for destination in &status.destinations {
         let labels = [group[0], ("address", destination.address.as_str())];
         out.gauge("bfs_connected", "Whether the backup is connected", &labels, flag(destination.connected));
+    }
+    for destination in &status.destinations {
+        for (standing, name) in Standing::ALL {
+            let labels = [group[0], ("address", destination.address.as_str()), ("standing", name)];
+            let is = flag(destination.standing == standing);
+            out.gauge("bfs_standing", "1 for how the backup stands", &labels, is);
+        }
+    }
+    for destination in &status.destinations {
+        let labels = [group[0], ("address", destination.address.as_str())];
+        let seconds = destination.round_trip_us as f64 / 1e6;
+        out.gauge("bfs_round_trip_seconds", "Of the last heartbeat", &labels, seconds);
     }
     for destination in &status.destinations {
         let labels = [group[0], ("address", destination.address.as_str())];

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use bfs_common::wire::StoreState;
 
 use crate::generation::time_text;
+use crate::primary::control::Standing;
 use crate::primary::control::{
     CheckpointStatus, ForeignStatus, HookStatus, ProcessStatus, SpoolStatus, State, Status, VerifyReport,
 };
@@ -53,6 +54,10 @@ pub fn status(status: &Status) -> String {
             let _ = write!(words, ", round trip {}", duration_us(destination.round_trip_us));
         }
         line("backup", words);
+        let stands = Standing::ALL.iter().find(|(standing, _)| *standing == destination.standing);
+        if let Some((_, name)) = stands.filter(|(standing, _)| *standing != Standing::Attached) {
+            line("", format!("{} since {}", name.to_uppercase(), time_text(destination.since_ns)));
+        }
         if let Some(error) = destination.last_error.as_ref().filter(|_| !destination.connected) {
             line("", format!("because {error}"));
         }

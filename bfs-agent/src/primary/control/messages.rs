@@ -158,6 +158,34 @@ pub enum State {
     Fenced,
 }
 
+/// How a destination stands to this host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// It takes the stream, and confirms in time.
+    #[default]
+    Attached,
+    /// It takes the stream, and nothing was confirmed for longer than `--alert-after`.
+    Lagging,
+    /// There is no connection.
+    Detached,
+    /// It was promoted: another host is the primary, and this one has made nothing since.
+    Fenced,
+    /// It does not take the stream: what this host made is not what it has.
+    Diverged,
+}
+
+impl Standing {
+    /// All of them, and what they are called.
+    pub const ALL: [(Self, &str); 5] = [
+        (Self::Attached, "attached"),
+        (Self::Lagging, "lagging"),
+        (Self::Detached, "detached"),
+        (Self::Fenced, "fenced"),
+        (Self::Diverged, "diverged"),
+    ];
+}
+
 /// Another host is the primary.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FencedStatus {
@@ -189,6 +217,12 @@ pub struct DestinationStatus {
     pub address: String,
     /// Whether there is a connection now.
     pub connected: bool,
+    /// How it stands to this host.
+    pub standing: Standing,
+    /// Since when it stands so, nanoseconds since 1970.
+    pub since_ns: i64,
+    /// Why, unless it is attached.
+    pub why: Option<String>,
     /// The last durable record there.
     pub durable: Sequence,
     /// The last confirmed checkpoint.

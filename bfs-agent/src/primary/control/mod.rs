@@ -18,7 +18,7 @@ use std::path::PathBuf;
 pub use client::{Client, ClientError, milliseconds};
 pub use messages::{
     CheckpointStatus, Counters, DestinationStatus, FailureKind, FencedStatus, ForeignStatus, HookStatus,
-    ProcessStatus, Reply, SpoolStatus, State, Status, StopTimes, StrangerStatus, VerifyReport,
+    ProcessStatus, Reply, SpoolStatus, Standing, State, Status, StopTimes, StrangerStatus, VerifyReport,
 };
 pub use policies::PolicySettings;
 pub use request::{BadRequest, Request, WaitFor};

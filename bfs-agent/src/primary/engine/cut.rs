@@ -330,12 +330,14 @@ impl Engine {
         self.suspect_open(host)?;
         // Calls of processes that are not stopped can still cross the reads.
         for _ in 0..TRIES {
-            match self.try_cut(host)? {
+            let tried = self.try_cut(host)?;
+            // Whoever runs again changes what is read: the guard is why, not somebody who is not stopped.
+            if !host.standing() {
+                let why = "they were let go before everything was read".into();
+                return Err(HostError::Stop(why).into());
+            }
+            match tried {
                 Tried::Settled(at_ns) => {
-                    if !host.standing() {
-                        let why = "they were let go before everything was read".into();
-                        return Err(HostError::Stop(why).into());
-                    }
                     self.restless = false;
                     let stopped_us = (host.now().saturating_sub(stopping) / 1000).max(1);
                     return self.mark(host, request, &How { begun, tries, at_ns, stopped_us });

@@ -9,13 +9,16 @@ use std::time::{Duration, Instant};
 use bfs_common::wire::StoreState;
 use serde::{Deserialize, Serialize};
 
-use super::work::Work;
+use super::work::{Work, wall_ns};
+use crate::primary::control::Standing;
 use crate::primary::process::{Hook, Inherited};
 
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A condition that comes and goes is told at most once in this time.
 const REPEAT_MIN: Duration = Duration::from_secs(300);
+/// A connection that is made again within this time was not away.
+const AWAY_AFTER_NS: i64 = 5_000_000_000;
 /// How long the command may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// Commands that wait for the one that runs.
@@ -41,7 +44,12 @@ impl Default for AlertOptions {
 pub(super) enum Condition {
     /// Nothing more is captured.
     Detached,
-    /// The last comparison found differences, or the replayer refuses the stream.
+    /// There is no connection to the backup.
+    Away,
+    /// The backup was promoted: another host is the primary.
+    Fenced,
+    /// The last comparison found differences, the replayer refuses the stream, or this host has made something since another
+    /// one is the primary.
     Diverged,
     /// There is no room on the backup.
     Full,
@@ -53,6 +61,8 @@ impl Condition {
     fn name(self) -> &'static str {
         match self {
             Self::Detached => "detached",
+            Self::Away => "away",
+            Self::Fenced => "fenced",
             Self::Diverged => "diverged",
             Self::Full => "full",
             Self::Unconfirmed => "unconfirmed",
@@ -150,9 +160,20 @@ impl Work {
         if let Some(why) = &self.detached {
             wrong.push((Condition::Detached, why.clone()));
         }
-        if let Some(refusal) = &progress.refusal {
-            wrong.push((Condition::Diverged, format!("the replayer refuses: {refusal}")));
-        } else if let Some(found) = self.differences() {
+        let stands = match self.watch.standing {
+            Standing::Attached | Standing::Lagging => None,
+            Standing::Detached => {
+                (self.watch.lasts_ns(wall_ns()) >= AWAY_AFTER_NS).then_some(Condition::Away)
+            }
+            Standing::Fenced => Some(Condition::Fenced),
+            Standing::Diverged => Some(Condition::Diverged),
+        };
+        if let Some(condition) = stands {
+            wrong.push((condition, self.watch.why.clone().unwrap_or_default()));
+        }
+        if stands != Some(Condition::Diverged)
+            && let Some(found) = self.differences()
+        {
             wrong.push((Condition::Diverged, format!("the last verify found {found} differences")));
         }
         if progress.store == StoreState::Full {

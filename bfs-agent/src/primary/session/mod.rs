@@ -25,6 +25,7 @@ mod status;
 mod surplus;
 mod switching;
 mod triggers;
+mod watching;
 mod work;
 
 use std::ffi::OsString;

@@ -16,6 +16,7 @@ use crate::primary::spool::folder;
 impl Work {
     /// How the session stands.
     pub(super) fn status(&mut self) -> Status {
+        self.tend_watch();
         let progress = self.link.shipper.progress();
         let mark_of = |wanted: &dyn Fn(&Mark) -> bool| self.marks.iter().rev().find(|m| wanted(m));
         let checkpoint = |number: CheckpointId| {
@@ -52,6 +53,9 @@ impl Work {
             destinations: vec![DestinationStatus {
                 address: self.options.backup.to_string(),
                 connected: progress.connected,
+                standing: self.watch.standing,
+                since_ns: self.watch.since_ns,
+                why: self.watch.why.clone(),
                 durable: progress.durable.sequence,
                 confirmed: progress.confirmed,
                 applied: progress.applied,

@@ -17,6 +17,7 @@ use super::link::Link;
 use super::recoveries::Recovery;
 use super::switching::Switching;
 use super::triggers::Since;
+use super::watching::Watch;
 use crate::backup::ReplayerHandle;
 use crate::net::Scrape;
 use crate::primary::clock::monotonic_ns;
@@ -113,6 +114,8 @@ pub struct Work {
     pub(super) held: Option<Held>,
     pub(super) hooks: Hooks,
     pub(super) teller: Teller,
+    /// How the backup stands.
+    pub(super) watch: Watch,
     /// Differences that the last comparison found.
     pub(super) differences: u64,
     /// When the backup was last seen to have all there is; the start of the session, if it never was.
@@ -170,6 +173,7 @@ impl Work {
             held: None,
             hooks: Hooks::default(),
             teller: Teller::default(),
+            watch: Watch::new(wall_ns()),
             differences: 0,
             had_all: now,
             last_flush: now,
@@ -213,6 +217,7 @@ impl Work {
     /// One turn of the loop.
     pub(super) fn turn(&mut self) {
         self.tend_hooks();
+        self.tend_watch();
         self.tend_alerts();
         self.tend_switching();
         self.capture();
