@@ -9,6 +9,7 @@ mod demo;
 mod ebpf;
 mod kernels;
 mod pipeline;
+mod process;
 mod rollback;
 mod setup;
 mod shell;
@@ -83,6 +84,8 @@ enum Bench {
     Sustained,
     /// How long it takes to bring files back, when little of much was changed.
     Rollback,
+    /// For how long a program stands for a checkpoint with process state, beside CRIU alone.
+    Process,
     /// From the program's bytes to durable and to applied, beside what the machine can do.
     Pipeline,
     /// How many checkpoints need a stop of the program, and how long it stands then.
@@ -123,6 +126,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Task::Bench { what: Bench::Sustained } => sustained::sustained()?,
         Task::Bench { what: Bench::Pipeline } => pipeline::pipeline()?,
+        Task::Bench { what: Bench::Process } => process::process()?,
         Task::Bench { what: Bench::Rollback } => rollback::rollback()?,
         Task::Bench { what: Bench::Checkpoints { count, files } } => checkpoints::checkpoints(count, &files)?,
         Task::Tidy => tidy::tidy()?,
