@@ -232,6 +232,7 @@ fn print_event(event: Event<'_>) -> anyhow::Result<()> {
             line += &format!(" inode {} at {} +{}", event.id.ino, event.offset, event.len);
         }
         Event::Foreign { event } => line += &format!(" inode {} how {}", event.id.ino, event.how),
+        Event::Failed { event } => line += &format!(" inode {}", event.id.ino),
     }
     writeln!(io::stdout(), "{line}")?;
     Ok(())

@@ -16,7 +16,8 @@ use std::{
 
 use bfs_agent::primary::capture::{LoadOptions, Probes};
 use bfs_common::abi::{
-    DirtyEvent, Event, EventHeader, FileEvent, InodeId, PathEvent, RunEvent, TaskState, counter, flag, kind,
+    DirtyEvent, Event, EventHeader, FailedEvent, FileEvent, InodeId, PathEvent, RunEvent, TaskState, counter,
+    flag, kind,
 };
 
 /// System call numbers, x86-64.
@@ -64,6 +65,7 @@ enum Seen {
     Task { header: EventHeader, value: u64 },
     Run { event: RunEvent },
     Dirty { event: DirtyEvent },
+    Failed { event: FailedEvent },
 }
 
 impl Seen {
@@ -73,6 +75,7 @@ impl Seen {
             Self::Path { event, .. } => event.header,
             Self::Run { event } => event.header,
             Self::Dirty { event } => event.header,
+            Self::Failed { event } => event.header,
             Self::Data { header, .. } | Self::Task { header, .. } => *header,
         }
     }
@@ -153,6 +156,7 @@ impl Capture {
                 Event::Task { event } => Seen::Task { header: event.header, value: event.value },
                 Event::Run { event } => Seen::Run { event },
                 Event::Dirty { event } => Seen::Dirty { event },
+                Event::Failed { event } => Seen::Failed { event },
                 Event::Foreign { event } => panic!("it was not asked for: {event:?}"),
             });
             ring.release(position);
@@ -438,6 +442,33 @@ fn what_a_filter_answered_did_not_happen() {
     let seen = capture.run("seccomp");
     assert!(paths(&seen, nr::MKDIR).is_empty());
     assert!(capture.counter(counter::NO_ENTER) >= 1);
+}
+
+/// Of calls that are not followed else: a file is told once, until the agent wants to hear of it again.
+#[test]
+fn errors_of_the_disk_are_told_with_their_file() {
+    let mut capture = Capture::new("disk-errors");
+    for _ in 0..2 {
+        let seen = capture.run("disk_errors");
+        let failed: Vec<_> = seen
+            .iter()
+            .filter_map(|seen| match seen {
+                Seen::Failed { event } => Some((event.id.ino, event.header.nr, event.header.ret)),
+                _ => None,
+            })
+            .collect();
+        let expected: Vec<_> = [("a", 17), ("b", 74), ("c", 26), ("d", 40)]
+            .map(|(name, number)| (capture.inode(name), number, -5))
+            .into();
+        assert_eq!(failed, expected);
+        for seen in &seen {
+            if let Seen::Failed { event } = seen {
+                capture.probes().tell_again(event.id).unwrap();
+            }
+        }
+    }
+    let mut told = || capture.run("disk_errors").iter().filter(|s| matches!(s, Seen::Failed { .. })).count();
+    assert_eq!((told(), told()), (4, 0), "once, and not again where nobody asked for it");
 }
 
 #[test]

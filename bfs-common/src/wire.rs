@@ -24,7 +24,9 @@ use crate::record::{
 };
 pub use crate::refusal::Refusal;
 
-pub use generation::{DIGEST_BLOCK, DIGEST_BYTES, DigestLine, Digests, GenerationLine, TreeObject};
+pub use generation::{
+    DIGEST_BLOCK, DIGEST_BYTES, DigestLine, Digests, GenerationLine, NewestFile, TreeObject,
+};
 pub use process::{
     PROCESS_BLOCK, PROCESS_BLOCKS_MAX, PROCESS_DIGEST, PROCESS_FILE_MAX, PROCESS_FILES_MAX, PROCESS_PIECE,
     process_file_is_valid,
@@ -45,7 +47,7 @@ pub enum Version {
     /// [`Refusal::Attached`], `history` in [`GroupStatus`].
     V3 = 3,
     /// Process state: [`Frame::PutProcess`], [`Frame::GetProcess`] and what belongs to them, `process` in
-    /// [`GenerationLine`].
+    /// [`GenerationLine`]. [`Frame::GetNewest`].
     V4 = 4,
 }
 
@@ -426,6 +428,23 @@ pub enum Frame {
         /// No more to come.
         last: bool,
     },
+    /// Agent: send this file as the last durable record leaves it, as soon as this one is durable. Answered by
+    /// [`Frame::Newest`], and where that has a file by [`Frame::Content`] frames. No reader gets that: it is of no checkpoint.
+    GetNewest {
+        /// Name of the group.
+        group: String,
+        /// The file.
+        object: ObjectId,
+        /// Durable at least.
+        at_least: Sequence,
+    },
+    /// Replayer: the file, without its bytes.
+    Newest {
+        /// The last record that counts.
+        position: Sequence,
+        /// None if it is not there, or is no regular file.
+        file: Option<NewestFile>,
+    },
     /// Agent: of which files of the applied checkpoint are bytes lost? Answered by [`Frame::Damage`] frames.
     GetDamage {
         /// Name of the group.
@@ -632,6 +651,8 @@ mod tests {
             "1d000000 19000000 81 ad50726f63657373426c6f636b73 92 a5612e696d67 cd012c".replace(' ', "")
         );
         assert_eq!(hex(Frame::ProcessKept), "10000000 0c000000 ab50726f636573734b657074".replace(' ', ""));
+        let newest = Frame::GetNewest { group: "g".into(), object: ObjectId(5), at_least: Sequence(9) };
+        assert_eq!(hex(newest), "13000000 0f000000 81 a94765744e6577657374 93 a167 05 09".replace(' ', ""));
         assert_eq!(PREAMBLE, *b"bfs1\x04\0\0\0");
     }
 

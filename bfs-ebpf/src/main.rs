@@ -16,6 +16,7 @@
 mod aio;
 mod calls;
 mod cgroup;
+mod failing;
 mod file;
 mod foreign;
 mod kernel;
@@ -62,6 +63,10 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
 /// `sys_exit(regs, ret)`
 #[btf_tracepoint(function = "sys_exit")]
 pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
+    // Of calls that change nothing this is all that is looked at, and of those that went well.
+    if failing::is_of_disk(ctx.arg(1)) {
+        failing::told(ctx.arg(0), ctx.arg(1));
+    }
     if !syscall::may_end(ctx.arg(0)) {
         return 0;
     }

@@ -9,10 +9,9 @@ use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid,
     generated::{bpf_find_vma, bpf_ktime_get_ns},
 };
-use bfs_common::abi::{DirtyEvent, EventHeader, InodeAttr, TaskState, counter, kind};
+use bfs_common::abi::{DirtyEvent, EventHeader, InodeAttr, counter, kind};
 
 use crate::{
-    calls::nr,
     file,
     kernel::{self, field, read},
     maps::{MAPPED, NO_WAKEUP, RING, SCRATCH, SCRATCH_DIRTIED, Scratch, count, name_suspect, off},
@@ -99,25 +98,22 @@ extern "C" fn on_area(_task: *mut u8, vma: *mut u8, area: *mut Area) -> i64 {
     0
 }
 
-/// The `struct file` that is mapped where `madvise` begins, if all of its range is one area and the kernel
-/// tells: it does not while another thread changes the memory map.
+/// The `struct file` that is mapped at a range of addresses of the current task, if all of it is one area and the
+/// kernel tells: it does not while another thread changes the memory map.
 #[inline(always)]
-pub fn file_at(state: &TaskState, number: u32) -> u64 {
-    if number != nr::MADVISE {
-        return 0;
-    }
+pub fn file_at(address: u64, len: u64) -> u64 {
     let mut area = Area { end: 0, file: 0 };
     // SAFETY: the callback has the signature that the helper asks for.
     unsafe {
         bpf_find_vma(
             kernel::task() as *mut _,
-            state.args[0],
+            address,
             on_area as *mut core::ffi::c_void,
             (&raw mut area).cast(),
             0,
         );
     }
-    if state.args[0].wrapping_add(state.args[1]) > area.end { 0 } else { area.file }
+    if address.wrapping_add(len) > area.end { 0 } else { area.file }
 }
 
 /// How many mappings through which the file of a descriptor of the current task may be written there are, in

@@ -9,7 +9,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use bfs_common::abi::{
-    DEVICES_MAX, FOREIGN_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent, REQUESTS_MAX,
+    DEVICES_MAX, FAILING_MAX, FOREIGN_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent, REQUESTS_MAX,
     RINGS_MAX, ROOTS_MAX, Request, STRANGERS_MAX, SUSPECTS_MAX, Settings, Stranger, Suspect, TASKS_MAX,
     TaskState, counter,
 };
@@ -50,6 +50,10 @@ pub static COUNTERS: PerCpuArray<[u64; counter::COUNT as usize]> = PerCpuArray::
 /// takes the record out.
 #[map]
 pub static FOREIGN: HashMap<InodeId, u64> = HashMap::with_max_entries(FOREIGN_MAX, 0);
+
+/// Files of which an I/O error was told, with when. The agent takes them out when another one is to be told.
+#[map]
+pub static FAILING: HashMap<InodeId, u64> = HashMap::with_max_entries(FAILING_MAX, 0);
 
 /// The processes that are not selected and changed something, by thread group; 0 for those that found no room.
 #[map]

@@ -8,6 +8,7 @@
 //! change a file, one by one, [`faults`] makes system calls of a daemon fail,
 //! [`network`] what is between the two, [`hosts`] two machines on one, [`stores`] what stores say and give back.
 
+pub mod bad_disk;
 pub mod copy;
 pub mod exercise;
 pub mod faults;

@@ -32,6 +32,8 @@ pub enum Need<'a> {
     SameHost,
     /// One of these rights on a group.
     Group(&'a str, &'static [Right]),
+    /// To write a group and to read it.
+    WriteAndRead(&'a str),
     /// To become the writer of a group.
     ToWrite(&'a str),
     /// To be the writer of a group.
@@ -64,6 +66,7 @@ pub fn need(frame: &Frame) -> Need<'_> {
         | Frame::GetVersions { group, .. }
         | Frame::GetTransfer { group, .. }
         | Frame::Look { group, .. } => Need::Group(group, &[Right::Read]),
+        Frame::GetNewest { group, .. } => Need::WriteAndRead(group),
         // Memory has what no file has: keys, passwords.
         Frame::GetProcess { group, .. }
         | Frame::Merge { group, .. }
@@ -84,6 +87,7 @@ pub fn need(frame: &Frame) -> Need<'_> {
         | Frame::Tree { .. }
         | Frame::Content { .. }
         | Frame::Change { .. }
+        | Frame::Newest { .. }
         | Frame::Differences { .. }
         | Frame::Versions { .. }
         | Frame::Transfer { .. }

@@ -27,7 +27,7 @@ use super::group::Group;
 use super::past::{Loaded, Past};
 use super::serve::Shared;
 use super::transfer::Receiver;
-use super::{digests, history, look, places, read, transfer};
+use super::{digests, history, look, newest, places, read, transfer};
 use crate::keys::peers::Right;
 use crate::net::{Connection, FrameError, FrameReader, FrameWriter};
 
@@ -277,7 +277,9 @@ impl Session {
         let Some(entered) = &self.entered else { return Ok(()) };
         match need(frame) {
             // Before it is repeated in an answer, or even written down as somebody's.
-            Need::Group(group, _) | Need::ToWrite(group) if !places::group_name_is_valid(group) => {
+            Need::Group(group, _) | Need::WriteAndRead(group) | Need::ToWrite(group)
+                if !places::group_name_is_valid(group) =>
+            {
                 Err(places::invalid_group_name(group))
             }
             Need::Nothing | Need::Writer => Ok(()),
@@ -286,6 +288,11 @@ impl Session {
             Need::Group(group, rights) if entered.may(group, rights) => Ok(()),
             Need::Group(group, rights) => {
                 Err(entered.denied(group, rights.last().copied().unwrap_or(Right::Read)))
+            }
+            Need::WriteAndRead(group) => {
+                let lacks =
+                    [Right::Write, Right::Read].into_iter().find(|right| !entered.may(group, &[*right]));
+                lacks.map_or(Ok(()), |right| Err(entered.denied(group, right)))
             }
             Need::ToWrite(group) => {
                 let (shared, entered, group) = (self.shared.clone(), entered.clone(), group.to_owned());
@@ -354,6 +361,30 @@ impl Session {
                     digests::digests(&group, position, send)
                 })
                 .await
+            }
+            Frame::GetNewest { group, object, at_least } => {
+                let group = self.group(&group)?;
+                let out = self.out.clone();
+                // In a task of its own: the records that are waited for may come over this very connection.
+                self.readers.retain(|task| !task.is_finished());
+                let task = tokio::spawn(async move {
+                    let mut progress = group.progress();
+                    if progress.wait_for(|p| p.durable.sequence >= at_least).await.is_err() {
+                        return;
+                    }
+                    let to = out.clone();
+                    let made = blocking(move || {
+                        newest::newest(&group, object, &mut |frame, body| {
+                            to.blocking_send((frame, body)).is_ok()
+                        })
+                    });
+                    if let Err(refusal) = made.await {
+                        // If the connection ended there is nobody to tell.
+                        let _ = out.send((Frame::Refused(short(refusal)), Bytes::new())).await;
+                    }
+                });
+                self.readers.push(task.abort_handle());
+                Ok(())
             }
             Frame::GetDamage { group, heal, suspects } => {
                 let group = self.group(&group)?;

@@ -134,26 +134,51 @@ impl Past<'_> {
                 let why = format!("object {object} is no file at checkpoint {}", self.checkpoint());
                 return Err(BackupError::Stream(why));
             };
-            let mut waiting: (u64, Vec<u8>) = (0, Vec::new());
-            let goes_on = self.content(*object, 0, node.size, &mut |at, bytes| {
-                let follows = waiting.0 + waiting.1.len() as u64 == at;
-                if !waiting.1.is_empty() && (!follows || waiting.1.len() + bytes.len() > CONTENT_BYTES) {
-                    let frame = Frame::Content { object: *object, offset: waiting.0, last: false };
-                    if !send(frame, std::mem::take(&mut waiting.1).into()) {
-                        return false;
-                    }
-                }
-                if waiting.1.is_empty() {
-                    waiting.0 = at;
-                }
-                waiting.1.extend_from_slice(bytes);
-                true
-            })?;
-            let frame = Frame::Content { object: *object, offset: waiting.0, last: true };
-            if !goes_on || !send(frame, waiting.1.into()) {
+            let mut contents = Contents::new(*object, send);
+            let goes_on = self.content(*object, 0, node.size, &mut |at, bytes| contents.add(at, bytes))?;
+            if !goes_on || !contents.end() {
                 return Ok(());
             }
         }
         Ok(())
+    }
+}
+
+/// The bytes of a file on their way, put together into frames.
+pub(super) struct Contents<'a> {
+    object: ObjectId,
+    offset: u64,
+    waiting: Vec<u8>,
+    send: Send<'a>,
+}
+
+impl<'a> Contents<'a> {
+    /// Of this file.
+    pub(super) fn new(object: ObjectId, send: Send<'a>) -> Self {
+        Self { object, offset: 0, waiting: Vec::new(), send }
+    }
+
+    fn frame(&mut self, last: bool) -> bool {
+        let frame = Frame::Content { object: self.object, offset: self.offset, last };
+        (self.send)(frame, std::mem::take(&mut self.waiting).into())
+    }
+
+    /// The next of its bytes; false gives up.
+    pub(super) fn add(&mut self, at: u64, bytes: &[u8]) -> bool {
+        let follows = self.offset + self.waiting.len() as u64 == at;
+        let is_full = !follows || self.waiting.len() + bytes.len() > CONTENT_BYTES;
+        if !self.waiting.is_empty() && is_full && !self.frame(false) {
+            return false;
+        }
+        if self.waiting.is_empty() {
+            self.offset = at;
+        }
+        self.waiting.extend_from_slice(bytes);
+        true
+    }
+
+    /// That was all of it.
+    pub(super) fn end(mut self) -> bool {
+        self.frame(true)
     }
 }

@@ -20,6 +20,7 @@ pub mod kinds;
 pub mod look;
 pub mod merge;
 pub mod metrics;
+mod newest;
 pub mod past;
 pub mod pieces;
 pub mod places;

@@ -238,8 +238,11 @@ enum Command {
     /// Examples:
     ///   bfs-agent recover /srv/data/table
     ///   bfs-agent recover --at tag:before-upgrade /srv/data/table
+    ///   bfs-agent recover --at newest /srv/data/table
     ///
     /// It comes in the place of the one that stands there in one step. That must not be open, and have one name only.
+    /// With `--at newest` what was captured last is written where it stands, whoever has it open: a policy with the
+    /// recovery `request` or `automatic` has to allow that.
     #[command(verbatim_doc_comment)]
     Recover {
         #[command(flatten)]
@@ -247,8 +250,8 @@ enum Command {
         /// The file; it may be gone
         path: PathBuf,
         /// Which checkpoint: its number, tag:NAME, or a time (UTC) like 2026-11-21T14:05:00, which takes the
-        /// last one up to then [default: the newest]
-        #[arg(long, value_name = "N|TIME|tag:NAME")]
+        /// last one up to then [default: the newest]; or `newest`: what was captured last, in no checkpoint yet
+        #[arg(long, value_name = "N|TIME|tag:NAME|newest")]
         at: Option<String>,
         /// How long to wait
         #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_time)]

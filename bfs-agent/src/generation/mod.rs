@@ -19,7 +19,7 @@ use bfs_common::record::{
     CheckpointId, CheckpointLabel, FileKind, Identity, Meta, Name, ObjectId, PathBytes, Sequence,
 };
 use bfs_common::wire::{
-    DigestLine, Digests, Frame, GenerationLine, GroupStatus, History, PromoteStage, Promoter,
+    DigestLine, Digests, Frame, GenerationLine, GroupStatus, History, NewestFile, PromoteStage, Promoter,
     process_file_is_valid,
 };
 use bytes::Bytes;
@@ -443,6 +443,34 @@ impl Client {
             })?;
         }
         Ok(())
+    }
+
+    /// A file as the last durable record leaves it, when this one is durable: which record that is, and the file, if it is
+    /// there. Its bytes that are not zeros go to `each`, in order.
+    ///
+    /// # Errors
+    /// [`ReadError`]; [`ReadError::Sink`] for what `each` says.
+    pub fn newest(
+        &mut self,
+        group: &str,
+        object: ObjectId,
+        at_least: Sequence,
+        mut each: impl FnMut(u64, &[u8]) -> std::io::Result<()>,
+    ) -> Result<(Sequence, Option<NewestFile>), ReadError> {
+        let mut found = None;
+        self.ask(&Frame::GetNewest { group: group.into(), object, at_least }, |frame, body| match frame {
+            Frame::Newest { position, file } if found.is_none() => {
+                let is_all = file.is_none();
+                found = Some((position, file));
+                Ok(is_all)
+            }
+            Frame::Content { object: of, offset, last } if of == object && found.is_some() => {
+                each(offset, &body).map_err(ReadError::Sink)?;
+                Ok(last)
+            }
+            _ => Err(AskError::Unexpected.into()),
+        })?;
+        found.ok_or_else(|| AskError::Unexpected.into())
     }
 
     /// What files had where something was written since: `each` gets object, offset and what was there,

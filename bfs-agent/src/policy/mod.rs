@@ -55,6 +55,38 @@ impl Backup {
     }
 }
 
+/// How a file comes back that its disk lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recovery {
+    /// When a person says so, from a checkpoint.
+    #[default]
+    Manual,
+    /// When a program asks for what was captured last.
+    Request,
+    /// The same, and by itself when a selected process sees an error of the disk.
+    Automatic,
+}
+
+impl Recovery {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Manual, Self::Request, Self::Automatic];
+
+    /// Its name in settings.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Manual => "manual",
+            Self::Request => "request",
+            Self::Automatic => "automatic",
+        }
+    }
+
+    fn is_manual(&self) -> bool {
+        *self == Self::Manual
+    }
+}
+
 /// A policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -64,10 +96,13 @@ pub struct Policy {
     /// How the files are backed up.
     #[serde(default)]
     pub backup: Backup,
-    /// How often a copy is tried again that failed.
+    /// How they come back.
+    #[serde(default, skip_serializing_if = "Recovery::is_manual")]
+    pub recovery: Recovery,
+    /// How often a copy or a recovery is tried again that failed.
     #[serde(default = "retries")]
     pub retries: u32,
-    /// How long a copy may take, milliseconds.
+    /// How long a copy or a recovery may take, milliseconds.
     #[serde(default = "time_limit_ms")]
     pub time_limit_ms: u64,
     /// Where the follower stands on the backup, if not at the file's path.
@@ -119,6 +154,7 @@ impl Policy {
         Ok(Self {
             pattern: pattern.into(),
             backup: Backup::default(),
+            recovery: Recovery::default(),
             retries: retries(),
             time_limit_ms: time_limit_ms(),
             place: None,
@@ -150,21 +186,14 @@ impl Policy {
                     BadPolicy::new(key, format!("{value:?} is no class of backup{near}"), known(&names))
                 })?;
             }
-            "recovery" => match value {
-                "manual" => {}
-                "automatic" | "request" => {
-                    return Err(BadPolicy::new(
-                        key,
-                        format!("{value} comes in a later version"),
-                        "leave it out: `bfs-agent recover` and the request `recover` bring a file back",
-                    ));
-                }
-                _ => {
-                    let near = did_you_mean(nearest(&["manual"], value));
-                    let why = format!("{value:?} is no class of recovery{near}");
-                    return Err(BadPolicy::new(key, why, "known is manual"));
-                }
-            },
+            "recovery" => {
+                let names = Recovery::ALL.map(Recovery::name);
+                let found = Recovery::ALL.into_iter().find(|class| class.name() == value);
+                self.recovery = found.ok_or_else(|| {
+                    let near = did_you_mean(nearest(&names, value));
+                    BadPolicy::new(key, format!("{value:?} is no class of recovery{near}"), known(&names))
+                })?;
+            }
             "retries" => self.retries = number(u64::from(RETRIES_MAX))? as u32,
             "time_limit_ms" => self.time_limit_ms = number(TIME_LIMIT_MS_MAX)?.max(1),
             "place" => {
@@ -185,7 +214,7 @@ impl Policy {
         Ok(())
     }
 
-    /// How long a copy may take.
+    /// How long a copy or a recovery may take.
     #[must_use]
     pub const fn time_limit(&self) -> Duration {
         Duration::from_millis(self.time_limit_ms)
@@ -199,6 +228,9 @@ impl Policy {
             ("retries".to_owned(), self.retries.to_string()),
             ("time_limit_ms".to_owned(), self.time_limit_ms.to_string()),
         ];
+        if self.recovery != Recovery::Manual {
+            settings.push(("recovery".to_owned(), self.recovery.name().to_owned()));
+        }
         settings.extend(self.place.as_ref().map(|place| ("place".to_owned(), place.clone())));
         if self.suspended {
             settings.push(("suspended".to_owned(), "true".to_owned()));
@@ -306,8 +338,7 @@ mod tests {
         let before = policy.clone();
         for (key, value) in [
             ("backup", "wirte"),
-            ("recovery", "automatic"),
-            ("recovery", "never"),
+            ("recovery", "automatik"),
             ("retries", "-1"),
             ("retries", "1001"),
             ("time_limit_ms", "1d"),
@@ -345,10 +376,11 @@ mod tests {
             "[ab]{1,3}",
         ];
         let place = prop::option::of("[a-c]{1,3}(/[a-c]{1,3}){0,2}");
-        (pattern, 0..3usize, 0..9u32, 1..90_000u64, place, any::<bool>()).prop_map(
-            |(pattern, class, retries, time_limit_ms, place, suspended)| Policy {
+        (pattern, 0..9usize, 0..9u32, 1..90_000u64, place, any::<bool>()).prop_map(
+            |(pattern, classes, retries, time_limit_ms, place, suspended)| Policy {
                 pattern,
-                backup: Backup::ALL[class],
+                backup: Backup::ALL[classes / 3],
+                recovery: Recovery::ALL[classes % 3],
                 retries,
                 time_limit_ms,
                 place,

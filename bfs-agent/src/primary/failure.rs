@@ -11,6 +11,10 @@ use bfs_common::wire::Refusal;
 pub const FENCED_HINT: &str = "let no program go on here; `bfs-agent surplus` with the same --group, --path and --backup keeps \
                                what this host has beyond that checkpoint, and nothing is changed here";
 
+/// What to do where a file did not come back.
+pub const NOT_RECOVERED_HINT: &str =
+    "look at that disk; `bfs-replayer restore` writes the file to another place";
+
 /// Kinds of failures; each has its own exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -40,6 +44,8 @@ pub enum Kind {
     RollbackUnfinished,
     /// The backup was promoted: this host is not the primary any more.
     Fenced,
+    /// All went well but that a file did not come back from a disk that lost it.
+    NotRecovered,
     /// The command of `run` cannot be executed.
     Command(u8),
     /// Anything else.
@@ -65,6 +71,7 @@ impl Kind {
             Self::NotConfirmed => 75,
             Self::RollbackUnfinished => 76,
             Self::Fenced => 77,
+            Self::NotRecovered => 78,
             Self::Command(status) => status,
         }
     }

@@ -112,6 +112,10 @@ pub fn metrics(status: &Status) -> String {
         out.counter("bfs_losses_total", help, &with("what", what), count);
     }
     out.counter("bfs_stream_bytes_total", "Bytes of the stream", &group, counters.stream_bytes);
+    for (result, count) in [("done", status.recovery.recovered), ("failed", status.recovery.failures)] {
+        let help = "Files that a policy brought back, and that did not come back after all tries";
+        out.counter("bfs_recoveries_total", help, &with("result", result), count);
+    }
     out.counter("bfs_hook_failures_total", "Hooks that failed", &group, status.hooks.failures);
     out.text()
 }

@@ -8,6 +8,7 @@ pub mod cron;
 pub mod engine;
 pub mod failure;
 pub mod images;
+pub mod mend;
 pub mod metrics;
 pub mod policies;
 pub mod preflight;

@@ -282,6 +282,17 @@ impl Reader {
             .map_err(|source| HostError::Read { what: format!("the file {inode:?}"), source })
     }
 
+    /// A regular file, to be read and written by who brings it back; `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`HostError::Read`].
+    pub fn open_to_mend(&self, inode: InodeId) -> Result<Option<File>, HostError> {
+        let opened = self.open(inode, OFlags::RDWR | OFlags::NOATIME | OFlags::NONBLOCK);
+        opened
+            .map(|fd| fd.map(File::from))
+            .map_err(|source| HostError::Read { what: format!("the file {inode:?}"), source })
+    }
+
     /// Extended attributes of an inode; `None` when it is gone.
     ///
     /// # Errors

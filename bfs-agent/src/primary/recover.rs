@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use bfs_common::abi::InodeId;
 use bfs_common::past::{Look, Seen};
-use bfs_common::record::{CheckpointId, FileKind, Name};
+use bfs_common::record::{CheckpointId, FileKind, Name, ObjectId, Sequence};
 use bfs_common::wire::CatalogObject;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -138,8 +138,8 @@ impl Place {
 #[derive(Debug)]
 pub struct Staged {
     place: Place,
-    /// Which checkpoint it is of.
-    pub checkpoint: CheckpointId,
+    /// Which checkpoint it is of; none: it is what was captured last.
+    pub checkpoint: Option<CheckpointId>,
     /// Its size in bytes.
     pub size: u64,
     file: File,
@@ -173,7 +173,41 @@ pub fn fetch(
     let directory = place.directory()?;
     look(directory.as_fd(), place)?;
     let file = past.write(&object, directory.as_fd(), &path)?;
-    Ok(Staged { place: place.clone(), checkpoint, size: object.size, file, directory })
+    Ok(Staged { place: place.clone(), checkpoint: Some(checkpoint), size: object.size, file, directory })
+}
+
+/// The same with what was captured last of a file, when all up to a record is on the backup.
+///
+/// # Errors
+/// [`RecoverError`]; nothing was changed then.
+pub fn fetch_newest(
+    client: &mut Client,
+    group: &str,
+    object: ObjectId,
+    at_least: Sequence,
+    place: &Place,
+) -> Result<Staged, RecoverError> {
+    let path = place.path();
+    let directory = place.directory()?;
+    look(directory.as_fd(), place)?;
+    let file = nameless(&directory, &path)?;
+    let given = client.newest(group, object, at_least, |at, bytes| file.write_all_at(bytes, at))?;
+    let Some(newest) = given.1 else {
+        return Err(RecoverError::Damaged("it does not have it yet".into()));
+    };
+    let done = file.set_len(newest.size).and_then(|()| {
+        tree::set_attributes(file.as_fd(), FileKind::Regular, &newest.meta, &newest.xattrs)?;
+        file.sync_all()
+    });
+    done.map_err(RecoverError::io("stage", &path))?;
+    Ok(Staged { place: place.clone(), checkpoint: None, size: newest.size, file, directory })
+}
+
+/// A file without a name.
+fn nameless(directory: impl AsFd, path: &Path) -> Result<File, RecoverError> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let made = rustix::fs::openat(directory, ".", flags, Mode::RUSR | Mode::WUSR);
+    made.map(File::from).map_err(RecoverError::io("stage", path))
 }
 
 /// Whether the file that stands at a place, if there is one, may be replaced.
@@ -253,11 +287,7 @@ impl Past<'_> {
                 (other, _) => return Err(RecoverError::Damaged(format!("it answers {other:?} of {name}"))),
             }
         }
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let mode = Mode::RUSR | Mode::WUSR;
-        let file = File::from(
-            rustix::fs::openat(directory, ".", flags, mode).map_err(RecoverError::io("stage", path))?,
-        );
+        let file = nameless(directory, path)?;
         file.set_len(object.size).map_err(RecoverError::io("stage", path))?;
         if object.size > 0 {
             let (group, at) = (self.group, self.checkpoint);

@@ -156,6 +156,43 @@ static void seccomp(void)
 	CHECK(lstat("never", &stat) < 0);
 }
 
+/* Each call of these numbers ends with EIO from here on. */
+static void answer_with_eio(const int *numbers, int count)
+{
+	for (int i = 0; i < count; i++) {
+		struct sock_filter filter[] = {
+			BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+			BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, numbers[i], 0, 1),
+			BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EIO),
+			BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+		};
+		struct sock_fprog program = { 4, filter };
+		CHECK(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
+	}
+}
+
+static void disk_errors(void)
+{
+	const int numbers[] = { SYS_pread64, SYS_fsync, SYS_msync, SYS_sendfile };
+	int null = open("/dev/null", O_RDWR), pipes[2];
+	int a = open("a", O_CREAT | O_RDWR, 0644), b = open("b", O_CREAT | O_RDWR, 0644);
+	int c = open("c", O_CREAT | O_RDWR, 0644), d = open("d", O_CREAT | O_RDWR, 0644);
+	char *map;
+	CHECK(null >= 0 && a >= 0 && b >= 0 && c >= 0 && d >= 0 && pipe(pipes) == 0);
+	CHECK(ftruncate(c, SIZE) == 0);
+	map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, c, 0);
+	CHECK(map != MAP_FAILED);
+	CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+	answer_with_eio(numbers, 4);
+	/* Nothing to do with a file: no pages, no descriptor, or no file. */
+	CHECK(pread(null, bytes, 1, 0) < 0 && pread(77, bytes, 1, 0) < 0 && fsync(pipes[1]) < 0);
+	/* Another error. */
+	CHECK(read(pipes[1], bytes, 1) < 0 && errno == EBADF);
+	CHECK(pread(a, bytes, 1, 0) < 0 && errno == EIO);
+	CHECK(pread(a, bytes, 1, 0) < 0);
+	CHECK(fsync(b) < 0 && msync(map, SIZE, MS_SYNC) < 0 && sendfile(null, d, NULL, 1) < 0);
+}
+
 static void compat(void)
 {
 	int fd = open("f", O_CREAT | O_WRONLY, 0644);
@@ -225,6 +262,8 @@ int main(int count, char **args)
 		in_thread(exec_in_thread);
 	else if (strcmp(mode, "seccomp") == 0)
 		seccomp();
+	else if (strcmp(mode, "disk_errors") == 0)
+		disk_errors();
 	else if (strcmp(mode, "compat") == 0)
 		compat();
 	else if (strcmp(mode, "fill") == 0)

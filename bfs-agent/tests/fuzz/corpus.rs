@@ -93,6 +93,8 @@ pub fn frames() -> Vec<Vec<u8>> {
         content: [1; 32],
         xattrs: [2; 32],
     };
+    let xattrs = vec![("user.x".into(), Bytes::from_static(b"value"))];
+    let newest = NewestFile { size: 9, meta: Meta::default(), xattrs };
     let (group, checkpoint, at) = ("g".to_owned(), CheckpointId(1), CheckpointId(1));
     let all = vec![
         Frame::ReadKeys,
@@ -141,6 +143,8 @@ pub fn frames() -> Vec<Vec<u8>> {
             lines: vec![DigestLine { object: FILE, digests: Bytes::from_static(&[7; 32]) }],
             last: true,
         },
+        Frame::GetNewest { group: group.clone(), object: FILE, at_least: Sequence(7) },
+        Frame::Newest { position: Sequence(9), file: Some(newest) },
         Frame::GetDamage { group, heal: true, suspects: vec![FILE, ObjectId(9)] },
         Frame::Damage { objects: vec![FILE; 3], last: true },
         Frame::Status { groups: vec![GroupStatus::default(); 2] },

@@ -37,6 +37,8 @@ pub mod kind {
     pub const HANDED: u16 = 22;
     /// A task that is not selected changed an object, or opened it for writing: [`super::ForeignEvent`].
     pub const FOREIGN: u16 = 23;
+    /// A call of a selected task on a file in scope ended with an error of its disk: [`super::FailedEvent`].
+    pub const FAILED: u16 = 24;
     /// A write whose place is known ended: [`super::WriteEvent`], then data bytes. The commonest record,
     /// so the smallest that will do.
     pub const WRITE: u16 = 30;
@@ -306,6 +308,18 @@ pub mod foreign {
     pub const OPENED: u32 = 1;
 }
 
+/// A call on a file ended with an error that says that bytes are lost, or may not be kept.
+///
+/// From the first record of a file on there is no other one of it until the agent takes it out of the map `FAILING`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FailedEvent {
+    /// Header; `nr` is the call and `ret` the error. Start and end are the same.
+    pub header: EventHeader,
+    /// The file.
+    pub id: InodeId,
+}
+
 /// A record of the ring, with the bytes that follow its struct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
@@ -355,6 +369,11 @@ pub enum Event<'a> {
         /// The struct.
         event: ForeignEvent,
     },
+    /// A call saw an error of the disk ([`kind::FAILED`]).
+    Failed {
+        /// The struct.
+        event: FailedEvent,
+    },
 }
 
 impl<'a> Event<'a> {
@@ -400,6 +419,7 @@ impl<'a> Event<'a> {
             kind::RUN => Some(Self::Run { event: RunEvent::read_from(bytes)? }),
             kind::DIRTIED => Some(Self::Dirty { event: DirtyEvent::read_from(bytes)? }),
             kind::FOREIGN => Some(Self::Foreign { event: ForeignEvent::read_from(bytes)? }),
+            kind::FAILED => Some(Self::Failed { event: FailedEvent::read_from(bytes)? }),
             _ => None,
         }
     }
@@ -415,6 +435,7 @@ impl<'a> Event<'a> {
             Self::Run { event } => &event.header,
             Self::Dirty { event } => &event.header,
             Self::Foreign { event } => &event.header,
+            Self::Failed { event } => &event.header,
         }
     }
 }

@@ -17,7 +17,7 @@ pub use self::state::*;
 
 /// Changes with every change of layout or meaning in this module; the agent refuses to adopt
 /// pinned maps of another version.
-pub const ABI_VERSION: u32 = 9;
+pub const ABI_VERSION: u32 = 10;
 
 /// Longest path that the kernel takes, with the terminating zero (`include/uapi/linux/limits.h`).
 pub const PATH_MAX: usize = 4096;
@@ -45,6 +45,9 @@ pub const FOREIGN_MAX: u32 = 65_536;
 
 /// Entries of the map of processes that are not selected and changed something.
 pub const STRANGERS_MAX: u32 = 1_024;
+
+/// Entries of the map of files of which an I/O error was told.
+pub const FAILING_MAX: u32 = 1_024;
 
 /// How many roots the probes tell apart; with more, all of a device counts as in scope for others.
 pub const ROOTS_MAX: usize = 16;
@@ -115,6 +118,7 @@ const _: () = {
     assert!(size_of::<TaskEvent>() == 64);
     assert!(size_of::<DirtyEvent>() == 48 + 16 + 16);
     assert!(size_of::<ForeignEvent>() == 48 + 16 + 8);
+    assert!(size_of::<FailedEvent>() == 48 + 16);
     assert!(size_of::<Stranger>() == 32);
     assert!(size_of::<TaskState>() == 24 + 48 + 16 + 16 + 32 + 16 + 16 + 8 + 16);
     assert!(size_of::<Suspect>() == 16);
@@ -157,6 +161,7 @@ plain!(
     DirtyEvent,
     RunEvent,
     ForeignEvent,
+    FailedEvent,
     Stranger,
     TaskState,
     Request,

@@ -157,6 +157,8 @@ pub mod counter {
     /// Writes that went on where the last one had ended, and are counted nowhere else: by reference, several of them
     /// in one record.
     pub const WENT_ON: u32 = 12;
+    /// Calls that saw an error of the disk on a file in scope, of which nothing could be told.
+    pub const FAILED_LOST: u32 = 13;
     /// How many counters there are.
     pub const COUNT: u32 = 16;
 }

@@ -56,3 +56,14 @@ pub struct DigestLine {
     /// The digests, [`DIGEST_BYTES`] each; the last block ends with the file.
     pub digests: Bytes,
 }
+
+/// A regular file that no checkpoint has so yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewestFile {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Attributes.
+    pub meta: Meta,
+    /// Names and values of the extended attributes.
+    pub xattrs: Vec<(String, Bytes)>,
+}

@@ -274,7 +274,8 @@ fn takes_path(state: &mut TaskState, number: u32) -> bool {
 #[inline(always)]
 fn enter_file(state: &mut TaskState, number: u32, class: u8) -> bool {
     let (address, table_shared) = if class == class::ADVICE {
-        (mapped::file_at(state, number), true)
+        let by_address = number == nr::MADVISE;
+        (if by_address { mapped::file_at(state.args[0], state.args[1]) } else { 0 }, true)
     } else {
         kernel::file_of(descriptor(number, state))
     };

@@ -64,6 +64,16 @@ fn descriptor(number: u32, state: &TaskState) -> u32 {
     }) as u32
 }
 
+/// Number and first two arguments of a call of the 64-bit table that ends; none of another table's.
+#[inline(always)]
+pub fn ended(regs: *const u64) -> Option<(u64, u64, u64)> {
+    let number = register(regs, reg::ORIG_AX);
+    if number & X32 != 0 || is_compat(kernel::task()) {
+        return None;
+    }
+    Some((number, register(regs, reg::DI), register(regs, reg::SI)))
+}
+
 /// [`class`] of a call.
 #[inline(always)]
 fn class_of(number: u64) -> u8 {

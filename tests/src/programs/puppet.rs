@@ -2,7 +2,7 @@
 //! open, positions, mappings, and descriptors that are handed over (SCM_RIGHTS).
 //!
 //! A line is a word and its arguments: `open SLOT PATH` (for reading and writing, made if it is not there),
-//! `append SLOT PATH`, `seek SLOT OFFSET`, `write SLOT TEXT`, `map SLOT`, `store SLOT OFFSET TEXT` (into the
+//! `append SLOT PATH`, `seek SLOT OFFSET`, `write SLOT TEXT`, `read SLOT OFFSET TEXT` (that it is there), `sync SLOT`, `shell COMMAND`, `map SLOT`, `store SLOT OFFSET TEXT` (into the
 //! mapping), `unmap SLOT`, `dup SLOT OTHER`, `fork PATH` (a child that ends when PATH is there), `unlink PATH`, `rename FROM TO`, `cd PATH`, `give SLOT` (the descriptor goes to the test), `take SLOT`
 //! (one comes from it), `close SLOT`, `end`. Each is answered by a line: `done`, or what went wrong.
 
@@ -12,6 +12,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Seek, SeekFrom, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -137,6 +138,17 @@ impl Held {
             }
             "seek" => drop(self.file(slot()?)?.seek(SeekFrom::Start(words[2].parse()?))?),
             "write" => self.file(slot()?)?.write_all(words[2].as_bytes())?,
+            "read" => {
+                let (offset, text) = words[2].split_once(' ').context("OFFSET TEXT")?;
+                let mut has = vec![0; text.len()];
+                self.file(slot()?)?.read_exact_at(&mut has, offset.parse()?)?;
+                ensure!(has == text.as_bytes(), "it is {:?}", String::from_utf8_lossy(&has));
+            }
+            "shell" => {
+                let done = std::process::Command::new("sh").args(["-c", &line[6..]]).output()?;
+                ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr).trim_end());
+            }
+            "sync" => self.file(slot()?)?.sync_all()?,
             "close" => drop(self.files.remove(&slot()?)),
             "map" => {
                 let fd = self.file(slot()?)?.as_raw_fd();

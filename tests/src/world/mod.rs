@@ -23,6 +23,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
+use crate::bad_disk::{self, BadDisk};
 use crate::faults::Faults;
 use crate::leash::Leash;
 use crate::programs::{Place, Program};
@@ -282,6 +283,20 @@ impl World {
     pub fn mount_ext4(&mut self, mebibytes: u64) -> Result<()> {
         let at = self.place.data.clone();
         self.mount_at(FileSystem::Ext4, mebibytes, at)
+    }
+
+    /// Makes the replicated directory an ext4 on a disk that fails as the test says.
+    ///
+    /// # Errors
+    /// When it cannot be made or mounted.
+    pub fn mount_bad_disk(&mut self, mebibytes: u64) -> Result<BadDisk> {
+        let at = self.root().join("disk");
+        fs::create_dir(&at)?;
+        let disk = BadDisk::mount(&self.root().join("image"), mebibytes << 20, &at)?;
+        let image = at.join(bad_disk::DISK);
+        command_ok(Command::new("mkfs.ext4").args(["-q", "-b", "4096"]).arg(&image))?;
+        command_ok(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&self.place.data))?;
+        Ok(disk)
     }
 
     /// Puts the replicated directory on a file system of this type, with room [`World::beside`] it.

@@ -8,16 +8,11 @@ use std::time::Instant;
 use bfs_common::record::{CheckpointId, FileKind, ObjectId};
 
 use super::super::error::BackupError;
-use super::super::past::Past;
-use super::super::target::Source;
 use super::Site;
-use super::files::{Folder, zero};
+use super::files::Folder;
 use super::names::FileState;
-use crate::log::{LogRef, Payloads};
+use crate::log::Payloads;
 use crate::tree;
-
-/// Bytes of the log that are copied at once.
-const COPY: u64 = 1 << 20;
 
 /// Where to, and until when.
 pub(super) struct Copying<'a> {
@@ -44,43 +39,18 @@ impl Copying<'_> {
         object: ObjectId,
         state: &FileState,
     ) -> Result<(), BackupError> {
-        let before = state.before.unwrap_or(0);
-        let size = state.content.size(before);
-        let keep = state.content.keep.min(before).min(size);
+        let size = state.size();
         (site.room)(size).map_err(|why| self.failed(std::io::Error::other(why)))?;
         let file = self.folder.begin().map_err(|e| self.failed(e))?;
         file.set_len(size).map_err(|e| self.failed(e))?;
-        if keep > 0 {
-            let mut past = Past::open(site.source, applied)?;
-            let mut result = Ok(());
-            let all = past.content(object, 0, keep, &mut |at, bytes| {
-                result = file.write_all_at(bytes, at);
-                result.is_ok() && Instant::now() < self.limit
-            })?;
-            result.map_err(|e| self.failed(e))?;
-            if !all {
-                return Err(self.late());
-            }
-        }
-        for (start, end, source) in state.content.extents.iter() {
-            let (mut at, end) = (start, end.min(size));
-            while at < end {
-                let to = (at + COPY).min(end);
-                match source {
-                    Source::Log(from) => {
-                        let from = LogRef { offset: from.offset + (at - start), ..from };
-                        let bytes = payloads.read(from, (to - at) as usize)?;
-                        file.write_all_at(bytes, at).map_err(|e| self.failed(e))?;
-                    }
-                    // What is new is a hole already.
-                    Source::Zero if at >= keep => {}
-                    Source::Zero => zero(&file, at, to.min(keep)).map_err(|e| self.failed(e))?,
-                }
-                at = to;
-                if Instant::now() >= self.limit {
-                    return Err(self.late());
-                }
-            }
+        let mut result = Ok(());
+        let all = state.bytes(site.source, payloads, applied, object, &mut |at, bytes| {
+            result = file.write_all_at(bytes, at);
+            result.is_ok() && Instant::now() < self.limit
+        })?;
+        result.map_err(|e| self.failed(e))?;
+        if !all {
+            return Err(self.late());
         }
         tree::set_attributes(file.as_fd(), FileKind::Regular, &state.meta, &state.xattrs)
             .map_err(|e| self.failed(e))?;

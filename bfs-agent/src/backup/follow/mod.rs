@@ -36,7 +36,7 @@ use crate::policy::{Backup, Policy, Table};
 use crate::tree;
 use copy::Copying;
 use files::{Folder, zero};
-use names::{FileState, Pending};
+pub(super) use names::{FileState, Pending};
 
 /// How long is waited before a copy is tried again that failed; each time twice as long.
 const RETRY_MIN: Duration = Duration::from_millis(50);

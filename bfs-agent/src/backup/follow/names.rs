@@ -14,26 +14,26 @@ use super::super::target::{Content, ObjectChange, Target};
 const DEPTH_MAX: usize = 4096;
 
 /// See the module.
-pub(super) struct Pending<'a, B: Base> {
-    pub(super) base: &'a B,
-    pub(super) target: &'a Target,
+pub(in crate::backup) struct Pending<'a, B: Base> {
+    pub(in crate::backup) base: &'a B,
+    pub(in crate::backup) target: &'a Target,
     /// The roots at the applied checkpoint.
-    pub(super) roots: &'a [(PathBytes, ObjectId)],
+    pub(in crate::backup) roots: &'a [(PathBytes, ObjectId)],
 }
 
 /// A regular file: where its bytes come from, and its attributes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct FileState {
+pub(in crate::backup) struct FileState {
     /// Its size at the applied checkpoint; none if it was not there.
-    pub(super) before: Option<u64>,
+    pub(in crate::backup) before: Option<u64>,
     /// What became of its content since.
-    pub(super) content: Content,
-    pub(super) meta: Meta,
-    pub(super) xattrs: Vec<(String, Bytes)>,
+    pub(in crate::backup) content: Content,
+    pub(in crate::backup) meta: Meta,
+    pub(in crate::backup) xattrs: Vec<(String, Bytes)>,
 }
 
 impl<B: Base> Pending<'_, B> {
-    pub(super) fn roots(&self) -> &[(PathBytes, ObjectId)] {
+    pub(in crate::backup) fn roots(&self) -> &[(PathBytes, ObjectId)] {
         self.target.roots.as_deref().unwrap_or(self.roots)
     }
 
@@ -45,7 +45,7 @@ impl<B: Base> Pending<'_, B> {
         self.change(object).is_some_and(|change| change.forgotten)
     }
 
-    pub(super) fn kind(&self, object: ObjectId) -> Result<Option<FileKind>, BackupError> {
+    pub(in crate::backup) fn kind(&self, object: ObjectId) -> Result<Option<FileKind>, BackupError> {
         if self.is_gone(object) {
             return Ok(None);
         }
@@ -55,7 +55,11 @@ impl<B: Base> Pending<'_, B> {
         }
     }
 
-    pub(super) fn entry(&self, directory: ObjectId, name: &Name) -> Result<Option<ObjectId>, BackupError> {
+    pub(in crate::backup) fn entry(
+        &self,
+        directory: ObjectId,
+        name: &Name,
+    ) -> Result<Option<ObjectId>, BackupError> {
         match self.target.entries.get(&(directory, name.clone())) {
             Some(entry) => Ok(*entry),
             None => self.base.entry(directory, name),
@@ -76,7 +80,7 @@ impl<B: Base> Pending<'_, B> {
     }
 
     /// The primary's path of a directory; none if it stands nowhere.
-    pub(super) fn path(&self, directory: ObjectId) -> Result<Option<PathBuf>, BackupError> {
+    pub(in crate::backup) fn path(&self, directory: ObjectId) -> Result<Option<PathBuf>, BackupError> {
         let (mut at, mut names) = (directory, Vec::new());
         while names.len() < DEPTH_MAX {
             if let Some((root, _)) = self.roots().iter().find(|(_, object)| *object == at) {
@@ -107,7 +111,7 @@ impl<B: Base> Pending<'_, B> {
     }
 
     /// What stands at a path of the primary.
-    pub(super) fn at_path(&self, path: &std::path::Path) -> Result<Option<ObjectId>, BackupError> {
+    pub(in crate::backup) fn at_path(&self, path: &std::path::Path) -> Result<Option<ObjectId>, BackupError> {
         for (root, object) in self.roots() {
             let Ok(below) = path.strip_prefix(root.as_path()) else { continue };
             let mut at = *object;
@@ -124,7 +128,7 @@ impl<B: Base> Pending<'_, B> {
     }
 
     /// All regular files below an object that stands at a path, or it itself.
-    pub(super) fn files(
+    pub(in crate::backup) fn files(
         &self,
         object: ObjectId,
         path: PathBuf,
@@ -145,7 +149,7 @@ impl<B: Base> Pending<'_, B> {
     }
 
     /// A regular file; none if it is not there.
-    pub(super) fn file(&self, object: ObjectId) -> Result<Option<FileState>, BackupError> {
+    pub(in crate::backup) fn file(&self, object: ObjectId) -> Result<Option<FileState>, BackupError> {
         if self.kind(object)? != Some(FileKind::Regular) {
             return Ok(None);
         }

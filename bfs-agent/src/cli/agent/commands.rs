@@ -8,8 +8,10 @@ use super::check::Checks;
 use super::{PathChange, Target, show};
 use crate::cli::sayln;
 use crate::net::Destination;
-use crate::primary::control::{Client, Reply, Request, VerifyReport, WaitFor, default_socket, milliseconds};
-use crate::primary::failure::{Failure, Kind};
+use crate::primary::control::{
+    Client, NEWEST, Reply, Request, VerifyReport, WaitFor, default_socket, milliseconds,
+};
+use crate::primary::failure::{Failure, Kind, NOT_RECOVERED_HINT};
 use crate::primary::process::{self, Inherited};
 use crate::primary::session;
 use crate::primary::spool::SpoolOptions;
@@ -142,6 +144,11 @@ pub(super) fn recover(
     at: Option<&str>,
     timeout: Duration,
 ) -> Result<u8, Failure> {
+    if at == Some(NEWEST) {
+        let (bytes, written) = connect(target)?.recover_newest(&absolute(path)?, timeout)?;
+        print(&format!("{} is as it was captured last: {bytes} bytes, {written} written", path.display()))?;
+        return Ok(0);
+    }
     let (checkpoint, bytes) = connect(target)?.recover(&absolute(path)?, at, timeout)?;
     print(&format!("{} is as in checkpoint {checkpoint}: {bytes} bytes", path.display()))?;
     Ok(0)
@@ -257,9 +264,17 @@ pub(super) fn switchover(
 
 pub(super) fn stop(target: &Target, timeout: Duration) -> Result<u8, Failure> {
     match ask(target, &Request::Stop { timeout_ms: milliseconds(timeout) })? {
-        Reply::Ended { checkpoint, reached: Some(WaitFor::Confirmed | WaitFor::Applied), .. } => {
+        Reply::Ended {
+            checkpoint,
+            reached: Some(WaitFor::Confirmed | WaitFor::Applied),
+            not_recovered,
+            ..
+        } => {
             print(&format!("stopped; checkpoint {checkpoint} is confirmed"))?;
-            Ok(0)
+            if not_recovered.is_empty() {
+                return Ok(0);
+            }
+            Err(Failure::new(Kind::NotRecovered, not_recovered.join("\n  "), NOT_RECOVERED_HINT))
         }
         Reply::Ended { checkpoint, send_by: Some(command), .. } => Err(Failure::new(
             Kind::NotConfirmed,

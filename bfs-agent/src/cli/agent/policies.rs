@@ -101,13 +101,14 @@ pub(super) struct Settings {
     /// follower changes as a whole when the last writer has closed the file
     #[arg(long, value_name = "CLASS")]
     backup: Option<String>,
-    /// manual: `bfs-agent recover` brings it back
+    /// manual: `bfs-agent recover` brings it back; request: also what was captured last, when a program asks for it;
+    /// automatic: the same by itself, when a selected process sees an error of the disk
     #[arg(long, value_name = "CLASS")]
     recovery: Option<String>,
-    /// How often a copy for a follower is tried again that failed
+    /// How often a copy for a follower, or a recovery, is tried again that failed
     #[arg(long, value_name = "NUMBER")]
     retries: Option<u32>,
-    /// How long such a copy may take
+    /// How long one try of these may take
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     time_limit: Option<Duration>,
     /// Where the follower stands, below STORE/now/GROUP, instead of at the path of the file
@@ -176,9 +177,10 @@ fn list(target: &Target, json: bool) -> Result<u8, Failure> {
 fn shown(policy: &Policy) -> String {
     let place = policy.place.as_ref().map(|place| format!(" place={place}")).unwrap_or_default();
     format!(
-        "{}  backup={} recovery=manual retries={} time_limit={}ms{place}{}",
+        "{}  backup={} recovery={} retries={} time_limit={}ms{place}{}",
         policy.pattern,
         policy.backup.name(),
+        policy.recovery.name(),
         policy.retries,
         policy.time_limit_ms,
         if policy.suspended { " suspended" } else { "" }

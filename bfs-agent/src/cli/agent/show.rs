@@ -7,7 +7,8 @@ use bfs_common::wire::StoreState;
 use crate::generation::time_text;
 use crate::primary::control::Standing;
 use crate::primary::control::{
-    CheckpointStatus, ForeignStatus, HookStatus, ProcessStatus, SpoolStatus, State, Status, VerifyReport,
+    CheckpointStatus, ForeignStatus, HookStatus, ProcessStatus, RecoveryStatus, SpoolStatus, State, Status,
+    VerifyReport,
 };
 
 /// A status for people, first what matters most.
@@ -125,6 +126,9 @@ pub fn status(status: &Status) -> String {
     for text in hooks(&status.hooks) {
         line("hooks", text);
     }
+    for text in recovery(&status.recovery) {
+        line("recovery", text);
+    }
     if let Some(state) = &status.process {
         line("processes", process(state));
     }
@@ -179,6 +183,20 @@ fn hooks(hooks: &HookStatus) -> Vec<String> {
     if let Some(failure) = &hooks.last_failure {
         lines.push(format!("{} failed; the last: {failure}", hooks.failures));
     }
+    lines
+}
+
+/// Files that policies bring back, where there is anything to tell.
+fn recovery(state: &RecoveryStatus) -> Vec<String> {
+    let mut lines = Vec::new();
+    if state.recovered + state.failures + state.waiting > 0 {
+        let RecoveryStatus { recovered, failures, waiting, .. } = state;
+        lines.push(format!("{recovered} brought back, {failures} failed, {waiting} going on"));
+    }
+    if state.not_told > 0 {
+        lines.push(format!("{} errors of a disk, of which the file could not be told", state.not_told));
+    }
+    lines.extend(state.troubles.iter().cloned());
     lines
 }
 

@@ -1,5 +1,6 @@
 //! The probes: loading, pinning, the ring and the maps.
 
+mod bpf_fs;
 pub mod btf;
 pub mod foreign;
 mod log;

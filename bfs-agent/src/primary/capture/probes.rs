@@ -22,7 +22,9 @@ use bfs_common::abi::{
 use crate::primary::clock::monotonic_ns;
 
 use super::{
-    CaptureError, btf,
+    CaptureError,
+    bpf_fs::{BPF_FS, mount_bpf_fs, no_bpf_fs},
+    btf,
     foreign::{self, Foreign},
     log,
     log::ProbeLog,
@@ -52,7 +54,7 @@ const DIRECT_IO: &str = "direct_io";
 /// The same.
 const WRITABLE: &str = "writable_mappings";
 const QUERIES: [&str; 4] = [DIRECT_IO, WRITABLE, foreign::WRITERS, foreign::CONCERNS];
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 13] = [
     "RING",
     "TASKS",
     "REQUESTS",
@@ -60,6 +62,7 @@ const MAPS: [&str; 12] = [
     "SUSPECTS",
     "MAPPED",
     "FOREIGN",
+    "FAILING",
     "STRANGERS",
     "ROOTS",
     "COUNTERS",
@@ -69,9 +72,6 @@ const MAPS: [&str; 12] = [
 
 /// Largest [`LoadOptions::inline_max`]: what the loop over chunks in the probe can take.
 pub const INLINE_MAX: u32 = 1 << 21;
-
-const BPF_FS: &str = "/sys/fs/bpf";
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Where the probes of a group are pinned.
 ///
@@ -186,6 +186,7 @@ pub struct Probes {
     devices: OwnedFd,
     counters: OwnedFd,
     writable_mappings: OwnedFd,
+    failing: OwnedFd,
     foreign: Foreign,
     mapped: MappedFiles,
     meta: OwnedFd,
@@ -277,6 +278,7 @@ impl Probes {
             devices: open("DEVICES")?,
             counters: open("COUNTERS")?,
             writable_mappings: open(WRITABLE)?,
+            failing: open("FAILING")?,
             foreign: Foreign::open(pin_dir)?,
             mapped: MappedFiles::new(open("MAPPED")?, dirtied)?,
             meta,
@@ -449,6 +451,13 @@ impl Probes {
     /// Takes out the objects whose records found no room in the ring.
     pub fn drain_suspects(&self) -> Result<Vec<(InodeId, Suspect)>, CaptureError> {
         sys::entries(self.suspects.as_fd(), SUSPECTS_MAX, true).map_err(kernel("cannot read the suspects"))
+    }
+
+    /// The next error of the disk that a call sees on a file is told again.
+    pub fn tell_again(&self, file: InodeId) -> Result<(), CaptureError> {
+        sys::delete(self.failing.as_fd(), &file)
+            .map(drop)
+            .map_err(kernel("cannot have the next error of a file told"))
     }
 
     /// What others change.
@@ -656,27 +665,6 @@ fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
         next = error.source();
     }
     false
-}
-
-fn no_bpf_fs(path: &Path, source: io::Error) -> CaptureError {
-    CaptureError::NoBpfFs { path: path.to_owned(), source }
-}
-
-/// Mounts the BPF file system where it is missing.
-fn mount_bpf_fs() -> Result<(), CaptureError> {
-    let path = Path::new(BPF_FS);
-    let failed = |errno: rustix::io::Errno| no_bpf_fs(path, errno.into());
-    let is_mounted = || rustix::fs::statfs(path).map(|stat| stat.f_type == BPF_FS_MAGIC);
-    if is_mounted().map_err(failed)? {
-        return Ok(());
-    }
-    // Two agents that start together must not mount one over the other.
-    let dir = fs::File::open(path).map_err(|source| no_bpf_fs(path, source))?;
-    rustix::fs::flock(&dir, rustix::fs::FlockOperation::LockExclusive).map_err(failed)?;
-    if is_mounted().map_err(failed)? {
-        return Ok(());
-    }
-    rustix::mount::mount("bpf", path, "bpf", rustix::mount::MountFlags::empty(), None).map_err(failed)
 }
 
 /// Links first: then nothing runs any more.

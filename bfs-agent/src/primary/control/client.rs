@@ -10,7 +10,7 @@ use bfs_common::record::CheckpointId;
 
 use super::REPLY_MAX;
 use super::messages::{FailureKind, Reply, Status};
-use super::request::{GRACE, Request, WaitFor};
+use super::request::{GRACE, NEWEST, Request, WaitFor};
 use crate::policy::Policy;
 
 /// Why an agent was not asked or did not answer.
@@ -185,6 +185,19 @@ impl Client {
         };
         match self.ask(&request)? {
             Reply::Recovered { checkpoint, bytes, .. } => Ok((checkpoint, bytes)),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Has what was captured last of a file written where it stands, as its policy has to allow; gives its size, and how many
+    /// bytes were written.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn recover_newest(&mut self, path: &Path, timeout: Duration) -> Result<(u64, u64), ClientError> {
+        let (path, at) = (path.to_owned(), Some(NEWEST.to_owned()));
+        match self.ask(&Request::Recover { path, at, timeout_ms: milliseconds(timeout) })? {
+            Reply::BroughtBack { bytes, written } => Ok((bytes, written)),
             other => Err(self.unexpected(&other)),
         }
     }

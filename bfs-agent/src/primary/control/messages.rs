@@ -48,6 +48,13 @@ pub enum Reply {
         /// Every checkpoint with a higher number has it so.
         after: CheckpointId,
     },
+    /// The file has what was captured last, in place and durably.
+    BroughtBack {
+        /// Its size in bytes.
+        bytes: u64,
+        /// How many of them were written.
+        written: u64,
+    },
     /// Files and processes are as they were, and the processes run.
     WentBack {
         /// As at this checkpoint.
@@ -75,6 +82,9 @@ pub enum Reply {
         reached: Option<WaitFor>,
         /// Where it is sealed: the command that sends it.
         send_by: Option<String>,
+        /// Files that did not come back from a disk that lost them, each with entry, action and reason.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        not_recovered: Vec<String>,
     },
     /// It was not done.
     Failed {
@@ -381,6 +391,8 @@ pub struct Status {
     pub hooks: HookStatus,
     /// Process state in checkpoints; `None` where none is wanted, or the command has not begun.
     pub process: Option<ProcessStatus>,
+    /// Files that come back by policy.
+    pub recovery: RecoveryStatus,
     /// Counters.
     pub counters: Counters,
     /// The last thing that went wrong, also when it was overcome.
@@ -425,6 +437,21 @@ pub struct ProcessStatus {
     pub not_shipped: u64,
     /// Why the last one could not be sent, while it could not.
     pub ship_failure: Option<String>,
+}
+
+/// Files whose policy brings them back (recovery `automatic` and `request`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryStatus {
+    /// How often one came back.
+    pub recovered: u64,
+    /// How often one did not, after all tries.
+    pub failures: u64,
+    /// How many are being brought back now, or wait for it.
+    pub waiting: u64,
+    /// Errors of which the file could not be told.
+    pub not_told: u64,
+    /// What did not come back, each with entry, action and reason, until it does.
+    pub troubles: Vec<String>,
 }
 
 /// Commands that are run before and after each checkpoint.

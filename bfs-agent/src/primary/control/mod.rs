@@ -18,10 +18,11 @@ use std::path::PathBuf;
 pub use client::{Client, ClientError, milliseconds};
 pub use messages::{
     CheckpointStatus, Counters, DestinationStatus, FailureKind, FencedStatus, ForeignStatus, HookStatus,
-    ProcessStatus, Reply, SpoolStatus, Standing, State, Status, StopTimes, StrangerStatus, VerifyReport,
+    ProcessStatus, RecoveryStatus, Reply, SpoolStatus, Standing, State, Status, StopTimes, StrangerStatus,
+    VerifyReport,
 };
 pub use policies::PolicySettings;
-pub use request::{BadRequest, Request, WaitFor};
+pub use request::{BadRequest, NEWEST, Request, WaitFor};
 pub use server::{Inbound, Replies, Server, ServerError, Ticket};
 
 /// Longest request.

@@ -89,7 +89,9 @@ pub enum Request {
     Recover {
         /// The file; it may be gone.
         path: PathBuf,
-        /// Which checkpoint: its number, `tag:NAME`, or a time; the newest if that is left out.
+        /// Which checkpoint: its number, `tag:NAME`, or a time; the newest if that is left out. Or [`NEWEST`]: what was
+        /// captured last, in place, which a policy has to allow; answered by
+        /// [`Reply::BroughtBack`](super::Reply::BroughtBack).
         #[serde(skip_serializing_if = "Option::is_none")]
         at: Option<String>,
         /// How long, altogether.
@@ -192,6 +194,9 @@ pub enum Request {
     },
 }
 
+/// Of [`Request::Recover`]: no checkpoint, but what was captured last.
+pub const NEWEST: &str = "newest";
+
 /// The names of all requests.
 const KNOWN: [&str; 18] = [
     "status",
@@ -278,11 +283,11 @@ impl Request {
             "report_update" => fields.update()?,
             "recover" => Self::Recover {
                 path: fields.path()?,
-                at: fields.at()?,
+                at: fields.at(Some(NEWEST))?,
                 timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)?,
             },
             "go_back" => {
-                Self::GoBack { at: fields.at()?, timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)? }
+                Self::GoBack { at: fields.at(None)?, timeout_ms: fields.time("timeout_ms", LONG_TIMEOUT_MS)? }
             }
             "flush" => Self::Flush { timeout_ms: fields.time("timeout_ms", TIMEOUT_MS)? },
             "verify" => Self::Verify {
@@ -450,13 +455,17 @@ impl Fields {
         Ok(path)
     }
 
-    fn at(&mut self) -> Result<Option<String>, BadRequest> {
+    /// A checkpoint, or this word.
+    fn at(&mut self, or: Option<&str>) -> Result<Option<String>, BadRequest> {
         let text = match self.optional::<Value>("at")? {
             None => return Ok(None),
             Some(Value::String(text)) => text,
             Some(other) => other.to_string(),
         };
         let hint = "docs/interface.md says what it can be";
+        if or == Some(text.as_str()) {
+            return Ok(Some(text));
+        }
         text.parse::<At>().map_err(|why| BadRequest::field("at", why, hint))?;
         Ok(Some(text))
     }
@@ -546,6 +555,7 @@ mod tests {
             Request::ReportUpdate { path: path.clone(), offset: None, length: None, timeout_ms },
             Request::Recover { path: path.clone(), at: None, timeout_ms },
             Request::Recover { path: path.clone(), at: Some("tag:x".into()), timeout_ms },
+            Request::Recover { path: path.clone(), at: Some(NEWEST.into()), timeout_ms },
             Request::GoBack { at: None, timeout_ms },
             Request::GoBack { at: Some("7".into()), timeout_ms },
             Request::Flush { timeout_ms },
@@ -600,6 +610,7 @@ mod tests {
             (r#"{"request":"policy_set","pattern":"/a","place":"/x"}"#, "place", "no plain relative path"),
             (r#"{"request":"policy_set","pattern":"/a","suspended":true}"#, "suspended", "no such field"),
             (r#"{"request":"recover","path":"/x","at":"yesterday"}"#, "at", "write a number"),
+            (r#"{"request":"go_back","at":"newest"}"#, "at", "write a number"),
             (r#"{"request":"recover","path":"/x","at":-3}"#, "at", "write a number"),
             (r#"{"request":"status","x":1}"#, "x", "no such field in status"),
             (r#"{"request":"checkpoint","wiat":"sealed"}"#, "wiat", "did you mean \"wait\""),

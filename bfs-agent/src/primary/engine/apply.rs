@@ -108,6 +108,11 @@ impl Engine {
                 self.stain(thing, span.end_ns, false);
             }
         }
+        if let Some(watched) = &mut self.watched
+            && event.header().flags & flag::FAILED == 0
+        {
+            touches.iter().for_each(|thing| watched.note(thing));
+        }
         self.rescan_moved(span.end_ns);
         self.check_entered(event, host, span);
         self.chunks.remove(&tid);

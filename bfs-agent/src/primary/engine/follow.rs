@@ -101,6 +101,17 @@ impl Engine {
         Ok(())
     }
 
+    /// Reads what is dirty of a file, as far as it can be read: so that the stream has it. Whether it has all of it now.
+    ///
+    /// # Errors
+    /// [`HostError`], also that it cannot be read; nothing is forgotten then.
+    pub fn read_now(&mut self, object: ObjectId, host: &mut dyn Host) -> Result<bool, HostError> {
+        if !self.noting && !self.standing && self.deferred.is_empty() {
+            self.settle_now(object, host)?;
+        }
+        Ok(self.dirty.get(object).is_none())
+    }
+
     /// What class the object's names have.
     fn has_class(&self, object: ObjectId, class: Backup) -> bool {
         self.model.kind(object) == Some(FileKind::Regular)

@@ -231,7 +231,8 @@ pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> (Act,
         }
         // An end that comes this far is one of something unknown.
         Event::Task { event } if matches!(event.header.kind, kind::COMPAT | kind::ENDED) => Act::Everything,
-        Event::Path { .. } | Event::Data { .. } | Event::Task { .. } => Act::Nothing,
+        // Nothing was changed by it.
+        Event::Failed { .. } | Event::Path { .. } | Event::Data { .. } | Event::Task { .. } => Act::Nothing,
     };
     (act, way)
 }

@@ -33,6 +33,7 @@ pub mod sent;
 mod settle;
 #[cfg(test)]
 mod simulation;
+mod watched;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -251,6 +252,7 @@ pub struct Engine {
     mapped: Mapped,
     foreign: foreign::Foreign,
     follow: follow::Follow,
+    watched: Option<watched::Watched>,
     /// The processes stand for a checkpoint.
     standing: bool,
     /// Objects that were seen with more than one name.
@@ -302,6 +304,7 @@ impl Engine {
             mapped: Mapped::default(),
             foreign: foreign::Foreign::default(),
             follow: follow::Follow::default(),
+            watched: None,
             standing: false,
             multiple,
             aside_ns: 0,

@@ -299,6 +299,9 @@ impl Ground {
             // Once more, with the roots.
             engine.suspect_everything(now);
         }
+        if let Some(object) = state.mending {
+            engine.suspect_ranges(object, &[], now);
+        }
         // What stands in the ring by now is in what was read or in the catalogue, or not.
         engine.suspect_events_before(now);
         state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;

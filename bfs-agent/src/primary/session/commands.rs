@@ -9,7 +9,7 @@ use super::link::STOP_LIMITS;
 use super::paths::Change;
 use super::work::Work;
 use crate::primary::control::{
-    FailureKind, Inbound, Replies, Reply, Request as Command, State, Ticket, WaitFor,
+    FailureKind, Inbound, NEWEST, Replies, Reply, Request as Command, State, Ticket, WaitFor,
 };
 use crate::primary::engine::Stop;
 use crate::primary::policies::Ask as PolicyAsk;
@@ -147,6 +147,9 @@ impl Work {
                     start..length.map_or(u64::MAX, |length| start.saturating_add(length))
                 });
                 self.report_update(&path, bytes, millis(timeout_ms), replies);
+            }
+            Command::Recover { path, at, timeout_ms } if at.as_deref() == Some(NEWEST) => {
+                self.recover_newest(&path, millis(timeout_ms), replies);
             }
             Command::Recover { path, at, timeout_ms } => {
                 self.recover(path, at.as_deref(), millis(timeout_ms), replies);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::primary::clock::monotonic_ns;
-use bfs_common::abi::{InodeId, RunEvent, TASKS_MAX, counter};
+use bfs_common::abi::{FailedEvent, InodeId, RunEvent, TASKS_MAX, counter};
 use bfs_common::record::{Name, ObjectId};
 
 use super::known::Answers;
@@ -55,6 +55,8 @@ pub struct Link {
     pub answers: Option<Answers>,
     /// Who wants to know that the work goes on.
     pub service: Service,
+    /// Errors of the disk that selected processes saw, and nobody has looked at yet.
+    pub failed: Vec<FailedEvent>,
     /// Only what is touched is handed over.
     pub noting: bool,
     group: String,
@@ -75,6 +77,7 @@ impl Link {
         stopper: Option<Box<dyn Stopper>>,
     ) -> Self {
         Self {
+            failed: Vec::new(),
             noting: false,
             group: group.into(),
             relies_on_spool: state::relies_on_spool(group),
@@ -252,6 +255,8 @@ impl Host for Link {
         event.bytes.extend_from_slice(bytes.get(..length).unwrap_or(bytes));
         event.ring_position = ring_position;
         super::foreign::taken(&self.probes, &mut event.bytes)?;
+        // It is taken in like any other, as one that changed nothing.
+        self.failed.extend(super::mending::told(&event.bytes));
         Ok(true)
     }
 

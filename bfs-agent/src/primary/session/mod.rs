@@ -10,6 +10,7 @@ mod known;
 mod left;
 mod link;
 mod mapped;
+mod mending;
 mod notes;
 mod paths;
 mod policies;
@@ -39,7 +40,7 @@ use super::capture::probes::group_dir;
 use super::control::WaitFor;
 use super::engine::filter::Filter;
 use super::engine::foreign::Policy;
-use super::failure::{FENCED_HINT, Failure, Kind};
+use super::failure::{FENCED_HINT, Failure, Kind, NOT_RECOVERED_HINT};
 use super::images::criu::Criu;
 use super::process::{Inherited, Signals, exit_status, tree_of};
 use super::schedule::Schedule;
@@ -404,7 +405,14 @@ fn follow_processes(
 
 /// The command's status, or 75 where the last checkpoint is not on the backup.
 fn final_status(command: u8, ending: &Ending, group: &str) -> u8 {
+    for failure in &ending.not_recovered {
+        eprintln!("bfs-agent: group {group:?}: {failure}");
+    }
     if ending.reached >= Some(WaitFor::Confirmed) {
+        if command == 0 && !ending.not_recovered.is_empty() {
+            eprintln!("  what to do: {NOT_RECOVERED_HINT}");
+            return Kind::NotRecovered.exit_status();
+        }
         return command;
     }
     if let Some(fenced) = &ending.fenced {

@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bfs_common::record::GroupId;
+use bfs_common::record::{GroupId, ObjectId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +67,9 @@ pub struct State {
     /// Events were thrown away: a successor cannot go on, it has to copy everything.
     #[serde(default)]
     pub incomplete: bool,
+    /// A file is being brought back in place: its times may be those of the agent's own writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mending: Option<ObjectId>,
     /// What the group replicates, in words.
     pub program: String,
     /// How to stop its processes.
@@ -97,6 +100,7 @@ impl State {
             inline_max: options.inline_max,
             ring_bytes: options.ring_bytes,
             incomplete: false,
+            mending: None,
             program: program.into(),
             selection,
         }

@@ -103,6 +103,7 @@ impl Work {
             },
             hooks: self.hook_status(),
             process: self.process_status(),
+            recovery: self.recovery_status(),
             last_error: self.last_error.clone(),
         }
     }

@@ -14,6 +14,7 @@ use super::commands::{Held, Waiter, reached};
 use super::comparing::Comparisons;
 use super::hooks::Hooks;
 use super::link::Link;
+use super::mending::Mending;
 use super::recoveries::Recovery;
 use super::switching::Switching;
 use super::triggers::Since;
@@ -84,6 +85,8 @@ pub struct Ending {
     pub send_by: Option<String>,
     /// The backup was promoted: what the replayer says.
     pub fenced: Option<Refusal>,
+    /// Files that did not come back, each with entry, action and reason.
+    pub not_recovered: Vec<String>,
 }
 
 /// What lives as long as a session.
@@ -130,6 +133,7 @@ pub struct Work {
     pub(super) switching: Option<Switching>,
     pub(super) comparisons: Comparisons,
     pub(super) recovery: Option<Recovery>,
+    pub(super) mending: Mending,
     /// Process state, where it is wanted.
     pub(super) images: Option<Images>,
     /// Somebody wants to go back with the processes, to this checkpoint.
@@ -185,6 +189,7 @@ impl Work {
             switching: None,
             comparisons: Comparisons::new(),
             recovery: None,
+            mending: Mending::default(),
             images: None,
             go_back_asked: None,
             restarted: Vec::new(),
@@ -254,6 +259,7 @@ impl Work {
         self.answer_waiters();
         self.take_compared();
         self.tend_recovery();
+        self.tend_mending();
         if self.detached.is_some() {
             self.link.discard_ring();
             std::thread::sleep(LOOK_MAX);
@@ -404,19 +410,21 @@ impl Work {
         let asked = self.stop_asked.take().or(switching.map(left));
         let limit = asked.as_ref().map_or(self.options.final_wait, |a| a.1);
         let deadline = Instant::now() + limit;
+        self.finish_mending(deadline);
         let taken = self.with_hooks("end", |work| work.take_last(deadline));
         let ending = match taken {
             Ok(taken) => self.wait_end(&taken, deadline),
             Err(why) => {
                 let checkpoint = self.engine.last_checkpoint();
                 let fenced = self.fenced_by();
-                Ending { checkpoint, reached: None, why: Some(why), send_by: None, fenced }
+                let not_recovered = self.mending.troubles();
+                Ending { checkpoint, reached: None, why: Some(why), send_by: None, fenced, not_recovered }
             }
         };
         self.answer_waiters();
         if let Some((replies, _)) = asked {
-            let Ending { checkpoint, reached, send_by, .. } = ending.clone();
-            replies.send(Reply::Ended { checkpoint, reached, send_by });
+            let Ending { checkpoint, reached, send_by, not_recovered, .. } = ending.clone();
+            replies.send(Reply::Ended { checkpoint, reached, send_by, not_recovered });
         }
         ending
     }
@@ -462,7 +470,8 @@ impl Work {
                 let why = progress.refusal.map(|r| r.to_string()).or(progress.last_error);
                 let fenced = self.fenced_by();
                 let send_by = (reached == Some(WaitFor::Sealed) && fenced.is_none()).then(|| self.send_by());
-                return Ending { checkpoint: taken.checkpoint, reached, why, send_by, fenced };
+                let (checkpoint, not_recovered) = (taken.checkpoint, self.mending.troubles());
+                return Ending { checkpoint, reached, why, send_by, fenced, not_recovered };
             }
             self.take_commands();
             self.answer_waiters();
