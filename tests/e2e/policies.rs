@@ -264,7 +264,7 @@ fn a_policy_is_changed_in_the_middle() {
         (vec!["add", "a/b", "--backup", "write"], "pattern"),
         (vec!["add", "/x", "--backup", "wirte"], "did you mean \"write\""),
         (vec!["add", "/x", "--place", "../out"], "place"),
-        (vec!["add", "/x", "--recovery", "automatic"], "recovery"),
+        (vec!["add", "/x", "--recovery", "automatik"], "did you mean \"automatic\""),
         (vec!["add", "/x", "--retries", "5000"], "retries"),
         (vec!["delete", "/nowhere"], "pattern"),
         (vec!["add", plain.as_str(), "--backup", "close"], "already"),
