@@ -143,13 +143,13 @@ fn what_was_captured_since_the_checkpoint_counts() {
 #[test]
 fn what_a_failed_sync_left_is_written_again() {
     let mut bad = start("bad-disk-sync", "recovery=automatic,retries=50,time_limit=20s");
-    bad.disk.refuse_writes(&bad.file, 4 * BLOCK, true).unwrap();
+    bad.disk.refuse_writes(&bad.file, 4 * BLOCK).unwrap();
     bad.puppet.does(&format!("seek 1 {}", 4 * BLOCK)).unwrap();
     bad.puppet.does("write 1 synced").unwrap();
     fails_with_eio(bad.puppet.does("sync 1"));
     let going = || (bad.recovery()["waiting"] == 1).then_some(());
     until("the recovery to begin", SOON, going).unwrap();
-    bad.disk.refuse_writes(&bad.file, 4 * BLOCK, false).unwrap();
+    bad.disk.accept_writes();
     bad.comes_back(1);
     rustix::fs::fadvise(&bad.file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     let mut expected = content();

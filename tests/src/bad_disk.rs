@@ -90,7 +90,8 @@ impl BadDisk {
     /// When they have no block.
     pub fn lose(&self, file: &File, offset: u64) -> Result<()> {
         file.sync_all()?;
-        locked(&self.faults).unreadable.insert(Self::block_of(file, offset)?);
+        let block = Self::block_of(file, offset)?;
+        locked(&self.faults).unreadable.insert(block);
         rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?;
         Ok(())
     }
@@ -106,19 +107,20 @@ impl BadDisk {
         Ok(())
     }
 
-    /// Whether what is written to these bytes of a file fails.
+    /// What is written to these bytes of a file fails from now on.
     ///
     /// # Errors
     /// When they have no block.
-    pub fn refuse_writes(&self, file: &File, offset: u64, refuse: bool) -> Result<()> {
+    pub fn refuse_writes(&self, file: &File, offset: u64) -> Result<()> {
+        // To find it may take a read of the disk, which asks what is wrong with it.
         let block = Self::block_of(file, offset)?;
-        let faults = &mut locked(&self.faults).unwritable;
-        if refuse {
-            faults.insert(block)
-        } else {
-            faults.remove(&block)
-        };
+        locked(&self.faults).unwritable.insert(block);
         Ok(())
+    }
+
+    /// It takes everything again.
+    pub fn accept_writes(&self) {
+        locked(&self.faults).unwritable.clear();
     }
 
     /// Whether blocks that cannot be read stay so when they are written.

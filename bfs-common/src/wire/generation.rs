@@ -1,10 +1,10 @@
-//! Checkpoints that are kept: what is said of them, of their objects and of the blocks of their files.
+//! Checkpoints that are kept: what is said of them, of their objects and of the blocks of their files; and one file newer than they are.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::CatalogObject;
-use crate::record::{CheckpointId, CheckpointLabel, ObjectId};
+use crate::record::{CheckpointId, CheckpointLabel, Meta, ObjectId};
 
 /// A checkpoint that is kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
