@@ -652,7 +652,7 @@ mod tests {
         );
         assert_eq!(hex(Frame::ProcessKept), "10000000 0c000000 ab50726f636573734b657074".replace(' ', ""));
         let newest = Frame::GetNewest { group: "g".into(), object: ObjectId(5), at_least: Sequence(9) };
-        assert_eq!(hex(newest), "13000000 0f000000 81 a94765744e6577657374 93 a167 05 09".replace(' ', ""));
+        assert_eq!(hex(newest), "14000000 10000000 81 a94765744e6577657374 93 a167 05 09".replace(' ', ""));
         assert_eq!(PREAMBLE, *b"bfs1\x04\0\0\0");
     }
 
