@@ -213,7 +213,7 @@ impl Step<'_> {
 }
 
 /// That something else stands where an object should.
-fn is_another(object: ObjectId, node: &Node, found: &FileStat) -> String {
+pub(super) fn is_another(object: ObjectId, node: &Node, found: &FileStat) -> String {
     format!(
         "object {object} was {:?} with inode {}, found is {:?} with inode {}",
         node.kind, node.ino, found.kind, found.ino

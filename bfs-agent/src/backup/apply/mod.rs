@@ -57,7 +57,8 @@ use super::sums::SumChange;
 use crate::durable;
 use crate::log::Payloads;
 use crate::mutant::{self, Mutant};
-use crate::tree;
+use crate::tree::{self, FileStat};
+use find::is_another;
 
 /// The folders that one group's applier works in, all on one file system.
 #[derive(Debug)]
@@ -396,7 +397,7 @@ impl<'a> Step<'a> {
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(BackupError::io("stat", show(&name))(error)),
             };
-            if let Err(foreign) = self.check_ino(*object, stat.ino) {
+            if let Err(foreign) = self.check_own(*object, &stat) {
                 match self.open(*object, OFlags::PATH) {
                     // It has another name, and this is what somebody put here instead.
                     Ok(_) => self.displace(&dir, &name)?,
@@ -420,7 +421,7 @@ impl<'a> Step<'a> {
                 Err(Errno::EXIST) if stat.kind != FileKind::Directory => {
                     let aside = tree::stat_at(self.area.aside.as_fd(), &anchor[..])
                         .map_err(BackupError::io("stat", "aside"))?;
-                    self.check_ino(*object, aside.ino)?;
+                    self.check_own(*object, &aside)?;
                     rustix::fs::unlinkat(&*dir, &name[..], AtFlags::empty())
                         .map_err(BackupError::io("unlink", show(&name)))?;
                 }
@@ -430,11 +431,15 @@ impl<'a> Step<'a> {
         Ok(())
     }
 
-    fn check_ino(&self, object: ObjectId, found: u64) -> Result<(), BackupError> {
-        let known = self.plan.objects.get(&object).and_then(|t| t.before.as_ref()).map(|n| n.ino);
+    /// Whether what was found is the object. An inode number is given again when a file was removed, also to a directory.
+    fn check_own(&self, object: ObjectId, found: &FileStat) -> Result<(), BackupError> {
+        let known = self.plan.objects.get(&object).and_then(|touched| touched.before.as_ref());
         match known {
-            Some(known) if known != found && !mutant::is(Mutant::RedoesByName) => {
-                Err(BackupError::Foreign(format!("object {object} was inode {known}, found is {found}")))
+            Some(known)
+                if (known.ino, known.kind) != (found.ino, found.kind)
+                    && !mutant::is(Mutant::RedoesByName) =>
+            {
+                Err(BackupError::Foreign(is_another(object, known, found)))
             }
             _ => Ok(()),
         }
