@@ -9,9 +9,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use bfs_common::abi::{
-    DEVICES_MAX, FAILING_MAX, FOREIGN_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent, REQUESTS_MAX,
-    RINGS_MAX, ROOTS_MAX, Request, STRANGERS_MAX, SUSPECTS_MAX, Settings, Stranger, Suspect, TASKS_MAX,
-    TaskState, counter,
+    DEVICES_MAX, FAILING_MAX, FOREIGN_MAX, FileEvent, InodeId, MAPPED_MAX, Offsets, PATH_MAX, PathEvent,
+    REQUESTS_MAX, RINGS_MAX, ROOTS_MAX, Request, STRANGERS_MAX, SUSPECTS_MAX, Settings, Stranger, Suspect,
+    TASKS_MAX, TaskState, counter,
 };
 
 /// `BPF_RB_NO_WAKEUP`: the agent polls, because a wakeup costs more than a record.
