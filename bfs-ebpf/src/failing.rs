@@ -19,14 +19,6 @@ const BPF_NOEXIST: u64 = 1;
 const SENDFILE: u32 = 40;
 const MSYNC: u32 = 26;
 
-/// Whether a result says that bytes are lost, or may not be kept: EIO; and by which a file system says that what stands
-/// on the disk is not what it wrote (EBADMSG, EUCLEAN), or a block device that a place cannot be read (ENODATA, EILSEQ,
-/// EREMOTEIO: `blk_errors` in block/blk-core.c). Not ENOSPC and its like, nor that nobody can be reached.
-#[inline(always)]
-pub fn is_of_disk(ret: i64) -> bool {
-    ret < 0 && matches!(ret, -5 | -61 | -74 | -84 | -117 | -121)
-}
-
 /// Whether a call reads, writes or syncs a file: `read` `write` `pread64` `pwrite64` `readv` `writev` `msync` `sendfile`
 /// `fsync` `fdatasync` `splice` `sync_file_range` `preadv` `pwritev` `copy_file_range` `preadv2` `pwritev2`. Not `close`:
 /// only `f_op->flush` can fail there (`filp_flush` in fs/open.c), and no file system that is replicated has it.

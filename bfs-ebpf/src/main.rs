@@ -64,7 +64,7 @@ pub fn sys_enter(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub fn sys_exit(ctx: BtfTracePointContext) -> i32 {
     // Of calls that change nothing this is all that is looked at, and of those that went well.
-    if failing::is_of_disk(ctx.arg(1)) {
+    if bfs_common::abi::is_of_disk(ctx.arg(1)) {
         failing::told(ctx.arg(0), ctx.arg(1));
     }
     if !syscall::may_end(ctx.arg(0)) {

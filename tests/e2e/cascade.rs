@@ -77,7 +77,6 @@ fn a_third_store_follows_the_second_through_kills_of_each() {
     let mut world = World::new("cascade", Transport::Tcp).unwrap();
     world.start(&RandomNames, How::Run).unwrap();
     let mut third = Third::new(&world);
-    // A name that the replayer does not know yet is waited for; this one it knows.
     third.follow(&world);
     let mut copies: Vec<(u64, PathBuf)> = Vec::new();
     for index in 0..rounds(6, 40) {
@@ -113,7 +112,7 @@ fn a_third_store_follows_the_second_through_kills_of_each() {
     is_sound(&third.store);
 }
 
-/// With the second store gone, the third one is what an agent goes on with; and it follows nobody who is not who it was.
+/// Once is as good as always; the key that may read may not write; and a checkpoint that was merged away is no beginning.
 #[test]
 fn what_can_not_be_followed_is_said_and_nothing_is_changed() {
     let mut world = World::new("cascade-parts", Transport::Tcp).unwrap();

@@ -12,10 +12,12 @@ mod transfer;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bfs_common::wire::{Frame, GroupStatus, PromoteStage, Refusal, StoreState};
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::backup::retention;
 use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
@@ -498,12 +500,29 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     Exit::Other
 }
 
+/// Does something, once, on a thread of its own, when one of these signals comes. From here on none of them ends the
+/// process.
+fn at_signal(kinds: &[SignalKind], does: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut signals = {
+        let _inside = runtime.enter();
+        kinds.iter().map(|kind| signal(*kind)).collect::<Result<Vec<_>, _>>()?
+    };
+    std::thread::Builder::new().name("bfs-signals".into()).spawn(move || {
+        runtime.block_on(std::future::poll_fn(|context| {
+            let came = signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
+            if came { Poll::Ready(()) } else { Poll::Pending }
+        }));
+        does();
+    })?;
+    Ok(())
+}
+
 fn serve(options: ServeOptions, metrics: Option<&Destination>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Before the store is opened: a signal during a long start ends it cleanly too.
     let mut signals = {
         let _inside = runtime.enter();
-        use tokio::signal::unix::{SignalKind, signal};
         [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
     };
     let handle = Arc::new(Replayer::start(options)?);

@@ -18,11 +18,13 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Instant;
 
+use bfs_common::abi;
 use bfs_common::record::{FileKind, ObjectId, Sequence};
 use bfs_common::wire::NewestFile;
 use rustix::fs::{Advice, SeekFrom, Timespec, Timestamps, UTIME_OMIT, XattrFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 
+use super::engine::interpret::CAPABILITY;
 use super::ship::Connect;
 use crate::generation::{Client, OpenError, ReadError};
 use crate::tree;
@@ -83,10 +85,9 @@ fn disk<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> MendError {
     move |error| MendError::Disk { what, error: error.into() }
 }
 
-/// Whether an error says that the disk lost something (the probes tell of the same ones: `failing` there).
+/// Whether an error says that the disk lost something: one that the probes tell of.
 fn is_of_disk(error: Errno) -> bool {
-    let all = [Errno::IO, Errno::NODATA, Errno::BADMSG, Errno::ILSEQ, Errno::UCLEAN, Errno::REMOTEIO];
-    all.contains(&error)
+    abi::is_of_disk(-i64::from(error.raw_os_error()))
 }
 
 /// What a look found.
@@ -404,7 +405,6 @@ pub struct Standing {
 /// # Errors
 /// [`MendError`]; what was written is right even then.
 pub fn rewrite(file: &File, found: &Found, mode: Mode, standing: Standing) -> Result<u64, MendError> {
-    const CAPABILITY: &str = "security.capability";
     let mut value = [0; 64];
     let had = rustix::fs::fgetxattr(file, CAPABILITY, &mut value).ok();
     let mut time = time_of(file)?;
@@ -467,7 +467,7 @@ fn restore(
         return tree::set_attributes(file.as_fd(), FileKind::Regular, &newest.meta, &newest.xattrs);
     }
     if let Some(value) = capability {
-        rustix::fs::fsetxattr(file, "security.capability", value, XattrFlags::empty())?;
+        rustix::fs::fsetxattr(file, CAPABILITY, value, XattrFlags::empty())?;
     }
     let last_access = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
     Ok(rustix::fs::futimens(file, &Timestamps { last_access, last_modification: time })?)

@@ -320,6 +320,15 @@ pub struct FailedEvent {
     pub id: InodeId,
 }
 
+/// Whether a result says that bytes are lost, or may not be kept: EIO; and by which a file system says that what stands
+/// on the disk is not what it wrote (EBADMSG, EUCLEAN), or a block device that a place cannot be read (ENODATA, EILSEQ,
+/// EREMOTEIO: `blk_errors` in block/blk-core.c). Not ENOSPC and its like, nor that nobody can be reached.
+#[inline(always)]
+#[must_use]
+pub const fn is_of_disk(ret: i64) -> bool {
+    ret < 0 && matches!(ret, -5 | -61 | -74 | -84 | -117 | -121)
+}
+
 /// A record of the ring, with the bytes that follow its struct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event<'a> {

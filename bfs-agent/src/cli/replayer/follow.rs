@@ -1,7 +1,7 @@
 //! `follow`: a store that takes each checkpoint of another one, as it comes. The other store knows nothing of it.
 //!
 //! A difference needs the checkpoint that it begins with on both sides. The connection that brought the newest one is
-//! kept until a younger one is there: for so long the other store keeps it, whatever its rules say.
+//! kept until a younger one is there: for as long as it lives the other store keeps that checkpoint, whatever its rules say.
 
 use std::path::PathBuf;
 use std::sync::mpsc::sync_channel;
@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use bfs_common::record::CheckpointId;
 use bfs_common::wire::GenerationLine;
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 
-use super::{Exit, Owner, exit_of, transfer};
+use super::{Exit, Owner, at_signal, exit_of, transfer};
 use crate::backup::ReplayerHandle;
 use crate::backup::retention::{KEEP_MIN, Retention};
 use crate::cli::sayln;
@@ -111,19 +111,8 @@ impl Ending {
     /// A thread waits for the signals that end the command.
     fn by_signal() -> anyhow::Result<Arc<Self>> {
         let ending = Arc::new(Self::default());
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let [mut terminate, mut interrupt] = {
-            let _inside = runtime.enter();
-            [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
-        };
         let theirs = Arc::clone(&ending);
-        std::thread::Builder::new().name("bfs-signals".into()).spawn(move || {
-            runtime.block_on(async {
-                tokio::select! {
-                    _ = terminate.recv() => {}
-                    _ = interrupt.recv() => {}
-                }
-            });
+        at_signal(&[SignalKind::terminate(), SignalKind::interrupt()], move || {
             *theirs.asked.lock().unwrap_or_else(PoisonError::into_inner) = true;
             theirs.changed.notify_all();
         })?;

@@ -5,9 +5,9 @@ use std::path::Path;
 use bfs_common::record::CheckpointId;
 use bfs_common::wire::{Digests, GenerationLine};
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 
-use super::Owner;
+use super::{Owner, at_signal};
 use crate::backup::retention::{self, Retention};
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::cli::{say, sayln};
@@ -140,22 +140,10 @@ pub(super) fn mount(from: &From, at: &At, everybody: bool, to: &Path) -> anyhow:
     };
     let mounted = mount::mount(Link::new(&from.group, number, client, connect), to, everybody)?;
     let ender = mounted.ender();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let [mut terminate, mut interrupt, mut hangup] = {
-        let _inside = runtime.enter();
-        [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?]
-    };
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                _ = hangup.recv() => {}
-            }
-        });
+    at_signal(&[SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()], move || {
         // It may have ended meanwhile.
         let _ = ender.send(End::Asked);
-    });
+    })?;
     sayln!("checkpoint {number} is mounted on {0}, read-only, until `umount {0}` or a signal", to.display())?;
     mounted.wait().map_err(|error| anyhow::anyhow!("the mount on {} failed: {error}", to.display()))?;
     drop(owner);

@@ -80,6 +80,25 @@ pub(super) struct Job {
     client: Option<Replies>,
 }
 
+impl Job {
+    fn new(known: (InodeId, ObjectId), path: PathBuf, policy: Policy, mode: Mode, why: String) -> Self {
+        let (inode, object) = known;
+        Self {
+            inode,
+            object,
+            path,
+            policy,
+            mode,
+            why,
+            tries: 0,
+            again: None,
+            written: 0,
+            failed: None,
+            client: None,
+        }
+    }
+}
+
 /// Where a try is.
 enum Phase {
     /// It waits for its next try.
@@ -158,19 +177,8 @@ impl Work {
         }
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         policy.time_limit_ms = policy.time_limit_ms.min(limit_ms.max(1));
-        self.mending.waiting.push_back(Job {
-            inode,
-            object,
-            path: path.into(),
-            policy,
-            mode: Mode::All,
-            why: "it was asked for".into(),
-            tries: 0,
-            again: None,
-            written: 0,
-            failed: None,
-            client: Some(replies),
-        });
+        let job = Job::new((inode, object), path.into(), policy, Mode::All, "it was asked for".into());
+        self.mending.waiting.push_back(Job { client: Some(replies), ..job });
     }
 
     /// Takes in what the probes told, and goes on with what is to come back.
@@ -215,19 +223,7 @@ impl Work {
         let why = format!("system call {call} of thread {tid} saw: {error}");
         tracing::warn!("group {}: {}: {why}", self.options.group, path.display());
         let mode = Mode::Lost { written: !is_read(call) };
-        self.mending.waiting.push_back(Job {
-            inode: event.id,
-            object,
-            path,
-            policy,
-            mode,
-            why,
-            tries: 0,
-            again: None,
-            written: 0,
-            failed: None,
-            client: None,
-        });
+        self.mending.waiting.push_back(Job::new((event.id, object), path, policy, mode, why));
     }
 
     /// Goes on with a file; nothing when it is done with.

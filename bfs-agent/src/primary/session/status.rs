@@ -16,7 +16,7 @@ use crate::primary::spool::folder;
 impl Work {
     /// How the session stands.
     pub(super) fn status(&mut self) -> Status {
-        self.tend_watch();
+        self.look_at_backup();
         let progress = self.link.shipper.progress();
         let mark_of = |wanted: &dyn Fn(&Mark) -> bool| self.marks.iter().rev().find(|m| wanted(m));
         let checkpoint = |number: CheckpointId| {

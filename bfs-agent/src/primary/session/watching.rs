@@ -1,9 +1,14 @@
 //! How the backup stands to this host, since when, and why. Which of the states it is, and when one began, is decided here;
 //! what is done about it (`--alert`, the status, a monitor) is elsewhere.
 
+use std::time::{Duration, Instant};
+
 use super::work::{Work, wall_ns};
 use crate::primary::control::Standing;
 use bfs_common::wire::Refusal;
+
+/// Between two looks, unless somebody asks.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What is known of the way to the backup at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,8 +71,16 @@ impl Watch {
 }
 
 impl Work {
-    /// Looks how the backup stands.
+    /// Looks how the backup stands, now and then.
     pub(super) fn tend_watch(&mut self) {
+        if self.watched.is_none_or(|watched| watched.elapsed() >= LOOK_EVERY) {
+            self.look_at_backup();
+        }
+    }
+
+    /// Looks how the backup stands.
+    pub(super) fn look_at_backup(&mut self) {
+        self.watched = Some(Instant::now());
         let progress = self.link.shipper.progress();
         let mut view = View::default();
         match &progress.refusal {

@@ -119,6 +119,8 @@ pub struct Work {
     pub(super) teller: Teller,
     /// How the backup stands.
     pub(super) watch: Watch,
+    /// When that was looked at.
+    pub(super) watched: Option<Instant>,
     /// Differences that the last comparison found.
     pub(super) differences: u64,
     /// When the backup was last seen to have all there is; the start of the session, if it never was.
@@ -178,6 +180,7 @@ impl Work {
             hooks: Hooks::default(),
             teller: Teller::default(),
             watch: Watch::new(wall_ns()),
+            watched: None,
             differences: 0,
             had_all: now,
             last_flush: now,
