@@ -173,7 +173,16 @@ impl Kinds {
                 if payload.len() > XATTR_VALUE_MAX {
                     return Err(format!("object {object}: {name} has {} bytes", payload.len()));
                 }
-                Ok(())
+                // Nobody can set these on anything else (xattr_permission in fs/xattr.c), so no agent has seen one there.
+                match self.state(*object) {
+                    State::Lives(kind)
+                        if name.starts_with("user.")
+                            && !matches!(kind, FileKind::Regular | FileKind::Directory) =>
+                    {
+                        Err(format!("object {object}: no {kind:?} can have {name:?}"))
+                    }
+                    _ => Ok(()),
+                }
             }
             Record::Checkpoint { checkpoint, label } => {
                 if label.tag.len() > LABEL_MAX || label.trigger.len() > LABEL_MAX {
@@ -277,6 +286,22 @@ mod tests {
             (xattr("user.x"), &[0; XATTR_VALUE_MAX]),
         ] {
             assert_eq!(check(&record, payload), Ok(()), "{record:?}");
+        }
+    }
+
+    #[test]
+    fn user_attributes_are_for_files_and_directories() {
+        let mut kinds = kinds();
+        for (kind, named, may) in [
+            (FileKind::Regular, "user.x", true),
+            (FileKind::Directory, "user.x", true),
+            (FileKind::Fifo, "user.x", false),
+            (FileKind::Symlink, "user.x", false),
+            (FileKind::CharDevice, "user.x", false),
+            (FileKind::Fifo, "trusted.x", true),
+        ] {
+            kinds.insert(FILE, kind);
+            assert_eq!(kinds.check(DIR, &xattr(named), b"v").is_ok(), may, "{kind:?} {named}");
         }
     }
 
