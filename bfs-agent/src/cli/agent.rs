@@ -14,6 +14,7 @@ mod keys;
 mod options;
 mod policies;
 mod process;
+mod sending;
 mod show;
 mod spool;
 mod watching;

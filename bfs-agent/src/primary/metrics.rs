@@ -77,6 +77,16 @@ pub fn metrics(status: &Status) -> String {
         out.counter("bfs_reconnects_total", "Connections made again", &labels, destination.reconnects);
     }
     for destination in &status.destinations {
+        let Some(rate) = destination.rate_limit else { continue };
+        let labels = [group[0], ("address", destination.address.as_str())];
+        out.gauge("bfs_rate_limit_bytes", "Most bytes a second that are sent", &labels, rate as f64);
+    }
+    for destination in status.destinations.iter().filter(|destination| destination.rate_limit.is_some()) {
+        let labels = [group[0], ("address", destination.address.as_str())];
+        let held = flag(destination.held_back);
+        out.gauge("bfs_rate_limit_holds", "Whether more waits than that lets go soon", &labels, held);
+    }
+    for destination in &status.destinations {
         out.store("bfs_store", &[group[0], ("address", destination.address.as_str())], destination.store);
     }
     out.gauge("bfs_lag_records", "Records not durable on the backup", &group, status.lag_records as f64);

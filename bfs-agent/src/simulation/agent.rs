@@ -263,7 +263,7 @@ impl Agent {
 
     /// What the connection gets next.
     pub fn send(&mut self) -> Option<Up> {
-        let batch = match self.queue.next_to_send() {
+        let batch = match self.queue.next_to_send(600) {
             Next::Nothing => return None,
             Next::Batch(batch) => batch,
             Next::Spooled { after, claimed, to } => {

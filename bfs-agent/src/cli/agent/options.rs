@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Group, commands, hooks, keys, later, logging, policies, spool, watching, words};
+use super::{Group, commands, hooks, keys, later, logging, policies, sending, spool, watching, words};
 use crate::net::Destination;
 use crate::primary::engine::filter::Filter;
 use crate::primary::failure::{Failure, Kind};
@@ -58,6 +58,8 @@ pub(super) struct Options {
     policies: policies::Options,
     #[command(flatten)]
     spool: spool::Spool,
+    #[command(flatten)]
+    link: sending::Link,
     /// Longest write whose bytes travel through the ring
     #[arg(long, value_name = "SIZE", hide = true, value_parser = parse_size)]
     inline_max: Option<u64>,
@@ -131,6 +133,7 @@ impl Options {
             final_wait: self.final_wait,
             foreign: self.foreign.into(),
             spool,
+            sending: self.link.options(),
             hooks: self.hooks.options(),
             policies,
             alerts,

@@ -62,6 +62,10 @@ pub fn status(status: &Status) -> String {
         if let Some(error) = destination.last_error.as_ref().filter(|_| !destination.connected) {
             line("", format!("because {error}"));
         }
+        if let Some(rate) = destination.rate_limit {
+            let held = if destination.held_back { "; THAT HOLDS RECORDS BACK" } else { "" };
+            line("", format!("at most {} a second are sent{held}", size(rate)));
+        }
         match destination.store {
             StoreState::Ready | StoreState::LogFailed => {}
             StoreState::Stuck => {

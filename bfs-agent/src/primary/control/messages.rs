@@ -249,6 +249,12 @@ pub struct DestinationStatus {
     pub last_error: Option<String>,
     /// Why nothing more is sent.
     pub refusal: Option<String>,
+    /// Most bytes a second that are sent there, where the user set a limit.
+    #[serde(default)]
+    pub rate_limit: Option<u64>,
+    /// More waits than goes within 2 s at that limit.
+    #[serde(default)]
+    pub held_back: bool,
 }
 
 /// The spool in the status.

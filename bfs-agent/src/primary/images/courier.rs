@@ -15,7 +15,7 @@ use bytes::Bytes;
 
 use super::PRINTED;
 use crate::net::{AskError, ConnectError, Connection};
-use crate::primary::ship::Connect;
+use crate::primary::ship::{Connect, Limit, Sends};
 
 /// How long an answer may take: the first comes when the checkpoint is confirmed, the last after a sync.
 const ANSWER: Duration = Duration::from_secs(60);
@@ -91,18 +91,18 @@ impl CourierError {
 }
 
 impl Courier {
-    /// Starts one to a destination, for the agent of this epoch.
+    /// Starts one to a destination, for the agent of this epoch. The limit is the one of the stream, which goes first.
     ///
     /// # Errors
     /// When there is no thread.
-    pub fn start(connect: Connect, group: &str, epoch: Epoch) -> io::Result<Self> {
+    pub fn start(connect: Connect, limit: Option<Arc<Limit>>, group: &str, epoch: Epoch) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let shared = Arc::new(Shared::default());
         let (works, group) = (Arc::clone(&shared), group.to_owned());
         std::thread::Builder::new().name("process images".into()).spawn(move || {
             while let Some(job) = take(&works) {
                 let since = Instant::now();
-                let brought = runtime.block_on(bring(&connect, &group, epoch, &job));
+                let brought = runtime.block_on(bring(&connect, limit.as_deref(), &group, epoch, &job));
                 let mut state = works.state();
                 match brought {
                     Ok(bytes) => {
@@ -188,7 +188,13 @@ fn files(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
 }
 
 /// Sends a set; gives the bytes that had to be sent.
-async fn bring(connect: &Connect, group: &str, epoch: Epoch, job: &Job) -> Result<u64, CourierError> {
+async fn bring(
+    connect: &Connect,
+    limit: Option<&Limit>,
+    group: &str,
+    epoch: Epoch,
+    job: &Job,
+) -> Result<u64, CourierError> {
     let mut to = connect().await?;
     let begin = Frame::PutProcess { group: group.into(), epoch, checkpoint: job.checkpoint };
     match ask(&mut to, &begin, &[]).await?.0 {
@@ -206,7 +212,7 @@ async fn bring(connect: &Connect, group: &str, epoch: Epoch, job: &Job) -> Resul
             let length = left.min(CHUNK as u64) as usize;
             file.read_exact(&mut chunk[..length])?;
             left -= length as u64;
-            sent += bring_chunk(&mut to, &name, size, &chunk[..length]).await?;
+            sent += bring_chunk(&mut to, limit, &name, size, &chunk[..length]).await?;
             if left == 0 {
                 break;
             }
@@ -218,7 +224,13 @@ async fn bring(connect: &Connect, group: &str, epoch: Epoch, job: &Job) -> Resul
     }
 }
 
-async fn bring_chunk(to: &mut Connection, name: &str, size: u64, chunk: &[u8]) -> Result<u64, CourierError> {
+async fn bring_chunk(
+    to: &mut Connection,
+    limit: Option<&Limit>,
+    name: &str,
+    size: u64,
+    chunk: &[u8],
+) -> Result<u64, CourierError> {
     let blocks = || chunk.chunks(PROCESS_BLOCK);
     let digests: Vec<u8> = blocks().flat_map(|block| *blake3::hash(block).as_bytes()).collect();
     let (answer, bits) = ask(to, &Frame::ProcessBlocks { file: name.into(), size }, &digests).await?;
@@ -229,12 +241,19 @@ async fn bring_chunk(to: &mut Connection, name: &str, size: u64, chunk: &[u8]) -
     let mut wanted: VecDeque<&[u8]> =
         blocks().enumerate().filter(|(index, _)| is_wanted(*index)).map(|(_, block)| block).collect();
     let mut sent = 0;
+    let piece_max = limit.map_or(PROCESS_PIECE, Limit::piece_max).min(PROCESS_PIECE);
     while !wanted.is_empty() {
-        let some = wanted.drain(..wanted.len().min(PROCESS_PIECE / PROCESS_BLOCK));
+        if let Some(limit) = limit {
+            limit.turn(Sends::Images).await;
+        }
+        let some = wanted.drain(..wanted.len().min(piece_max / PROCESS_BLOCK));
         let piece = some.collect::<Vec<_>>().concat();
         sent += piece.len() as u64;
         let put = to.writer.send(&Frame::ProcessBytes, &piece);
         tokio::time::timeout(ANSWER, put).await.map_err(|_| CourierError::Silent)?.map_err(AskError::from)?;
+        if let Some(limit) = limit {
+            limit.sent(Sends::Images, piece.len());
+        }
     }
     Ok(sent)
 }

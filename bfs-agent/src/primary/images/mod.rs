@@ -24,7 +24,7 @@ use bfs_common::record::{CheckpointId, Epoch};
 
 use super::contained::{Contained, Role};
 use super::process::{ProcessError, tasks_of_cgroup};
-use super::ship::Connect;
+use super::ship::{Connect, Limit};
 use courier::Courier;
 pub use courier::Shipped;
 use criu::{Criu, DUMP_LOG, RESTORE_LOG, reason};
@@ -170,12 +170,18 @@ impl Images {
         })
     }
 
-    /// From now on each set is brought to this destination.
+    /// From now on each set is brought to this destination, no faster than its limit.
     ///
     /// # Errors
     /// When there is no thread for it.
-    pub fn bring_to(&mut self, connect: Connect, group: &str, epoch: Epoch) -> io::Result<()> {
-        self.courier = Some(Courier::start(connect, group, epoch)?);
+    pub fn bring_to(
+        &mut self,
+        connect: Connect,
+        limit: Option<Arc<Limit>>,
+        group: &str,
+        epoch: Epoch,
+    ) -> io::Result<()> {
+        self.courier = Some(Courier::start(connect, limit, group, epoch)?);
         Ok(())
     }
 

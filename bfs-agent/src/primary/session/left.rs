@@ -62,6 +62,7 @@ pub(super) fn ship_options(connect: Connect, address: &Address, take_over: bool)
         maps: address.maps.iter().map(|(a, b)| (PathBytes::new(a), PathBytes::new(b))).collect(),
         retain_bytes_max: RETAIN_BYTES_MAX,
         start_limit: START_LIMIT,
+        sending: address.sending,
     }
 }
 
@@ -71,6 +72,7 @@ pub(super) fn address(options: &SessionOptions, boot_id: [u8; 16]) -> Address {
     address.backup = options.backup.to_string();
     address.keys = options.absolute_keys();
     address.maps.clone_from(&options.maps);
+    address.sending = options.sending;
     address
 }
 

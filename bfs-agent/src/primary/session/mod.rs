@@ -44,6 +44,7 @@ use super::failure::{FENCED_HINT, Failure, Kind, NOT_RECOVERED_HINT};
 use super::images::criu::Criu;
 use super::process::{Inherited, Signals, exit_status, tree_of};
 use super::schedule::Schedule;
+use super::ship::Sending;
 use super::spool::SpoolOptions;
 use super::stop::freezer::Freezer;
 use super::stop::guard::Guard;
@@ -88,6 +89,8 @@ pub struct SessionOptions {
     pub foreign: Policy,
     /// Where records go that the backup cannot take.
     pub spool: SpoolOptions,
+    /// How the stream travels.
+    pub sending: Sending,
     /// What is run before and after each checkpoint.
     pub hooks: HookOptions,
     /// What is done with single files beyond checkpoints.

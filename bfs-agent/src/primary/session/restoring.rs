@@ -37,7 +37,7 @@ impl Work {
     pub(super) fn bring_images(&mut self) {
         let Some(images) = &mut self.images else { return };
         let connect = self.link.shipper.remote().connector();
-        if let Err(e) = images.bring_to(connect, &self.options.group, self.epoch) {
+        if let Err(e) = images.bring_to(connect, self.link.shipper.limit(), &self.options.group, self.epoch) {
             self.last_error = Some(format!("process images stay on this host: no thread for them: {e}"));
         }
     }

@@ -17,6 +17,7 @@ use super::policies::PolicyOptions;
 use crate::keys::Folder;
 use crate::primary::engine::filter::Filter;
 use crate::primary::engine::foreign::Policy;
+use crate::primary::ship::Sending;
 use crate::primary::spool::SpoolOptions;
 
 /// Where the state files lie: gone with the boot, like the probes that they describe.
@@ -54,6 +55,8 @@ pub struct State {
     foreign: Policy,
     #[serde(default)]
     spool: SpoolOptions,
+    #[serde(default)]
+    sending: Sending,
     #[serde(default)]
     hooks: HookOptions,
     #[serde(default)]
@@ -93,6 +96,7 @@ impl State {
             final_wait_ms: options.final_wait.as_millis() as u64,
             foreign: options.foreign,
             spool: options.spool.clone(),
+            sending: options.sending,
             hooks: options.hooks.clone(),
             policies: options.policies.clone(),
             alerts: options.alerts.clone(),
@@ -123,6 +127,7 @@ impl State {
             final_wait: Duration::from_millis(self.final_wait_ms),
             foreign: self.foreign,
             spool: self.spool.clone(),
+            sending: self.sending,
             hooks: self.hooks.clone(),
             policies: self.policies.clone(),
             alerts: self.alerts.clone(),

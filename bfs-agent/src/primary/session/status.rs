@@ -64,6 +64,8 @@ impl Work {
                 reconnects: progress.reconnects,
                 last_error: progress.last_error.clone(),
                 refusal: refusal.clone(),
+                rate_limit: self.options.sending.rate_limit,
+                held_back: progress.held_back,
             }],
             spool: self.spool_status(&progress.spool),
             epoch: self.epoch,
@@ -150,6 +152,9 @@ impl Work {
         if !progress.connected && progress.durable.sequence < last {
             let why = progress.last_error.as_deref().unwrap_or("no connection");
             return Some(format!("not connected to the replayer: {why}"));
+        }
+        if progress.held_back {
+            return Some("more waits to be sent than --rate-limit lets go at once".into());
         }
         if progress.spool.records > 0 {
             return Some("what the spool holds is sent first".into());

@@ -1,7 +1,7 @@
 //! The thread that moves what waits in memory into the spool, and removes from there what was sent.
 //!
 //! It takes everything while the destination is away or stands still, and what is beyond a window while that
-//! is slow. While much of the spool is to be sent, new records go there too, so that they are durable soon.
+//! is slow, or kept slow by the user's limit. While much of the spool is to be sent, new records go there too, so that they are durable soon.
 //! When it fails (its bounds, a full disk) that is said in the status and tried again: until then memory is
 //! all there is, with its own bound.
 
@@ -52,11 +52,12 @@ const SHORT: usize = 32 << 20;
 /// The same without a spool.
 const SHORT_ALONE: usize = 192 << 20;
 
-/// Why nothing but notes of what was touched should be handed over, as long as the destination is away.
+/// Why nothing but notes of what was touched should be handed over, as long as the destination is away, or the user's limit
+/// makes it as good as that.
 pub(super) fn shortage(state: &State, spool_bytes_max: Option<u64>) -> Option<String> {
     let progress = &state.progress;
     let waits = state.queue.bytes();
-    if progress.connected {
+    if progress.connected && !progress.held_back {
         return None;
     }
     match (spool_bytes_max, &progress.spool.trouble) {
@@ -155,7 +156,7 @@ fn next(shared: &Shared, spool: &Spool, again_at: Instant, noted: bool, pace: &m
             return Job::End;
         }
         if may
-            && wants(&state, now)
+            && wants(shared, &state, now)
             && let Some((before, batches)) = state.queue.to_spool(AT_ONCE)
         {
             return Job::Append(before, batches, state.notes);
@@ -166,13 +167,14 @@ fn next(shared: &Shared, spool: &Spool, again_at: Instant, noted: bool, pace: &m
 }
 
 /// Whether memory goes into the spool.
-fn wants(state: &State, now: Instant) -> bool {
+fn wants(shared: &Shared, state: &State, now: Instant) -> bool {
     let progress = &state.progress;
     state.queue.bytes() > 0
         && (!progress.connected
             || state.seal
             || state.queue.bytes() > WINDOW
             || state.queue.in_spool().1 > MUCH_LEFT
+            || shared.holds_back(&state.queue)
             || now.duration_since(state.moved) > STANDS_STILL)
 }
 

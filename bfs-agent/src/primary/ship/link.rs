@@ -11,7 +11,7 @@ use bfs_common::record::Sequence;
 use bfs_common::wire::{Frame, Position, Refusal};
 use tokio::time::Instant;
 
-use super::{Batch, Next, Shared, ShipError, ShipOptions, Welcome};
+use super::{Batch, Next, Sends, Shared, ShipError, ShipOptions, Welcome};
 use crate::net::{ConnectError, Connection, FrameError, FrameReader, FrameWriter};
 use crate::primary::spool::Reader;
 
@@ -192,6 +192,14 @@ async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
         if let Err(error) = sent {
             return error.into();
         }
+        if let Some(limit) = &shared.limit
+            && shared.has_to_send()
+            && let Err(at) = limit.may(Sends::Records)
+        {
+            // Heartbeats and answers go on.
+            let _ = tokio::time::timeout_at(ping_at.min(at.into()), shared.wake.notified()).await;
+            continue;
+        }
         let batch = match shared.next_to_send() {
             Next::Batch(batch) => batch,
             Next::Spooled { after, claimed, to } => {
@@ -211,6 +219,9 @@ async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
             return error.into();
         }
         shared.sent(&batch);
+        if let Some(limit) = &shared.limit {
+            limit.sent(Sends::Records, batch.bytes.len());
+        }
     }
 }
 
@@ -224,7 +235,7 @@ async fn from_spool(
     to: Sequence,
 ) -> Result<Batch, ShipError> {
     let Some((dir, group)) = shared.spool.clone() else { return Err(ShipError::Unexpected) };
-    let durable = shared.durable();
+    let (durable, bytes_max) = (shared.durable(), shared.piece_max().min(SPOOLED_BYTES));
     let reader = spool.take().filter(|reader| reader.at().0 == after && claimed.is_none());
     let read = tokio::task::spawn_blocking(move || -> Result<_, ShipError> {
         let mut reader = match reader {
@@ -234,7 +245,7 @@ async fn from_spool(
         if claimed.is_some_and(|claimed| (claimed.sequence, claimed.chain) != reader.at()) {
             return Err(Refusal::Fork { at: after }.into());
         }
-        let batch = reader.read(to, SPOOLED_BYTES)?;
+        let batch = reader.read(to, bytes_max)?;
         Ok((reader, batch))
     });
     let (reader, batch) = read.await.map_err(|e| ShipError::Start(std::io::Error::other(e)))??;

@@ -10,6 +10,7 @@ mod keeper;
 mod leftover;
 mod link;
 pub(crate) mod queue;
+mod rate;
 mod remote;
 
 use std::collections::VecDeque;
@@ -25,15 +26,25 @@ use tokio::sync::Notify;
 pub use keeper::SpoolProgress;
 pub use leftover::send_left;
 pub use queue::{BATCHES_MAX, BODY_MAX, Batch};
+pub use rate::{Limit, RATE_MIN, Sends};
 pub use remote::{Connect, ConnectFuture, Manifest, Remote, RemoteError, network};
 
 use crate::log::LogError;
 use crate::net::{ConnectError, FrameError};
 use crate::primary::spool::{Left, Spool};
 use queue::{Next, Queue};
+use serde::{Deserialize, Serialize};
 
 /// Answers that wait to be written; a peer that makes more of them is not served.
 const ANSWERS_MAX: usize = 64;
+
+/// How the user wants the stream to travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sending {
+    /// Most bytes a second.
+    #[serde(default)]
+    pub rate_limit: Option<u64>,
+}
 
 /// What a shipper needs to know.
 #[derive(Clone)]
@@ -57,6 +68,8 @@ pub struct ShipOptions {
     pub retain_bytes_max: usize,
     /// How long the first connection may take.
     pub start_limit: Duration,
+    /// How the stream travels.
+    pub sending: Sending,
 }
 
 impl std::fmt::Debug for ShipOptions {
@@ -153,6 +166,8 @@ pub struct Progress {
     pub refusal: Option<Refusal>,
     /// Of the last heartbeat; 0 before the first.
     pub round_trip_us: u64,
+    /// More waits than goes soon, because of the limit that the user set.
+    pub held_back: bool,
 }
 
 /// Why a batch was not taken.
@@ -179,6 +194,8 @@ struct Shared {
     /// Where the spool is.
     spool: Option<(PathBuf, GroupId)>,
     spool_bytes_max: Option<u64>,
+    /// How fast may be sent, if there is a limit.
+    limit: Option<Arc<Limit>>,
     /// There is something to write.
     wake: Notify,
     ended: tokio::sync::watch::Sender<bool>,
@@ -222,6 +239,7 @@ impl Shipper {
         let mut shared = Shared::new(options.retain_bytes_max);
         shared.spool = spool.as_ref().map(|spool| (spool.log().to_owned(), spool.group()));
         shared.spool_bytes_max = spool.as_ref().map(|spool| spool.options().bytes_max);
+        shared.limit = options.sending.rate_limit.map(|rate| Arc::new(Limit::new(rate)));
         if let Some(left) = left {
             shared.change(|state| state.queue = Queue::left(left.begin, left.end, left.bytes));
         }
@@ -306,6 +324,12 @@ impl Shipper {
     #[must_use]
     pub fn has_spool(&self) -> bool {
         self.shared.spool.is_some()
+    }
+
+    /// How fast may be sent there, if there is a limit: for what else is sent to the same destination.
+    #[must_use]
+    pub fn limit(&self) -> Option<Arc<Limit>> {
+        self.shared.limit.clone()
     }
 
     /// Ends, and gives the spool back.
@@ -411,6 +435,7 @@ impl Shared {
             last_error: None,
             refusal: None,
             round_trip_us: 0,
+            held_back: false,
         };
         Self {
             state: Mutex::new(State {
@@ -429,6 +454,7 @@ impl Shared {
             keeper: Condvar::new(),
             spool: None,
             spool_bytes_max: None,
+            limit: None,
             wake: Notify::new(),
             ended: tokio::sync::watch::Sender::new(false),
         }
@@ -459,10 +485,17 @@ impl Shared {
         (progress.spool.records, progress.spool.bytes) = queue.in_spool();
         progress.released_ring_position = queue.released();
         progress.retained_bytes = queue.bytes();
+        progress.held_back = self.holds_back(queue);
         drop(state);
         self.changed.notify_all();
         self.keeper.notify_one();
         result
+    }
+
+    /// Whether more waits than the limit lets go soon.
+    fn holds_back(&self, queue: &Queue) -> bool {
+        let waits = queue.bytes() as u64 + queue.in_spool().1;
+        self.limit.as_ref().is_some_and(|limit| limit.holds_back(waits))
     }
 
     async fn until_ended(&self) {
@@ -586,8 +619,17 @@ impl Shared {
         });
     }
 
+    fn has_to_send(&self) -> bool {
+        self.lock().queue.has_to_send()
+    }
+
+    /// How much is sent at once.
+    fn piece_max(&self) -> usize {
+        self.limit.as_ref().map_or(queue::BODY_MAX, |limit| limit.piece_max())
+    }
+
     fn next_to_send(&self) -> Next {
-        self.lock().queue.next_to_send()
+        self.lock().queue.next_to_send(self.piece_max())
     }
 
     /// What was read from the spool goes to the destination. Where the spool has what that claimed, it was

@@ -179,7 +179,7 @@ impl Queue {
         self.pushed = (batch.last(), batch.chain_after);
         let mut rest = Some(batch);
         while let Some(batch) = rest.take() {
-            let cut = if batch.bytes.len() > BODY_MAX { first_part(&batch) } else { batch.last() };
+            let cut = if batch.bytes.len() > BODY_MAX { first_part(&batch, BODY_MAX) } else { batch.last() };
             let (head, tail) = batch.split_if_needed(cut, before);
             before = head.chain_after;
             self.memory.push_back(head);
@@ -188,15 +188,31 @@ impl Queue {
         Ok(())
     }
 
-    /// What this connection gets next. A batch counts as sent.
-    pub fn next_to_send(&mut self) -> Next {
+    /// Whether this connection gets anything now.
+    #[must_use]
+    pub fn has_to_send(&self) -> bool {
+        let spooled = self.spool.is_some_and(|spool| self.sent < spool.end.sequence);
+        self.flying.len() < BATCHES_MAX && (spooled || self.next < self.memory.len())
+    }
+
+    /// What this connection gets next, a batch of about so many bytes at most; the rest of it stays. A batch counts as sent.
+    pub fn next_to_send(&mut self, bytes_max: usize) -> Next {
         if self.flying.len() >= BATCHES_MAX {
             return Next::Nothing;
         }
         if let Some(spool) = self.spool.filter(|spool| self.sent < spool.end.sequence) {
             return Next::Spooled { after: self.sent, claimed: self.claimed, to: spool.end.sequence };
         }
-        let Some(batch) = self.memory.get(self.next).cloned() else { return Next::Nothing };
+        let Some(mut batch) = self.memory.get(self.next).cloned() else { return Next::Nothing };
+        if batch.bytes.len() > bytes_max {
+            let until = first_part(&batch, bytes_max);
+            let (head, tail) = batch.split_if_needed(until, self.chain_before(self.next));
+            batch = head;
+            if let Some(tail) = tail {
+                self.memory[self.next] = batch.clone();
+                self.memory.insert(self.next + 1, tail);
+            }
+        }
         self.next += 1;
         self.flies(&batch);
         Next::Batch(batch)
@@ -284,10 +300,7 @@ impl Queue {
     /// The chain hash after a record in memory; a batch that goes on behind it is cut there.
     fn cut_memory(&mut self, at: Sequence) -> Option<ChainHash> {
         let index = self.memory.partition_point(|b| b.last() < at);
-        let before = match index.checked_sub(1) {
-            Some(before) => self.memory[before].chain_after,
-            None => self.spool.map_or(self.durable.chain, |spool| spool.end.chain),
-        };
+        let before = self.chain_before(index);
         let (head, tail) = self.memory.get(index)?.clone().split_after(at, before)?;
         let chain = head.chain_after;
         self.memory[index] = head;
@@ -295,6 +308,14 @@ impl Queue {
             self.memory.insert(index + 1, tail);
         }
         Some(chain)
+    }
+
+    /// The chain hash before a batch in memory.
+    fn chain_before(&self, index: usize) -> ChainHash {
+        match index.checked_sub(1) {
+            Some(before) => self.memory[before].chain_after,
+            None => self.spool.map_or(self.durable.chain, |spool| spool.end.chain),
+        }
     }
 
     /// What the destination has goes.
@@ -406,12 +427,12 @@ impl Batch {
     }
 }
 
-/// Number of the last record of the first frame's worth of a batch.
-fn first_part(batch: &Batch) -> Sequence {
+/// Number of the last record of the first so many bytes of a batch, and of the first record in any case.
+fn first_part(batch: &Batch, bytes_max: usize) -> Sequence {
     let mut rest = batch.bytes.clone();
     let mut last = batch.first;
     while let Ok(Some(record)) = codec::take(&mut rest) {
-        if batch.bytes.len() - rest.len() > BODY_MAX {
+        if batch.bytes.len() - rest.len() > bytes_max {
             break;
         }
         last = record.sequence;

@@ -31,7 +31,7 @@ fn start() -> (Sequence, ChainHash) {
 
 /// The next batch from memory.
 fn next(queue: &mut Queue) -> Option<Batch> {
-    match queue.next_to_send() {
+    match queue.next_to_send(BODY_MAX) {
         Next::Batch(batch) => Some(batch),
         Next::Nothing => None,
         other => panic!("{other:?}"),
@@ -232,7 +232,12 @@ impl Around {
     }
 
     fn send(&mut self) {
-        match self.queue.next_to_send() {
+        // Some in small pieces.
+        let bytes_max = if self.received.is_multiple_of(2) { 150 } else { BODY_MAX };
+        let has = self.queue.has_to_send();
+        let next = self.queue.next_to_send(bytes_max);
+        assert_eq!(has, next != Next::Nothing);
+        match next {
             Next::Nothing => {}
             Next::Batch(batch) => self.wire.push_back(batch),
             Next::Spooled { after, claimed, to } => {

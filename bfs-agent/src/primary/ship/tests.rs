@@ -35,6 +35,7 @@ fn options(connect: Connect) -> ShipOptions {
         maps: Vec::new(),
         retain_bytes_max: 4000,
         start_limit: Duration::from_secs(10),
+        sending: Sending::default(),
     }
 }
 
@@ -392,4 +393,43 @@ fn a_spool_that_could_not_begin_begins_later() {
     drop(script);
     shipper.try_push(batch(&mut at, &[10]), false).unwrap();
     until(&shipper, |p| p.sealed == at.0 && p.spool.trouble.is_none());
+}
+
+/// With a limit a batch goes in pieces, as fast as may be; heartbeats do not wait for it.
+#[test]
+fn a_limit_holds_back_the_stream_alone() {
+    let (connect, ends) = replayer();
+    let sending = Sending { rate_limit: Some(RATE_MIN) };
+    let ship = ShipOptions { sending, retain_bytes_max: 1 << 20, ..options(connect) };
+    let starting = std::thread::spawn(move || Shipper::start(ship, None, None).unwrap());
+    let (mut script, _) = Script::accept(&ends, welcome(position(BEGIN)));
+    let (shipper, _) = starting.join().unwrap();
+    let mut at = BEGIN;
+    // Three pieces and a little: the fourth goes when three are paid for.
+    let batch = batch(&mut at, &[8 << 10; 25]);
+    let bytes = batch.bytes.len() as f64;
+    shipper.try_push(batch, false).unwrap();
+    let began = Instant::now();
+    let (mut records, mut pings, mut pieces) = (0, 0, 0);
+    while records < 25 {
+        match script.next() {
+            (Frame::Ping(number), _) => {
+                pings += 1;
+                script.send(Frame::Pong(number));
+            }
+            (Frame::Records { first, count }, body) => {
+                assert!(body.len() <= 64 << 10 && first.0 == records + 1, "{} bytes", body.len());
+                records += u64::from(count);
+                pieces += 1;
+            }
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+    let least = (bytes - f64::from(64 << 10)) / RATE_MIN as f64 - 0.2;
+    assert!(began.elapsed().as_secs_f64() >= least, "{:?}", began.elapsed());
+    assert!(pieces >= 4 && pings >= 2, "{pieces} pieces, {pings} heartbeats");
+    assert!(shipper.limit().unwrap().holds_back(1 << 20));
+    script.ack(at);
+    let progress = until(&shipper, |p| p.durable.sequence == at.0);
+    assert!(!progress.held_back && progress.retained_bytes == 0, "{progress:?}");
 }

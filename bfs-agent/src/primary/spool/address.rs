@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{SpoolError, failed};
 use crate::durable;
 use crate::keys::Folder;
+use crate::primary::ship::Sending;
 
 const NAME: &str = "address";
 /// 1 had the file of a secret instead of `keys`.
@@ -31,6 +32,9 @@ pub struct Address {
     pub keys: Folder,
     /// FROM=TO of `--map`.
     pub maps: Vec<(PathBuf, PathBuf)>,
+    /// How they are to travel.
+    #[serde(default)]
+    pub sending: Sending,
     /// The boot that the records are of.
     pub boot_id: [u8; 16],
     /// The epoch that they are of.
@@ -48,6 +52,7 @@ impl Address {
             backup: String::new(),
             keys: Folder::default(),
             maps: Vec::new(),
+            sending: Sending::default(),
             boot_id,
             epoch: Epoch(0),
         }

@@ -1,0 +1,126 @@
+//! How the stream travels: no faster than the user allows.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use bfs_tests::exercise;
+use bfs_tests::watch::{SOON, until};
+use bfs_tests::world::{Transport, World};
+
+const MIB: u64 = 1 << 20;
+
+/// A program that waits for `go` and then runs `script` with `$1` for its directory, and so on for each number.
+fn on_demand(world: &World, script: &str) -> Vec<String> {
+    let script = format!(
+        ": > \"$2/ready\"; n=1
+        while [ ! -e \"$2/stop\" ]; do
+            if [ -e \"$2/go-$n\" ]; then {script}; : > \"$2/done-$n\"; n=$((n + 1)); fi; sleep 0.02
+        done"
+    );
+    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
+    ["/bin/sh".into(), "-c".into(), script, "sh".into()].into_iter().chain(places).collect()
+}
+
+/// Has it run the script once; how long that took it.
+fn go(world: &World, number: u32) -> Duration {
+    let began = Instant::now();
+    fs::write(world.place.aux.join(format!("go-{number}")), "").unwrap();
+    let done = world.place.aux.join(format!("done-{number}"));
+    until("the program to have written", SOON, || done.exists().then_some(())).unwrap();
+    began.elapsed()
+}
+
+/// What is sent is limited, and nobody waits for that but who asks for the backup: the program goes on, the checkpoint is
+/// sealed in the spool, and confirmed when the link has carried it.
+#[test]
+fn a_limit_holds_the_stream_and_neither_program_nor_sealing() {
+    let mut world = World::new("link-rate", Transport::Tcp).unwrap();
+    world.agent_options(&["--rate-limit", "2M"]);
+    world.start_replayer().unwrap();
+    let script = "head -c 25165824 /dev/urandom > \"$1/much-$n\"";
+    world.run(&on_demand(&world, script)).unwrap();
+    world.checkpoint_until("applied").unwrap();
+    let began = Instant::now();
+    let wrote = go(&world, 1);
+    let sealed = world.checkpoint_until("sealed").unwrap();
+    let sealed_after = began.elapsed();
+    let status = world.status().unwrap();
+    let destination = &status["destinations"][0];
+    assert_eq!(destination["rate_limit"], 2 * MIB, "{status}");
+    assert_eq!(destination["held_back"], true, "{status}");
+    assert_eq!(destination["connected"], true, "{status}");
+    let why = status["not_confirmed_because"].as_str().unwrap_or_default().to_owned();
+    assert!(why.contains("--rate-limit"), "{status}");
+    // What is sealed needs no room in the ring.
+    let used = status["ring_used_bytes"].as_u64().unwrap();
+    assert!(used < status["ring_bytes"].as_u64().unwrap() / 4, "{status}");
+    let shown = world.agent_command(&["status"], SOON).unwrap();
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("at most 2.0 MiB a second are sent; THAT HOLDS RECORDS BACK"), "{shown}");
+    world.wait_applied(sealed).unwrap();
+    let applied_after = began.elapsed();
+    eprintln!("wrote {wrote:?}, sealed {sealed_after:?}, applied {applied_after:?}");
+    // 24 MiB at 2 MiB a second, but for what counts as saved and the last piece.
+    let least = Duration::from_millis(11_500);
+    assert!(applied_after >= least, "{applied_after:?}");
+    assert!(wrote < least / 2, "the program waited: {wrote:?}");
+    assert!(sealed_after < applied_after * 3 / 4, "{sealed_after:?}, {applied_after:?}");
+    let status = world.status().unwrap();
+    assert_eq!(status["destinations"][0]["reconnects"], 0, "heartbeats go on: {status}");
+    until("nothing to be held back", SOON, || {
+        (world.status().unwrap()["destinations"][0]["held_back"] == false).then_some(())
+    })
+    .unwrap();
+
+    // A replayer that dies meanwhile gets the rest, and a successor keeps to the limit.
+    go(&world, 2);
+    world.kill_replayer().unwrap();
+    let began = Instant::now();
+    world.checkpoint_until("sealed").unwrap();
+    world.kill_agent().unwrap();
+    world.start_replayer().unwrap();
+    world.resume().unwrap();
+    let sealed = world.checkpoint_until("confirmed").unwrap();
+    assert!(began.elapsed() >= least - Duration::from_secs(2), "{:?}", began.elapsed());
+    world.wait_applied(sealed).unwrap();
+    world.finish().unwrap();
+    exercise::equal(&world).unwrap();
+}
+
+/// Past the bound of the spool only what is touched is noted, as when the backup is away; when the spool is sent that is read.
+#[test]
+fn more_than_limit_and_spool_hold_is_noted_and_sent_later() {
+    let mut world = World::new("link-notes", Transport::Unix).unwrap();
+    world.agent_options(&["--rate-limit", "4M", "--spool-size", "8M"]);
+    world.start_replayer().unwrap();
+    let script = "for i in 1 2 3 4 5 6; do head -c 8388608 /dev/urandom > \"$1/much-$i\"; done";
+    world.run(&on_demand(&world, script)).unwrap();
+    world.checkpoint_until("applied").unwrap();
+    let wrote = go(&world, 1);
+    let taken = until("only what is touched to be noted", SOON, || {
+        // What is written by reference is read for a checkpoint.
+        let _ = world.agent_command(&["checkpoint", "--wait", "sealed", "--timeout", "1s"], SOON);
+        let status = world.status().unwrap();
+        (status["spool"]["notes_only"] == true).then_some(status)
+    });
+    eprintln!("wrote {wrote:?}");
+    assert_eq!(taken.unwrap()["destinations"][0]["connected"], true);
+    assert!(world.program_runs());
+    let noting = |world: &World| world.status().unwrap()["spool"]["notes_only"].as_bool().unwrap();
+    until("bytes to be sent again", SOON, || (!noting(&world)).then_some(())).unwrap();
+    world.finish().unwrap();
+    exercise::equal(&world).unwrap();
+}
+
+#[test]
+fn a_limit_that_no_record_could_keep_is_refused() {
+    let mut world = World::new("link-refused", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    let mut child = std::process::Command::new(bfs_tests::world::binary("bfs-agent"));
+    child.args(["run", "--group", &world.group, "--backup", &world.destination(), "--path"]);
+    child.arg(&world.place.data).args(["--rate-limit", "10K", "--", "/bin/true"]);
+    let done = child.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert_eq!(done.status.code(), Some(64), "{said}");
+    assert!(said.contains("at least 64K"), "{said}");
+}
