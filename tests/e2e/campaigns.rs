@@ -2,7 +2,9 @@
 
 use bfs_tests::exercise;
 use bfs_tests::programs::names::{self, RandomNames};
-use bfs_tests::programs::sequences::{Hunt, Manner, Operation, Paths, Sequence, Sequences, all, core};
+use bfs_tests::programs::sequences::{
+    Back, CHECKPOINT, Hunt, Manner, Operation, Pace, Paths, Sequence, Sequences, Way, all, core, shrink,
+};
 use bfs_tests::random::{Random, printed_seed};
 use bfs_tests::world::{How, Transport, World, rounds};
 
@@ -15,12 +17,12 @@ fn random_names_in_three_shared_directories() {
 }
 
 const MANNERS: [Manner; 6] = [
-    Manner { threads: 1, paths: Paths::Absolute, in_steps: true },
-    Manner { threads: 1, paths: Paths::Working, in_steps: false },
-    Manner { threads: 4, paths: Paths::Descriptor, in_steps: false },
-    Manner { threads: 1, paths: Paths::Descriptor, in_steps: true },
-    Manner { threads: 4, paths: Paths::Above, in_steps: true },
-    Manner { threads: 1, paths: Paths::Above, in_steps: false },
+    Manner { threads: 1, paths: Paths::Absolute, pace: Pace::Steps },
+    Manner { threads: 1, paths: Paths::Working, pace: Pace::AtOnce },
+    Manner { threads: 4, paths: Paths::Descriptor, pace: Pace::AtOnce },
+    Manner { threads: 1, paths: Paths::Descriptor, pace: Pace::Steps },
+    Manner { threads: 4, paths: Paths::Above, pace: Pace::Steps },
+    Manner { threads: 1, paths: Paths::Above, pace: Pace::AtOnce },
 ];
 
 /// Sequences of one batch.
@@ -37,7 +39,7 @@ fn hunted(name: &str, sequences: &[Sequence]) {
         let failures = hunt.batch(manner, batch).unwrap();
         for failure in failures.into_iter().take(5) {
             eprintln!("{manner:?}: {failure:#?}");
-            small.push((manner, hunt.shrink(manner, failure).unwrap()));
+            small.push((manner, shrink(failure, |shorter| hunt.batch(manner, shorter)).unwrap()));
         }
         if small.len() > 20 {
             break;
@@ -83,4 +85,53 @@ fn random_sequences_with_shared_mappings() {
         among.extend(&mapped);
     }
     hunted("mapped-sequences", &randomly(&mut random, &among, rounds(150, 5_000), 5));
+}
+
+/// A first half, a checkpoint, and a second half, each of up to this many operations.
+const HALF: usize = 6;
+
+/// Sequences of two halves, brought back to the checkpoint between them; each batch in another manner.
+fn brought_back(name: &str, way: Way, among: &[Operation], count: usize) {
+    let mut random = Random::printed();
+    let mut world = World::new(name, Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    let mut back = Back::new(&mut world);
+    let mut small = Vec::new();
+    for index in 0..count.div_ceil(BATCH) {
+        let Manner { threads, paths, .. } = MANNERS[index % MANNERS.len()];
+        let batch: Vec<Sequence> = (0..BATCH.min(count))
+            .map(|_| {
+                let mut half = |least| {
+                    let length = least + random.below(HALF + 1 - least);
+                    (0..length).map(|_| *random.of(among)).collect::<Sequence>()
+                };
+                [half(0), vec![CHECKPOINT], half(1)].concat()
+            })
+            .collect();
+        for failure in back.batch(way, threads, paths, &batch).unwrap().into_iter().take(5) {
+            eprintln!("{way:?} {threads} {paths:?}: {failure:#?}");
+            small.push(shrink(failure, |shorter| back.batch(way, threads, paths, shorter)).unwrap());
+        }
+        if small.len() > 20 {
+            break;
+        }
+    }
+    assert!(small.is_empty(), "the files differed after: {small:#?}");
+}
+
+#[test]
+fn random_sequences_are_brought_back_by_hand() {
+    brought_back("back-by-hand", Way::ByHand, &all(false), rounds(400, 20_000));
+}
+
+#[test]
+fn random_sequences_are_brought_back_when_they_fail() {
+    brought_back("back-on-failure", Way::OnFailure, &all(false), rounds(400, 20_000));
+}
+
+/// Operations that change much, more of them; and with shared mappings.
+#[test]
+fn random_core_sequences_are_brought_back() {
+    brought_back("back-core", Way::ByHand, &core(true), rounds(200, 10_000));
+    brought_back("back-core-failure", Way::OnFailure, &core(true), rounds(200, 10_000));
 }

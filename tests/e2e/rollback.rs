@@ -220,55 +220,77 @@ fn two_states(program: &dyn Program, name: &str) -> States {
     States { world, all: [(number, then), (last, end)] }
 }
 
-/// Back and forth, killed on the way.
-fn back_and_forth(program: &dyn Program, name: &str) {
-    let States { world, all } = two_states(program, name);
-    let mut moments = Random::new(given_seed().unwrap_or(20_261_121));
-    let (path, backup) = (world.place.data.display().to_string(), world.destination());
-    for round in 0..rounds(3, 60) {
-        let (to, copy) = &all[round % 2];
-        let mut killed = 0;
-        loop {
-            let mut child = world
-                .spawn_agent_command(&["rollback", "--path", &path, "--backup", &backup, "--to", to])
-                .unwrap();
-            // The moment of the kill is what is tested: after the first file was made for it, or after the
-            // intent was written down.
-            let folder = world.root().join(format!(".bfs-rollback-{}", world.group));
-            let kill = killed < rounds(4, 10);
-            let seen = if moments.chance(40) { folder.clone() } else { folder.join("journal") };
-            let wait = Duration::from_micros(moments.below(20_000) as u64);
-            let mut begun = None;
-            let status = loop {
-                if let Some(status) = child.try_wait().unwrap() {
-                    break status;
-                }
-                if kill && begun.is_none() && seen.exists() {
-                    begun = Some(Instant::now());
-                }
-                if begun.is_some_and(|begun: Instant| begun.elapsed() >= wait) {
-                    child.kill().unwrap();
-                    break child.wait().unwrap();
-                }
-                std::thread::sleep(Duration::from_micros(if kill { 200 } else { 5000 }));
-            };
-            if status.signal() == Some(libc::SIGKILL) {
-                killed += 1;
-                let seen = ["", "journal", "detached"].map(|name| folder.join(name).exists());
-                eprintln!("killed after {wait:?}: staging, intent, all aside: {seen:?}");
-                // Both sides know that the files are between two states.
-                let said = &world.replayer_status().unwrap()["rolling_back"];
-                assert!(!seen[1] || said.as_u64() == to.parse().ok(), "{said}");
-                continue;
-            }
-            let output = child.wait_with_output().unwrap();
-            assert!(status.success(), "{status}: {}", said(&output));
-            break;
+/// A rollback that was killed, or of which the replayer was; `None` when it went to its end.
+fn killed_in_rollback(world: &mut World, words: &[&str], moments: &mut Random, left: bool) -> Option<String> {
+    // The moment of the kill is what is tested: after the first file was made for it, or after the intent was
+    // written down, or when everything that is displaced stands aside.
+    let folder = world.root().join(format!(".bfs-rollback-{}", world.group));
+    let seen = match moments.below(100) {
+        0..40 => folder.clone(),
+        40..80 => folder.join("journal"),
+        _ => folder.join("detached"),
+    };
+    let wait = Duration::from_micros(moments.below(40_000) as u64);
+    let of_replayer = moments.chance(25);
+    let mut child = world.spawn_agent_command(words).unwrap();
+    let (mut begun, mut replayer_killed) = (None, false);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
         }
-        equal(copy, &world.place.data, &format!("back to checkpoint {to} after {killed} kills"));
+        if left && begun.is_none() && seen.exists() {
+            begun = Some(Instant::now());
+        }
+        if !replayer_killed && begun.is_some_and(|begun: Instant| begun.elapsed() >= wait) {
+            if !of_replayer {
+                child.kill().unwrap();
+                break child.wait().unwrap();
+            }
+            world.kill_replayer().unwrap();
+            world.start_replayer().unwrap();
+            replayer_killed = true;
+        }
+        std::thread::sleep(Duration::from_micros(if left { 200 } else { 5000 }));
+    };
+    let there = ["", "journal", "detached"].map(|name| folder.join(name).exists());
+    let moment = format!("killed after {wait:?}: staging, intent, all aside: {there:?}");
+    if status.signal() == Some(libc::SIGKILL) {
+        // Both sides know that the files are between two states.
+        let said = &world.replayer_status().unwrap()["rolling_back"];
+        let to = words.last().expect("the checkpoint");
+        assert!(!there[1] || said.as_u64() == to.parse().ok(), "{moment}: {said}");
+        return Some(moment);
+    }
+    let output = child.wait_with_output().unwrap();
+    assert!(status.success() || replayer_killed, "{status}: {}", said(&output));
+    (!status.success()).then(|| format!("the replayer {moment}: {}", said(&output)))
+}
+
+/// Back and forth, agent and replayer killed on the way at random moments.
+fn back_and_forth(program: &dyn Program, name: &str) {
+    let States { mut world, all } = two_states(program, name);
+    let mut moments = Random::printed();
+    let (path, backup) = (world.place.data.display().to_string(), world.destination());
+    let (began, mut killed) = (Instant::now(), 0);
+    for round in 0.. {
+        let (to, copy) = &all[round % 2];
+        let words = ["rollback", "--path", &path, "--backup", &backup, "--to", to];
+        let mut kills = Vec::new();
+        while let Some(moment) =
+            killed_in_rollback(&mut world, &words, &mut moments, kills.len() < rounds(4, 10))
+        {
+            eprintln!("{moment}");
+            kills.push(moment);
+        }
+        equal(copy, &world.place.data, &format!("back to checkpoint {to} after {kills:#?}"));
         equal(copy, &world.backup(), "the backup");
         assert!(world.replayer_status().unwrap()["rolling_back"].is_null());
         nothing_is_left(&world);
+        killed += kills.len();
+        if killed >= rounds(10, 500) || began.elapsed() > Duration::from_secs(3600) {
+            eprintln!("{killed} kills in {} rollbacks, {:?}", round + 1, began.elapsed());
+            break;
+        }
     }
 }
 

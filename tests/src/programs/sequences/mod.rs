@@ -4,7 +4,8 @@
 //! waits at barriers (`aux/at-N-ROUND`, then `aux/go-N-ROUND`), where the test compares: it rests
 //! then, so a plain checkpoint has to equal the files. A batch goes *in steps* (a barrier after each
 //! operation of all its sequences, so each operation meets a model without anything suspect in it) or
-//! *at once* (one barrier at the end).
+//! *at once* (one barrier at the end). A sequence with a [`CHECKPOINT`] in it has two halves, between which
+//! there is a barrier, or the end of a process: what they leave stays there, to be brought back ([`Back`]).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,17 +16,65 @@ use anyhow::{Context, Result};
 use super::{Place, Program, workload};
 use crate::watch::until;
 
+mod back;
 mod hunt;
 mod site;
 mod table;
 
-pub use hunt::{Failure, Hunt};
+pub use back::{Back, Way};
+pub use hunt::{Failure, Hunt, shrink};
 pub use site::Paths;
 use site::Site;
-pub use table::{Operation, all, core, parse};
+pub use table::{CHECKPOINT, Operation, all, core, parse};
 
 /// Operations one after the other.
 pub type Sequence = Vec<Operation>;
+
+/// Where the barriers of a batch are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// At the end.
+    AtOnce,
+    /// At the beginning and after each operation.
+    Steps,
+    /// At the [`CHECKPOINT`] and at the end; the directories stay.
+    Halves,
+    /// At the [`CHECKPOINT`], where it ends; the directories stay.
+    FirstHalf,
+    /// At the end. It begins at the [`CHECKPOINT`], in the directories that are there, which stay.
+    SecondHalf,
+}
+
+impl Pace {
+    const ALL: [Self; 5] = [Self::AtOnce, Self::Steps, Self::Halves, Self::FirstHalf, Self::SecondHalf];
+
+    /// Barriers behind the first one.
+    fn rounds(self, sequences: &[Sequence]) -> usize {
+        match self {
+            Self::AtOnce | Self::FirstHalf | Self::SecondHalf => 0,
+            Self::Steps => sequences.iter().map(Vec::len).max().unwrap_or(0),
+            Self::Halves => 1,
+        }
+    }
+
+    /// What is done before a barrier, the first being 0.
+    fn part(self, sequence: &[Operation], round: usize) -> &[Operation] {
+        let middle = sequence.iter().position(|operation| *operation == CHECKPOINT);
+        let (before, after) =
+            middle.map_or((sequence, &[][..]), |middle| (&sequence[..middle], &sequence[middle + 1..]));
+        match (self, round) {
+            (Self::AtOnce, 0) => sequence,
+            (Self::Steps, 1..) => sequence.get(round - 1..round).unwrap_or(&[]),
+            (Self::Halves | Self::FirstHalf, 0) => before,
+            (Self::Halves, 1) | (Self::SecondHalf, 0) => after,
+            _ => &[],
+        }
+    }
+
+    const fn leaves_all(self) -> bool {
+        matches!(self, Self::Halves | Self::FirstHalf | Self::SecondHalf)
+    }
+}
 
 /// How a batch is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,22 +83,22 @@ pub struct Manner {
     pub threads: usize,
     /// How paths are given.
     pub paths: Paths,
-    /// A barrier after each operation.
-    pub in_steps: bool,
+    /// Its barriers.
+    pub pace: Pace,
 }
 
 impl Manner {
     fn text(self) -> String {
-        format!("{} {:?} {}", self.threads, self.paths, self.in_steps)
+        format!("{} {:?} {:?}", self.threads, self.paths, self.pace)
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let [threads, paths, in_steps] = text.split(' ').collect::<Vec<_>>().try_into().ok()?;
+        let [threads, paths, pace] = text.split(' ').collect::<Vec<_>>().try_into().ok()?;
         let all = [Paths::Absolute, Paths::Descriptor, Paths::Above, Paths::Working];
         Some(Self {
             threads: threads.parse().ok()?,
             paths: all.into_iter().find(|p| format!("{p:?}") == paths)?,
-            in_steps: in_steps.parse().ok()?,
+            pace: Pace::ALL.into_iter().find(|p| format!("{p:?}") == pace)?,
         })
     }
 }
@@ -112,8 +161,14 @@ pub fn run(place: &Place) -> Result<()> {
 
 fn one_batch(place: &Place, batch: usize, manner: Manner, sequences: &[Sequence]) -> Result<()> {
     let (directory, outside) = directories(place, batch);
+    let pace = manner.pace;
     let make = |index: usize| {
-        Site::new(&directory.join(index.to_string()), &outside.join(index.to_string()), manner.paths)
+        let [directory, outside] = [&directory, &outside].map(|above| above.join(index.to_string()));
+        if pace == Pace::SecondHalf {
+            Site::existing(&directory, &outside, manner.paths)
+        } else {
+            Site::new(&directory, &outside, manner.paths)
+        }
     };
     let barrier = |round: usize| -> Result<()> {
         fs::write(barrier_file(place, "at", batch, round), "")?;
@@ -130,9 +185,7 @@ fn one_batch(place: &Place, batch: usize, manner: Manner, sequences: &[Sequence]
                     let mut sites = Vec::new();
                     for (index, sequence) in chunk.iter().enumerate() {
                         let mut site = make(part * per_thread + index)?;
-                        if !manner.in_steps {
-                            sequence.iter().for_each(|operation| site.run(operation));
-                        }
+                        pace.part(sequence, 0).iter().for_each(|operation| site.run(operation));
                         sites.push(site);
                     }
                     Ok(sites)
@@ -144,13 +197,12 @@ fn one_batch(place: &Place, batch: usize, manner: Manner, sequences: &[Sequence]
         parts.into_iter().map(Part::join).collect::<Result<_>>()
     })?;
     barrier(0)?;
-    let rounds = if manner.in_steps { sequences.iter().map(Vec::len).max().unwrap_or(0) } else { 0 };
-    for round in 0..rounds {
+    for round in 1..=pace.rounds(sequences) {
         std::thread::scope(|scope| {
             for (chunk, sites) in sequences.chunks(per_thread).zip(&mut sites) {
                 let work = move || {
                     for (sequence, site) in chunk.iter().zip(sites) {
-                        sequence.get(round).into_iter().for_each(|operation| site.run(operation));
+                        pace.part(sequence, round).iter().for_each(|operation| site.run(operation));
                     }
                 };
                 if manner.threads == 1 {
@@ -160,9 +212,12 @@ fn one_batch(place: &Place, batch: usize, manner: Manner, sequences: &[Sequence]
                 }
             }
         });
-        barrier(round + 1)?;
+        barrier(round)?;
     }
     drop(sites);
+    if pace.leaves_all() {
+        return Ok(());
+    }
     fs::remove_dir_all(&directory)?;
     fs::remove_dir_all(&outside)?;
     Ok(())
@@ -184,5 +239,26 @@ impl<T> Part<'_, T> {
             Self::Done(value) => value,
             Self::Running(handle) => handle.join().expect("a site does not panic"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_and_steps_are_all_of_a_sequence() {
+        let [one, two, three] = [0, 1, 2].map(|n| all(false)[n]);
+        let halves = [one, CHECKPOINT, two, three];
+        assert_eq!(
+            [Pace::Halves.part(&halves, 0), Pace::Halves.part(&halves, 1)],
+            [&[one][..], &[two, three]]
+        );
+        assert_eq!(Pace::FirstHalf.part(&halves, 0), [one]);
+        assert_eq!(Pace::SecondHalf.part(&halves, 0), [two, three]);
+        let whole = [one, two];
+        let steps: Vec<_> = (0..=4).map(|round| Pace::Steps.part(&whole, round)).collect();
+        assert_eq!(steps, [&[][..], &[one], &[two], &[], &[]]);
+        assert_eq!(Pace::AtOnce.part(&whole, 0), whole);
     }
 }

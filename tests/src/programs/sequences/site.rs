@@ -84,25 +84,38 @@ impl Site {
         fs::write(directory.join("d/y"), b"below")?;
         fs::hard_link(directory.join("b"), directory.join("d/x"))?;
         std::os::unix::fs::symlink("a", directory.join("l"))?;
-        let open = |name: &str| fs::File::options().read(true).write(true).open(directory.join(name));
-        let path_only = |path: &Path| fs::File::options().read(true).custom_flags(libc::O_PATH).open(path);
-        let (file, other) = (open("a")?, open("b")?);
-        let site = Self {
-            directory: directory.into(),
-            outside: outside.into(),
-            paths,
-            top: path_only(directory)?,
-            beside: path_only(&directory.join("e"))?,
-            file,
-            other,
-            mapping: std::ptr::null_mut(),
-            salt: 10,
-        };
+        let mut site = Self::existing(directory, outside, paths)?;
+        site.salt = 10;
         // SAFETY: both strings end with a zero byte, the value has that length.
         unsafe {
             libc::fsetxattr(site.file.as_raw_fd(), c"user.k".as_ptr(), c"value".as_ptr().cast(), 5, 0);
         }
         Ok(site)
+    }
+
+    /// As another one left it: what cannot be opened is not a file of the sequence.
+    ///
+    /// # Errors
+    /// When the directory is gone.
+    pub fn existing(directory: &Path, outside: &Path, paths: Paths) -> Result<Self> {
+        let open = |name: &str| {
+            let mut file = fs::File::options();
+            file.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
+            let spare = || file.clone().create(true).open(outside.join("spare"));
+            file.open(directory.join(name)).or_else(|_| spare())
+        };
+        let path_only = |path: &Path| fs::File::options().read(true).custom_flags(libc::O_PATH).open(path);
+        Ok(Self {
+            directory: directory.into(),
+            outside: outside.into(),
+            paths,
+            top: path_only(directory).with_context(|| directory.display().to_string())?,
+            beside: path_only(&directory.join("e")).or_else(|_| path_only(directory))?,
+            file: open("a")?,
+            other: open("b")?,
+            mapping: std::ptr::null_mut(),
+            salt: 100,
+        })
     }
 
     /// Where a name is for calls that take a directory.

@@ -15,6 +15,9 @@ pub struct Operation {
     pub two: &'static str,
 }
 
+/// No operation: where a sequence has its checkpoint.
+pub const CHECKPOINT: Operation = Operation { verb: "checkpoint", one: "", two: "" };
+
 /// The names of the universe.
 const NAMES: [&str; 11] = ["a", "b", "d", "d/x", "e", "l", "n", "d/n", "O/o", "O/d", "O/n"];
 
@@ -200,7 +203,8 @@ impl std::fmt::Display for Operation {
 /// The operation of a text that [`Operation`]'s `Display` made.
 #[must_use]
 pub fn parse(text: &str) -> Option<Operation> {
-    all(true).into_iter().find(|operation| operation.to_string() == text)
+    let all = all(true).into_iter().chain([CHECKPOINT]);
+    all.into_iter().find(|operation| operation.to_string() == text)
 }
 
 #[cfg(test)]
