@@ -4,8 +4,9 @@
 //! `bfs-common`. What both need stands beside them: [`net`] (addresses, frames, authentication),
 //! [`keys`] (who a host is, and whom it trusts), [`log`] (records in segments, durable), [`tree`] (files and attributes), [`generation`] (reading checkpoints
 //! that are kept), [`mount`] (one of them as a file system) and [`service`] (the service manager). [`cli`] holds the two command lines; the binaries
-//! are thin. [`nearest`] finds the word that was meant. [`policy`] says what is done with single files. [`durable`] is what makes things survive a power cut, [`mutant`] nothing but tests.
+//! are thin. [`nearest`] finds the word that was meant. [`policy`] says what is done with single files. [`alert`] tells somebody. [`durable`] is what makes things survive a power cut, [`mutant`] nothing but tests.
 
+pub mod alert;
 pub mod backup;
 pub mod cli;
 pub mod durable;

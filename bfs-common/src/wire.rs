@@ -32,7 +32,7 @@ pub use process::{
     process_file_is_valid,
 };
 pub use promote::{History, PromoteStage, Promoter};
-pub use status::{GroupStatus, StoreState};
+pub use status::{AgentStanding, GroupStatus, StoreState};
 
 /// Version of the protocol, with its history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub enum Version {
     /// [`Refusal::Attached`], `history` in [`GroupStatus`].
     V3 = 3,
     /// Process state: [`Frame::PutProcess`], [`Frame::GetProcess`] and what belongs to them, `process` in
-    /// [`GenerationLine`]. [`Frame::GetNewest`].
+    /// [`GenerationLine`]. [`Frame::GetNewest`]. [`Frame::Bye`], `agent` in [`GroupStatus`].
     V4 = 4,
 }
 
@@ -521,6 +521,8 @@ pub enum Frame {
     Ping(u64),
     /// The answer.
     Pong(u64),
+    /// The agent that writes ends, as it was told to: nobody has to look for it.
+    Bye,
 }
 
 /// Why bytes are not a frame.
@@ -653,6 +655,7 @@ mod tests {
         assert_eq!(hex(Frame::ProcessKept), "10000000 0c000000 ab50726f636573734b657074".replace(' ', ""));
         let newest = Frame::GetNewest { group: "g".into(), object: ObjectId(5), at_least: Sequence(9) };
         assert_eq!(hex(newest), "14000000 10000000 81 a94765744e6577657374 93 a167 05 09".replace(' ', ""));
+        assert_eq!(hex(Frame::Bye), "08000000 04000000 a3427965".replace(' ', ""));
         assert_eq!(PREAMBLE, *b"bfs1\x04\0\0\0");
     }
 

@@ -139,3 +139,48 @@ fn who_rests_is_not_behind() {
     assert!(world.finish().unwrap().success());
     exercise::equal(&world).unwrap();
 }
+
+/// Should the primary's host be gone, the backup's tells it; an agent that was told to end is not missed.
+#[test]
+fn the_backup_tells_that_the_primary_is_gone() {
+    let mut world = World::new("gone", Transport::Tcp).unwrap();
+    let log = world.place.aux.join("alerts");
+    let alert = format!("echo $BFS_GROUP $BFS_ALERT $BFS_STATE >> {}", log.display());
+    world.replayer_options(&["--alert", &alert, "--alert-after", "1s"]);
+    world.start(&AppendWriters, How::Run).unwrap();
+    world.checkpoint().unwrap();
+    let agent = |world: &World| world.replayer_status().unwrap()["agent"].clone();
+    until("a heartbeat", SOON, || {
+        agent(&world)["attached"]["round_trip_us"].as_u64().filter(|trip| *trip > 0)
+    })
+    .unwrap();
+    let told = |world: &World, count: usize| {
+        until("what is told", SOON, || {
+            let text = fs::read_to_string(&log).unwrap_or_default().replace(&world.group, "G");
+            let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+            (lines.len() >= count).then_some(lines)
+        })
+        .unwrap()
+    };
+    world.kill_agent().unwrap();
+    assert_eq!(told(&world, 1), ["G away begins"]);
+    let lost = agent(&world)["lost"].clone();
+    assert!(lost["since_ns"].as_i64() > Some(0) && lost["why"].is_string(), "{lost}");
+    world.resume().unwrap();
+    assert_eq!(told(&world, 2), ["G away begins", "G away ends"]);
+
+    // No connection says that its other end stands still. When that goes on, so does all else.
+    world.pause_agent(true).unwrap();
+    let why =
+        until("the silence to be noticed", SOON, || agent(&world)["lost"]["why"].as_str().map(str::to_owned))
+            .unwrap();
+    assert!(why.contains("nothing came from it for 10 s"), "{why}");
+    world.pause_agent(false).unwrap();
+    exercise::cut(&world, &AppendWriters, 0).unwrap();
+    exercise::stopped(&world, 1).unwrap();
+    world.finish().unwrap();
+    exercise::equal(&world).unwrap();
+    let ended = until("the goodbye", SOON, || agent(&world)["ended"]["since_ns"].as_i64());
+    assert!(ended.unwrap() > 0);
+    assert_eq!(told(&world, 2).len(), 2, "what comes and goes is told once in a while");
+}

@@ -51,6 +51,7 @@ pub fn need(frame: &Frame) -> Need<'_> {
         Frame::Hello { group, .. } => Need::ToWrite(group),
         Frame::Records { .. }
         | Frame::GetCatalog
+        | Frame::Bye
         | Frame::ProcessBlocks { .. }
         | Frame::ProcessBytes
         | Frame::ProcessEnd => Need::Writer,

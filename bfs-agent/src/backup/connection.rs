@@ -7,7 +7,7 @@
 //! afterwards what the peer still sends is read and dropped for a while, because closing a socket
 //! with unread bytes would tear the refusal away from it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bfs_common::past::{Look, Seen};
@@ -17,19 +17,21 @@ use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
+mod heart;
 mod process;
 mod writing;
 
 use super::access::{Entered, Need, need};
 use super::error::BackupError;
 use super::generations;
-use super::group::Group;
+use super::group::{Group, Leave, Pulse};
 use super::past::{Loaded, Past};
 use super::serve::Shared;
 use super::transfer::Receiver;
 use super::{digests, history, look, newest, places, read, transfer};
 use crate::keys::peers::Right;
 use crate::net::{Connection, FrameError, FrameReader, FrameWriter};
+use heart::Heart;
 
 /// Frames that wait to be written.
 const QUEUE: usize = 32;
@@ -48,7 +50,7 @@ struct Writing {
     group: Arc<Group>,
     epoch: Epoch,
     fenced: Arc<Notify>,
-    heard: Arc<Mutex<Instant>>,
+    pulse: Arc<Pulse>,
     acks: AbortHandle,
 }
 
@@ -82,6 +84,9 @@ struct Session {
     receiver: Option<Receiver>,
     /// Images of processes that it sends.
     putting: Option<process::Putting>,
+    heart: Heart,
+    /// How the agent left, where its connection does not say it all.
+    left: Option<Leave>,
 }
 
 /// Serves a connection until it ends.
@@ -119,13 +124,19 @@ pub async fn serve(shared: Arc<Shared>, connection: Connection) {
         looked: None,
         receiver: None,
         putting: None,
+        heart: Heart::new(Instant::now()),
+        left: None,
     };
     let end = tokio::select! {
         biased;
         () = key_changed => Err(Refusal::KeyChanged),
         end = session.run(&mut reader) => end,
     };
-    session.release();
+    let left = session.left.take();
+    session.release(match &end {
+        Ok(()) => left.unwrap_or_else(|| Leave::Lost("its connection ended".into())),
+        Err(refusal) => Leave::Lost(refusal.to_string()),
+    });
     let refused = match end {
         Ok(()) => false,
         Err(Refusal::KeyChanged) => {
@@ -234,13 +245,26 @@ impl Session {
                 frame = reader.next() => match frame {
                     Ok(Some((frame, body))) => {
                         if let Some(writing) = &self.writing {
-                            *writing.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+                            writing.pulse.heard();
                         }
                         self.frame(frame, body).await?;
+                        self.heart.heard(Instant::now());
                     }
                     Ok(None) | Err(FrameError::Io(_) | FrameError::CutOff) => return Ok(()),
                     Err(FrameError::Wire(error)) => return Err(Refusal::Bad(error.to_string())),
                 },
+                () = tokio::time::sleep_until(self.heart.beat_at().into()), if self.writing.is_some() => {
+                    match self.heart.beat(reader.buffered(), Instant::now()) {
+                        // Where so much waits to be written, the peer hears enough.
+                        Some(number) => drop(out.try_send((Frame::Ping(number), Bytes::new()))),
+                        None => {
+                            let why = format!("nothing came from it for {} s", heart::SILENT_MAX.as_secs());
+                            tracing::warn!("the agent of connection {}: {why}", self.number);
+                            self.left = Some(Leave::Lost(why));
+                            return Ok(());
+                        }
+                    }
+                }
                 () = notified(fenced) => {
                     let why = self.writing.as_ref().map(|w| w.group.state().fenced(w.epoch));
                     return Err(why.unwrap_or(Refusal::Fenced { newest: Epoch(0) }));
@@ -499,7 +523,18 @@ impl Session {
                 self.answer(Frame::Pong(number)).await;
                 Ok(())
             }
-            Frame::Pong(_) => Ok(()),
+            Frame::Pong(number) => {
+                if let Some(writing) = &self.writing
+                    && let Some(after) = self.heart.answered(number, Instant::now())
+                {
+                    writing.pulse.answered(after);
+                }
+                Ok(())
+            }
+            Frame::Bye => {
+                self.left = Some(Leave::Bye);
+                Ok(())
+            }
             _ => Err(Refusal::Bad("a frame that only a replayer sends".into())),
         }
     }
@@ -603,17 +638,14 @@ impl Session {
     }
 
     /// Gives back what the connection held.
-    fn release(&mut self) {
+    fn release(&mut self, leave: Leave) {
         for reader in self.readers.drain(..) {
             reader.abort();
         }
         self.held.clear();
         let Some(writing) = self.writing.take() else { return };
         writing.acks.abort();
-        let mut state = writing.group.state();
-        if state.slot.as_ref().is_some_and(|slot| slot.connection == self.number) {
-            state.slot = None;
-            drop(state);
+        if writing.group.state().leave(self.number, leave) {
             writing.group.slot_free.notify_waiters();
         }
     }

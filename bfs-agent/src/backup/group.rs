@@ -13,6 +13,7 @@ use std::time::Instant;
 
 mod adopting;
 mod applying;
+mod attending;
 mod following;
 mod merging;
 mod processes;
@@ -38,6 +39,8 @@ use super::room::{Disk, Disks, Need, Room};
 use super::transfer::Incoming;
 use crate::log::LogRecord;
 use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
+use attending::Attendance;
+pub use attending::{Leave, Pulse, Slot};
 use taking::Pending;
 
 /// Batches that wait for the log thread; each is a frame at most.
@@ -71,25 +74,6 @@ pub struct Progress {
     pub refuses: Option<String>,
 }
 
-/// The connection that writes a group.
-#[derive(Clone, Debug)]
-pub struct Slot {
-    /// Number of the connection.
-    pub connection: u64,
-    /// Tells it that it lost the group.
-    pub fenced: Arc<Notify>,
-    /// When something came from it.
-    pub heard: Arc<Mutex<Instant>>,
-}
-
-impl Slot {
-    /// For a connection of which something just came.
-    #[must_use]
-    pub fn of(connection: u64) -> Self {
-        Self { connection, fenced: Arc::default(), heard: Arc::new(Mutex::new(Instant::now())) }
-    }
-}
-
 /// What changes with every record.
 #[derive(Debug)]
 pub struct State {
@@ -101,6 +85,8 @@ pub struct State {
     steps: VecDeque<Taken>,
     /// Who writes.
     pub slot: Option<Slot>,
+    /// The agent that came last.
+    attendance: Attendance,
     /// Promotions, the newest last.
     histories: Vec<HistoryRow>,
     /// One is being begun: nobody writes.
@@ -141,6 +127,7 @@ impl State {
             granted,
             steps: VecDeque::new(),
             slot: None,
+            attendance: Attendance::default(),
             histories,
             promoting: false,
             applied,
@@ -609,6 +596,7 @@ impl Group {
             pending_records: state.pending.records,
             open_gaps: state.gate.gaps.len() as u64,
             attached: state.slot.is_some(),
+            agent: state.agent(),
             rolling_back: state.gate.rolling_back,
             history: state.histories.last().map(|row| row.history.clone()),
             state: match (&state.log_trouble, &why_not, &state.apply_trouble) {

@@ -1,6 +1,6 @@
 //! What a replayer shows to monitors. Pure.
 
-use bfs_common::wire::GroupStatus;
+use bfs_common::wire::{AgentStanding, GroupStatus};
 
 use crate::metrics::{Exposition, flag};
 
@@ -44,6 +44,20 @@ pub fn metrics(groups: &[GroupStatus], following: &[Following]) -> String {
     each(&mut out, "bfs_replayer_pending_bytes", "Their bytes", &|g| g.pending_bytes as f64);
     each(&mut out, "bfs_replayer_open_gaps", "Gaps that are open", &|g| g.open_gaps as f64);
     each(&mut out, "bfs_replayer_agent_connected", "Whether an agent is connected", &|g| flag(g.attached));
+    for group in groups {
+        let labels = [("group", group.group.as_str())];
+        let (lost, trip_us) = match &group.agent {
+            AgentStanding::Attached { round_trip_us, .. } => (false, Some(*round_trip_us)),
+            AgentStanding::Lost { .. } => (true, None),
+            AgentStanding::Unseen | AgentStanding::Ended { .. } => (false, None),
+        };
+        let help = "Whether the agent is gone and did not say that it ends";
+        out.gauge("bfs_replayer_agent_lost", help, &labels, flag(lost));
+        if let Some(us) = trip_us.filter(|us| *us > 0) {
+            let help = "How long the last heartbeat took to the agent and back";
+            out.gauge("bfs_replayer_round_trip_seconds", help, &labels, us as f64 / 1e6);
+        }
+    }
     each(&mut out, "bfs_replayer_rolling_back", "The primary's files are between two states", &|g| {
         flag(g.rolling_back.is_some())
     });

@@ -35,6 +35,7 @@ pub mod store;
 pub mod sums;
 pub mod target;
 pub mod transfer;
+pub mod watching;
 
 pub use error::BackupError;
 pub use serve::{Replayer, ReplayerHandle, ServeOptions, store_keys};

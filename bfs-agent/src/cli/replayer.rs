@@ -7,11 +7,11 @@ mod keep;
 mod keys;
 mod processes;
 mod promote;
+mod serve;
 mod transfer;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -20,12 +20,12 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::backup::retention;
-use crate::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions, store};
+use crate::backup::watching::agent_text;
+use crate::backup::{BackupError, ServeOptions, store};
 use crate::cli::{say, sayln};
 use crate::generation::{At, ReadError, time_text};
 use crate::keys::{self as key_files, Folder, KeyError};
-use crate::net::{self, AddressError, AskError, ConnectError, Destination, Scrape, ScrapeError};
-use crate::service::Service;
+use crate::net::{self, AddressError, AskError, ConnectError, Destination, ScrapeError};
 
 /// How long `status` waits for an answer.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -130,9 +130,8 @@ The backup files of group G stand at STORE/tree/G/ followed by the path on the p
         /// there is room for. The first copy of a group is one checkpoint, and must fit
         #[arg(long, value_name = "BYTES")]
         pending_max: Option<u64>,
-        /// Show numbers for Prometheus at /metrics there: tcp://127.0.0.1:PORT or unix:PATH
-        #[arg(long, value_name = "ADDR")]
-        metrics: Option<Destination>,
+        #[command(flatten)]
+        watching: serve::Watching,
     },
     /// List the checkpoints that are kept
     #[command(after_help = "\
@@ -406,7 +405,7 @@ pub fn main() -> ExitCode {
             keep_min,
             images,
             pending_max,
-            metrics,
+            watching,
         } => {
             let kept = keep::retentions(keep, keep_space, keep_min);
             let (retention, retention_of) = match kept {
@@ -423,7 +422,7 @@ pub fn main() -> ExitCode {
                 retention_of,
                 images,
             };
-            serve(options, metrics.as_ref())
+            serve::serve(options, &watching)
         }
         Command::Generations { from, json } => giveback::generations(&from, json),
         Command::Versions { from, json, path } => changes::versions(&from, &path, json),
@@ -518,51 +517,6 @@ fn at_signal(kinds: &[SignalKind], does: impl FnOnce() + Send + 'static) -> anyh
     Ok(())
 }
 
-fn serve(options: ServeOptions, metrics: Option<&Destination>) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    // Before the store is opened: a signal during a long start ends it cleanly too.
-    let mut signals = {
-        let _inside = runtime.enter();
-        [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]
-    };
-    let handle = Arc::new(Replayer::start(options)?);
-    for address in handle.listening() {
-        eprintln!("listening on {address}");
-    }
-    let asked = Arc::clone(&handle);
-    let shown = move || Some(crate::backup::metrics::metrics(&asked.status(), &asked.following()));
-    let scrape = metrics.map(|at| Scrape::start(at, shown)).transpose()?;
-    if let Some(scrape) = &scrape {
-        eprintln!("metrics on {}", scrape.at());
-    }
-    let mut service = Service::of_environment();
-    service.ready("serving");
-    let [terminate, interrupt] = &mut signals;
-    runtime.block_on(async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            () = watched(&handle, &mut service) => {}
-        }
-    });
-    service.stopping();
-    drop(scrape);
-    drop(handle);
-    Ok(())
-}
-
-/// Tells the service manager that the replayer answers, for as long as it does.
-async fn watched(handle: &ReplayerHandle, service: &mut Service) {
-    loop {
-        match service.every() {
-            None => std::future::pending::<()>().await,
-            Some(every) => tokio::time::sleep(every).await,
-        }
-        handle.answers().await;
-        service.alive();
-    }
-}
-
 /// False when something is damaged.
 fn check(store: &Path, read_data: bool, allowed: &[PathBuf]) -> anyhow::Result<bool> {
     let report = crate::backup::check::check(store, read_data, allowed)?;
@@ -625,10 +579,10 @@ fn table(groups: &[GroupStatus]) -> String {
         out.push_str("no groups yet: an agent makes one when it connects\n");
     }
     for g in groups {
-        let agent = if g.attached { "an agent is connected" } else { "no agent" };
         let applying = if g.applying { ", applying the next one now" } else { "" };
         // Writing to a string does not fail.
-        let _ = writeln!(out, "group {} ({agent}, epoch {})", g.group, g.epoch);
+        let _ = writeln!(out, "group {} (epoch {})", g.group, g.epoch);
+        let _ = writeln!(out, "  agent       {}", agent_text(&g.agent));
         let _ = writeln!(out, "  checkpoint  applied {}{applying}, confirmed {}", g.applied, g.confirmed);
         let _ = writeln!(out, "  stream      durable to record {}", g.durable);
         let _ = writeln!(

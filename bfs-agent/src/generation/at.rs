@@ -1,6 +1,7 @@
 //! Which generation is meant: a number, a tag, or a time. Pure.
 
 use std::str::FromStr;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bfs_common::record::CheckpointId;
 use bfs_common::wire::GenerationLine;
@@ -88,6 +89,13 @@ fn days(year: i64, month: i64, day: i64) -> i64 {
     let (era, of_era) = (year.div_euclid(400), year.rem_euclid(400));
     let of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
     era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468
+}
+
+/// The time by the clock on the wall, nanoseconds since 1970.
+#[must_use]
+pub fn wall_ns() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
 }
 
 /// A time as people read it, UTC.

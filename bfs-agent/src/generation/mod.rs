@@ -26,7 +26,7 @@ use bytes::Bytes;
 
 use crate::net::{AskError, ConnectError, Connection};
 
-pub use at::{At, time_text};
+pub use at::{At, time_text, wall_ns};
 pub use clones::Clones;
 pub use export::{Exported, export};
 pub use promoted::Places;

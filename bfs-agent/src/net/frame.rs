@@ -61,6 +61,12 @@ impl FrameReader {
         Ok(Some(decode_frame(self.buffer.split_to(len).freeze())?))
     }
 
+    /// Bytes that came of a frame that is not whole.
+    #[must_use]
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Reads to the end of the stream and drops what comes, without a look at it.
     pub async fn drain(&mut self) {
         loop {

@@ -324,6 +324,10 @@ impl Run {
                     self.tell(why);
                     self.connection = None;
                 }
+                // If it broke, reading says so.
+                Ok(Ok(Some((Frame::Ping(number), _)))) => {
+                    drop(connection.writer.send(&Frame::Pong(number), b"").await);
+                }
                 Ok(Ok(Some(other))) => self.fail(&format!("{other:?}")),
                 Ok(_) => self.connection = None,
                 Err(_) => {

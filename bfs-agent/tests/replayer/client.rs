@@ -52,9 +52,16 @@ pub async fn hello(
     }
 }
 
+/// The next frame; heartbeats are answered.
 pub async fn next(connection: &mut Connection) -> Frame {
-    let frame = tokio::time::timeout(Duration::from_secs(20), connection.reader.next()).await;
-    frame.expect("an answer in time").expect("a sound frame").expect("not closed").0
+    loop {
+        let frame = tokio::time::timeout(Duration::from_secs(20), connection.reader.next()).await;
+        match frame.expect("an answer in time").expect("a sound frame").expect("not closed").0 {
+            // What is wrong with the connection is seen by whoever reads it.
+            Frame::Ping(number) => drop(connection.writer.send(&Frame::Pong(number), b"").await),
+            frame => return frame,
+        }
+    }
 }
 
 pub async fn refusal(connection: &mut Connection) -> Refusal {

@@ -43,6 +43,36 @@ impl StoreState {
     }
 }
 
+/// How the agent of a group stands, as its replayer sees it. Times are nanoseconds since 1970, by the replayer's clock.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AgentStanding {
+    /// None has come since the replayer was started.
+    #[default]
+    Unseen,
+    /// One is connected.
+    Attached {
+        /// Since when.
+        since_ns: i64,
+        /// When something came from it last, milliseconds ago.
+        heard_ms: u64,
+        /// Of the last heartbeat, microseconds; 0 before the first.
+        round_trip_us: u64,
+    },
+    /// The last one said that it ends.
+    Ended {
+        /// When.
+        since_ns: i64,
+    },
+    /// The last one is gone, and did not say so.
+    Lost {
+        /// Since when.
+        since_ns: i64,
+        /// How that was seen.
+        why: String,
+    },
+}
+
 /// How many bytes of state each destination has, for status.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupStatus {
@@ -68,6 +98,8 @@ pub struct GroupStatus {
     pub open_gaps: u64,
     /// Whether an agent is connected.
     pub attached: bool,
+    /// More of it.
+    pub agent: AgentStanding,
     /// The primary's files are being brought back to this checkpoint: until that is done they are between
     /// two states.
     pub rolling_back: Option<CheckpointId>,

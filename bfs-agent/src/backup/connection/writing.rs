@@ -28,9 +28,9 @@ impl Session {
         let slot = self.occupy(&group, epoch, take_over).await?;
         let idle = tokio::spawn(async {}).abort_handle();
         // From here on the slot is given back when the session ends.
-        let (fenced, heard) = (slot.fenced, slot.heard);
+        let (fenced, pulse) = (slot.fenced, slot.pulse);
         let held = epoch.unwrap_or_default();
-        self.writing = Some(Writing { group: group.clone(), epoch: held, fenced, heard, acks: idle });
+        self.writing = Some(Writing { group: group.clone(), epoch: held, fenced, pulse, acks: idle });
         group.drain().await?;
         let epoch = match epoch {
             Some(epoch) => epoch,
@@ -113,7 +113,7 @@ impl Session {
                 }
                 if state.slot.is_none() && !state.promoting {
                     let slot = Slot::of(self.number);
-                    state.slot = Some(slot.clone());
+                    state.attend(slot.clone());
                     return Ok(slot);
                 }
             }

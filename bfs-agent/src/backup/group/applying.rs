@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::PoisonError;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bfs_common::record::{CheckpointId, DISCARDED, ObjectId};
 
@@ -18,6 +18,7 @@ use super::super::merge::Dropping;
 use super::super::retention::{Kept, Space};
 use super::super::step::{self, apply_step};
 use super::{Group, Held, locked};
+use crate::generation::wall_ns;
 use crate::log::writer::LogWriter;
 
 /// How long the applier waits before it tries again what failed; each time twice as long.
@@ -232,7 +233,7 @@ impl Group {
         let mut held = locked(&self.held);
         let rows = self.index.generations(self.number)?;
         let kept = self.kept(&rows, &held, due)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as i64);
+        let now = wall_ns();
         let space = Space { short, disk_bytes: if due { self.disks.images.size() } else { None } };
         let mut gone = self.limits.retention.gone(&kept, now, space);
         let all: Vec<_> = rows.into_iter().map(|(checkpoint, _)| checkpoint).collect();

@@ -5,7 +5,7 @@
 //! come again, and finds out then how it ended.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bfs_common::record::{CheckpointId, Epoch, GroupId, ObjectId, PathBytes};
 use bfs_common::wire::{Frame, History, PromoteStage, Promoter, Refusal};
@@ -13,6 +13,7 @@ use bfs_common::wire::{Frame, History, PromoteStage, Promoter, Refusal};
 use super::super::error::BackupError;
 use super::super::index::{GroupRow, HistoryRow};
 use super::{Group, Slot, State, locked};
+use crate::generation::wall_ns;
 
 /// An agent that was silent for so long does not answer any more; it pings each second.
 const ANSWERS: Duration = Duration::from_secs(5);
@@ -21,12 +22,6 @@ const HOST_MAX: usize = 255;
 const PATH_MAX: usize = 4096;
 /// Between two notes that a fenced primary came.
 const NOTE_EVERY_NS: i64 = 60_000_000_000;
-
-/// Wall time, nanoseconds since 1970: for people.
-fn now_ns() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
-}
 
 impl State {
     /// The newest promotion.
@@ -130,7 +125,7 @@ impl Group {
             if state.promoting {
                 return Err(Refusal::Busy { name: self.name.clone() });
             }
-            let answers = state.slot.as_ref().is_some_and(|slot| locked(&slot.heard).elapsed() < ANSWERS);
+            let answers = state.slot.as_ref().is_some_and(|slot| slot.pulse.silence() < ANSWERS);
             if answers && !force {
                 return Err(Refusal::Attached { name: self.name.clone() });
             }
@@ -157,7 +152,7 @@ impl Group {
     fn begin_history(&self, at: CheckpointId, by: Promoter) -> Result<GroupRow, BackupError> {
         let row = self.index.group(&self.name)?;
         let parent = row.histories.last().map_or(self.id.0, |row| row.history.history);
-        let since_ns = now_ns();
+        let since_ns = wall_ns();
         // Epochs only go up, so it is another one than any of this store; and the rest tells stores apart.
         let mut hasher = blake3::Hasher::new_derive_key("bfs 2026 history v1");
         hasher.update(&parent).update(&row.granted.0.to_le_bytes()).update(&since_ns.to_le_bytes());
@@ -216,7 +211,7 @@ impl Group {
             let noted = state.history().and_then(|row| row.history.refused_ns);
             (state.admit_writer(&self.name, self.id, id), noted)
         };
-        let now = now_ns();
+        let now = wall_ns();
         if let Err(Refusal::Promoted { .. }) = &admitted
             && noted.is_none_or(|then| now.saturating_sub(then) > NOTE_EVERY_NS)
         {

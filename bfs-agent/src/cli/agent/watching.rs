@@ -11,8 +11,8 @@ use crate::primary::session::AlertOptions;
 /// Alerts and metrics.
 #[derive(Debug, Args)]
 pub(super) struct Watching {
-    /// Run by the shell when something goes wrong, and when that is over. BFS_ALERT says what: detached, diverged,
-    /// full or unconfirmed; BFS_STATE begins or ends; BFS_MESSAGE more
+    /// Run by the shell when something goes wrong, and when that is over. BFS_ALERT says what: detached, away,
+    /// fenced, diverged, full or unconfirmed; BFS_STATE begins or ends; BFS_MESSAGE more
     #[arg(long, value_name = "CMD")]
     alert: Option<String>,
     /// How long nothing may be confirmed, before that is an alert

@@ -46,25 +46,26 @@ pub struct Hook {
 }
 
 impl Hook {
-    /// Starts a command line of the shell. Its output goes to standard error, where the messages of the agent go.
+    /// Starts a command line of the shell. `inherited`: signals that this process took over, which it does not. Its output goes to standard error, where the messages of the agent go.
     #[must_use]
     pub fn start(
         command: &str,
         variables: &[(&'static str, String)],
         limit: Duration,
-        inherited: &Inherited,
+        inherited: Option<&Inherited>,
     ) -> Self {
         let mut shell = Command::new("/bin/sh");
         shell.arg("-c").arg(command).envs(variables.iter().map(|(name, value)| (name, value)));
         shell.stdin(Stdio::null()).process_group(0);
-        let restore = inherited.clone();
-        // SAFETY: between fork and exec only signal and sigprocmask are called, which are async-signal-safe.
-        unsafe {
-            shell.pre_exec(move || {
-                restore.restore();
-                Ok(())
-            })
-        };
+        if let Some(restore) = inherited.cloned() {
+            // SAFETY: between fork and exec only signal and sigprocmask are called, which are async-signal-safe.
+            unsafe {
+                shell.pre_exec(move || {
+                    restore.restore();
+                    Ok(())
+                })
+            };
+        }
         let (ended, end) = mpsc::channel();
         let failed = ended.clone();
         let thread = std::thread::Builder::new().name("bfs-hook".into());
@@ -155,7 +156,7 @@ mod tests {
 
     fn end(command: &str, limit: Duration) -> Result<(), String> {
         let inherited = Inherited { mask: empty_set(), ignored: Vec::new(), taken: empty_set() };
-        let hook = Hook::start(command, &[("BFS_X", "a b".into())], limit, &inherited);
+        let hook = Hook::start(command, &[("BFS_X", "a b".into())], limit, Some(&inherited));
         loop {
             if let Some(end) = hook.ended() {
                 return end.map_err(|e| e.to_string());

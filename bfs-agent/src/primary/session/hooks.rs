@@ -120,7 +120,7 @@ impl Work {
         let group = &self.options.group;
         if let Some(owed) = state::owed_hook(group) {
             let variables = owed.occasion.variables(Some("unknown"));
-            let hook = Hook::start(&owed.command, &variables, owed.limit, inherited);
+            let hook = Hook::start(&owed.command, &variables, owed.limit, Some(inherited));
             self.hooks.stage = Stage::After(hook);
         }
         self.hooks.inherited = Some(inherited.clone());
@@ -249,7 +249,7 @@ impl Work {
     fn start(&self, command: &str, occasion: &Occasion, result: Option<&'static str>) -> Option<Hook> {
         let inherited = self.hooks.inherited.as_ref()?;
         let variables = occasion.variables(result);
-        Some(Hook::start(command, &variables, self.options.hooks.limit, inherited))
+        Some(Hook::start(command, &variables, self.options.hooks.limit, Some(inherited)))
     }
 
     fn begin_after(&mut self, occasion: &Occasion, result: &'static str) {

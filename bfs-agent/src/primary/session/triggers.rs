@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use jiff::tz::TimeZone;
 
 use super::commands::Ask;
-use super::work::{Work, wall_ns};
+use super::work::Work;
+use crate::generation::wall_ns;
 use crate::primary::cron::Calendar;
 use crate::primary::engine::host::Host;
 use crate::primary::engine::{Stop, Taken};

@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::work::{Work, wall_ns};
+use super::work::Work;
+use crate::generation::wall_ns;
 use crate::primary::control::Standing;
 use bfs_common::wire::Refusal;
 

@@ -3,13 +3,13 @@
 
 use std::path::Path;
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bfs_common::record::{CheckpointId, Epoch, Sequence};
 use bfs_common::wire::Refusal;
 
 use super::SessionOptions;
-use super::alerts::Teller;
+use super::alerts::Alerting;
 use super::commands::{Held, Waiter, reached};
 use super::comparing::Comparisons;
 use super::hooks::Hooks;
@@ -20,6 +20,7 @@ use super::switching::Switching;
 use super::triggers::Since;
 use super::watching::Watch;
 use crate::backup::ReplayerHandle;
+use crate::generation::wall_ns;
 use crate::net::Scrape;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{self, Inbound, Replies, Reply, State, WaitFor};
@@ -116,7 +117,7 @@ pub struct Work {
     pub(super) waiters: Vec<Waiter>,
     pub(super) held: Option<Held>,
     pub(super) hooks: Hooks,
-    pub(super) teller: Teller,
+    pub(super) alerting: Alerting,
     /// How the backup stands.
     pub(super) watch: Watch,
     /// When that was looked at.
@@ -178,7 +179,7 @@ impl Work {
             waiters: Vec::new(),
             held: None,
             hooks: Hooks::default(),
-            teller: Teller::default(),
+            alerting: Alerting::default(),
             watch: Watch::new(wall_ns()),
             watched: None,
             differences: 0,
@@ -493,9 +494,4 @@ impl Work {
         }
         super::state::State::remove(&self.options.group);
     }
-}
-
-pub(super) fn wall_ns() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }

@@ -185,6 +185,7 @@ async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
             }
             while let Some(frame) = shared.next_answer() {
                 writer.send(&frame, b"").await?;
+                shared.answered(&frame);
             }
             Ok(())
         }

@@ -35,6 +35,8 @@ use crate::primary::spool::{Left, Spool};
 use queue::{Next, Queue};
 use serde::{Deserialize, Serialize};
 
+/// How long a goodbye may take.
+const BYE_LIMIT: Duration = Duration::from_millis(500);
 /// Answers that wait to be written; a peer that makes more of them is not served.
 const ANSWERS_MAX: usize = 64;
 
@@ -214,6 +216,8 @@ struct State {
     /// Only what is touched is handed over, no bytes.
     notes: bool,
     answers: VecDeque<Frame>,
+    /// The replayer was told that this is the end.
+    said_bye: bool,
     ping: (u64, Instant),
     catalog: Catalog,
 }
@@ -338,7 +342,28 @@ impl Shipper {
         self.stop()
     }
 
+    /// Tells the replayer that nobody has to look for this agent, if it can be told at once.
+    fn say_bye(&self) {
+        let deadline = Instant::now() + BYE_LIMIT;
+        let mut state = self.shared.lock();
+        if !state.progress.connected {
+            return;
+        }
+        state.answers.push_back(Frame::Bye);
+        self.shared.wake.notify_one();
+        while state.progress.connected && !state.said_bye {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            state = self.shared.wait(state, left);
+        }
+    }
+
     fn stop(&mut self) -> Option<Spool> {
+        if self.thread.is_some() && !std::thread::panicking() {
+            self.say_bye();
+        }
         self.shared.ended.send_replace(true);
         self.shared.keeper.notify_one();
         if let Some(thread) = self.thread.take() {
@@ -447,6 +472,7 @@ impl Shared {
                 seal: false,
                 notes: false,
                 answers: VecDeque::new(),
+                said_bye: false,
                 ping: (0, Instant::now()),
                 catalog: Catalog::None,
             }),
@@ -626,6 +652,12 @@ impl Shared {
     /// How much is sent at once.
     fn piece_max(&self) -> usize {
         self.limit.as_ref().map_or(queue::BODY_MAX, |limit| limit.piece_max())
+    }
+
+    fn answered(&self, answer: &Frame) {
+        if *answer == Frame::Bye {
+            self.change(|state| state.said_bye = true);
+        }
     }
 
     fn next_to_send(&self) -> Next {
