@@ -14,6 +14,8 @@ use bfs_common::wire::*;
 
 #[path = "replayer/client.rs"]
 mod client;
+#[path = "replayer/packed.rs"]
+mod packed;
 #[path = "replayer/sockets.rs"]
 mod sockets;
 
@@ -178,6 +180,7 @@ async fn refusals_are_typed() {
         epoch: None,
         take_over: false,
         maps: Vec::new(),
+        lz4: false,
     };
     other.writer.send(&frame, b"").await.unwrap();
     assert_eq!(refusal(&mut other).await, Refusal::OtherGroup { name: "g".into() });
@@ -343,6 +346,7 @@ async fn maps_lead_only_where_the_replayer_allows() {
         epoch: None,
         take_over: false,
         maps: vec![(PathBytes::new("/data".as_ref()), PathBytes::new(to))],
+        lz4: false,
     };
     for bad in [Path::new("/etc/x"), Path::new("../x"), &outside] {
         let mut connection = replayer.connect_local();

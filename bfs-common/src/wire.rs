@@ -10,6 +10,7 @@
 //! the replayer sends its [`PREAMBLE`], magic and version, the agent its own, and frames follow.
 
 mod generation;
+mod pack;
 mod process;
 mod promote;
 mod status;
@@ -27,6 +28,7 @@ pub use crate::refusal::Refusal;
 pub use generation::{
     DIGEST_BLOCK, DIGEST_BYTES, DigestLine, Digests, GenerationLine, NewestFile, TreeObject,
 };
+pub use pack::{PACK_MAX, pack, unpack};
 pub use process::{
     PROCESS_BLOCK, PROCESS_BLOCKS_MAX, PROCESS_DIGEST, PROCESS_FILE_MAX, PROCESS_FILES_MAX, PROCESS_PIECE,
     process_file_is_valid,
@@ -47,7 +49,8 @@ pub enum Version {
     /// [`Refusal::Attached`], `history` in [`GroupStatus`].
     V3 = 3,
     /// Process state: [`Frame::PutProcess`], [`Frame::GetProcess`] and what belongs to them, `process` in
-    /// [`GenerationLine`]. [`Frame::GetNewest`]. [`Frame::Bye`], `agent` in [`GroupStatus`].
+    /// [`GenerationLine`]. [`Frame::GetNewest`]. [`Frame::Bye`], `agent` in [`GroupStatus`]. Later `lz4` in [`Frame::Hello`] and
+    /// [`Frame::Welcome`] (left out where it is false: nothing changed for peers that do not know it), and [`Frame::Packed`].
     V4 = 4,
 }
 
@@ -145,6 +148,9 @@ pub enum Frame {
         /// FROM=TO of `--map`: the primary's path prefix and the place on the backup (below
         /// `STORE/tree/GROUP` when relative, else absolute and allowed by the replayer).
         maps: Vec<(PathBytes, PathBytes)>,
+        /// Records may travel packed, if the replayer says the same. Who does not know that refuses this as [`Refusal::Bad`].
+        #[serde(default, skip_serializing_if = "pack::is_false")]
+        lz4: bool,
     },
     /// Replayer: you may write.
     Welcome {
@@ -167,6 +173,9 @@ pub enum Frame {
         /// The backup was promoted, and no checkpoint was taken since: below this directory stands what it gave out, each
         /// file at the absolute path that it had. What the store knows of inodes is of another host.
         adopt: Option<PathBytes>,
+        /// [`Frame::Packed`] is understood; only said to who asked.
+        #[serde(default, skip_serializing_if = "pack::is_false")]
+        lz4: bool,
     },
     /// Agent: encoded records follow as the body, in order and without a gap.
     Records {
@@ -174,6 +183,15 @@ pub enum Frame {
         first: Sequence,
         /// How many.
         count: u32,
+    },
+    /// Agent: the same, packed by [`pack`]. Only where [`Frame::Welcome`] said that it is understood.
+    Packed {
+        /// Number of the first.
+        first: Sequence,
+        /// How many.
+        count: u32,
+        /// Bytes of the plain body, at most [`PACK_MAX`].
+        plain_len: u32,
     },
     /// Replayer: durable up to here.
     Ack {

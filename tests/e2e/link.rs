@@ -1,9 +1,10 @@
-//! How the stream travels: no faster than the user allows.
+//! How the stream travels: no faster than the user allows, and compressed.
 
 use std::fs;
 use std::time::{Duration, Instant};
 
 use bfs_tests::exercise;
+use bfs_tests::network::Proxy;
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World};
 
@@ -110,6 +111,68 @@ fn more_than_limit_and_spool_hold_is_noted_and_sent_later() {
     until("bytes to be sent again", SOON, || (!noting(&world)).then_some(())).unwrap();
     world.finish().unwrap();
     exercise::equal(&world).unwrap();
+}
+
+/// Text travels in a fraction of its bytes, what cannot be compressed as it is, and the backup is the same.
+fn compressed_over(name: &str, transport: Transport) {
+    let mut world = World::new(name, transport).unwrap();
+    world.agent_options(&["--compress"]);
+    let proxy = (transport == Transport::Tcp).then(|| Proxy::new(world.address()).unwrap());
+    if let Some(proxy) = &proxy {
+        world.through(proxy.address().to_owned());
+    }
+    world.start_replayer().unwrap();
+    // A log, and the second time noise.
+    let script = "if [ $n = 2 ]; then head -c 8388608 /dev/urandom > \"$1/noise\"; else
+        seq -f 'GET /items/%.0f HTTP/1.1 200 application/json' 1 200000 >> \"$1/log\"; fi";
+    world.run(&on_demand(&world, script)).unwrap();
+    world.checkpoint_until("applied").unwrap();
+    let counts = |world: &World| {
+        let status = world.status().unwrap();
+        let destination = &status["destinations"][0];
+        assert_eq!(destination["compressed"], true, "{status}");
+        let number = |name: &str| destination[name].as_u64().unwrap();
+        (number("sent_bytes"), number("wire_bytes"), proxy.as_ref().map_or(0, Proxy::bytes))
+    };
+    let mut before = counts(&world);
+    let mut goes = |world: &World, number| {
+        go(world, number);
+        world.checkpoint_until("applied").unwrap();
+        let now = counts(world);
+        let went = (now.0 - before.0, now.1 - before.1, now.2 - before.2);
+        eprintln!("{went:?}: bytes of records, of them on the wire, seen there");
+        before = now;
+        went
+    };
+    let (sent, wire, seen) = goes(&world, 1);
+    assert!(sent > 8 * MIB && wire < sent / 3, "{wire} of {sent}");
+    if proxy.is_some() {
+        assert!(seen >= wire && seen < sent / 3, "{seen} bytes went over TCP for {sent}");
+    }
+    let (sent, wire, _) = goes(&world, 2);
+    assert!(sent > 8 * MIB && wire <= sent && wire > sent - sent / 50, "{wire} of {sent}");
+    // Another replayer process is asked again.
+    world.kill_replayer().unwrap();
+    go(&world, 3);
+    world.start_replayer().unwrap();
+    world.checkpoint_until("applied").unwrap();
+    counts(&world);
+    let shown = world.agent_command(&["status"], SOON).unwrap();
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("were sent, compressed to"), "{shown}");
+    exercise::stopped(&world, 0).unwrap();
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
+}
+
+#[test]
+fn what_is_compressed_over_tls_is_the_same_there() {
+    compressed_over("link-lz4-tcp", Transport::Tcp);
+}
+
+#[test]
+fn what_is_compressed_over_a_unix_socket_is_the_same_there() {
+    compressed_over("link-lz4-unix", Transport::Unix);
 }
 
 #[test]

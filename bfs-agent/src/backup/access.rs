@@ -50,6 +50,7 @@ pub fn need(frame: &Frame) -> Need<'_> {
     match frame {
         Frame::Hello { group, .. } => Need::ToWrite(group),
         Frame::Records { .. }
+        | Frame::Packed { .. }
         | Frame::GetCatalog
         | Frame::Bye
         | Frame::ProcessBlocks { .. }

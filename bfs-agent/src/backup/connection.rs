@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use bfs_common::past::{Look, Seen};
 use bfs_common::record::{CheckpointId, Epoch};
-use bfs_common::wire::{Frame, Refusal};
+use bfs_common::wire::{Frame, Refusal, unpack};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
@@ -49,6 +49,8 @@ const LINGER: Duration = Duration::from_secs(5);
 struct Writing {
     group: Arc<Group>,
     epoch: Epoch,
+    /// Its records may come packed.
+    lz4: bool,
     fenced: Arc<Notify>,
     pulse: Arc<Pulse>,
     acks: AbortHandle,
@@ -330,16 +332,23 @@ impl Session {
     async fn frame(&mut self, frame: Frame, body: Bytes) -> Result<(), Refusal> {
         self.check(&frame).await?;
         match frame {
-            Frame::Hello { group, group_id, boot_id: _, epoch, take_over, maps } => {
+            Frame::Hello { group, group_id, boot_id: _, epoch, take_over, maps, lz4 } => {
                 if self.writing.is_some() {
                     return Err(Refusal::Bad("a second Hello on one connection".into()));
                 }
-                self.hello(group, group_id, epoch, take_over, maps).await
+                self.hello(group, group_id, epoch, (take_over, lz4), maps).await
             }
             Frame::Records { first, count } => {
                 let Some(writing) = &self.writing else {
                     return Err(Refusal::Bad("records before Hello".into()));
                 };
+                writing.group.take(self.number, writing.epoch, first, count, body).await
+            }
+            Frame::Packed { first, count, plain_len } => {
+                let Some(writing) = self.writing.as_ref().filter(|writing| writing.lz4) else {
+                    return Err(Refusal::Bad("packed records that were not agreed on".into()));
+                };
+                let body = unpack(&body, plain_len).map_err(|error| Refusal::Bad(error.to_string()))?;
                 writing.group.take(self.number, writing.epoch, first, count, body).await
             }
             Frame::GetCatalog => {

@@ -77,6 +77,16 @@ pub fn metrics(status: &Status) -> String {
         out.counter("bfs_reconnects_total", "Connections made again", &labels, destination.reconnects);
     }
     for destination in &status.destinations {
+        let labels = [group[0], ("address", destination.address.as_str())];
+        let what = "Bytes of records sent, resent ones included";
+        out.counter("bfs_sent_bytes_total", what, &labels, destination.sent_bytes);
+    }
+    for destination in &status.destinations {
+        let labels = [group[0], ("address", destination.address.as_str())];
+        let what = "As how many these travelled, which is less with --compress";
+        out.counter("bfs_wire_bytes_total", what, &labels, destination.wire_bytes);
+    }
+    for destination in &status.destinations {
         let Some(rate) = destination.rate_limit else { continue };
         let labels = [group[0], ("address", destination.address.as_str())];
         out.gauge("bfs_rate_limit_bytes", "Most bytes a second that are sent", &labels, rate as f64);

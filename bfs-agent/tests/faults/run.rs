@@ -248,6 +248,7 @@ impl Run {
                 epoch,
                 take_over: false,
                 maps: Vec::new(),
+                lz4: false,
             };
             let killed = self.fault.is_some_and(|fault| !matches!(fault.effect, Effect::Fails(_)));
             if let Err(error) = connection.writer.send(&hello, b"").await

@@ -106,6 +106,7 @@ pub fn frames() -> Vec<Vec<u8>> {
             epoch: Some(Epoch(1)),
             take_over: true,
             maps: vec![(PathBytes::new("/a".as_ref()), PathBytes::new("b".as_ref()))],
+            lz4: true,
         },
         Frame::Welcome {
             epoch: Epoch(1),
@@ -117,6 +118,7 @@ pub fn frames() -> Vec<Vec<u8>> {
             roots: roots.clone(),
             boot_id: [5; 16],
             adopt: Some(PathBytes::new("/".as_ref())),
+            lz4: true,
         },
         Frame::Ack { position, confirmed: checkpoint, applied: checkpoint, state: StoreState::Stuck },
         Frame::Refused(Refusal::Full("why".into())),
@@ -153,6 +155,10 @@ pub fn frames() -> Vec<Vec<u8>> {
     let mut streams: Vec<Vec<u8>> = all.iter().map(|frame| encode_frame(frame, b"").to_vec()).collect();
     let whole = Frame::Records { first: Sequence(1), count: records.len() as u32 };
     streams.push(encode_frame(&whole, &records.concat()).to_vec());
+    let plain = records.concat();
+    let body = pack(&plain).expect("records have much in common");
+    let (count, plain_len) = (records.len() as u32, plain.len() as u32);
+    streams.push(encode_frame(&Frame::Packed { first: Sequence(1), count, plain_len }, &body).to_vec());
     let one_by_one = records
         .iter()
         .zip(1..)

@@ -29,8 +29,14 @@ pub fn fuzz_wire(input: &[u8]) {
             return;
         }
         let Ok((frame, mut body)) = decode_frame(rest.split_to(len)) else { continue };
+        let packed = if let Frame::Packed { plain_len, .. } = frame { Some(plain_len) } else { None };
         let again = encode_frame(&frame, &body);
         assert_eq!(decode_frame(again).expect("what was encoded is understood"), (frame, body.clone()));
+        if let Some(plain_len) = packed {
+            let Ok(plain) = unpack(&body, plain_len) else { continue };
+            assert!(plain.len() <= PACK_MAX && plain.len() == plain_len as usize);
+            body = plain;
+        }
         while let Ok(Some(encoded)) = codec::take(&mut body) {
             let Ok((record, payload)) = encoded.decode() else { break };
             if gate.take(Epoch(1), &encoded, &record, &payload).is_ok() {

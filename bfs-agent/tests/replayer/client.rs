@@ -44,6 +44,7 @@ pub async fn hello(
         epoch,
         take_over,
         maps: Vec::new(),
+        lz4: false,
     };
     connection.writer.send(&hello, b"").await.unwrap();
     match next(connection).await {

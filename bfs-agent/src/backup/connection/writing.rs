@@ -18,7 +18,7 @@ impl Session {
         name: String,
         id: GroupId,
         epoch: Option<Epoch>,
-        take_over: bool,
+        (take_over, lz4): (bool, bool),
         maps: Vec<(PathBytes, PathBytes)>,
     ) -> Result<(), Refusal> {
         let shared = self.shared.clone();
@@ -30,7 +30,7 @@ impl Session {
         // From here on the slot is given back when the session ends.
         let (fenced, pulse) = (slot.fenced, slot.pulse);
         let held = epoch.unwrap_or_default();
-        self.writing = Some(Writing { group: group.clone(), epoch: held, fenced, pulse, acks: idle });
+        self.writing = Some(Writing { group: group.clone(), epoch: held, lz4, fenced, pulse, acks: idle });
         group.drain().await?;
         let epoch = match epoch {
             Some(epoch) => epoch,
@@ -60,6 +60,7 @@ impl Session {
                 roots: state.gate.roots.clone(),
                 boot_id: state.gate.boot_id,
                 adopt: state.adopts(),
+                lz4,
             }
         };
         self.answer(welcome).await;

@@ -138,6 +138,7 @@ impl Primary {
             epoch: None,
             take_over: true,
             maps: Vec::new(),
+            lz4: false,
         };
         let welcome = runtime.block_on(async {
             connection.writer.send(&hello, b"").await.unwrap();

@@ -42,7 +42,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 35] = [
+const KEYS: [Key; 36] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::Text),
     key("keys", "--keys", Form::Text),
@@ -65,6 +65,7 @@ const KEYS: [Key; 35] = [
     key("spool_size", "--spool-size", Form::Text),
     key("spool_time", "--spool-time", Form::Text),
     key("rate_limit", "--rate-limit", Form::Text),
+    key("compress", "--compress", Form::Flag),
     key("pid", "--pid", Form::Numbers),
     key("cgroup", "--cgroup", Form::Text),
     key("everyone", "--everyone", Form::Flag),

@@ -12,11 +12,14 @@ pub(super) struct Link {
     /// into the spool [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     rate_limit: Option<u64>,
+    /// Compress what is sent (LZ4), where the replayer can read that and it gets smaller
+    #[arg(long)]
+    compress: bool,
 }
 
 impl Link {
     pub(super) fn options(&self) -> Sending {
-        Sending { rate_limit: self.rate_limit }
+        Sending { rate_limit: self.rate_limit, compress: self.compress }
     }
 }
 

@@ -66,6 +66,10 @@ pub fn status(status: &Status) -> String {
             let held = if destination.held_back { "; THAT HOLDS RECORDS BACK" } else { "" };
             line("", format!("at most {} a second are sent{held}", size(rate)));
         }
+        if destination.compressed {
+            let (sent, wire) = (size(destination.sent_bytes), size(destination.wire_bytes));
+            line("", format!("{sent} were sent, compressed to {wire}"));
+        }
         match destination.store {
             StoreState::Ready | StoreState::LogFailed => {}
             StoreState::Stuck => {

@@ -255,6 +255,15 @@ pub struct DestinationStatus {
     /// More waits than goes within 2 s at that limit.
     #[serde(default)]
     pub held_back: bool,
+    /// Bytes of records that were sent there, what was sent again included.
+    #[serde(default)]
+    pub sent_bytes: u64,
+    /// As how many they travelled: less where they are compressed.
+    #[serde(default)]
+    pub wire_bytes: u64,
+    /// Whether they are compressed, over this connection.
+    #[serde(default)]
+    pub compressed: bool,
 }
 
 /// The spool in the status.

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bfs_common::record::Sequence;
-use bfs_common::wire::{Frame, Position, Refusal};
+use bfs_common::wire::{Frame, Position, Refusal, pack};
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::{Batch, Next, Sends, Shared, ShipError, ShipOptions, Welcome};
@@ -26,21 +27,41 @@ const SPOOLED_BYTES: usize = 1 << 20;
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
+/// How the user wants the stream to travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sending {
+    /// Most bytes a second.
+    #[serde(default)]
+    pub rate_limit: Option<u64>,
+    /// Packed, where the replayer understands that.
+    #[serde(default)]
+    pub compress: bool,
+}
+
 /// Runs until the shipper is dropped or refused for good.
 pub(super) async fn run(shared: Arc<Shared>, options: ShipOptions) {
     let mut backoff = BACKOFF_MIN;
+    let mut offers = options.sending.compress;
     loop {
         let served = tokio::select! {
-            connected = connect(&shared, &options) => connected,
+            connected = connect(&shared, &options, offers) => connected,
             () = shared.until_ended() => return,
         };
         let served = match served {
             Ok((connection, welcome)) => {
                 backoff = BACKOFF_MIN;
+                // The next connection may be to a newer replayer.
+                offers = options.sending.compress;
                 match shared.welcomed(&welcome) {
-                    Ok(()) => serve(&shared, connection).await,
+                    Ok(()) => serve(&shared, connection, welcome.lz4).await,
                     Err(refusal) => Err(ShipError::Refused(refusal)),
                 }
+            }
+            Err(ShipError::Refused(Refusal::Bad(why))) if offers => {
+                // An older replayer does not know the offer; if that was not the reason, it will say so again.
+                tracing::info!("without compression: {why}");
+                offers = false;
+                continue;
             }
             Err(error) => Err(error),
         };
@@ -92,7 +113,11 @@ fn jittered(pause: Duration) -> Duration {
     pause / 2 + pause / 2 * share / 1000
 }
 
-async fn connect(shared: &Shared, options: &ShipOptions) -> Result<(Connection, Welcome), ShipError> {
+async fn connect(
+    shared: &Shared,
+    options: &ShipOptions,
+    offers: bool,
+) -> Result<(Connection, Welcome), ShipError> {
     let mut connection = (options.connect)().await?;
     let held = shared.held_epoch();
     let hello = Frame::Hello {
@@ -102,6 +127,7 @@ async fn connect(shared: &Shared, options: &ShipOptions) -> Result<(Connection, 
         epoch: held.or(options.epoch),
         take_over: held.is_none() && options.take_over,
         maps: options.maps.clone(),
+        lz4: offers,
     };
     connection.writer.send(&hello, b"").await?;
     let deadline = Instant::now() + HELLO_LIMIT;
@@ -119,6 +145,7 @@ async fn connect(shared: &Shared, options: &ShipOptions) -> Result<(Connection, 
                 roots,
                 boot_id,
                 adopt,
+                lz4,
             } => {
                 let welcome = Welcome {
                     epoch,
@@ -130,6 +157,7 @@ async fn connect(shared: &Shared, options: &ShipOptions) -> Result<(Connection, 
                     roots,
                     boot_id,
                     adopt,
+                    lz4: lz4 && offers,
                 };
                 return Ok((connection, welcome));
             }
@@ -141,11 +169,11 @@ async fn connect(shared: &Shared, options: &ShipOptions) -> Result<(Connection, 
 }
 
 /// Until the shipper ends (`Ok`) or the connection does.
-async fn serve(shared: &Shared, connection: Connection) -> Result<(), ShipError> {
+async fn serve(shared: &Shared, connection: Connection, lz4: bool) -> Result<(), ShipError> {
     let Connection { mut reader, mut writer, .. } = connection;
     tokio::select! {
         error = read(shared, &mut reader) => Err(error),
-        error = write(shared, &mut writer) => Err(error),
+        error = write(shared, &mut writer, lz4) => Err(error),
         () = shared.until_ended() => Ok(()),
     }
 }
@@ -174,7 +202,7 @@ async fn read(shared: &Shared, reader: &mut FrameReader) -> ShipError {
     }
 }
 
-async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
+async fn write(shared: &Shared, writer: &mut FrameWriter, lz4: bool) -> ShipError {
     let mut ping_at = Instant::now();
     let mut spool = None;
     loop {
@@ -215,13 +243,19 @@ async fn write(shared: &Shared, writer: &mut FrameWriter) -> ShipError {
                 continue;
             }
         };
-        let frame = Frame::Records { first: batch.first, count: batch.count };
-        if let Err(error) = writer.send(&frame, &batch.bytes).await {
+        let (first, count) = (batch.first, batch.count);
+        let packed = if lz4 { pack(&batch.bytes) } else { None };
+        let plain_len = u32::try_from(batch.bytes.len()).unwrap_or(u32::MAX);
+        let (frame, body) = match &packed {
+            Some(body) => (Frame::Packed { first, count, plain_len }, &body[..]),
+            None => (Frame::Records { first, count }, &batch.bytes[..]),
+        };
+        if let Err(error) = writer.send(&frame, body).await {
             return error.into();
         }
-        shared.sent(&batch);
+        shared.sent(&batch, body.len());
         if let Some(limit) = &shared.limit {
-            limit.sent(Sends::Records, batch.bytes.len());
+            limit.sent(Sends::Records, body.len());
         }
     }
 }

@@ -25,6 +25,7 @@ use tokio::sync::Notify;
 
 pub use keeper::SpoolProgress;
 pub use leftover::send_left;
+pub use link::Sending;
 pub use queue::{BATCHES_MAX, BODY_MAX, Batch};
 pub use rate::{Limit, RATE_MIN, Sends};
 pub use remote::{Connect, ConnectFuture, Manifest, Remote, RemoteError, network};
@@ -33,20 +34,11 @@ use crate::log::LogError;
 use crate::net::{ConnectError, FrameError};
 use crate::primary::spool::{Left, Spool};
 use queue::{Next, Queue};
-use serde::{Deserialize, Serialize};
 
 /// How long a goodbye may take.
 const BYE_LIMIT: Duration = Duration::from_millis(500);
 /// Answers that wait to be written; a peer that makes more of them is not served.
 const ANSWERS_MAX: usize = 64;
-
-/// How the user wants the stream to travel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sending {
-    /// Most bytes a second.
-    #[serde(default)]
-    pub rate_limit: Option<u64>,
-}
 
 /// What a shipper needs to know.
 #[derive(Clone)]
@@ -101,6 +93,8 @@ pub struct Welcome {
     pub boot_id: [u8; 16],
     /// Below this directory stands what was promoted, whatever inodes the store knows.
     pub adopt: Option<PathBytes>,
+    /// Records may go packed.
+    pub lz4: bool,
 }
 
 /// Why the destination is not served.
@@ -160,6 +154,10 @@ pub struct Progress {
     pub retained_bytes: usize,
     /// Bytes of records sent, resent ones included.
     pub sent_bytes: u64,
+    /// How many of them went over the wire, where some were packed.
+    pub wire_bytes: u64,
+    /// Records go packed over this connection.
+    pub compressed: bool,
     /// How often the connection was made again.
     pub reconnects: u64,
     /// Why there is no connection, or why the one before ended.
@@ -456,6 +454,8 @@ impl Shared {
             spool: SpoolProgress::default(),
             retained_bytes: 0,
             sent_bytes: 0,
+            wire_bytes: 0,
+            compressed: false,
             reconnects: 0,
             last_error: None,
             refusal: None,
@@ -561,6 +561,7 @@ impl Shared {
             state.progress.connected = true;
             state.progress.confirmed = welcome.confirmed;
             state.progress.applied = welcome.applied;
+            state.progress.compressed = welcome.lz4;
             Ok(())
         })
     }
@@ -679,8 +680,10 @@ impl Shared {
         self.lock().queue.durable().sequence
     }
 
-    fn sent(&self, batch: &Batch) {
-        self.lock().progress.sent_bytes += batch.bytes.len() as u64;
+    fn sent(&self, batch: &Batch, wire_bytes: usize) {
+        let progress = &mut self.lock().progress;
+        progress.sent_bytes += batch.bytes.len() as u64;
+        progress.wire_bytes += wire_bytes as u64;
     }
 }
 

@@ -4,6 +4,7 @@ use super::queue::tests::batch;
 use super::*;
 use bfs_common::codec;
 use bfs_common::record::{ChainHash, Sequence};
+use bfs_common::wire::unpack;
 
 use crate::net::{Connection, local_pair};
 use crate::primary::spool::{Address, SpoolOptions};
@@ -50,6 +51,7 @@ fn welcome(position: Position) -> Frame {
         roots: Vec::new(),
         boot_id: [0; 16],
         adopt: None,
+        lz4: false,
     }
 }
 
@@ -395,11 +397,51 @@ fn a_spool_that_could_not_begin_begins_later() {
     until(&shipper, |p| p.sealed == at.0 && p.spool.trouble.is_none());
 }
 
+/// Records go packed where both sides want that, and plain where they get no smaller.
+#[test]
+fn records_go_packed_where_that_was_agreed_on() {
+    let (connect, ends) = replayer();
+    let sending = Sending { compress: true, ..Sending::default() };
+    let ship = ShipOptions { sending, retain_bytes_max: 1 << 20, ..options(connect) };
+    let starting = std::thread::spawn(move || Shipper::start(ship, None, None).unwrap());
+    // An older replayer refuses what it does not know, and gets what it does.
+    let bad = Frame::Refused(Refusal::Bad("array had incorrect length, expected 6".into()));
+    let (script, _) = Script::accept(&ends, bad);
+    drop(script);
+    let (mut script, _) = Script::accept(&ends, welcome(position(BEGIN)));
+    let (shipper, _) = starting.join().unwrap();
+    let mut at = BEGIN;
+    shipper.try_push(batch(&mut at, &[1000; 3]), false).unwrap();
+    assert_eq!(script.records(), [1, 2, 3]);
+    assert!(!shipper.progress().compressed);
+    // The next one may be newer.
+    drop(script);
+    let mut newer = welcome(position(BEGIN));
+    if let Frame::Welcome { lz4, .. } = &mut newer {
+        *lz4 = true;
+    }
+    let (mut script, _) = Script::accept(&ends, newer);
+    let body = loop {
+        match script.next() {
+            (Frame::Ping(number), _) => script.send(Frame::Pong(number)),
+            (Frame::Packed { first, count, plain_len }, body) => {
+                assert_eq!((first.0, count), (1, 3));
+                break unpack(&body, plain_len).unwrap();
+            }
+            (other, _) => panic!("{other:?}"),
+        }
+    };
+    assert!(body.len() > 3000);
+    until(&shipper, |p| p.compressed && p.wire_bytes < p.sent_bytes && p.sent_bytes == 2 * body.len() as u64);
+    script.ack(at);
+    until(&shipper, |p| p.durable.sequence == at.0);
+}
+
 /// With a limit a batch goes in pieces, as fast as may be; heartbeats do not wait for it.
 #[test]
 fn a_limit_holds_back_the_stream_alone() {
     let (connect, ends) = replayer();
-    let sending = Sending { rate_limit: Some(RATE_MIN) };
+    let sending = Sending { rate_limit: Some(RATE_MIN), ..Sending::default() };
     let ship = ShipOptions { sending, retain_bytes_max: 1 << 20, ..options(connect) };
     let starting = std::thread::spawn(move || Shipper::start(ship, None, None).unwrap());
     let (mut script, _) = Script::accept(&ends, welcome(position(BEGIN)));
