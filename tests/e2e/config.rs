@@ -107,3 +107,86 @@ fn a_time_of_the_calendar_makes_a_checkpoint() {
     assert!(world.finish().unwrap().success());
     exercise::equal(&world).unwrap();
 }
+
+/// Two groups have the same files, each with a schedule and a backup of its own. The agent of one is killed: the other does not notice, and
+/// another agent goes on for it, with what was captured meanwhile and without a new copy.
+#[test]
+fn a_group_whose_agent_died_gets_another_and_the_other_does_not_notice() {
+    let world = World::new("config-killed", Transport::Unix).unwrap();
+    let file = world.scratch.join("agent.toml");
+    let data = world.place.data.clone();
+    fs::write(data.join("untouched"), vec![7; 8 << 20]).unwrap();
+    let mut writer = world
+        .spawn_shell(
+            "i=0; while [ ! -e \"$2/stop\" ]; do i=$((i + 1)); echo $i >> \"$1/log\"
+             echo $i > \"$1/new\"; mv \"$1/new\" \"$1/file-$((i % 10))\"; sleep 0.01; done",
+        )
+        .unwrap();
+    let mut text = String::new();
+    for (name, every) in [("often", "100ms"), ("seldom", "900ms")] {
+        let (group, scratch) = (&world.group, world.scratch.display());
+        text += &format!(
+            "[group.{group}-{name}]\npaths = ['{}']\nbackup = 'dir:{scratch}/store-{name}'\nspool = '{}'\n\
+             checkpoint = {{ every = '{every}' }}\npid = {}\nresume = true\n",
+            data.display(),
+            world.spool().display(),
+            writer.id(),
+        );
+    }
+    fs::write(&file, text).unwrap();
+    let run = |words: &[&str]| {
+        let mut command = std::process::Command::new(binary("bfs-agent"));
+        command.args(words).output().unwrap()
+    };
+    let status = |name: &str| -> Option<serde_json::Value> {
+        let done = run(&["status", "--json", "--group", &format!("{}-{name}", world.group)]);
+        done.status.success().then(|| serde_json::from_slice(&done.stdout).unwrap())
+    };
+    let taken =
+        |name: &str| status(name).and_then(|status| status["checkpoints_taken"].as_u64()).unwrap_or(0);
+    let all = |words: &str| {
+        let done = run(&["config", words, &file.display().to_string()]);
+        (done.status.code(), String::from_utf8(done.stdout).unwrap())
+    };
+    assert_eq!(all("status").0, Some(72), "nobody runs yet");
+    let log = world.logs().join("supervisor.log");
+    let line =
+        format!("exec {} --config {} 2> {}", binary("bfs-agent").display(), file.display(), log.display());
+    let mut both = world.spawn_shell(&line).unwrap();
+    until("checkpoints of both", SOON, || (taken("often") > 8 && taken("seldom") > 2).then_some(())).unwrap();
+    assert!(taken("often") > taken("seldom"), "each has its own schedule");
+    let (code, said) = all("status");
+    assert_eq!((code, said.lines().count()), (Some(0), 2), "{said}");
+    assert!(
+        said.contains("-often: following, agent pid ") && said.contains("confirmed checkpoint"),
+        "{said}"
+    );
+
+    let first = |name: &str| status(name).unwrap()["pid"].as_i64().unwrap();
+    let (killed, other) = (first("often"), first("seldom"));
+    // SAFETY: a system call without pointers; the agent is a child of a process of this test, and was not waited for.
+    assert_eq!(unsafe { libc::kill(killed as i32, libc::SIGKILL) }, 0);
+    let before = taken("seldom");
+    let successor = until("another agent", SOON, || {
+        status("often")
+            .filter(|status| status["pid"] != killed && status["checkpoints_taken"].as_u64() > Some(1))
+    })
+    .unwrap();
+    let sent = successor["counters"]["stream_bytes"].as_u64().unwrap();
+    assert!(sent < 4 << 20, "{sent} bytes: that is a new copy");
+    until("the other group to go on", SOON, || (taken("seldom") > before).then_some(())).unwrap();
+    assert_eq!(first("seldom"), other);
+    let told = fs::read_to_string(&log).unwrap();
+    assert!(told.contains("-often was ended by signal 9; another one goes on in 1 s"), "{told}");
+
+    // What they follow ends, so they do, and then the one that watches over them.
+    fs::write(world.place.stop(), "").unwrap();
+    assert!(writer.wait().unwrap().success());
+    let ended = until("the end of both", SOON * 2, || both.try_wait().transpose()).unwrap().unwrap();
+    assert_eq!(ended.code(), Some(0), "{}", fs::read_to_string(&log).unwrap());
+    for name in ["often", "seldom"] {
+        let tree = world.scratch.join(format!("store-{name}/tree/{}-{name}", world.group));
+        let backup = tree.join(data.strip_prefix("/").unwrap());
+        assert_eq!(oracle::compare(&data, &backup).unwrap(), Vec::<String>::new(), "{name}");
+    }
+}

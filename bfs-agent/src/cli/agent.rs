@@ -17,6 +17,7 @@ mod process;
 mod sending;
 mod show;
 mod spool;
+mod supervise;
 mod watching;
 mod words;
 
@@ -424,6 +425,12 @@ enum PathCommand {
 enum ConfigCommand {
     /// Look at a configuration file without starting anything
     Check {
+        /// The file
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// How each of its groups stands: a line each; ends with 72 when one has no agent
+    Status {
         /// The file
         #[arg(value_name = "FILE")]
         file: PathBuf,

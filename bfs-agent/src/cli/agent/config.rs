@@ -159,6 +159,8 @@ pub struct ConfigGroup {
     pub name: String,
     /// The arguments of `bfs-agent` that say the same.
     pub arguments: Vec<OsString>,
+    /// It says `resume`.
+    pub resumes: bool,
 }
 
 /// Reads a file.
@@ -188,7 +190,9 @@ pub fn parse(text: &str) -> Result<Vec<ConfigGroup>, ConfigError> {
         for (name, value) in named {
             let at = format!("group {name:?}");
             let Value::Table(table) = value else { return Err(form(&at, "it", "a table: [group.NAME]")) };
-            groups.push(ConfigGroup { name: name.clone(), arguments: arguments(name, table, &at)? });
+            let arguments = arguments(name, table, &at)?;
+            let resumes = table.get("resume").and_then(Value::as_bool).unwrap_or(false);
+            groups.push(ConfigGroup { name: name.clone(), arguments, resumes });
         }
     }
     if groups.is_empty() {

@@ -129,6 +129,10 @@ pub(super) fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Fai
             asks(inherited)?;
             groups::check(&file)
         }
+        Command::Config { what: ConfigCommand::Status { file } } => {
+            asks(inherited)?;
+            groups::status(&file)
+        }
         Command::Pair { keys, replayer, token } => {
             asks(inherited)?;
             keys::pair(&keys.folder(), &replayer, &token)

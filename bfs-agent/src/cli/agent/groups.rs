@@ -1,21 +1,32 @@
 //! What a configuration file says is done: one group by this process, several by one process each.
 //!
-//! A group that fails does not touch the others. A signal that asks this process to end is passed on to all, and it
-//! ends when all have; with the status of the first that was not 0.
+//! A group that fails does not touch the others, and one whose agent died gets another one ([`super::supervise`] says when). A
+//! signal that asks this process to end is passed on to all, and it ends when all have; with the status of the first that was
+//! not 0.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::broadcast;
 use tokio::task::JoinSet;
 
 use super::commands::print;
 use super::config::{self, ConfigGroup};
-use super::{Cli, Command, dispatch};
+use super::supervise::{Next, Watch};
+use super::{Cli, Command, dispatch, show};
+use crate::primary::control::{Client, default_socket};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::{Inherited, exit_status};
+use crate::service::Service;
+
+/// Between two signs of life where nobody waits for one.
+const IDLE: Duration = Duration::from_secs(3600);
 
 fn read(file: &Path) -> Result<Vec<ConfigGroup>, Failure> {
     let hint = "docs/agent.toml has every key with an explanation";
@@ -80,7 +91,28 @@ pub(super) fn start(file: &Path, only: Option<&str>, inherited: Inherited) -> Re
     }
 }
 
-/// One process for each group, until all have ended.
+/// How the groups of a file stand.
+pub(super) fn status(file: &Path) -> Result<u8, Failure> {
+    let mut status = 0;
+    for group in read(file)? {
+        let (Command::Run { options, .. } | Command::Attach { options, .. }) = command(file, &group)? else {
+            unreachable!("a group is a run or an attach")
+        };
+        let socket = options.socket.unwrap_or_else(|| default_socket(&group.name));
+        let stands = Client::connect(&socket).and_then(|mut client| client.status());
+        let text = match stands {
+            Ok(stands) => show::in_short(&stands),
+            Err(error) => {
+                status = Kind::NoAgent.exit_status();
+                format!("NO AGENT: {error}")
+            }
+        };
+        print(&format!("{}: {text}", group.name))?;
+    }
+    Ok(status)
+}
+
+/// One process for each group, until all have ended; who dies is followed by another one.
 fn several(groups: &[ConfigGroup]) -> std::io::Result<u8> {
     let program = std::env::current_exe()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -90,39 +122,122 @@ fn several(groups: &[ConfigGroup]) -> std::io::Result<u8> {
             signal(SignalKind::interrupt())?,
             signal(SignalKind::hangup())?,
         ];
-        let mut processes = Vec::new();
+        let pass_on = broadcast::Sender::new(16);
         let mut ends = JoinSet::new();
         for group in groups {
-            let mut child = tokio::process::Command::new(&program).args(&group.arguments).spawn()?;
-            if let Some(pid) = child.id().and_then(|id| Pid::from_raw(id as i32)) {
-                // By descriptor: a number may be another process's by the time of the signal.
-                processes.push(pidfd_open(pid, PidfdFlags::empty())?);
-            }
-            let name = group.name.clone();
-            ends.spawn(async move { (name, child.wait().await) });
+            ends.spawn(supervise(program.clone(), group.clone(), pass_on.subscribe()));
         }
+        let mut service = Service::of_environment();
+        let names: Vec<&str> = groups.iter().map(|group| group.name.as_str()).collect();
+        service.ready(&format!("an agent for each of {}", names.join(", ")));
+        let mut alive = tokio::time::interval(service.every().unwrap_or(IDLE));
         let mut status = 0;
         loop {
             let asked = tokio::select! {
                 end = ends.join_next() => {
-                    let Some(Ok((name, end))) = end else { return Ok(status) };
-                    let end = exit_status(end?);
-                    if end != 0 {
-                        eprintln!("bfs-agent: group {name} ended with {end}");
-                        status = if status == 0 { end } else { status };
-                    }
+                    let Some(end) = end else { return Ok(status) };
+                    let end = end.map_err(std::io::Error::other)?;
+                    status = if status == 0 { end } else { status };
+                    continue;
+                }
+                _ = alive.tick() => {
+                    service.alive();
                     continue;
                 }
                 _ = terminate.recv() => Signal::TERM,
                 _ = interrupt.recv() => Signal::INT,
                 _ = hangup.recv() => Signal::HUP,
             };
-            for process in &processes {
-                // It may have ended.
-                let _ = pidfd_send_signal(process, asked);
-            }
+            service.stopping();
+            // Nobody listens where all are about to end.
+            let _ = pass_on.send(asked);
         }
     })
+}
+
+/// One group, until it has ended; gives its status.
+async fn supervise(program: PathBuf, group: ConfigGroup, mut signals: broadcast::Receiver<Signal>) -> u8 {
+    let name = &group.name;
+    let mut watch = Watch::new(group.resumes);
+    let mut arguments = group.arguments.clone();
+    loop {
+        let began = Instant::now();
+        let end = match run(&program, &arguments, &mut signals, &mut watch).await {
+            Ok(end) => end,
+            Err(error) => {
+                eprintln!("bfs-agent: group {name} has no agent: {error}");
+                return Kind::Other.exit_status();
+            }
+        };
+        match watch.ended(end, began.elapsed()) {
+            Next::Ends(0) => return 0,
+            Next::Ends(status) => {
+                eprintln!("bfs-agent: group {name} ended with {status}");
+                return status;
+            }
+            Next::Again { resumes, after } => {
+                let (how, seconds) = (ended_how(end), after.as_secs());
+                eprintln!("bfs-agent: the agent of group {name} {how}; another one goes on in {seconds} s");
+                tokio::select! {
+                    () = tokio::time::sleep(after) => {}
+                    _ = signals.recv() => {
+                        eprintln!("bfs-agent: group {name} ended without an agent");
+                        return exit_status(end);
+                    }
+                }
+                if resumes {
+                    arguments = ["resume", "--group", name].map(OsString::from).to_vec();
+                }
+            }
+        }
+    }
+}
+
+fn ended_how(end: ExitStatus) -> String {
+    match end.signal() {
+        Some(number) => format!("was ended by signal {number}"),
+        None => format!("ended with {}", exit_status(end)),
+    }
+}
+
+/// An agent, until it has ended; signals are passed on to it.
+async fn run(
+    program: &Path,
+    arguments: &[OsString],
+    signals: &mut broadcast::Receiver<Signal>,
+    watch: &mut Watch,
+) -> std::io::Result<ExitStatus> {
+    let mut command = tokio::process::Command::new(program);
+    command.args(arguments);
+    // This process is what a service manager knows.
+    for name in ["WATCHDOG_USEC", "WATCHDOG_PID"] {
+        command.env_remove(name);
+    }
+    if arguments.first().is_some_and(|verb| verb != "run") {
+        command.env_remove("NOTIFY_SOCKET");
+    }
+    let mut child = command.spawn()?;
+    // By descriptor: a number may be another process's by the time of the signal.
+    let pid = child.id().and_then(|id| Pid::from_raw(id as i32));
+    let process = match pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())).transpose() {
+        Ok(process) => process,
+        Err(error) => {
+            child.kill().await?;
+            return Err(error.into());
+        }
+    };
+    loop {
+        tokio::select! {
+            end = child.wait() => return end,
+            Ok(signal) = signals.recv() => {
+                watch.asked();
+                if let Some(process) = &process {
+                    // It may have ended.
+                    let _ = pidfd_send_signal(process, signal);
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ pub(super) struct Options {
     keys: keys::Place,
     /// Where commands reach this agent [default: /run/bfs/agent-GROUP.sock]
     #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
+    pub(super) socket: Option<PathBuf>,
     /// What below --path is left out, with all below it: a name (*.tmp), or a path from there (/cache,
     /// a/**/b); may be repeated
     #[arg(long, value_name = "GLOB")]

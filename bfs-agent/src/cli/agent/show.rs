@@ -11,14 +11,8 @@ use crate::primary::control::{
     VerifyReport,
 };
 
-/// A status for people, first what matters most.
-#[must_use]
-pub fn status(status: &Status) -> String {
-    let mut text = String::new();
-    let mut line = |key: &str, value: String| {
-        let _ = writeln!(text, "{key:<12} {value}");
-    };
-    let state = match status.state {
+fn state(state: State) -> &'static str {
+    match state {
         State::Starting => "starting",
         State::Copying => "copying what exists",
         State::Following => "following",
@@ -27,8 +21,28 @@ pub fn status(status: &Status) -> String {
         State::Ending => "ending",
         State::Refused => "REFUSED by the replayer: nothing more is sent",
         State::Fenced => "FENCED: another host is the primary, nothing more is sent",
+    }
+}
+
+/// A group in one line.
+#[must_use]
+pub fn in_short(status: &Status) -> String {
+    let mut text = format!("{}, agent pid {}", state(status.state), status.pid);
+    let _ = write!(text, ", confirmed {}", checkpoint(&status.confirmed));
+    if let Some(why) = &status.not_confirmed_because {
+        let _ = write!(text, ", none newer because {why}");
+    }
+    text
+}
+
+/// A status for people, first what matters most.
+#[must_use]
+pub fn status(status: &Status) -> String {
+    let mut text = String::new();
+    let mut line = |key: &str, value: String| {
+        let _ = writeln!(text, "{key:<12} {value}");
     };
-    line("group", format!("{} ({state}, agent pid {})", status.group, status.pid));
+    line("group", format!("{} ({}, agent pid {})", status.group, state(status.state), status.pid));
     if let Some(fenced) = &status.fenced {
         let since = time_text(fenced.since_ns);
         line(
