@@ -4,12 +4,14 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bfs_tests::bad_disk::{BLOCK, BadDisk};
 use bfs_tests::exercise;
 use bfs_tests::programs::puppet::Puppet;
+use bfs_tests::random::{Random, given_seed};
 use bfs_tests::watch::{SOON, until};
-use bfs_tests::world::{Transport, World};
+use bfs_tests::world::{Transport, World, rounds};
 use serde_json::Value;
 
 /// A file did not come back: `bfs-agent --help`.
@@ -304,5 +306,61 @@ fn what_is_written_meanwhile_stays() {
             exercise::equal(&bad.world).unwrap();
         }
     }
+    assert_eq!(bad.ends(), Some(0));
+}
+
+/// The agent dies at some moment of it. Whatever can be read then has the right bytes; the next agent knows of the errors that the
+/// one before was told of, also of a sync, and brings back what is missing, without another sign.
+#[test]
+fn an_agent_that_dies_in_the_middle_leaves_the_rest_to_the_next() {
+    let mut bad = start("bad-disk-killed", "recovery=automatic,retries=50,time_limit=60s");
+    let seed = given_seed().unwrap_or(20_261_128);
+    eprintln!("BFS_SEED={seed}");
+    let mut moments = Random::new(seed);
+    let mut expected = content();
+    let (mut whole, mut broken) = (0, 0);
+    for round in 0..rounds(10, 200) as u64 {
+        let lost = [1, 5, 11].map(|n| 10 + (round * 7 + n) % (PAGES - 10));
+        for number in lost {
+            bad.disk.lose(&bad.file, number * BLOCK).unwrap();
+        }
+        if round % 3 == 2 {
+            // A sync that fails, of bytes that no checkpoint has.
+            bad.disk.refuse_writes(&bad.file, 4 * BLOCK).unwrap();
+            let text = format!("round {round:04}");
+            bad.puppet.does(&format!("seek 1 {}", 4 * BLOCK)).unwrap();
+            bad.puppet.does(&format!("write 1 {text}")).unwrap();
+            expected[4 * BLOCK as usize..][..text.len()].copy_from_slice(text.as_bytes());
+            fails_with_eio(bad.puppet.does("sync 1"));
+            bad.disk.accept_writes();
+        } else {
+            fails_with_eio(bad.reads(lost[0]));
+        }
+        // The moment of the kill is what is tested.
+        std::thread::sleep(Duration::from_micros(moments.below(80_000) as u64));
+        bad.world.kill_agent().unwrap();
+        let mut unreadable = 0;
+        for number in 0..PAGES {
+            let mut bytes = vec![0; BLOCK as usize];
+            let range = (number * BLOCK) as usize..((number + 1) * BLOCK) as usize;
+            match bad.file.read_exact_at(&mut bytes, number * BLOCK) {
+                Ok(()) => assert!(bytes == expected[range], "round {round}, page {number}"),
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => unreadable += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        *if unreadable == 0 { &mut whole } else { &mut broken } += 1;
+        bad.world.resume().unwrap();
+        until("the file to come back", SOON, || (fs::read(&bad.path).ok()? == expected).then_some(()))
+            .unwrap_or_else(|e| panic!("round {round}: {e}: {}", bad.recovery()));
+        until("the recovery to end", SOON, || (bad.recovery()["waiting"] == 0).then_some(())).unwrap();
+        // Each descriptor is told once of a write-back that failed.
+        let _ = bad.file.sync_all();
+        rustix::fs::fadvise(&bad.file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        assert!(fs::read(&bad.path).unwrap() == expected, "round {round}: the disk has it");
+        bad.world.checkpoint_until("applied").unwrap();
+        exercise::equal(&bad.world).unwrap_or_else(|e| panic!("round {round}: {e}"));
+    }
+    println!("{whole} were whole when the agent died, {broken} were not");
     assert_eq!(bad.ends(), Some(0));
 }

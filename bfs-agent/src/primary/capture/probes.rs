@@ -15,7 +15,7 @@ use aya::{
     programs::{BtfTracePoint, ProgramError, RawTracePoint, links::FdLink},
 };
 use bfs_common::abi::{
-    ABI_VERSION, DEVICES_MAX, InodeId, NO_CALL, Offsets, Plain, REQUESTS_MAX, Request, RunEvent,
+    ABI_VERSION, DEVICES_MAX, FAILING_MAX, InodeId, NO_CALL, Offsets, Plain, REQUESTS_MAX, Request, RunEvent,
     SUSPECTS_MAX, Settings, Suspect, TASKS_MAX, TaskState, counter, role,
 };
 
@@ -458,6 +458,13 @@ impl Probes {
         sys::delete(self.failing.as_fd(), &file)
             .map(drop)
             .map_err(kernel("cannot have the next error of a file told"))
+    }
+
+    /// The files of which an error was told, and is not told again yet.
+    pub fn told(&self) -> Result<Vec<InodeId>, CaptureError> {
+        let all = sys::entries::<InodeId, u64>(self.failing.as_fd(), FAILING_MAX, false);
+        let all = all.map_err(kernel("cannot read of which files errors were told"))?;
+        Ok(all.into_iter().map(|(file, _)| file).collect())
     }
 
     /// What others change.

@@ -18,6 +18,7 @@ use super::recoveries::Recovery as Replacing;
 use super::reports::not_replicated;
 use super::work::Work;
 use crate::policy::{Policy, Recovery};
+use crate::primary::capture::CaptureError;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::control::{BadRequest, FailureKind, RecoveryStatus, Replies, Reply};
 use crate::primary::engine::host::{Host, HostError};
@@ -203,9 +204,27 @@ impl Work {
 
     /// A selected process saw an error of the disk.
     fn take_failed(&mut self, event: &FailedEvent) {
-        let again = (event.id, Instant::now() + TOLD_AGAIN);
+        let error = std::io::Error::from_raw_os_error(i32::try_from(-event.header.ret).unwrap_or(0));
+        let (call, tid) = (event.header.nr, event.header.tid);
+        let why = format!("system call {call} of thread {tid} saw: {error}");
+        self.file_failed(event.id, Mode::Lost { written: !is_read(call) }, why);
+    }
+
+    /// The agent before this one was told of errors, and died. Nobody is told of these files again, and of a sync that
+    /// failed there is no other sign: so it is seen to now.
+    pub(super) fn take_told(&mut self) -> Result<(), CaptureError> {
+        for inode in self.link.probes.told()? {
+            let why = "the agent before was told of an error of the disk".to_owned();
+            self.file_failed(inode, Mode::Lost { written: true }, why);
+        }
+        Ok(())
+    }
+
+    /// A file comes back, if its policy says so; else its next error is told.
+    fn file_failed(&mut self, inode: InodeId, mode: Mode, why: String) {
+        let again = (inode, Instant::now() + TOLD_AGAIN);
         let model = self.engine.model();
-        let found = model.find(event.id).and_then(|object| {
+        let found = model.find(inode).and_then(|object| {
             let held = |path: PathBuf| {
                 let policy = self.policies.table().holds(&path).filter(|policy| !policy.suspended)?;
                 (policy.recovery == Recovery::Automatic).then(|| (object, path, policy.clone()))
@@ -218,12 +237,8 @@ impl Work {
         if self.mending.has(object) || self.mending.waiting.len() >= WAITING_MAX {
             return self.mending.tell_again.push(again);
         }
-        let error = std::io::Error::from_raw_os_error(i32::try_from(-event.header.ret).unwrap_or(0));
-        let (call, tid) = (event.header.nr, event.header.tid);
-        let why = format!("system call {call} of thread {tid} saw: {error}");
         tracing::warn!("group {}: {}: {why}", self.options.group, path.display());
-        let mode = Mode::Lost { written: !is_read(call) };
-        self.mending.waiting.push_back(Job::new((event.id, object), path, policy, mode, why));
+        self.mending.waiting.push_back(Job::new((inode, object), path, policy, mode, why));
     }
 
     /// Goes on with a file; nothing when it is done with.

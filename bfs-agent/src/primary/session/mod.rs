@@ -362,6 +362,7 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
     let mut work = ground.build(probes, stopper, &state, complete)?;
     work.find_mapped()?;
     work.expect_asynchronous();
+    work.take_told()?;
     let status = follow_processes(work, group, &inherited, &state.selection)?;
     if let Selection::Cgroup(directory) = &state.selection {
         remove_cgroup(directory);
