@@ -529,3 +529,99 @@ fn a_switchover_that_does_not_come_about_changes_nothing() {
     equal(then, &hosts.b.data(), "brought back on the new primary");
     kept.all_equal(&hosts, "b", "after going back");
 }
+
+/// A program on a host that appends a line to `w` and to `x.c` whenever it is told, and its agent, with these policies.
+fn appending(hosts: &mut Hosts, name: &str, backup: &str, policies: &[&str]) {
+    let host = hosts.host(name);
+    for mark in ["ready", "stop"] {
+        let _ = fs::remove_file(host.place.aux.join(mark));
+    }
+    let script = "touch \"$2/ready\"; while [ ! -e \"$2/stop\" ]; do
+        if [ -e \"$2/go\" ]; then line=$(cat \"$2/go\"); echo \"$line\" >> \"$1/w\"; echo \"$line\" >> \"$1/x.c\"; rm \"$2/go\"; fi
+        sleep 0.02; done";
+    let mut agent = hosts.agent(name, "run");
+    agent.args(["--checkpoint", "manual", "--backup", backup, "--path"]).arg(&host.place.data);
+    for (option, folder) in [("--keys", "keys"), ("--spool", "spool"), ("--policies", "policies")] {
+        agent.arg(option).arg(host.own.join(folder));
+    }
+    for policy in policies {
+        agent.args(["--policy", &policy.replace("DATA", &host.place.data.display().to_string())]);
+    }
+    agent.args(["--", "sh", "-c", script, "sh"]).arg(&host.place.data).arg(&host.place.aux);
+    let ready = host.place.aux.join("ready");
+    hosts.start(name, agent).unwrap();
+    until("the program", SOON, || ready.exists().then_some(())).unwrap();
+}
+
+/// Has it append a line.
+fn append(hosts: &Hosts, name: &str, line: &str) {
+    let aux = &hosts.host(name).place.aux;
+    fs::write(aux.join("line"), line).unwrap();
+    fs::rename(aux.join("line"), aux.join("go")).unwrap();
+    until("the program to append", SOON, || (!aux.join("go").exists()).then_some(())).unwrap();
+}
+
+/// Followers are ahead of the tree. What they showed of the primary that is gone, and no checkpoint had, goes when the promoted host
+/// writes; then they follow its files, also over a kill of the replayer, and go when its policies name them no more.
+#[test]
+fn followers_follow_the_host_that_was_promoted() {
+    const POLICIES: [&str; 2] = ["DATA/w:backup=write", "*.c:backup=close"];
+    let mut hosts = Hosts::new("promote-followers").unwrap();
+    fs::write(hosts.a.data().join("w"), "first\n").unwrap();
+    fs::write(hosts.a.data().join("x.c"), "first\n").unwrap();
+    hosts.serve("b").unwrap();
+    hosts.pair("a", "b", &[]).unwrap();
+    let to = hosts.b.destination();
+    appending(&mut hosts, "a", &to, &POLICIES);
+    let mut kept = Kept(Vec::new());
+    let last = kept.take(&hosts, "a");
+    let now = hosts.b.store().join("now").join(&hosts.group);
+    let below = now.join(hosts.a.place.data.strip_prefix("/").unwrap());
+    let shows = |name: &str, text: &str| {
+        let read = || fs::read_to_string(below.join(name)).unwrap_or_default();
+        until(&format!("the follower of {name} to show {text:?}"), SOON, || (read() == text).then_some(()))
+            .unwrap_or_else(|e| panic!("{e}: it shows {:?}", read()));
+    };
+    shows("w", "first\n");
+    append(&hosts, "a", "pending");
+    shows("w", "first\npending\n");
+    shows("x.c", "first\npending\n");
+    let in_tree = hosts.b.store().join(tree(&hosts));
+    equal(kept.newest(), &in_tree, "the tree waits for a checkpoint");
+
+    let said = promote(&hosts, "b", &["--force"]);
+    assert!(said.contains(&format!("checkpoint {last} (")) && said.contains("left out: "), "{said}");
+    equal(kept.newest(), &hosts.b.data(), "what was given out");
+    let socket = format!("unix:{}", hosts.b.store().join("replayer.sock").display());
+    appending(&mut hosts, "b", &socket, &POLICIES);
+    kept.take(&hosts, "b");
+    // What was pending on the host before is nowhere any more.
+    shows("w", "first\n");
+    shows("x.c", "first\n");
+    append(&hosts, "b", "on b");
+    shows("w", "first\non b\n");
+    shows("x.c", "first\non b\n");
+    equal(kept.newest(), &in_tree, "the tree waits for a checkpoint of the new primary");
+    hosts.kill_replayer("b").unwrap();
+    append(&hosts, "b", "meanwhile");
+    hosts.serve("b").unwrap();
+    shows("w", "first\non b\nmeanwhile\n");
+    shows("x.c", "first\non b\nmeanwhile\n");
+    kept.take(&hosts, "b");
+    equal(&hosts.b.data(), &in_tree, "with the checkpoint");
+    kept.all_equal(&hosts, "b", "on the promoted host");
+    assert_eq!(hosts.finish("b").unwrap(), 0);
+
+    appending(&mut hosts, "b", &socket, &[]);
+    kept.take(&hosts, "b");
+    until("the followers to go", SOON, || {
+        ["w", "x.c"].iter().all(|name| !below.join(name).exists()).then_some(())
+    })
+    .unwrap();
+    assert_eq!(hosts.finish("b").unwrap(), 0);
+    until("the old primary to be fenced", SOON, || {
+        hosts.status("a").ok().filter(|status| status["state"] == "Fenced" || status["state"] == "fenced")
+    })
+    .unwrap();
+    assert_eq!(hosts.finish("a").unwrap(), FENCED);
+}
