@@ -1,12 +1,14 @@
 //! A store is scrubbed without the primary: what is sound is called sound, what was spoiled is named, with
 //! the checkpoints that need it.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bfs_agent::backup::check::{Problem, Report, check};
-use bfs_agent::backup::{BackupError, Replayer, ServeOptions};
+use bfs_agent::backup::{BackupError, Replayer, ReplayerHandle, ServeOptions};
 use bfs_common::record::*;
+use bfs_common::wire::Frame;
 
 #[allow(dead_code, reason = "made for more than is tested here")]
 #[path = "replayer/client.rs"]
@@ -197,4 +199,109 @@ async fn a_torn_tail_is_no_damage() {
     assert!(matches!(check(&store, false, &[]), Err(BackupError::InUse { .. })));
     let none = check(dir.path(), false, &[]);
     assert!(matches!(none, Err(BackupError::NoStore(_))));
+}
+
+/// Every file of a store but its index, with all its bytes.
+fn files(store: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    let mut folders: Vec<PathBuf> = ["log", "tree", "images", "kept"].map(|name| store.join(name)).into();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                folders.push(entry.path());
+            } else if entry.file_type().unwrap().is_file() {
+                all.insert(entry.path(), std::fs::read(entry.path()).unwrap());
+            }
+        }
+    }
+    all
+}
+
+fn start(store: &Path) -> Result<ReplayerHandle, BackupError> {
+    Replayer::start(ServeOptions { store: store.into(), ..ServeOptions::default() })
+}
+
+/// The bytes of file 2 at each of the four checkpoints.
+async fn all_are_read(store: &Path) {
+    let replayer = start(store).unwrap();
+    for at in 1..=4 {
+        let mut connection = replayer.connect_local();
+        let ask = Frame::GetContents { group: "g".into(), at: CheckpointId(at), objects: vec![ObjectId(2)] };
+        connection.writer.send(&ask, b"").await.unwrap();
+        let (frame, body) = connection.reader.next().await.unwrap().unwrap();
+        assert!(matches!(frame, Frame::Content { object: ObjectId(2), offset: 0, .. }), "{frame:?}");
+        let mut then = [2; 65_536];
+        (1..=at as usize).for_each(|n| then[n * 1000..][..11].copy_from_slice(b"overwritten"));
+        assert!(body[..then.len().min(body.len())] == then[..body.len().min(then.len())], "checkpoint {at}");
+    }
+}
+
+/// Without its index a store is not taken for an empty one: nothing starts, and nothing that it has is touched. With
+/// the index all is there again. What needs no index are the files in the tree.
+#[tokio::test]
+async fn a_store_whose_index_is_gone_or_spoiled_is_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    made(&store).await;
+    let (index, before) = (store.join("index.redb"), files(&store));
+    let sound = std::fs::read(&index).unwrap();
+    let mut spoiled =
+        vec![Vec::new(), vec![0; sound.len()], b"junk".to_vec(), sound[..sound.len() / 2].to_vec()];
+    spoiled.push([vec![0xff; 4096], sound[4096..].to_vec()].concat());
+    for bytes in spoiled.into_iter().map(Some).chain([None]) {
+        let what = bytes.as_ref().map_or("none".into(), |b| format!("{} bytes: {:?}..", b.len(), b.get(..4)));
+        match &bytes {
+            Some(bytes) => std::fs::write(&index, bytes).unwrap(),
+            None => std::fs::remove_file(&index).unwrap(),
+        }
+        let refused = start(&store).map(drop).unwrap_err();
+        assert!(refused.to_string().contains("index"), "{what}: {refused}");
+        let is_missing = matches!(&refused, BackupError::NoIndex { group, .. } if group == "g");
+        assert_eq!(is_missing, bytes.is_none(), "{what}: {refused}");
+        let checked = check(&store, true, &[]).unwrap_err();
+        assert!(checked.to_string().contains("index"), "{what}: {checked}");
+        assert!(files(&store) == before, "{what}: nothing else was touched");
+        assert_eq!(std::fs::read(&index).ok(), bytes, "{what}: nor the index");
+        // The newest checkpoint stands there.
+        let newest = std::fs::read(tree(&store).join("file2")).unwrap();
+        assert_eq!((newest.len(), &newest[4000..4011]), (100_000, &b"overwritten"[..]));
+    }
+    std::fs::write(&index, &sound).unwrap();
+    all_are_read(&store).await;
+    assert_eq!(found(&store).problems, []);
+}
+
+/// An index of an earlier checkpoint does not fit to files of a later one.
+#[tokio::test]
+async fn an_older_copy_of_the_index_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let replayer = start(&store).unwrap();
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "file2", 2);
+    agent.write(2, 0, &[2; 100_000]);
+    agent.write(2, 1000, b"overwritten");
+    agent.checkpoint().await;
+    drop((agent, replayer));
+    let index = store.join("index.redb");
+    let older = std::fs::read(&index).unwrap();
+    let replayer = start(&store).unwrap();
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    for n in 2..=4 {
+        agent.write(2, n * 1000, b"overwritten");
+        agent.checkpoint().await;
+    }
+    drop((agent, replayer));
+    let (sound, before) = (std::fs::read(&index).unwrap(), files(&store));
+    std::fs::write(&index, older).unwrap();
+    let refused = start(&store).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("older copy") && refused.contains("checkpoint 1"), "{refused}");
+    assert!(found(&store).problems.iter().any(|problem| problem.why.contains("older copy")));
+    assert!(files(&store) == before, "nothing was touched");
+    std::fs::write(&index, sound).unwrap();
+    all_are_read(&store).await;
+    assert_eq!(found(&store).problems, []);
 }

@@ -10,6 +10,7 @@ use bfs_tests::programs::{BesideMuch, Program};
 use bfs_tests::random::{Random, given_seed};
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{How, Transport, World, command_ok, number_named, rounds};
+use bfs_tests::{copy, oracle};
 use serde_json::Value;
 
 /// Writes files of random bytes and a list of them until it is told to end.
@@ -288,6 +289,66 @@ fn past_its_bound_the_spool_keeps_what_was_touched() {
             "{again} bytes, of {own} in use: that is a new copy"
         );
     }
+    exercise::stopped(&world, 2).unwrap();
+    world.finish().unwrap();
+    exercise::equal(&world).unwrap();
+}
+
+/// As much waits on the backup, without a checkpoint, as may (`--pending-max`): it says so and keeps what it has, the program
+/// and its agent go on, and with a larger bound all of it comes by itself, from the same agent or its successor, and
+/// nothing else.
+#[test]
+fn a_backup_at_its_bound_gets_the_rest_when_it_may_take_more() {
+    let mut world = World::new("pending-bound", Transport::Unix).unwrap();
+    let program = &BesideMuch(&AppendWriters);
+    // The first copy is larger than the bound.
+    world.start(program, How::Run).unwrap();
+    let sent = |world: &World| world.status_number(&["stream_bytes"]).unwrap();
+    for killed in [false, true] {
+        let then = world.scratch.join(format!("then-{killed}"));
+        let first = world.checkpoint_stopped(&copy::command(&world.place.data, &then)).unwrap();
+        let mut before = sent(&world);
+        world.kill_replayer().unwrap();
+        world.replayer_options(&["--pending-max", "262144"]);
+        world.start_replayer().unwrap();
+        until("the backup to be at its bound", SOON, || {
+            let status = world.status().ok()?;
+            (status["destinations"][0]["store"] == "behind").then_some(())
+        })
+        .unwrap();
+        let shown = world.agent_command(&["status"], SOON).unwrap();
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        assert!(shown.contains("--pending-max"), "{shown}");
+        // A checkpoint stands behind all of it, so it cannot come through; it is sealed here.
+        let sealed = world.checkpoint_until("sealed").unwrap();
+        let far = program.activity(&world.place).unwrap();
+        until("the program to go on", SOON, || {
+            (program.activity(&world.place).unwrap() > far + 1000).then_some(())
+        })
+        .unwrap();
+        let state = world.replayer_status().unwrap();
+        assert_eq!(state["applied"].as_u64(), Some(first), "{state}");
+        let waits = state["pending_bytes"].as_u64().unwrap();
+        assert!((256 << 10..8 << 20).contains(&waits), "{state}");
+        assert_eq!(oracle::compare(&then, &world.backup()).unwrap(), Vec::<String>::new());
+        if killed {
+            world.kill_agent().unwrap();
+            before = 0;
+        }
+        world.kill_replayer().unwrap();
+        world.replayer_options(&[]);
+        world.start_replayer().unwrap();
+        if killed {
+            world.resume().unwrap();
+        }
+        world.wait_applied(sealed).unwrap();
+        assert!(kept(&world).contains(&sealed));
+        exercise::cut(&world, program, usize::from(killed)).unwrap();
+        let own = BesideMuch::own_bytes(&world.place).unwrap();
+        let again = sent(&world) - before;
+        assert!(again < BesideMuch::BYTES / 8 + 3 * own, "{again} bytes, of {own} in use: a new copy");
+    }
+    assert!(world.program_runs());
     exercise::stopped(&world, 2).unwrap();
     world.finish().unwrap();
     exercise::equal(&world).unwrap();

@@ -95,9 +95,6 @@ pub fn check(path: &Path, read_data: bool, allowed: &[PathBuf]) -> Result<Report
     store::check_format(path)?;
     let store = Store::open(path)?;
     let mut report = Report::default();
-    if !store.path().join("index.redb").exists() {
-        return Err(BackupError::corrupt(store.path().join("index.redb"), "is missing"));
-    }
     let mut index = Index::open(store.path())?;
     if !index.is_sound()? {
         report.problems.push(Problem {
@@ -127,6 +124,7 @@ pub fn check(path: &Path, read_data: bool, allowed: &[PathBuf]) -> Result<Report
             read_data,
             report: &mut report,
         };
+        group.check_index()?;
         group.check_log()?;
         group.check_images()?;
         group.check_tree()?;
@@ -193,6 +191,13 @@ impl Group<'_> {
             }
             BackupError::Foreign(why) => self.problem("the tree", why, generations),
             other => return Err(other),
+        }
+        Ok(())
+    }
+
+    fn check_index(&mut self) -> Result<(), BackupError> {
+        if let Some(why) = images::why_too_old(self.area.images(), self.row.checkpoint)? {
+            self.problem("index.redb", why, self.generations.clone());
         }
         Ok(())
     }

@@ -64,6 +64,18 @@ pub enum BackupError {
         /// What was found.
         why: String,
     },
+    /// The index is gone, and what it was the index of is there.
+    #[error(
+        "the store has backup files of group {group:?}, but no index: {path} is missing; nothing was changed. If the file was \
+         moved, put it back, but never an older copy of it. The backup files in tree/ are readable as they stand; a new \
+         --store gets a new copy of everything"
+    )]
+    NoIndex {
+        /// Where it should be.
+        path: PathBuf,
+        /// A group that has files.
+        group: String,
+    },
     /// A batch for the log that does not follow what is in it: a fault of this program.
     #[error("{dir}: records that follow record {follows} cannot stand behind record {stands}")]
     OutOfOrder {

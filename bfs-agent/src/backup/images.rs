@@ -132,6 +132,22 @@ pub fn number(name: &std::ffi::OsStr) -> Option<CheckpointId> {
     name.to_str()?.strip_suffix(".img")?.parse().ok().map(CheckpointId)
 }
 
+/// Why an index that is at this checkpoint does not fit to the files, if it does not: a step begins at the applied
+/// checkpoint, and done again over files of a later one it would take these for its own.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn why_too_old(dir: &Path, applied: CheckpointId) -> Result<Option<String>, BackupError> {
+    let failed = || BackupError::io("read", dir);
+    let mut newest = applied;
+    for entry in std::fs::read_dir(dir).map_err(failed())? {
+        newest = newest.max(number(&entry.map_err(failed())?.file_name()).unwrap_or(applied));
+    }
+    let why =
+        || format!("an older copy of the index, of checkpoint {applied}: checkpoint {newest} was applied");
+    Ok((newest > applied).then(why))
+}
+
 fn header(group: GroupId, from: CheckpointId, to: CheckpointId) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[..8].copy_from_slice(MAGIC);

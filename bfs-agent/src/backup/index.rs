@@ -207,13 +207,17 @@ fn unpack<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8]) -> Result<T, Back
 }
 
 impl Index {
-    /// Opens or makes the index of a store.
+    /// Opens the index of a store, or makes that of one which has no groups yet: without it nobody knows which object a
+    /// backup file is, and a start would remove what an empty one does not name.
     ///
     /// # Errors
-    /// If it is damaged or cannot be written.
+    /// If it is missing, damaged or cannot be written.
     pub fn open(store: &Path) -> Result<Self, BackupError> {
         let path = store.join("index.redb");
         if !path.try_exists().map_err(BackupError::io("find", &path))? {
+            if let Some(group) = any_group(store)? {
+                return Err(BackupError::NoIndex { path, group });
+            }
             // As a whole or not at all: one that was only begun is no database.
             let new = path.with_extension("new");
             match std::fs::remove_file(&new) {
@@ -531,8 +535,27 @@ fn rewritten(path: &Path) -> Result<(), BackupError> {
     again().map_err(BackupError::io("write", path))
 }
 
+/// A group that has a log or backup files.
+fn any_group(store: &Path) -> Result<Option<String>, BackupError> {
+    for folder in ["log", "tree"].map(|name| store.join(name)) {
+        let failed = BackupError::io("read", &folder);
+        match std::fs::read_dir(&folder).and_then(|mut all| all.next().transpose()) {
+            Ok(Some(group)) => return Ok(Some(group.file_name().to_string_lossy().into_owned())),
+            Ok(None) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(None)
+}
+
 /// Opens or makes the file; a table that is missing is made.
 fn open(path: &Path) -> Result<Database, BackupError> {
+    // Of an empty file a database would be made, as of none.
+    let is_begun = path.extension().is_some_and(|e| e == "new");
+    if !is_begun && std::fs::metadata(path).map_err(BackupError::io("stat", path))?.len() == 0 {
+        return Err(BackupError::corrupt(path, "is empty"));
+    }
     let db = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|e| match e {
         redb::DatabaseError::Storage(redb::StorageError::Corrupted(why)) => BackupError::corrupt(path, why),
         other => other.into(),

@@ -21,6 +21,7 @@ use super::connection;
 use super::door::{self, Door};
 use super::error::BackupError;
 use super::group::{Group, Limits};
+use super::images;
 use super::index::{GroupRow, Index, View};
 use super::metrics::Following;
 use super::places;
@@ -261,6 +262,12 @@ fn open_group(
     room: &Arc<Room>,
 ) -> Result<Arc<Group>, BackupError> {
     let area = Area::open(store, name, &row.maps, allowed)?;
+    if let Some(why) = images::why_too_old(area.images(), row.checkpoint)? {
+        return Err(BackupError::corrupt(
+            store.path().join("index.redb"),
+            format!("group {name:?} has {why}"),
+        ));
+    }
     let log = store.group_dir("log", name)?;
     let incoming = Incoming::of(&store.path().join("receive"), name);
     Group::open(name, row, index.clone(), area, (log, incoming), limits, room.clone())

@@ -457,7 +457,9 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     if let Some(error) = error.downcast_ref::<BackupError>() {
         return match error {
             BackupError::InUse { .. } => Exit::InUse,
-            BackupError::Corrupt { .. } | BackupError::Foreign(_) => Exit::Corrupt,
+            BackupError::Corrupt { .. } | BackupError::NoIndex { .. } | BackupError::Foreign(_) => {
+                Exit::Corrupt
+            }
             BackupError::NewerFormat { .. } => Exit::NewerFormat,
             BackupError::NotAStore(_) | BackupError::NoStore(_) => Exit::NotAStore,
             BackupError::Address(_) | BackupError::Listen { .. } => Exit::Address,
