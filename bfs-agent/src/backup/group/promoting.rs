@@ -17,6 +17,8 @@ use crate::generation::wall_ns;
 
 /// An agent that was silent for so long does not answer any more; it pings each second.
 const ANSWERS: Duration = Duration::from_secs(5);
+/// How long a promotion waits for one before to have begun: a sync of the log and a transaction.
+const BEGIN_WAIT: Duration = Duration::from_secs(10);
 /// Longest name of a host, and longest path, in bytes.
 const HOST_MAX: usize = 255;
 const PATH_MAX: usize = 4096;
@@ -113,6 +115,7 @@ impl Group {
             let why = format!("group {:?} has no confirmed checkpoint to promote", self.name);
             return Err(Refusal::Bad(why));
         }
+        self.until_begun().await;
         let mut standing = {
             let mut state = self.state();
             if let Some(row) = state.history()
@@ -147,6 +150,17 @@ impl Group {
             return Err(Refusal::Store("the index has not what was just written".into()));
         };
         Ok(promoted(&state, history))
+    }
+
+    /// Waits, not for long, until a promotion has begun or not that somebody asked for who may be gone since.
+    async fn until_begun(&self) {
+        let deadline = tokio::time::Instant::now() + BEGIN_WAIT;
+        loop {
+            let free = self.slot_free.notified();
+            if !self.state().promoting || tokio::time::timeout_at(deadline, free).await.is_err() {
+                return;
+            }
+        }
     }
 
     fn begin_history(&self, at: CheckpointId, by: Promoter) -> Result<GroupRow, BackupError> {
