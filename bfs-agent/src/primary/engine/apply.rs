@@ -507,7 +507,7 @@ impl Engine {
                 self.parent_after(&place, parent_attr.as_ref(), span);
                 self.make(&place, ambiguous, span, host);
             }
-            Act::Link { object, source, place, parent_attr } => {
+            Act::Link { object, source, looked, place, parent_attr } => {
                 self.multiple.extend(object);
                 // Who changed something by a name outside just then may have used this one.
                 if let Some(object) = object
@@ -518,7 +518,7 @@ impl Engine {
                 }
                 self.parent_after(&place, parent_attr.as_ref(), span);
                 if let Place::Entry(directory, name) = &place {
-                    if source.is_some_and(|source| self.doubtful(&source, span)) {
+                    if looked || source.is_some_and(|source| self.doubtful(&source, span)) {
                         self.dirty.entry(*directory, name, true);
                     }
                     match object {

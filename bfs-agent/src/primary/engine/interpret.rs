@@ -137,6 +137,8 @@ pub enum Act {
         object: Option<ObjectId>,
         /// The entry that it was found by, if it was one.
         source: Option<Place>,
+        /// The object was found by a look at a name outside, which may be another's since the call.
+        looked: bool,
         /// The new entry.
         place: Place,
         /// Its directory after the call.
@@ -400,8 +402,11 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
             let mut aside = Way::default();
             let source = Paths { event: e, path1, path2, way: &mut aside }.place(model, host, false, follow);
             let place = p.place(model, host, true, false);
+            let by_descriptor = e.header.flags & flag::DESCRIPTOR1 != 0;
+            let named = if by_descriptor { behind_descriptor(path1) } else { path1 };
             Act::Link {
                 object: object_at(model, &source),
+                looked: matches!(source, Place::Object(_)) && !named.is_empty(),
                 source: Some(source),
                 parent_attr: p.parent_attr(model, &place, true),
                 place,
