@@ -55,7 +55,7 @@ fn hunted_in<'a>(name: &str, batches: impl Iterator<Item = (Manner, &'a [Sequenc
     exercise::equal(&world).unwrap();
 }
 
-/// What a backup was wrong after once.
+/// What a backup was wrong after once, and what is like it.
 #[test]
 fn sequences_that_were_wrong_once() {
     let sequences: Vec<Sequence> = [
@@ -63,12 +63,25 @@ fn sequences_that_were_wrong_once() {
         "rename:b:n link:O/o:b whiteout:d/x:O/o",
         "rename:b:n link:O/o:b rename:d/x:O/o",
         "rename:b:n link:O/o:b exchange:d/x:O/o",
+        "truncate-short:O/o rename:d/x:O/o",
+        "truncate-long:O/o exchange:a:O/o",
+        "link:b:O/n truncate-short:O/n rename:O/o:O/n",
+        "link:b:O/n truncate-short:O/n rename:a:O/n",
+        "link:b:O/n chmod:O/n rename:a:O/n",
+        "link:b:O/n setxattr:O/n exchange:a:O/n",
+        "rename:O/o:n rename:d/x:O/o",
+        "rename:O/o:n whiteout:d/x:O/o",
+        "rename:O/o:b rename:d/x:O/o",
+        "exchange:O/o:a rename:d/x:O/o",
+        "exchange:a:O/o rename:d/x:O/o exchange:O/o:a",
+        "rename:O/d:n rename:d:O/d",
+        "exchange:O/d:d rename:e:O/d",
     ]
     .into_iter()
     .map(|text| text.split(' ').map(|word| parse(word).expect("an operation")).collect())
     .collect();
     // Many at once, so that records are read when all is done.
-    let many: Vec<Sequence> = sequences.iter().cycle().take(90).cloned().collect();
+    let many: Vec<Sequence> = sequences.iter().cycle().take(160).cloned().collect();
     hunted_in("found-sequences", MANNERS.into_iter().zip(std::iter::repeat(&many[..])));
 }
 

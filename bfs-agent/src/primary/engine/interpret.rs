@@ -438,8 +438,11 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
             let place = p.place(model, host, false, true);
             let file = |o: &ObjectId| model.kind(*o) == Some(FileKind::Regular);
             match object_at(model, &place).filter(file) {
-                Some(object) => Act::Truncate { object, size: e.args[1], attr: None, place: Some(place) },
-                None => Act::Suspect { place, also: None },
+                Some(object) if place.entry().is_some() => {
+                    Act::Truncate { object, size: e.args[1], attr: None, place: Some(place) }
+                }
+                // By a look at a name outside, which may be another's since the call.
+                _ => Act::Suspect { place, also: None },
             }
         }
         _ => {
