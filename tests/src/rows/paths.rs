@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{chroot, symlink};
+use std::os::unix::fs::{PermissionsExt, chroot, symlink};
 use std::path::Path;
 
 use super::sys::{self, CWD, at as adr, c, call, fd};
@@ -13,6 +13,7 @@ use super::{At, Row, pattern};
 pub(super) static ROWS: &[&Row] = &[
     &Row::new("paths/relative", relative),
     &Row::new("paths/from-outside", from_outside),
+    &Row::new("paths/switched-outside", switched_outside).everything(),
     &Row::new("paths/chroot", in_chroot),
     &Row::new("paths/bind-mount", bind_mount),
     &Row::new("paths/mounted-for-a-moment", mounted_for_a_moment).everything(),
@@ -69,6 +70,27 @@ fn from_outside(at: &At) -> io::Result<()> {
     call(libc::SYS_mkdirat, [fd(&directory), adr(&c("deeper/four")?), 0o755])?;
     call(libc::SYS_truncate, [adr(&c("in/none")?), 0])
         .map_or(Ok(()), |_| Err(io::Error::other("it was there")))
+}
+
+/// A symlink outside leads elsewhere right after the calls by it.
+fn switched_outside(at: &At) -> io::Result<()> {
+    for directory in ["d", "e"] {
+        fs::create_dir(at.path(directory))?;
+        for name in ["gone", "old", "mode", "cut", "named"] {
+            fs::write(at.path(directory).join(name), directory)?;
+        }
+    }
+    let now = at.outside.join("now");
+    symlink(at.path("d"), &now)?;
+    at.pause()?;
+    fs::remove_file(now.join("gone"))?;
+    fs::create_dir(now.join("made"))?;
+    fs::rename(now.join("old"), now.join("new"))?;
+    fs::set_permissions(now.join("mode"), fs::Permissions::from_mode(0o640))?;
+    fs::hard_link(now.join("named"), now.join("again"))?;
+    call(libc::SYS_truncate, [adr(&c(now.join("cut"))?), 0])?;
+    symlink(at.path("e"), at.outside.join("next"))?;
+    fs::rename(at.outside.join("next"), now)
 }
 
 fn in_chroot(at: &At) -> io::Result<()> {

@@ -40,8 +40,14 @@ pub enum Seen {
     Directory(InodeId),
     /// Something else that ends a path.
     Leaf(InodeId),
-    /// A symlink, and its target.
-    Symlink(Vec<u8>),
+    /// A symlink.
+    Symlink {
+        /// Its target.
+        target: Vec<u8>,
+        /// When its inode was changed last, by the monotonic clock: made or renamed, above all. 0 where that does not
+        /// matter.
+        changed_ns: u64,
+    },
     /// Nothing (any more).
     Nothing,
     /// It cannot be told any more.

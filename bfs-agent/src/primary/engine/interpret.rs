@@ -357,6 +357,15 @@ impl Paths<'_> {
         let same = model.get(*directory).is_some_and(|o| o.inode == attr.id);
         (self.event.header.flags & bit != 0 && same).then_some(attr)
     }
+
+    /// Whether what the first path led to was found by a look at a name outside, which may be another's since the call.
+    /// (A directory is found by the way to it.)
+    fn is_looked_at(&self, model: &Model, place: &Place) -> bool {
+        let by_descriptor = self.event.header.flags & flag::DESCRIPTOR1 != 0;
+        let named = if by_descriptor { behind_descriptor(self.path1) } else { self.path1 };
+        let leaf = |object: &ObjectId| model.kind(*object) != Some(FileKind::Directory);
+        !named.is_empty() && matches!(place, Place::Object(object) if leaf(object))
+    }
 }
 
 /// What follows the link to a descriptor that a path begins with.
@@ -402,11 +411,9 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
             let mut aside = Way::default();
             let source = Paths { event: e, path1, path2, way: &mut aside }.place(model, host, false, follow);
             let place = p.place(model, host, true, false);
-            let by_descriptor = e.header.flags & flag::DESCRIPTOR1 != 0;
-            let named = if by_descriptor { behind_descriptor(path1) } else { path1 };
             Act::Link {
                 object: object_at(model, &source),
-                looked: matches!(source, Place::Object(_)) && !named.is_empty(),
+                looked: p.is_looked_at(model, &source),
                 source: Some(source),
                 parent_attr: p.parent_attr(model, &place, true),
                 place,
@@ -438,10 +445,9 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
             let place = p.place(model, host, false, true);
             let file = |o: &ObjectId| model.kind(*o) == Some(FileKind::Regular);
             match object_at(model, &place).filter(file) {
-                Some(object) if place.entry().is_some() => {
+                Some(object) if !p.is_looked_at(model, &place) => {
                     Act::Truncate { object, size: e.args[1], attr: None, place: Some(place) }
                 }
-                // By a look at a name outside, which may be another's since the call.
                 _ => Act::Suspect { place, also: None },
             }
         }
@@ -459,8 +465,10 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
             };
             let place = p.place(model, host, false, follow);
             match object_at(model, &place) {
-                Some(object) => Act::Attr { object, attr: None, xattrs, place: Some(place) },
-                None => Act::Suspect { place, also: None },
+                Some(object) if !p.is_looked_at(model, &place) => {
+                    Act::Attr { object, attr: None, xattrs, place: Some(place) }
+                }
+                _ => Act::Suspect { place, also: None },
             }
         }
     }

@@ -81,6 +81,10 @@ pub struct Start {
     pub ended_ns: u64,
 }
 
+/// A time in an inode may be as much earlier than what it is of: one tick of the slowest clock (current_time() in
+/// fs/inode.c, CONFIG_HZ=100).
+const STAMP_NS: u64 = 10_000_000;
+
 enum At {
     Inside(ObjectId),
     /// Not in the set: a path as the process sees it, without symlinks.
@@ -218,7 +222,7 @@ impl Walk<'_> {
         if verdict == Verdict::IfDirectory
             && (!last || follow)
             && self.model.entry(directory, &name).is_none()
-            && let Seen::Symlink(target) =
+            && let Seen::Symlink { target, .. } =
                 self.look_aside(&Aside { directory, below: vec![component.to_vec()], named: 1 })
         {
             self.way.winding = true;
@@ -249,7 +253,8 @@ impl Walk<'_> {
         to.below.push(component);
         to.named += 1;
         match if follow { self.look_aside(&to) } else { Seen::Nothing } {
-            Seen::Symlink(target) => {
+            Seen::Symlink { target, changed_ns } => {
+                self.stood_still(changed_ns)?;
                 self.way.winding = true;
                 to.below.pop();
                 to.named -= 1;
@@ -296,7 +301,9 @@ impl Walk<'_> {
         for component in &aside.below {
             let Some(name) = Name::new(component) else { return Seen::Unknown };
             seen = match self.host.child(inode, &name) {
-                Ok(Some(stat)) if stat.kind == FileKind::Symlink => Seen::Symlink(stat.target),
+                Ok(Some(stat)) if stat.kind == FileKind::Symlink => {
+                    Seen::Symlink { target: stat.target, changed_ns: 0 }
+                }
                 Ok(Some(stat)) => {
                     inode = stat.inode;
                     Seen::Leaf(InodeId::NONE)
@@ -344,10 +351,18 @@ impl Walk<'_> {
                 Some(object) => Err(Place::Object(object)),
                 None => Ok(Step::To(At::Outside(path))),
             },
-            Seen::Symlink(target) if follow => Ok(Step::Symlink { target, from: At::Outside(from) }),
-            Seen::Symlink(_) | Seen::Nothing => Ok(Step::To(At::Outside(path))),
+            Seen::Symlink { target, changed_ns } if follow => {
+                self.stood_still(changed_ns)?;
+                Ok(Step::Symlink { target, from: At::Outside(from) })
+            }
+            Seen::Symlink { .. } | Seen::Nothing => Ok(Step::To(At::Outside(path))),
             Seen::Unknown => Err(Place::Unknown),
         }
+    }
+
+    /// A symlink outside that was changed since the call may have led elsewhere then: nobody can tell where.
+    fn stood_still(&self, changed_ns: u64) -> Result<(), Place> {
+        if changed_ns > self.start.ended_ns.saturating_sub(STAMP_NS) { Err(Place::Unknown) } else { Ok(()) }
     }
 
     /// What `..` of a directory of the set is.

@@ -2,7 +2,8 @@
 //!
 //! Paths are looked at when the record of their call is taken in, some time after the call. What is not
 //! there any more counts as outside: only directories, symlinks and mounts outside that lead inside and
-//! are gone again within that time could make a difference (docs/write-paths.md).
+//! are gone again within that time could make a difference (docs/write-paths.md). A symlink that was replaced
+//! since the call has a younger time of change than that.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -15,10 +16,11 @@ use std::path::{Path, PathBuf};
 use bfs_common::abi::InodeId;
 use bfs_common::record::FileKind;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, Statx, StatxFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, Statx, StatxFlags, StatxTimestamp};
 use rustix::io::Errno;
 
 use super::{Reader, kernel_dev, mount_of, open_directory};
+use crate::generation::wall_ns;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::engine::host::Seen;
 use crate::primary::engine::resolve::Start;
@@ -173,7 +175,7 @@ impl Reader {
 
     /// `same_mounts`: the path is one of ours.
     fn look_at(&self, there: &Path, same_mounts: bool) -> Seen {
-        let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
+        let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID | StatxFlags::CTIME;
         let statx = match rustix::fs::statx(CWD, there, AtFlags::SYMLINK_NOFOLLOW, wanted) {
             Ok(statx) => statx,
             Err(Errno::NOENT | Errno::NOTDIR | Errno::SRCH) => return Seen::Nothing,
@@ -181,7 +183,10 @@ impl Reader {
         };
         match FileKind::from_mode(u32::from(statx.stx_mode)) {
             Some(FileKind::Symlink) => match std::fs::read_link(there) {
-                Ok(target) => Seen::Symlink(target.into_os_string().into_vec()),
+                Ok(target) => Seen::Symlink {
+                    target: target.into_os_string().into_vec(),
+                    changed_ns: monotonic_of(&statx.stx_ctime),
+                },
                 Err(_) => Seen::Unknown,
             },
             Some(FileKind::Directory) => {
@@ -284,4 +289,11 @@ fn unescaped(field: &str) -> PathBuf {
         }
     }
     PathBuf::from(std::ffi::OsString::from_vec(bytes))
+}
+
+/// A time in an inode by the monotonic clock; 0 for what was before that began.
+fn monotonic_of(time: &StatxTimestamp) -> u64 {
+    let then_ns = i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec);
+    let since_ns = i128::from(wall_ns()) - then_ns;
+    u64::try_from(i128::from(monotonic_ns()) - since_ns).unwrap_or(0)
 }
