@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 use super::host::Host;
 use super::model::Model;
 use super::recent::Span;
-use super::resolve::{Place, Start, Way, resolve};
+use super::resolve::{Place, Start, Way, behind_descriptor, resolve};
 
 /// What a call did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -366,18 +366,6 @@ impl Paths<'_> {
         let leaf = |object: &ObjectId| model.kind(*object) != Some(FileKind::Directory);
         !named.is_empty() && matches!(place, Place::Object(object) if leaf(object))
     }
-}
-
-/// What follows the link to a descriptor that a path begins with.
-fn behind_descriptor(path: &[u8]) -> &[u8] {
-    const BEFORE: &[u8] = b"/fd/";
-    let number =
-        path.windows(BEFORE.len()).position(|w| w == BEFORE).map_or(path.len(), |at| at + BEFORE.len());
-    let rest = &path[number..];
-    let digits = rest.iter().take_while(|b| b.is_ascii_digit()).count();
-    let rest = &rest[digits..];
-    let slashes = rest.iter().take_while(|b| **b == b'/').count();
-    &rest[slashes..]
 }
 
 fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: &[u8], way: &mut Way) -> Act {

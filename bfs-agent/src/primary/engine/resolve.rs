@@ -457,6 +457,19 @@ fn root_at(model: &Model, path: &Path) -> Option<ObjectId> {
     model.roots().iter().find(|r| r.0 == path).map(|r| r.1)
 }
 
+/// What follows the link to a descriptor that a path begins with.
+#[must_use]
+pub fn behind_descriptor(path: &[u8]) -> &[u8] {
+    const BEFORE: &[u8] = b"/fd/";
+    let number =
+        path.windows(BEFORE.len()).position(|w| w == BEFORE).map_or(path.len(), |at| at + BEFORE.len());
+    let rest = &path[number..];
+    let digits = rest.iter().take_while(|b| b.is_ascii_digit()).count();
+    let rest = &rest[digits..];
+    let slashes = rest.iter().take_while(|b| **b == b'/').count();
+    &rest[slashes..]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
