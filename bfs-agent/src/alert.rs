@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::primary::process::{Hook, Inherited};
 
 /// Between two looks.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+pub const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A condition that comes and goes is told at most once in this time.
 const REPEAT_MIN: Duration = Duration::from_secs(300);
 /// How long the command may take.

@@ -2,21 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::alert::Teller;
+use crate::alert::{LOOK_EVERY, Teller};
 use crate::backup::watching::{Condition, what_is_wrong};
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::generation::wall_ns;
 use crate::net::{Destination, Scrape};
 use crate::primary::schedule::parse_time;
 use crate::service::Service;
-
-/// Between two looks at what has to be told.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// By what others learn how a replayer stands.
 #[derive(Debug, Args)]
@@ -88,9 +85,6 @@ async fn told(handle: &ReplayerHandle, watching: &Watching) {
     loop {
         for group in handle.status() {
             let teller = tellers.entry(group.group.clone()).or_default();
-            if !teller.is_due(Instant::now()) {
-                continue;
-            }
             let wrong = what_is_wrong(&group, watching.alert_after, wall_ns());
             if let Some(trouble) = teller.tell(command, &group.group, &wrong, None) {
                 tracing::warn!("group {}: {trouble}", group.group);

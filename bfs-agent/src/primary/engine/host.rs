@@ -44,8 +44,8 @@ pub enum Seen {
     Symlink {
         /// Its target.
         target: Vec<u8>,
-        /// When its inode was changed last, by the monotonic clock: made or renamed, above all. 0 where that does not
-        /// matter.
+        /// When its inode was changed last, by the monotonic clock: made or renamed, above all. 0 where that is
+        /// not known: what is left out, for a process with mounts of its own.
         changed_ns: u64,
     },
     /// Nothing (any more).

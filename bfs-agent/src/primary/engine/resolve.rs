@@ -222,11 +222,11 @@ impl Walk<'_> {
         if verdict == Verdict::IfDirectory
             && (!last || follow)
             && self.model.entry(directory, &name).is_none()
-            && let Seen::Symlink { target, .. } =
+            && let Seen::Symlink { target, changed_ns } =
                 self.look_aside(&Aside { directory, below: vec![component.to_vec()], named: 1 })
         {
             self.way.winding = true;
-            return Ok(Step::Symlink { target, from: At::Inside(directory) });
+            return self.followed(target, changed_ns, At::Inside(directory));
         }
         let Some(object) = self.model.entry(directory, &name) else {
             return Err(if last { Place::Entry(directory, name) } else { self.missing(directory, name) });
@@ -254,11 +254,10 @@ impl Walk<'_> {
         to.named += 1;
         match if follow { self.look_aside(&to) } else { Seen::Nothing } {
             Seen::Symlink { target, changed_ns } => {
-                self.stood_still(changed_ns)?;
                 self.way.winding = true;
                 to.below.pop();
                 to.named -= 1;
-                Ok(Step::Symlink { target, from: Self::at(to) })
+                self.followed(target, changed_ns, Self::at(to))
             }
             Seen::Directory(inode) if let Some(object) = self.model.find(inode) => {
                 self.way.winding = true;
@@ -352,17 +351,20 @@ impl Walk<'_> {
                 None => Ok(Step::To(At::Outside(path))),
             },
             Seen::Symlink { target, changed_ns } if follow => {
-                self.stood_still(changed_ns)?;
-                Ok(Step::Symlink { target, from: At::Outside(from) })
+                self.followed(target, changed_ns, At::Outside(from))
             }
             Seen::Symlink { .. } | Seen::Nothing => Ok(Step::To(At::Outside(path))),
             Seen::Unknown => Err(Place::Unknown),
         }
     }
 
-    /// A symlink outside that was changed since the call may have led elsewhere then: nobody can tell where.
-    fn stood_still(&self, changed_ns: u64) -> Result<(), Place> {
-        if changed_ns > self.start.ended_ns.saturating_sub(STAMP_NS) { Err(Place::Unknown) } else { Ok(()) }
+    /// Where a symlink leads that a look has seen. One that was changed since the call may have led elsewhere then: nobody
+    /// can tell where.
+    fn followed(&self, target: Vec<u8>, changed_ns: u64, from: At) -> Result<Step, Place> {
+        if changed_ns > self.start.ended_ns.saturating_sub(STAMP_NS) {
+            return Err(Place::Unknown);
+        }
+        Ok(Step::Symlink { target, from })
     }
 
     /// What `..` of a directory of the set is.
