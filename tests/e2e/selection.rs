@@ -211,6 +211,28 @@ fn a_program_is_attached_to_with_all_that_it_has_open() {
     }
 }
 
+/// Who has ended and is not waited for when the agent comes is nobody to wait for.
+#[test]
+fn an_agent_ends_with_its_last_process_also_when_a_child_was_a_zombie() {
+    let mut world = World::new("zombie", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    let mut parent = world.spawn_shell("true & exec sleep 1000").unwrap();
+    let children = format!("/proc/{0}/task/{0}/children", parent.id());
+    until("a zombie", SOON, || {
+        let children = fs::read_to_string(&children).ok()?;
+        let stat = fs::read_to_string(format!("/proc/{}/stat", children.trim())).ok()?;
+        let of_sleep = fs::read_to_string(format!("/proc/{}/comm", parent.id())).ok()? == "sleep\n";
+        (of_sleep && stat.contains(") Z ")).then_some(())
+    })
+    .unwrap();
+    world.attach_to(&["--pid", &parent.id().to_string()]).unwrap();
+    assert_eq!(selected(&world), 1);
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    until("the agent to end", SOON, || world.status().is_err().then_some(())).unwrap();
+    exercise::equal(&world).unwrap();
+}
+
 /// Two agents for the same program and files: the first one of `run`, so it stops by the cgroup that it made.
 fn two_groups(name: &str, second: impl Fn(&World) -> Vec<String>) {
     let [mut one, mut two] =

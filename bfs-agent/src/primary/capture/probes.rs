@@ -19,7 +19,7 @@ use bfs_common::abi::{
     SUSPECTS_MAX, Settings, Suspect, TASKS_MAX, TaskState, counter, role,
 };
 
-use crate::primary::clock::monotonic_ns;
+use crate::primary::{clock::monotonic_ns, process::has_ended};
 
 use super::{
     CaptureError,
@@ -342,8 +342,8 @@ impl Probes {
             }
             result => result.map_err(kernel(format!("cannot follow task {tid}")))?,
         }
-        // The probe at its end may have run before there was an entry to remove.
-        if !Path::new(&format!("/proc/{tgid}/task/{tid}")).exists() {
+        // The probe at its end may have run before there was an entry to remove: that of a zombie would stay for ever.
+        if has_ended(tgid, tid) {
             self.deselect_task(tid)?;
         }
         Ok(())

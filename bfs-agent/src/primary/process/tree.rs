@@ -66,6 +66,14 @@ pub fn start_of(pid: u32) -> Option<u64> {
     stat_of(pid).map(|s| s.start_ticks)
 }
 
+/// Whether a thread is gone or about to go: it makes no call any more. A thread that ended stays in `/proc` until it is
+/// waited for.
+#[must_use]
+pub fn has_ended(tgid: u32, tid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{tgid}/task/{tid}/stat")).ok();
+    stat.and_then(|stat| parse_stat(&stat)).is_none_or(|stat| stat.flags & PF_EXITING != 0)
+}
+
 /// Whether one of these processes (thread group, start) still has a thread that runs.
 #[must_use]
 pub fn any_alive(processes: impl IntoIterator<Item = (u32, u64)>) -> bool {
@@ -83,10 +91,15 @@ pub(super) fn group_lives(group: u32) -> bool {
     processes.any(|s| s.group == group && (s.state != 'Z' || s.threads > 1))
 }
 
+/// Set at the beginning of the end of a thread, before the probe at its end runs (`do_exit()` in kernel/exit.c;
+/// include/linux/sched.h).
+const PF_EXITING: u64 = 4;
+
 struct Stat {
     state: char,
     parent: u32,
     group: u32,
+    flags: u64,
     threads: u64,
     start_ticks: u64,
 }
@@ -102,6 +115,7 @@ fn parse_stat(stat: &str) -> Option<Stat> {
         state: fields.first()?.chars().next()?,
         parent: fields.get(1)?.parse().ok()?,
         group: fields.get(2)?.parse().ok()?,
+        flags: fields.get(6)?.parse().ok()?,
         threads: fields.get(17)?.parse().ok()?,
         start_ticks: fields.get(19)?.parse().ok()?,
     })
@@ -120,6 +134,21 @@ mod tests {
         let stat = "7 (a) R 1) S 5 7 7 0 -1 4194560 1 0 0 0 1 1 0 0 20 0 3 0 99 1 1";
         let stat = parse_stat(stat).unwrap();
         assert_eq!((stat.state, stat.parent, stat.threads, stat.start_ticks), ('S', 5, 3, 99));
-        assert_eq!(stat.group, 7);
+        assert_eq!((stat.group, stat.flags), (7, 4_194_560));
+    }
+    #[test]
+    fn who_is_not_waited_for_has_ended() {
+        let me = std::process::id();
+        assert!(!has_ended(me, me));
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        assert!(!has_ended(child.id(), child.id()));
+        child.kill().unwrap();
+        let ended = (0..5_000).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            has_ended(child.id(), child.id())
+        });
+        assert!(ended && !threads_of(child.id()).is_empty(), "it is a zombie");
+        child.wait().unwrap();
+        assert!(has_ended(child.id(), child.id()));
     }
 }
