@@ -14,18 +14,10 @@
 //! The end is laid out like a record without a head, as a commit of the log is. Nothing counts without it. The records
 //! are those of an agent's stream, so what takes them in is what takes in an agent: gate, log, plan, applier.
 
-mod receive;
-mod send;
-
 use bfs_common::codec::{self, CodecError, HEAD_MAX, PAYLOAD_MAX, PREFIX};
 use bfs_common::record::{CheckpointId, CheckpointLabel, GroupId, ObjectId, PathBytes, Record, Sequence};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
-
-use super::index::GenerationRow;
-
-pub(in crate::backup) use receive::{Busy, Incoming, Receiver, Whole, finish_all, follows};
-pub(in crate::backup) use send::send;
 
 const MAGIC: &[u8; 8] = b"bfsgens\n";
 const VERSION: u32 = 1;
@@ -34,9 +26,9 @@ const BEFORE_HEAD: usize = 20;
 /// Longest head: two lists of roots, each as long as a record may have it.
 const STREAM_HEAD_MAX: usize = 4 << 20;
 /// Bytes of the end.
-const END: usize = PREFIX + 32;
+pub(crate) const END: usize = PREFIX + 32;
 /// Bytes that are handed on at once.
-const PIECE: usize = 1 << 20;
+pub const PIECE: usize = 1 << 20;
 
 /// Why bytes are not such a stream.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -88,14 +80,6 @@ pub struct Moment {
     pub roots: Vec<(PathBytes, ObjectId)>,
 }
 
-impl Moment {
-    /// Of a generation of a store.
-    #[must_use]
-    pub fn of(checkpoint: CheckpointId, row: &GenerationRow) -> Self {
-        Self { checkpoint, label: row.label.clone(), roots: row.roots.clone() }
-    }
-}
-
 /// What a stream is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
@@ -113,17 +97,26 @@ pub struct Head {
 pub type Sink<'a> = &'a mut dyn FnMut(Bytes) -> bool;
 
 /// Makes a stream.
-struct Writer<'a> {
+pub struct Writer<'a> {
     out: BytesMut,
     hasher: blake3::Hasher,
     records: u64,
     sink: Sink<'a>,
-    /// Nobody takes any more.
     ended: bool,
 }
 
+impl std::fmt::Debug for Writer<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writer").field("records", &self.records).finish_non_exhaustive()
+    }
+}
+
 impl<'a> Writer<'a> {
-    fn begin(head: &Head, sink: Sink<'a>) -> Self {
+    /// Begins one.
+    ///
+    /// # Panics
+    /// If the head cannot be encoded (all can).
+    pub fn begin(head: &Head, sink: Sink<'a>) -> Self {
         let head = rmp_serde::to_vec(head).expect("heads can be encoded");
         let mut out = BytesMut::with_capacity(2 * PIECE);
         out.put_slice(MAGIC);
@@ -135,7 +128,14 @@ impl<'a> Writer<'a> {
         Self { out, hasher: blake3::Hasher::new(), records: 0, sink, ended: false }
     }
 
-    fn record(&mut self, record: &Record, payload: &[u8]) {
+    /// Whether nobody takes any more: the rest need not be made.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// The next record.
+    pub fn record(&mut self, record: &Record, payload: &[u8]) {
         self.records += 1;
         codec::encode(&mut self.out, Sequence(self.records), record, payload);
         if self.out.len() >= PIECE {
@@ -151,7 +151,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn end(mut self) {
+    /// That was the last one.
+    pub fn end(mut self) {
         self.hand_on();
         let digest = self.hasher.finalize();
         self.out.put_u32_le(0);
@@ -166,9 +167,12 @@ impl<'a> Writer<'a> {
 
 /// What stands next in a stream.
 #[derive(Debug, PartialEq, Eq)]
-enum Item {
+pub enum Item {
+    /// What it is.
     Head(Box<Head>),
+    /// A record and its payload.
     Record(Box<Record>, Bytes),
+    /// Its end.
     End,
 }
 
@@ -181,25 +185,36 @@ enum Stage {
 
 /// Takes a stream apart, as its bytes come. What it gives is sound for itself; all of it counts only with the end.
 #[derive(Debug)]
-struct Reader {
+pub struct Reader {
     buffer: BytesMut,
     hasher: blake3::Hasher,
     stage: Stage,
     records: u64,
 }
 
+impl Default for Reader {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Reader {
-    fn new() -> Self {
+    /// At the begin of a stream.
+    #[must_use]
+    pub fn new() -> Self {
         Self { buffer: BytesMut::new(), hasher: blake3::Hasher::new(), stage: Stage::Head, records: 0 }
     }
 
     /// More bytes.
-    fn feed(&mut self, bytes: &[u8]) {
+    pub fn feed(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
 
     /// The next item; none if it needs more bytes.
-    fn next(&mut self) -> Result<Option<Item>, StreamError> {
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub fn next_item(&mut self) -> Result<Option<Item>, StreamError> {
         match self.stage {
             Stage::Head => self.head(),
             Stage::Records => self.record(),
@@ -209,7 +224,10 @@ impl Reader {
     }
 
     /// That was all.
-    fn finish(&self) -> Result<(), StreamError> {
+    ///
+    /// # Errors
+    /// [`StreamError`], if it should not have been.
+    pub fn finish(&self) -> Result<(), StreamError> {
         match self.stage {
             Stage::Ended if self.buffer.is_empty() => Ok(()),
             Stage::Ended => Err(StreamError::Behind),
@@ -304,8 +322,3 @@ impl Reader {
         bytes
     }
 }
-
-#[cfg(test)]
-mod hostile_tests;
-#[cfg(test)]
-mod tests;

@@ -49,7 +49,7 @@ pub enum Version {
     /// [`Refusal::Attached`], `history` in [`GroupStatus`].
     V3 = 3,
     /// Process state: [`Frame::PutProcess`], [`Frame::GetProcess`] and what belongs to them, `process` in
-    /// [`GenerationLine`]. [`Frame::GetNewest`]. [`Frame::Bye`], `agent` in [`GroupStatus`]. Later `lz4` in [`Frame::Hello`] and
+    /// [`GenerationLine`]. [`Frame::GetNewest`]. [`Frame::Bye`], `agent` and `id` in [`GroupStatus`]. Later `lz4` in [`Frame::Hello`] and
     /// [`Frame::Welcome`] (left out where it is false: nothing changed for peers that do not know it), and [`Frame::Packed`].
     V4 = 4,
 }

@@ -36,6 +36,8 @@ pub enum Need<'a> {
     WriteAndRead(&'a str),
     /// To become the writer of a group.
     ToWrite(&'a str),
+    /// The same, or to administrate it.
+    ToReceive(&'a str),
     /// To be the writer of a group.
     Writer,
     /// To say which group is meant.
@@ -72,9 +74,10 @@ pub fn need(frame: &Frame) -> Need<'_> {
         // Memory has what no file has: keys, passwords.
         Frame::GetProcess { group, .. }
         | Frame::Merge { group, .. }
-        | Frame::Receive { group: Some(group), .. }
         | Frame::Promote { group, .. }
         | Frame::PromoteStep { group, .. } => Need::Group(group, &[Right::Administrate]),
+        // What comes is a checkpoint like one of an agent's stream.
+        Frame::Receive { group: Some(group), .. } => Need::ToReceive(group),
         // The name in the stream is known only when all of it is there.
         Frame::Receive { group: None, .. } => Need::Name,
         Frame::ReadKeys | Frame::GetPlaces { .. } => Need::SameHost,

@@ -303,7 +303,10 @@ impl Session {
         let Some(entered) = &self.entered else { return Ok(()) };
         match need(frame) {
             // Before it is repeated in an answer, or even written down as somebody's.
-            Need::Group(group, _) | Need::WriteAndRead(group) | Need::ToWrite(group)
+            Need::Group(group, _)
+            | Need::WriteAndRead(group)
+            | Need::ToWrite(group)
+            | Need::ToReceive(group)
                 if !places::group_name_is_valid(group) =>
             {
                 Err(places::invalid_group_name(group))
@@ -320,7 +323,10 @@ impl Session {
                     [Right::Write, Right::Read].into_iter().find(|right| !entered.may(group, &[*right]));
                 lacks.map_or(Ok(()), |right| Err(entered.denied(group, right)))
             }
-            Need::ToWrite(group) => {
+            // The name counts that came first.
+            Need::ToReceive(_) if self.receiver.is_some() => Ok(()),
+            Need::ToReceive(group) if entered.may(group, &[Right::Administrate]) => Ok(()),
+            Need::ToWrite(group) | Need::ToReceive(group) => {
                 let (shared, entered, group) = (self.shared.clone(), entered.clone(), group.to_owned());
                 tokio::task::spawn_blocking(move || entered.may_write(&group, shared.has_group(&group)?))
                     .await

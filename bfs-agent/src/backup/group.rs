@@ -586,6 +586,7 @@ impl Group {
         let progress = self.progress.borrow().clone();
         GroupStatus {
             group: self.name.clone(),
+            id: self.id,
             durable: progress.durable.sequence,
             epoch: progress.durable.epoch,
             confirmed: progress.confirmed,

@@ -7,6 +7,7 @@
 mod check;
 mod commands;
 mod config;
+mod destinations;
 mod dispatch;
 mod groups;
 mod hooks;
@@ -354,6 +355,20 @@ enum Command {
         #[command(subcommand)]
         what: PathCommand,
     },
+    /// Show or change the destinations while everything runs
+    ///
+    /// Examples:
+    ///   bfs-agent dest add tcp://third.example:7400
+    ///   bfs-agent dest pause dir:/mnt/usb/store
+    ///   bfs-agent dest list
+    ///
+    /// The first destination gets the stream and stays; a further one gets whole checkpoints. A change counts at once, and
+    /// is shown with where each destination stands.
+    #[command(verbatim_doc_comment)]
+    Dest {
+        #[command(subcommand)]
+        what: destinations::DestCommand,
+    },
     /// Show or change policies (how single files are backed up beside the checkpoints) while everything runs
     ///
     /// Examples:
@@ -512,10 +527,6 @@ fn complain(failure: &Failure) {
     if !failure.hint.is_empty() {
         let _ = writeln!(err, "  try: {}", failure.hint);
     }
-}
-
-fn later(what: &str, instead: &str) -> Failure {
-    Failure::new(Kind::Usage, format!("{what} comes in a later version"), instead)
 }
 
 /// Messages of the agent itself go to standard error; `BFS_LOG=debug` shows more.

@@ -5,6 +5,7 @@
 mod at;
 mod clones;
 mod export;
+pub mod next;
 mod promoted;
 mod restore;
 mod tar;

@@ -7,6 +7,7 @@ pub mod control;
 pub mod cron;
 pub mod engine;
 pub mod failure;
+pub mod further;
 pub mod images;
 pub mod mend;
 pub mod metrics;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::failure::{Failure, Kind};
 use super::images;
 use super::spool::{self, SpoolOptions};
+use crate::keys::Folder;
 use crate::net::Destination;
 
 /// Where the kernel shows its types.
@@ -68,7 +69,7 @@ pub fn check_namespace() -> Result<(), Failure> {
 ///
 /// # Errors
 /// [`Kind::Path`].
-pub fn check_roots(paths: &[PathBuf], backup: &Destination) -> Result<Vec<PathBuf>, Failure> {
+pub fn check_roots(paths: &[PathBuf], backups: &[Destination]) -> Result<Vec<PathBuf>, Failure> {
     let mut roots: Vec<PathBuf> = Vec::new();
     for path in paths {
         let shown = path.display();
@@ -88,17 +89,51 @@ pub fn check_roots(paths: &[PathBuf], backup: &Destination) -> Result<Vec<PathBu
         }
         roots.push(root);
     }
-    if let Destination::Dir(store) = backup {
-        let store = real_place(store);
-        if let Some(root) = roots.iter().find(|r| store.starts_with(r) || r.starts_with(&store)) {
-            return Err(Failure::new(
-                Kind::Path,
-                format!("--path {} overlaps the store {}", root.display(), store.display()),
-                "put the store on another disk, outside of every --path",
-            ));
-        }
+    for backup in backups {
+        check_store(backup, &roots)?;
     }
     Ok(roots)
+}
+
+/// Whether a store of this machine lies outside of the subtrees, as far as paths tell.
+///
+/// # Errors
+/// [`Kind::Path`].
+pub fn check_store(backup: &Destination, roots: &[PathBuf]) -> Result<(), Failure> {
+    let Destination::Dir(store) = backup else { return Ok(()) };
+    let store = real_place(store);
+    let Some(root) = roots.iter().find(|r| store.starts_with(r) || r.starts_with(&store)) else {
+        return Ok(());
+    };
+    Err(Failure::new(
+        Kind::Path,
+        format!("--path {} overlaps the store {}", root.display(), store.display()),
+        "put the store on another disk, outside of every --path",
+    ))
+}
+
+/// Whether the replayer of a destination is known, before anything is started.
+///
+/// # Errors
+/// [`Kind::Usage`].
+pub fn check_paired(folder: &Folder, backup: &Destination) -> Result<(), Failure> {
+    let Destination::Tcp(_) = backup else { return Ok(()) };
+    let peers = folder.peers()?;
+    if !peers.replayer_keys(&backup.to_string()).is_empty() {
+        return Ok(());
+    }
+    let mut known: Vec<&str> = peers.replayers.iter().map(|replayer| replayer.address.as_str()).collect();
+    known.dedup();
+    let known = if known.is_empty() {
+        String::new()
+    } else {
+        format!(" (it is with {}: an address has to be written as it was then)", known.join(", "))
+    };
+    Err(Failure::new(
+        Kind::Usage,
+        format!("--backup {backup}: this host is not paired with that replayer{known}"),
+        format!("bfs-replayer pair --store STORE, there; then here: bfs-agent pair {backup} TOKEN"),
+    ))
 }
 
 /// Whether the spool lies outside of the subtrees, as far as paths tell.
@@ -172,7 +207,7 @@ mod tests {
 
     fn kind(paths: &[&Path], backup: &str) -> Result<Vec<PathBuf>, Kind> {
         let paths: Vec<PathBuf> = paths.iter().map(|p| p.to_path_buf()).collect();
-        check_roots(&paths, &backup.parse().unwrap()).map_err(|f| {
+        check_roots(&paths, &[backup.parse().unwrap()]).map_err(|f| {
             assert!(!f.message.is_empty() && !f.hint.is_empty());
             f.kind
         })

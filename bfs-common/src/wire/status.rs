@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::promote::History;
-use crate::record::{CheckpointId, CheckpointLabel, Epoch, Sequence};
+use crate::record::{CheckpointId, CheckpointLabel, Epoch, GroupId, Sequence};
 
 /// How a store stands to a group's stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,4 +109,6 @@ pub struct GroupStatus {
     pub state: StoreState,
     /// What is wrong, if anything is.
     pub trouble: Option<String>,
+    /// Whose group it is: what a stream of a generation has to have in its head.
+    pub id: GroupId,
 }

@@ -77,7 +77,7 @@ impl World {
     pub(super) fn agent_line(&self, words: &[&str]) -> Command {
         let mut command = Command::new(binary("bfs-agent"));
         // These have commands of their own.
-        let verbs = if matches!(words[0], "path" | "policy") { 2 } else { 1 };
+        let verbs = if matches!(words[0], "dest" | "path" | "policy") { 2 } else { 1 };
         command.args(&words[..verbs]).args(["--group", &self.group]).args(&words[verbs..]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command

@@ -9,9 +9,10 @@ use super::super::error::BackupError;
 use super::super::gate::Gate;
 use super::super::index::GroupRow;
 use super::super::kinds::Kinds;
-use super::super::transfer::{Head, Moment, Whole, follows};
+use super::super::transfer::{Whole, follows, moment_of};
 use super::{Group, Slot, ToLog, locked};
 use crate::log::writer::LogWriter;
+use crate::transfer::Head;
 
 /// What is to become a part of the log.
 #[derive(Debug)]
@@ -61,7 +62,11 @@ impl Group {
             }
         }
         let newest = self.index.generations(row.number).map_err(failed)?.pop();
-        let newest = newest.map(|(checkpoint, row)| Moment::of(checkpoint, &row));
+        let newest = newest.map(|(checkpoint, row)| moment_of(checkpoint, &row));
+        // What follows it is the new primary's, which comes as records.
+        if let Some(refusal) = self.state().promoted_at(newest.as_ref().map(|newest| newest.checkpoint)) {
+            return Err(refusal);
+        }
         follows(name, newest.as_ref(), head).map_err(Refusal::Bad)?;
         let mut kinds = Kinds::default();
         let view = self.index.view(row.number).map_err(failed)?;

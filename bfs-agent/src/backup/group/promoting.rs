@@ -39,6 +39,13 @@ impl State {
         }
     }
 
+    /// Why nothing of the primary before may follow the newest checkpoint: it was promoted, and is the last in common.
+    pub fn promoted_at(&self, newest: Option<CheckpointId>) -> Option<Refusal> {
+        let last =
+            self.histories.last().filter(|last| newest.is_none_or(|newest| newest <= last.history.at))?;
+        Some(refusal(last, Some(last)))
+    }
+
     /// Whether this is the primary of the group. `first`: the one that began it.
     ///
     /// # Errors

@@ -8,17 +8,17 @@ use bfs_common::wire::Digests;
 use proptest::prelude::*;
 
 use super::tests::{GROUP, ID, client, four, kept, moment, received, sent, some, start, stream};
-use super::{Head, Item, Reader};
 use crate::backup::ReplayerHandle;
 use crate::backup::check;
 use crate::backup::model::TOP;
 use crate::generation::Tree;
+use crate::transfer::{Head, Item, Reader};
 
 /// The head of a stream that follows checkpoint 4.
 fn head(source: &ReplayerHandle) -> Head {
     let mut reader = Reader::new();
     reader.feed(&sent(source, Some(3), 4));
-    let Ok(Some(Item::Head(head))) = reader.next() else { panic!() };
+    let Ok(Some(Item::Head(head))) = reader.next_item() else { panic!() };
     Head { group: GROUP.into(), id: ID, from: Some(head.to), to: moment(5) }
 }
 

@@ -30,11 +30,11 @@ use super::super::plan::{Plan, plan};
 use super::super::room::{Disk, Disks, Need};
 use super::super::serve::Shared;
 use super::super::target::Target;
-use super::{Head, Item, Moment, Reader};
 use crate::durable;
 use crate::log::segment::{Item as SegmentItem, SegmentReader};
 use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
 use crate::log::{LogError, LogRef, segment_path, segments, sync_dir};
+use crate::transfer::{Head, Item, Moment, Reader};
 
 /// Bytes that are synced together.
 const BATCH: usize = 16 << 20;
@@ -259,7 +259,7 @@ impl Receiver {
     pub fn feed(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
         self.reader.feed(bytes);
         loop {
-            let item = self.reader.next().map_err(|why| bad(format!("the stream: {why}")))?;
+            let item = self.reader.next_item().map_err(|why| bad(format!("the stream: {why}")))?;
             match (item, &mut self.taking) {
                 (None, _) => return Ok(()),
                 (Some(Item::Head(head)), None) => {

@@ -10,7 +10,8 @@ use super::super::history::{Changes, changes};
 use super::super::index::{Base, Node};
 use super::super::past::{Past, Source};
 use super::super::pieces::joined;
-use super::{Head, Moment, PIECE, Sink, Writer};
+use super::moment_of;
+use crate::transfer::{Head, PIECE, Sink, Writer};
 use crate::tree;
 
 /// Hands on the stream of a generation, as the difference to another one or whole. Both are held.
@@ -25,7 +26,7 @@ pub(in crate::backup) fn send(
 ) -> Result<(), BackupError> {
     let mut newer = Past::open(source, to)?;
     let mut older = from.map(|from| Past::open(source, from)).transpose()?;
-    let moment = |past: &Past<'_>| Moment::of(past.checkpoint(), past.row());
+    let moment = |past: &Past<'_>| moment_of(past.checkpoint(), past.row());
     let head = Head {
         group: source.group.to_owned(),
         id: source.id,
@@ -73,7 +74,7 @@ fn objects(
 ) -> Result<(), BackupError> {
     for known in [false, true] {
         for (object, ranges) in &changed.objects {
-            if writer.ended {
+            if writer.is_ended() {
                 return Ok(());
             }
             let Some(after) = newer.node(*object)? else { continue };
@@ -168,7 +169,7 @@ fn bytes(
             waiting.1.extend_from_slice(run);
             told = from + run.len() as u64;
         }
-        !writer.ended
+        !writer.is_ended()
     })?;
     if !waiting.1.is_empty() {
         writer.record(&Record::Write { object, offset: waiting.0 }, &waiting.1);

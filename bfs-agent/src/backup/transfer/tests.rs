@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use bfs_common::codec;
 use bfs_common::record::*;
 use bfs_common::wire::*;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
 use super::*;
@@ -19,6 +20,7 @@ use crate::backup::retention::Retention;
 use crate::backup::store::Store;
 use crate::backup::{Replayer, ReplayerHandle, ServeOptions};
 use crate::generation::{Client, ReadError};
+use crate::transfer::{END, Head, Item, Moment, Reader, StreamError, Writer};
 
 pub(super) const GROUP: &str = "g";
 pub(super) const ID: GroupId = GroupId([5; 16]);
@@ -59,7 +61,7 @@ fn read(bytes: &[u8], piece: usize) -> Result<Vec<Item>, StreamError> {
     let mut items = Vec::new();
     for some in bytes.chunks(piece) {
         reader.feed(some);
-        while let Some(item) = reader.next()? {
+        while let Some(item) = reader.next_item()? {
             items.push(item);
         }
     }

@@ -22,7 +22,7 @@ const NOT_COMPARED: u8 = 2;
 /// What `status --check` found.
 const DOES_NOT_HOLD: u8 = 1;
 
-fn connect(target: &Target) -> Result<Client, Failure> {
+pub(super) fn connect(target: &Target) -> Result<Client, Failure> {
     let path: PathBuf = target.socket.clone().unwrap_or_else(|| default_socket(&target.group.group));
     Ok(Client::connect(&path)?)
 }
@@ -230,10 +230,16 @@ pub(super) fn switchover(
     timeout: Duration,
 ) -> Result<u8, Failure> {
     let status = connect(target)?.status()?;
-    let known: Vec<_> = status.destinations.iter().map(|known| known.address.as_str()).collect();
-    if !known.contains(&to.to_string().as_str()) {
-        let message = format!("group {:?} has no destination {to}", status.group);
-        return Err(Failure::new(Kind::Usage, message, format!("give --to {}", known.join(" or --to "))));
+    let first = status.destinations.first().map_or("", |first| first.address.as_str());
+    if first != to.to_string() {
+        let known = status.destinations.iter().any(|known| known.address == to.to_string());
+        let what = if known { "as its first destination" } else { "as a destination" };
+        let message = format!("group {:?} has not {to} {what}", status.group);
+        return Err(Failure::new(
+            Kind::Usage,
+            message,
+            format!("give --to {first}, which the stream goes to"),
+        ));
     }
     let request = Request::Switchover { timeout_ms: milliseconds(timeout), signal, kill };
     let checkpoint = match ask(target, &request)? {

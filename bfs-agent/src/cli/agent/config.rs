@@ -18,6 +18,8 @@ enum Form {
     Text,
     /// A list of texts, at least one.
     Texts,
+    /// A text, or a list of them.
+    TextOrTexts,
     /// True or false: an option without a value.
     Flag,
     /// A number of a process, or a list of them.
@@ -42,9 +44,10 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 36] = [
+const KEYS: [Key; 37] = [
     key("paths", "--path", Form::Texts),
-    key("backup", "--backup", Form::Text),
+    key("backup", "--backup", Form::TextOrTexts),
+    key("confirm", "--confirm", Form::Text),
     key("keys", "--keys", Form::Text),
     key("exclude", "--exclude", Form::Texts),
     key("include", "--include", Form::Texts),
@@ -258,7 +261,8 @@ fn values(key: &Key, value: &Value, at: &str) -> Result<Vec<Option<String>>, Con
     let all = match (key.form, value) {
         (Form::Text, Value::String(text)) => vec![text.clone()],
         (Form::Text, _) => return Err(bad("a text")),
-        (Form::Texts, value) => texts(at, key.name, value)?,
+        (Form::TextOrTexts, Value::String(text)) => vec![text.clone()],
+        (Form::Texts | Form::TextOrTexts, value) => texts(at, key.name, value)?,
         (Form::Flag, Value::Boolean(true)) => return Ok(vec![None]),
         (Form::Flag, Value::Boolean(false)) => Vec::new(),
         (Form::Flag, _) => return Err(bad("true or false")),

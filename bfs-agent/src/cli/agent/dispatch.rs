@@ -1,6 +1,6 @@
 //! From a command line to what does it.
 
-use super::{Command, ConfigCommand, PathCommand, commands, groups, keys, logging, policies};
+use super::{Command, ConfigCommand, PathCommand, commands, destinations, groups, keys, logging, policies};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
 use crate::primary::session::{self, GoingBack, SessionOptions, Whom};
@@ -120,6 +120,10 @@ pub(super) fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Fai
                 PathCommand::Remove(change) => commands::change_path(&change, false),
                 PathCommand::List { target } => commands::paths(&target),
             }
+        }
+        Command::Dest { what } => {
+            asks(inherited)?;
+            destinations::dest(&what)
         }
         Command::Policy { what } => {
             asks(inherited)?;

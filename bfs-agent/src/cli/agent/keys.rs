@@ -58,27 +58,6 @@ impl From<KeyError> for Failure {
     }
 }
 
-/// Whether the replayer of a destination is known, before anything is started.
-pub(super) fn check(folder: &Folder, backup: &Destination) -> Result<(), Failure> {
-    let Destination::Tcp(_) = backup else { return Ok(()) };
-    let peers = folder.peers()?;
-    if !peers.replayer_keys(&backup.to_string()).is_empty() {
-        return Ok(());
-    }
-    let mut known: Vec<&str> = peers.replayers.iter().map(|replayer| replayer.address.as_str()).collect();
-    known.dedup();
-    let known = if known.is_empty() {
-        String::new()
-    } else {
-        format!(" (it is with {}: an address has to be written as it was then)", known.join(", "))
-    };
-    Err(Failure::new(
-        Kind::Usage,
-        format!("--backup {backup}: this host is not paired with that replayer{known}"),
-        format!("bfs-replayer pair --store STORE, there; then here: bfs-agent pair {backup} TOKEN"),
-    ))
-}
-
 pub(super) fn pair(folder: &Folder, replayer: &Destination, token: &Token) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

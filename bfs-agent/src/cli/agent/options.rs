@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Group, commands, hooks, keys, later, logging, policies, sending, spool, watching, words};
+use super::{Group, commands, hooks, keys, logging, policies, sending, spool, watching, words};
 use crate::net::Destination;
 use crate::primary::engine::filter::Filter;
 use crate::primary::failure::{Failure, Kind};
+use crate::primary::further::Confirm;
 use crate::primary::preflight;
 use crate::primary::schedule::{Schedule, parse_size, parse_time};
 use crate::primary::session::{GoingBack, PolicyOptions, SessionOptions};
@@ -19,9 +20,14 @@ pub(super) struct Options {
     #[arg(long = "path", value_name = "DIR", required = true)]
     pub(super) paths: Vec<PathBuf>,
     /// Where the backup is: tcp://HOST:PORT or unix:PATH of a replayer, or dir:STORE on another
-    /// disk of this machine
+    /// disk of this machine. May be repeated: the first gets the stream, and each further one whole checkpoints, without
+    /// anybody waiting for it
     #[arg(long, value_name = "DEST", required = true, num_args = 1)]
     backup: Vec<Destination>,
+    /// With several --backup, when a checkpoint counts as confirmed: when `all` have it, `any`, so many of them (2), one
+    /// as given to --backup, or all that are `attached` at the time
+    #[arg(long, value_name = "WHO", default_value_t)]
+    confirm: Confirm,
     #[command(flatten)]
     pub(super) group: Group,
     /// When checkpoints are taken: a comma list of every=TIME, bytes=SIZE, ops=NUMBER, cron=EXPRESSION (five fields,
@@ -89,20 +95,24 @@ impl Options {
     pub(super) fn check(self) -> Result<SessionOptions, Failure> {
         logging();
         let filter = self.filter()?;
-        let backup = match <[Destination; 1]>::try_from(self.backup) {
-            Ok([backup]) => backup,
-            Err(_) => {
-                return Err(later("more than one --backup", "give one; run another --group for the other"));
-            }
-        };
         let keys = self.keys.folder();
-        keys::check(&keys, &backup)?;
+        for (at, backup) in self.backup.iter().enumerate() {
+            preflight::check_paired(&keys, backup)?;
+            if self.backup[..at].contains(backup) {
+                let why = format!("--backup {backup} is given twice");
+                return Err(Failure::new(Kind::Usage, why, "give each destination once"));
+            }
+        }
+        let addresses: Vec<_> = self.backup.iter().map(ToString::to_string).collect();
+        self.confirm.check(&addresses).map_err(|why| {
+            Failure::new(Kind::Usage, format!("--confirm {}: {why}", self.confirm), "give another --confirm")
+        })?;
         if let Some(ring) = self.ring_bytes
             && !(ring.is_power_of_two() && (1 << 16..=1 << 32).contains(&ring))
         {
             return Err(Failure::new(Kind::Usage, "--ring-bytes is no power of two from 64K to 4G", ""));
         }
-        let roots = preflight::check_roots(&self.paths, &backup)?;
+        let roots = preflight::check_roots(&self.paths, &self.backup)?;
         if let Some((from, _)) = self
             .maps
             .iter()
@@ -117,6 +127,8 @@ impl Options {
         let policies = self.policies.options()?;
         let spool = self.spool.options();
         preflight::check_spool(&spool, &self.group.group, &roots)?;
+        let mut further = self.backup;
+        let backup = further.remove(0);
         preflight::check_user()?;
         preflight::check_kernel()?;
         preflight::check_namespace()?;
@@ -125,6 +137,8 @@ impl Options {
             group: self.group.group,
             roots,
             backup,
+            further,
+            confirm: self.confirm,
             schedule: self.checkpoint,
             maps: self.maps,
             keys,

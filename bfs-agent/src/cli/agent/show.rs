@@ -5,11 +5,16 @@ use std::fmt::Write;
 use bfs_common::wire::StoreState;
 
 use crate::generation::time_text;
-use crate::primary::control::Standing;
 use crate::primary::control::{
     CheckpointStatus, ForeignStatus, HookStatus, ProcessStatus, RecoveryStatus, SpoolStatus, State, Status,
     VerifyReport,
 };
+use crate::primary::control::{DestinationStatus, Standing};
+
+/// What a standing is called.
+pub(super) fn standing(standing: Standing) -> &'static str {
+    Standing::ALL.iter().find(|(known, _)| *known == standing).map_or("", |(_, name)| name)
+}
 
 fn state(state: State) -> &'static str {
     match state {
@@ -62,19 +67,24 @@ pub fn status(status: &Status) -> String {
     }
     line("program", format!("{}, {} threads selected", status.program, status.selected_threads));
     line("paths", status.roots.join(", "));
-    for destination in &status.destinations {
+    for (at, destination) in status.destinations.iter().enumerate() {
         let mut words = destination.address.clone();
         words += if destination.connected { ", connected" } else { ", NOT CONNECTED" };
         if destination.connected && destination.round_trip_us > 0 {
             let _ = write!(words, ", round trip {}", duration_us(destination.round_trip_us));
         }
         line("backup", words);
-        let stands = Standing::ALL.iter().find(|(standing, _)| *standing == destination.standing);
-        if let Some((_, name)) = stands.filter(|(standing, _)| *standing != Standing::Attached) {
-            line("", format!("{} since {}", name.to_uppercase(), time_text(destination.since_ns)));
+        if destination.standing != Standing::Attached {
+            let stands = standing(destination.standing).to_uppercase();
+            line("", format!("{stands} since {}", time_text(destination.since_ns)));
         }
-        if let Some(error) = destination.last_error.as_ref().filter(|_| !destination.connected) {
-            line("", format!("because {error}"));
+        let further = at > 0;
+        if let Some(why) = destination.last_error.as_ref().filter(|_| further || !destination.connected) {
+            line("", format!("because {why}"));
+        }
+        if further {
+            let DestinationStatus { confirmed, applied, .. } = destination;
+            line("", format!("checkpoint {confirmed} confirmed there, {applied} applied"));
         }
         if let Some(rate) = destination.rate_limit {
             let held = if destination.held_back { "; THAT HOLDS RECORDS BACK" } else { "" };

@@ -4,12 +4,10 @@
 //! kept until a younger one is there: for as long as it lives the other store keeps that checkpoint, whatever its rules say.
 
 use std::path::PathBuf;
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bfs_common::record::CheckpointId;
-use bfs_common::wire::GenerationLine;
 use clap::Args;
 use tokio::signal::unix::SignalKind;
 
@@ -17,14 +15,13 @@ use super::{Exit, Owner, at_signal, exit_of, transfer};
 use crate::backup::ReplayerHandle;
 use crate::backup::retention::{KEEP_MIN, Retention};
 use crate::cli::sayln;
-use crate::generation::{Client, ReadError};
+use crate::generation::Client;
+use crate::generation::next::{Apart, Step, carry, kept, next};
 use crate::keys::Folder;
 use crate::net::{self, Destination};
 use crate::primary::schedule::parse_time;
 use crate::service::Service;
 
-/// Pieces of a stream that wait between the two stores.
-const PIECES: usize = 4;
 /// Between two tries to reach a store that is away, at first; then twice as long each time.
 const AGAIN_MIN: Duration = Duration::from_millis(500);
 /// The longest of these, unless `--every` is longer.
@@ -52,52 +49,6 @@ pub(super) struct Follow {
     /// Folder of keys of this host, for tcp://
     #[arg(long, value_name = "DIR", default_value = crate::keys::DEFAULT)]
     keys: PathBuf,
-}
-
-/// Why a store can never catch up by differences.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum Apart {
-    #[error(
-        "checkpoint {0}, the newest here, is not kept there any more: differences would need it. Begin again with \
-         another --store, and let the replayer there keep more (`serve --keep`)"
-    )]
-    Merged(CheckpointId),
-    #[error(
-        "checkpoint {0} here and there have only the number in common: something else wrote to one of the stores. Begin \
-         again with another --store"
-    )]
-    Another(CheckpointId),
-    #[error(
-        "checkpoint {here} is here, and there is none after {there} there: that is not the store that was followed"
-    )]
-    Behind { here: CheckpointId, there: CheckpointId },
-}
-
-/// What is to be done.
-#[derive(Debug, PartialEq, Eq)]
-enum Step {
-    /// The other store has nothing yet.
-    Wait,
-    /// Nothing: the newest is here.
-    Done(CheckpointId),
-    /// Take this one, as the difference to the other; whole without.
-    Take { older: Option<CheckpointId>, newest: CheckpointId },
-}
-
-/// Decides by what both stores keep, each the oldest first.
-fn next(here: &[GenerationLine], there: &[GenerationLine]) -> Result<Step, Apart> {
-    let (Some(newest), ours) = (there.last(), here.last()) else { return Ok(Step::Wait) };
-    let Some(ours) = ours else { return Ok(Step::Take { older: None, newest: newest.checkpoint }) };
-    let number = ours.checkpoint;
-    if number > newest.checkpoint {
-        return Err(Apart::Behind { here: number, there: newest.checkpoint });
-    }
-    match there.iter().find(|line| line.checkpoint == number) {
-        None => Err(Apart::Merged(number)),
-        Some(line) if line.label != ours.label => Err(Apart::Another(number)),
-        Some(_) if number == newest.checkpoint => Ok(Step::Done(number)),
-        Some(_) => Ok(Step::Take { older: Some(number), newest: newest.checkpoint }),
-    }
 }
 
 /// Whether the command is to end, and the wait for that.
@@ -216,102 +167,14 @@ impl Pair<'_> {
             Step::Done(newest) => return Ok(Some(newest)),
             Step::Take { older, newest } => (older, newest),
         };
-        let bytes = self.take(&mut there, &mut here, older, newest)?;
+        let ending = &self.ending;
+        let bytes = carry(&mut there, &mut here, group, (older, newest), &mut |_| {
+            if ending.is_asked() { Err(std::io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+        })?;
         transfer::applied(&mut here, group, newest)?;
         self.held = Some(there);
         let how = older.map_or_else(|| "whole".to_owned(), |older| format!("what differs from {older}"));
         sayln!("group {group}: checkpoint {newest} of {} ({how}, {bytes} bytes)", self.what.from)?;
         Ok(Some(newest))
-    }
-
-    fn take(
-        &self,
-        there: &mut Client,
-        here: &mut Client,
-        older: Option<CheckpointId>,
-        newest: CheckpointId,
-    ) -> anyhow::Result<u64> {
-        let group = &self.what.group;
-        let ending = &self.ending;
-        let (pieces, came) = sync_channel::<Vec<u8>>(PIECES);
-        let mut bytes = 0;
-        let (sent, taken) = std::thread::scope(|scope| {
-            let sending = scope.spawn(move || {
-                there.transfer(group, older, newest, |piece| {
-                    if ending.is_asked() {
-                        return Err(std::io::ErrorKind::Interrupted.into());
-                    }
-                    // An empty one would be the end.
-                    if piece.is_empty() || pieces.send(piece.to_vec()).is_ok() {
-                        return Ok(());
-                    }
-                    Err(std::io::ErrorKind::BrokenPipe.into())
-                })
-            });
-            let taken = here.receive(Some(group.clone()), &mut |piece| {
-                // What is cut off has no end, so it is refused.
-                *piece = came.recv().unwrap_or_default();
-                bytes += piece.len() as u64;
-                Ok(())
-            });
-            // Should it not take all: whoever sends must not wait for that.
-            drop(came);
-            (sending.join(), taken)
-        });
-        let sent = sent.map_err(|_| anyhow::anyhow!("what reads the other store failed"))?;
-        match (sent, taken) {
-            // The pipe broke because of what this store says.
-            (Err(ReadError::Sink(_)) | Ok(()), Err(error)) => Err(error.into()),
-            (Err(error), _) => Err(error.into()),
-            (Ok(()), Ok(_)) => Ok(bytes),
-        }
-    }
-}
-
-/// What a store keeps of a group; nothing if there is no such group.
-fn kept(client: &mut Client, group: &str) -> anyhow::Result<Vec<GenerationLine>> {
-    if client.status()?.iter().all(|status| status.group != group) {
-        return Ok(Vec::new());
-    }
-    Ok(client.generations(group)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use bfs_common::record::CheckpointLabel;
-
-    use super::*;
-
-    fn lines(numbers: &[u64], wall_ns: i64) -> Vec<GenerationLine> {
-        let label = CheckpointLabel { wall_ns, tag: String::new(), trigger: "manual".into(), stopped_us: 0 };
-        let line = |number: &u64| GenerationLine {
-            checkpoint: CheckpointId(*number),
-            label: label.clone(),
-            changed: 0,
-            bytes: 0,
-            process: None,
-        };
-        numbers.iter().map(line).collect()
-    }
-
-    #[test]
-    fn the_newest_is_taken_as_the_difference_to_the_newest_here() {
-        let take = |older: Option<u64>, newest| {
-            Ok(Step::Take { older: older.map(CheckpointId), newest: CheckpointId(newest) })
-        };
-        assert_eq!(next(&[], &[]), Ok(Step::Wait));
-        assert_eq!(next(&lines(&[3], 1), &[]), Ok(Step::Wait));
-        assert_eq!(next(&[], &lines(&[1, 2, 5], 1)), take(None, 5));
-        assert_eq!(next(&lines(&[2], 1), &lines(&[1, 2, 5], 1)), take(Some(2), 5));
-        assert_eq!(next(&lines(&[2, 5], 1), &lines(&[1, 5], 1)), Ok(Step::Done(CheckpointId(5))));
-    }
-
-    #[test]
-    fn stores_that_parted_are_told_so() {
-        let n = CheckpointId;
-        assert_eq!(next(&lines(&[2], 1), &lines(&[1, 5], 1)), Err(Apart::Merged(n(2))));
-        assert_eq!(next(&lines(&[5], 2), &lines(&[1, 5], 1)), Err(Apart::Another(n(5))));
-        let behind = Apart::Behind { here: n(6), there: n(5) };
-        assert_eq!(next(&lines(&[6], 1), &lines(&[1, 5], 1)), Err(behind));
     }
 }

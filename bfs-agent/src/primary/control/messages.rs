@@ -74,6 +74,11 @@ pub enum Reply {
         /// All of them.
         policies: Vec<crate::policy::Policy>,
     },
+    /// The destinations, the first one first.
+    Destinations {
+        /// All of them.
+        destinations: Vec<DestinationStatus>,
+    },
     /// It ends now.
     Ended {
         /// The last checkpoint.

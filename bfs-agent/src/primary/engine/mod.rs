@@ -41,7 +41,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use bfs_common::abi::InodeId;
-use bfs_common::record::{CheckpointId, Epoch, GapScope, Meta, Name, ObjectId, Record};
+use bfs_common::record::{CheckpointId, Epoch, GapScope, Meta, Name, ObjectId, PathBytes, Record};
 use bytes::Bytes;
 use foldhash::{HashMap, HashMapExt, HashSet};
 
@@ -330,6 +330,12 @@ impl Engine {
             self.dirty.adopt_gap();
             self.suspect_everything(now);
         }
+    }
+
+    /// The roots of the group, as the stream has them.
+    #[must_use]
+    pub fn roots(&self) -> Vec<(PathBytes, ObjectId)> {
+        self.model.roots().iter().map(|(path, object)| (PathBytes::new(path), *object)).collect()
     }
 
     /// Sets the roots of the group; what is below them is settled with the next checkpoint.

@@ -9,6 +9,7 @@ use super::work::Work;
 use crate::alert::{self, Teller};
 use crate::generation::wall_ns;
 use crate::primary::control::Standing;
+use crate::primary::further::Further;
 use crate::primary::process::Inherited;
 
 /// A connection that is made again within this time was not away.
@@ -88,7 +89,7 @@ impl Work {
     }
 
     fn what_is_wrong(&mut self) -> Vec<(Condition, String)> {
-        let progress = self.link.shipper.progress();
+        let progress = self.link.progress();
         let mut wrong = Vec::new();
         if let Some(why) = &self.detached {
             wrong.push((Condition::Detached, why.clone()));
@@ -118,6 +119,28 @@ impl Work {
             let text = format!("nothing was confirmed for {} s: {why}", lag.as_secs());
             wrong.push((Condition::Unconfirmed, text));
         }
+        for (condition, why) in self.wrong_with_further() {
+            match wrong.iter_mut().find(|(known, _)| *known == condition) {
+                Some((_, whole)) => *whole = format!("{whole}; {why}"),
+                None => wrong.push((condition, why)),
+            }
+        }
         wrong
+    }
+
+    /// The same of the further destinations, with their addresses.
+    fn wrong_with_further(&self) -> Vec<(Condition, String)> {
+        let now = wall_ns();
+        let legs = self.link.further.iter().flat_map(Further::legs).filter(|leg| !leg.paused);
+        legs.filter_map(|leg| {
+            let condition = match leg.standing {
+                Standing::Detached if now.saturating_sub(leg.since_ns) >= AWAY_AFTER_NS => Condition::Away,
+                Standing::Diverged => Condition::Diverged,
+                _ if leg.store == StoreState::Full => Condition::Full,
+                _ => return None,
+            };
+            Some((condition, format!("{}: {}", leg.address, leg.why.unwrap_or_default())))
+        })
+        .collect()
     }
 }

@@ -25,9 +25,9 @@ use crate::primary::engine::host::HostError;
 use crate::primary::engine::model::{FileSystems, Model};
 use crate::primary::engine::outbox::Outbox;
 use crate::primary::failure::{Failure, Kind};
+use crate::primary::further::Place;
 use crate::primary::metrics::metrics;
 use crate::primary::policies::Policies;
-use crate::primary::preflight;
 use crate::primary::reader::{Reader, ReaderError, Root};
 use crate::primary::ship::{Shipper, Welcome};
 use crate::primary::stop::{StopError, Stopper};
@@ -67,6 +67,10 @@ pub struct Ground {
     policies: Policies,
     /// The replayer of a `dir:` destination.
     local: Option<Arc<ReplayerHandle>>,
+    /// The first destination.
+    place: Place,
+    /// The further ones.
+    further: Vec<Place>,
 }
 
 impl From<CaptureError> for Failure {
@@ -143,16 +147,10 @@ impl Ground {
         left::check_place(&options.spool, &options.group, &reader, &roots)?;
         let rolled_back = rollback::finish_interrupted(&options.group, &reader, &roots)?;
         let boot_id = state::boot_id().map_err(|e| other("cannot read the boot id", e))?;
-        let (connect, local) = left::connector(&options.backup, &options.keys)?;
-        if let Some(images) = local.as_ref().map(|handle| handle.images())
-            && let Some(root) = preflight::overlapping(images, &options.roots)
-        {
-            return Err(Failure::new(
-                Kind::Path,
-                format!("--path {} overlaps the before-images in {}", root.display(), images.display()),
-                "take a store whose before-images are outside of every --path",
-            ));
-        }
+        let (place, local) = left::place(&options, &options.backup)?;
+        let further = options.further.iter().map(|to| Ok(left::place(&options, to)?.0));
+        let further = further.collect::<Result<Vec<_>, Failure>>()?;
+        let connect = Arc::clone(&place.connect);
         let address = left::address(&options, boot_id);
         let unreachable = |mut failure: Failure| {
             failure.message = format!("--backup {}: {}", options.backup, failure.message);
@@ -185,6 +183,8 @@ impl Ground {
             scrape,
             policies,
             local,
+            place,
+            further,
         })
     }
 
@@ -250,6 +250,8 @@ impl Ground {
             scrape,
             policies,
             local,
+            place,
+            further,
             ..
         } = self;
         let mut file_systems = FileSystems::default();
@@ -305,8 +307,12 @@ impl Ground {
         // What stands in the ring by now is in what was read or in the catalogue, or not.
         engine.suspect_events_before(now);
         state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;
-        let mut link = link::Link::new(&options.group, probes, reader, shipper, stopper);
+        let mut link = link::Link::new((&options.group, place), probes, reader, shipper, stopper);
         link.answers = answers;
+        link.confirm = options.confirm.clone();
+        for place in further {
+            link.add_further(&options, engine.roots(), place)?;
+        }
         let beside = Beside { _scrape: scrape, _local: local };
         Ok(Work::new(options, policies, server, inbound, engine, link, welcome.epoch, state.clone(), beside))
     }

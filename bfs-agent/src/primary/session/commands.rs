@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use bfs_common::record::{CheckpointId, Sequence};
 
 use super::comparing::Comparing;
+use super::destinations::Change as Destination;
 use super::link::STOP_LIMITS;
 use super::paths::Change;
 use super::work::Work;
@@ -173,6 +174,17 @@ impl Work {
             Command::PathRemove { path, timeout_ms } => {
                 self.change_paths(&Change::Remove(path), millis(timeout_ms), replies);
             }
+            Command::DestAdd { address } => self.change_destination(Destination::Add, &address, &replies),
+            Command::DestRemove { address } => {
+                self.change_destination(Destination::Remove, &address, &replies);
+            }
+            Command::DestPause { address } => self.change_destination(Destination::Pause, &address, &replies),
+            Command::DestResume { address } => {
+                self.change_destination(Destination::Resume, &address, &replies);
+            }
+            Command::DestResync { address } => {
+                self.change_destination(Destination::Resync, &address, &replies);
+            }
             Command::PolicyList => replies.send(self.list_policies()),
             Command::PolicyAdd { pattern, settings, timeout_ms } => match settings.policy(&pattern) {
                 Ok(policy) => self.change_policy(&PolicyAsk::Add(policy), millis(timeout_ms), replies),
@@ -283,7 +295,7 @@ impl Work {
         if self.waiters.is_empty() {
             return;
         }
-        let progress = self.link.shipper.progress();
+        let progress = self.link.progress();
         let now = Instant::now();
         for waiter in std::mem::take(&mut self.waiters) {
             if !self.answered(&waiter, &progress, now) {

@@ -17,6 +17,7 @@ use crate::backup::ReplayerHandle;
 use crate::keys::Folder;
 use crate::net::Destination;
 use crate::primary::failure::{Failure, Kind};
+use crate::primary::further::Place;
 use crate::primary::preflight;
 use crate::primary::reader::{Reader, Root};
 use crate::primary::ship::{Connect, Progress, ShipError, ShipOptions, Shipper, network, send_left};
@@ -48,6 +49,24 @@ pub(super) fn connector(
         Box::pin(async move { Ok(handle.connect_local()) })
     });
     Ok((connect, Some(local)))
+}
+
+/// The same for a session: its subtrees are outside of the store.
+pub(super) fn place(
+    options: &SessionOptions,
+    backup: &Destination,
+) -> Result<(Place, Option<Arc<ReplayerHandle>>), Failure> {
+    let (connect, local) = connector(backup, &options.keys)?;
+    if let Some(images) = local.as_ref().map(|handle| handle.images())
+        && let Some(root) = preflight::overlapping(images, &options.roots)
+    {
+        return Err(Failure::new(
+            Kind::Path,
+            format!("--path {} overlaps the before-images in {}", root.display(), images.display()),
+            "take a store whose before-images are outside of every --path",
+        ));
+    }
+    Ok((Place { address: backup.to_string(), connect }, local))
 }
 
 /// What a session says at a connection.

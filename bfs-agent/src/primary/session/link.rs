@@ -1,5 +1,6 @@
 //! The engine's outside world, for real: probes, file systems, shipper, stopper.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -7,18 +8,20 @@ use std::time::{Duration, Instant};
 
 use crate::primary::clock::monotonic_ns;
 use bfs_common::abi::{FailedEvent, InodeId, RunEvent, TASKS_MAX, counter};
-use bfs_common::record::{Name, ObjectId};
+use bfs_common::record::{CheckpointId, Name, ObjectId};
 
 use super::known::Answers;
 use super::state;
 use crate::primary::capture::Probes;
 use crate::primary::capture::probes::Counters;
+use crate::primary::control::Standing;
 use crate::primary::engine::host::{Host, HostError, InFlight, Losses, OwnedEvent, Seen, Segment, Stat};
 use crate::primary::engine::outbox::Batch;
 use crate::primary::engine::resolve::Start;
 use crate::primary::engine::same::Known;
+use crate::primary::further::{At, Confirm, Further, Leg, Place};
 use crate::primary::reader::Reader;
-use crate::primary::ship::{Full, Shipper};
+use crate::primary::ship::{Full, Progress, Shipper};
 use crate::primary::stop::{Limits, Stopper};
 use crate::service::Service;
 use crate::tree::Xattrs;
@@ -39,8 +42,12 @@ pub struct Link {
     pub probes: Probes,
     /// The file systems.
     pub reader: Reader,
-    /// The way to the destination.
+    /// The way to the (first) destination.
     pub shipper: Shipper,
+    /// The ways to further ones, where there are any.
+    pub further: Option<Further>,
+    /// Whose confirmation counts.
+    pub confirm: Confirm,
     /// How to stop the selected processes; `None` where that is not possible.
     pub stopper: Option<Box<dyn Stopper>>,
     /// For the next stop.
@@ -59,6 +66,10 @@ pub struct Link {
     pub failed: Vec<FailedEvent>,
     /// Only what is touched is handed over.
     pub noting: bool,
+    /// The first destination.
+    pub(super) first: Place,
+    /// What was confirmed and applied so far; it stays so, whoever comes or goes.
+    so_far: Cell<[CheckpointId; 2]>,
     group: String,
     /// A successor needs what the spool has.
     relies_on_spool: bool,
@@ -70,7 +81,7 @@ pub struct Link {
 impl Link {
     /// Ties them together. What the probes lost before counts as lost now.
     pub fn new(
-        group: &str,
+        (group, first): (&str, Place),
         probes: Probes,
         reader: Reader,
         shipper: Shipper,
@@ -79,6 +90,10 @@ impl Link {
         Self {
             failed: Vec::new(),
             noting: false,
+            further: None,
+            confirm: Confirm::default(),
+            first,
+            so_far: Cell::default(),
             group: group.into(),
             relies_on_spool: state::relies_on_spool(group),
             probes,
@@ -97,9 +112,38 @@ impl Link {
         }
     }
 
+    /// How far the group is: the first destination, and what counts as confirmed and applied with the further ones.
+    pub fn progress(&self) -> Progress {
+        let mut progress = self.shipper.progress();
+        let Some(further) = &self.further else { return progress };
+        let legs = further.legs();
+        let so_far = self.so_far.get();
+        let first = At {
+            address: &self.first.address,
+            attached: progress.connected && progress.refusal.is_none(),
+            number: CheckpointId(0),
+        };
+        let counts = |number: CheckpointId, of: fn(&Leg) -> CheckpointId| {
+            let legs = legs.iter().map(|leg| At {
+                address: &leg.address,
+                attached: leg.standing == Standing::Attached,
+                number: of(leg),
+            });
+            let all: Vec<_> = [At { number, ..first }].into_iter().chain(legs).collect();
+            self.confirm.of(&all)
+        };
+        progress.confirmed = counts(progress.confirmed, |leg| leg.confirmed).max(so_far[0]);
+        progress.applied = counts(progress.applied, |leg| leg.applied).max(so_far[1]);
+        self.so_far.set([progress.confirmed, progress.applied]);
+        progress
+    }
+
     /// Gives back the ring space of what is durable.
     pub fn release_ring(&mut self) {
         let progress = self.shipper.progress();
+        if let Some(further) = &self.further {
+            further.first_has(progress.sealed, progress.applied);
+        }
         let spooled = progress.spool.records > 0;
         if spooled != self.relies_on_spool {
             match state::rely_on_spool(&self.group, spooled) {
@@ -349,8 +393,14 @@ impl Host for Link {
             loop {
                 self.service.alive();
                 let short = !self.noting && self.shipper.shortage().is_some();
+                let kept = self.further.as_ref().map(|_| batch.clone());
                 match self.shipper.try_push(batch, short) {
-                    Ok(()) => break,
+                    Ok(()) => {
+                        if let (Some(further), Some(batch)) = (&self.further, &kept) {
+                            further.take(batch);
+                        }
+                        break;
+                    }
                     Err(Full(back)) => batch = back,
                 }
                 let progress = self.shipper.progress();

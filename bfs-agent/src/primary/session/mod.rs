@@ -4,6 +4,7 @@ mod alerts;
 mod begin;
 mod commands;
 mod comparing;
+mod destinations;
 mod foreign;
 mod hooks;
 mod known;
@@ -41,6 +42,7 @@ use super::control::WaitFor;
 use super::engine::filter::Filter;
 use super::engine::foreign::Policy;
 use super::failure::{FENCED_HINT, Failure, Kind, NOT_RECOVERED_HINT};
+use super::further::Confirm;
 use super::images::criu::Criu;
 use super::process::{Inherited, Signals, exit_status, tree_of};
 use super::schedule::Schedule;
@@ -73,6 +75,10 @@ pub struct SessionOptions {
     pub roots: Vec<PathBuf>,
     /// Where the backup is.
     pub backup: Destination,
+    /// Where further ones are.
+    pub further: Vec<Destination>,
+    /// Whose confirmation counts.
+    pub confirm: Confirm,
     /// When checkpoints are taken.
     pub schedule: Schedule,
     /// FROM=TO of `--map`.
@@ -112,6 +118,11 @@ pub struct SessionOptions {
 }
 
 impl SessionOptions {
+    /// All destinations, the first one first.
+    pub(super) fn destinations(&self) -> Vec<Destination> {
+        [&self.backup].into_iter().chain(&self.further).cloned().collect()
+    }
+
     /// The folder of keys, wherever it is looked at from.
     pub(super) fn absolute_keys(&self) -> Folder {
         Folder::new(std::path::absolute(self.keys.path()).unwrap_or_else(|_| self.keys.path().into()))

@@ -49,7 +49,7 @@ impl Work {
 
     fn add_path(&mut self, path: &Path) -> Result<(), Refused> {
         let shown = path.display();
-        let found = preflight::check_roots(&[path.to_owned()], &self.options.backup);
+        let found = preflight::check_roots(&[path.to_owned()], &self.options.destinations());
         let path = match found.map(|mut found| found.pop()) {
             Ok(Some(path)) => path,
             Ok(None) => return Err((format!("{shown} is no path"), "give a directory that exists")),

@@ -168,7 +168,7 @@ impl Work {
             Phase::Noted(staged, _, before) if self.engine.last_checkpoint() != before => {
                 self.note(&path, staged, by_policy)
             }
-            Phase::Noted(staged, note, _) if self.link.shipper.progress().sealed >= note => {
+            Phase::Noted(staged, note, _) if self.link.progress().sealed >= note => {
                 self.exchange(&path, staged, by_policy)
             }
             noted @ Phase::Noted(..) => Ok(noted),

@@ -15,8 +15,10 @@ use super::alerts::AlertOptions;
 use super::hooks::{HookOptions, Owed};
 use super::policies::PolicyOptions;
 use crate::keys::Folder;
+use crate::net::Destination;
 use crate::primary::engine::filter::Filter;
 use crate::primary::engine::foreign::Policy;
+use crate::primary::further::Confirm;
 use crate::primary::ship::Sending;
 use crate::primary::spool::SpoolOptions;
 
@@ -41,6 +43,10 @@ pub enum Selection {
 pub struct State {
     roots: Vec<PathBuf>,
     backup: String,
+    #[serde(default)]
+    further: Vec<String>,
+    #[serde(default)]
+    confirm: Confirm,
     schedule: String,
     maps: Vec<(PathBuf, PathBuf)>,
     #[serde(default)]
@@ -87,6 +93,8 @@ impl State {
         Self {
             roots: options.roots.clone(),
             backup: options.backup.to_string(),
+            further: options.further.iter().map(ToString::to_string).collect(),
+            confirm: options.confirm.clone(),
             schedule: options.schedule.to_string(),
             maps: options.maps.clone(),
             keys: options.absolute_keys(),
@@ -118,7 +126,9 @@ impl State {
         Ok(SessionOptions {
             group: group.into(),
             roots: self.roots.clone(),
-            backup: self.backup.parse().map_err(|e| format!("{}: {e}", self.backup))?,
+            backup: destination(&self.backup)?,
+            further: self.further.iter().map(|text| destination(text)).collect::<Result<_, _>>()?,
+            confirm: self.confirm.clone(),
             schedule: self.schedule.parse().map_err(|e| format!("{}: {e}", self.schedule))?,
             maps: self.maps.clone(),
             keys: self.keys.clone(),
@@ -144,6 +154,11 @@ impl State {
             inline_max: self.inline_max,
             ring_bytes: self.ring_bytes,
         })
+    }
+
+    /// The further destinations are others now.
+    pub fn set_further(&mut self, further: &[Destination]) {
+        self.further = further.iter().map(ToString::to_string).collect();
     }
 
     /// The subtrees are others now.
@@ -172,6 +187,10 @@ impl State {
         let _ = fs::remove_file(path(group));
         let _ = fs::remove_file(relies(group));
     }
+}
+
+fn destination(text: &str) -> Result<Destination, String> {
+    text.parse().map_err(|e| format!("{text}: {e}"))
 }
 
 /// Writes a file whole or not at all.

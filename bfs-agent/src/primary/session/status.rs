@@ -8,7 +8,7 @@ use bfs_common::wire::Refusal;
 
 use super::work::{Mark, Work};
 use crate::primary::control::{
-    CheckpointStatus, Counters, DestinationStatus, FencedStatus, SpoolStatus, State, Status, StopTimes,
+    CheckpointStatus, Counters, FencedStatus, SpoolStatus, State, Status, StopTimes,
 };
 use crate::primary::ship::{Progress, SpoolProgress};
 use crate::primary::spool::folder;
@@ -17,7 +17,7 @@ impl Work {
     /// How the session stands.
     pub(super) fn status(&mut self) -> Status {
         self.look_at_backup();
-        let progress = self.link.shipper.progress();
+        let progress = self.link.progress();
         let mark_of = |wanted: &dyn Fn(&Mark) -> bool| self.marks.iter().rev().find(|m| wanted(m));
         let checkpoint = |number: CheckpointId| {
             let mark = mark_of(&|m| m.checkpoint == number);
@@ -30,7 +30,6 @@ impl Work {
         let sealed = mark_of(&|m| m.sequence <= progress.sealed)
             .map_or(progress.confirmed, |m| m.checkpoint.max(progress.confirmed));
         let last_sequence = self.engine.last_sequence();
-        let refusal = progress.refusal.as_ref().map(ToString::to_string);
         let counters = self.link.probes.counters().unwrap_or_default();
         let went_on = counters.get(counter::WENT_ON);
         let misses = self.link.probes.recursion_misses().unwrap_or_default();
@@ -50,26 +49,7 @@ impl Work {
             roots: self.options.roots.iter().map(|r| r.display().to_string()).collect(),
             schedule: self.options.schedule.to_string(),
             next_by_calendar: self.since.calendar.as_ref().and_then(|calendar| calendar.next()),
-            destinations: vec![DestinationStatus {
-                address: self.options.backup.to_string(),
-                connected: progress.connected,
-                standing: self.watch.standing,
-                since_ns: self.watch.since_ns,
-                why: self.watch.why.clone(),
-                durable: progress.durable.sequence,
-                confirmed: progress.confirmed,
-                applied: progress.applied,
-                store: progress.store,
-                round_trip_us: progress.round_trip_us,
-                reconnects: progress.reconnects,
-                last_error: progress.last_error.clone(),
-                refusal: refusal.clone(),
-                rate_limit: self.options.sending.rate_limit,
-                held_back: progress.held_back,
-                sent_bytes: progress.sent_bytes,
-                wire_bytes: progress.wire_bytes,
-                compressed: progress.compressed,
-            }],
+            destinations: self.destinations(),
             spool: self.spool_status(&progress.spool),
             epoch: self.epoch,
             sealed: checkpoint(sealed),

@@ -82,7 +82,7 @@ impl Work {
     /// Looks how the backup stands.
     pub(super) fn look_at_backup(&mut self) {
         self.watched = Some(Instant::now());
-        let progress = self.link.shipper.progress();
+        let progress = self.link.progress();
         let mut view = View::default();
         match &progress.refusal {
             Some(why @ Refusal::Promoted { .. }) => {

@@ -278,7 +278,7 @@ impl Work {
             self.link.probes.forward_log();
             self.note_no_longer();
             self.ask_for_damage();
-            if self.has_all(&self.link.shipper.progress()) {
+            if self.has_all(&self.link.progress()) {
                 self.had_all = Instant::now();
             }
             self.engine.prune(monotonic_ns().saturating_sub(RECENT_NS));
@@ -344,7 +344,7 @@ impl Work {
         }
         self.note_no_longer();
         if self.engine.is_noting() {
-            let why = self.link.shipper.progress().spool.trouble.unwrap_or_else(|| "memory is full".into());
+            let why = self.link.progress().spool.trouble.unwrap_or_else(|| "memory is full".into());
             return Err(HostError::NoRoom(why).into());
         }
         let wall_ns = wall_ns();
@@ -410,6 +410,7 @@ impl Work {
         self.end_hooks();
         // The command of `run` may have ended before it was seen that all processes have.
         let switching = self.switching.take();
+        let switches = switching.is_some();
         let left = |s: Switching| (s.replies, s.deadline.saturating_duration_since(Instant::now()));
         let asked = self.stop_asked.take().or(switching.map(left));
         let limit = asked.as_ref().map_or(self.options.final_wait, |a| a.1);
@@ -417,7 +418,7 @@ impl Work {
         self.finish_mending(deadline);
         let taken = self.with_hooks("end", |work| work.take_last(deadline));
         let ending = match taken {
-            Ok(taken) => self.wait_end(&taken, deadline),
+            Ok(taken) => self.wait_end(&taken, deadline, switches),
             Err(why) => {
                 let checkpoint = self.engine.last_checkpoint();
                 let fenced = self.fenced_by();
@@ -434,7 +435,7 @@ impl Work {
     }
 
     fn fenced_by(&self) -> Option<Refusal> {
-        let refusal = self.link.shipper.progress().refusal;
+        let refusal = self.link.progress().refusal;
         refusal.filter(|refusal| matches!(refusal, Refusal::Promoted { .. }))
     }
 
@@ -448,10 +449,11 @@ impl Work {
         }
     }
 
-    fn wait_end(&mut self, taken: &Taken, mut deadline: Instant) -> Ending {
+    /// `switches`: the first destination is to be the primary.
+    fn wait_end(&mut self, taken: &Taken, mut deadline: Instant, switches: bool) -> Ending {
         let (mut confirmed, mut sealing) = (false, false);
         loop {
-            let progress = self.link.shipper.progress();
+            let progress = if switches { self.link.shipper.progress() } else { self.link.progress() };
             let reached = reached(taken.checkpoint, taken.sequence, &progress);
             if reached == Some(WaitFor::Confirmed) && !confirmed {
                 confirmed = true;
@@ -480,6 +482,7 @@ impl Work {
             self.take_commands();
             self.answer_waiters();
             self.take_compared();
+            self.link.release_ring();
             let _ =
                 self.link.shipper.wait_change(progress.version, Instant::now() + Duration::from_millis(50));
         }
