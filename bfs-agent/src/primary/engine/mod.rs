@@ -406,15 +406,11 @@ impl Engine {
     }
 
     /// Everything in the group is suspect: it is all read before the next checkpoint.
+    #[track_caller]
     pub fn suspect_everything(&mut self, now: u64) {
         self.stats.everything += 1;
-        let ids = match self.dirty.all_but() {
-            Some(ids) => ids,
-            None => {
-                tracing::debug!(now, "everything is suspect");
-                self.model.ids().collect()
-            }
-        };
+        tracing::debug!(now, by = %std::panic::Location::caller(), "everything is suspect");
+        let ids = self.dirty.all_but().unwrap_or_else(|| self.model.ids().collect());
         for object in ids {
             // No snapshot makes that exact: there may be another cause, later, by the time it comes.
             self.suspect_object(object, u64::MAX);
