@@ -66,7 +66,8 @@ fn stands(world: &World, at: usize) -> (u64, String) {
 
 fn has(world: &World, at: usize, number: u64) {
     until(&format!("checkpoint {number} at destination {at}"), SOON, || {
-        (stands(world, at).0 >= number).then_some(())
+        let status = world.status().ok()?;
+        (status["destinations"][at]["applied"].as_u64()? >= number).then_some(())
     })
     .unwrap_or_else(|error| panic!("{error:#}: {:#}", world.status().unwrap()["destinations"]));
 }
@@ -308,6 +309,49 @@ fn destinations_are_changed_while_a_program_works() {
     let there = kept(&world, &third);
     assert!(!there.contains(&copies[4].0), "it was removed before: {there:?}");
     assert!(equals_its_own(&world, &third, &copies) >= 2);
+}
+
+/// The first destination was lost in the midst of a step, and comes back as a further one: what no checkpoint covers there is void.
+#[test]
+fn the_first_may_come_back_as_a_further_one() {
+    let mut world = World::new("dest-swapped", Transport::Unix).unwrap();
+    let mut other = Other::new(&world, "second");
+    world.agent_options(&["--backup", &other.listen]);
+    world.start(&RandomNames, How::AttachHalfWay).unwrap();
+    let before = copied(&world, "then-0");
+    has(&world, 1, before.0);
+    let durable = || world.status().unwrap()["destinations"][0]["durable"].as_u64().unwrap();
+    let then = durable();
+    until("records behind the checkpoint", SOON, || (durable() > then + 100).then_some(())).unwrap();
+    world.kill_replayer().unwrap();
+    let without = copied(&world, "then-1");
+    has(&world, 1, without.0);
+    let stopped = world.agent_command(&["stop", "--timeout", "60s"], SOON).unwrap();
+    assert!(stopped.status.success(), "{}", String::from_utf8_lossy(&stopped.stderr));
+
+    world.start_replayer().unwrap();
+    let pid = world.program_pid().unwrap().to_string();
+    let (data, spool, first) =
+        (world.place.data.display().to_string(), world.spool().display().to_string(), world.destination());
+    let words = ["attach", "--path", &data, "--checkpoint", "manual", "--spool", &spool, "--pid", &pid];
+    let backups = ["--backup", &other.listen, "--backup", &first];
+    let mut agent = world.spawn_agent_command(&[&words[..], &backups[..]].concat()).unwrap();
+    until("an agent with another first destination", SOON, || {
+        (world.status().ok()?["checkpoints_taken"].as_u64()? > 0).then_some(())
+    })
+    .unwrap();
+    let last = copied(&world, "then-2");
+    has(&world, 0, last.0);
+    has(&world, 1, last.0);
+    let stopped = world.agent_command(&["stop", "--timeout", "60s"], SOON).unwrap();
+    assert!(stopped.status.success(), "{}", String::from_utf8_lossy(&stopped.stderr));
+    assert!(agent.wait().unwrap().success());
+    fs::write(world.place.stop(), "").unwrap();
+    world.kill_replayer().unwrap();
+    other.kill();
+    let copies = [before, without, last];
+    assert_eq!(equals_its_own(&world, &other.store, &copies), 3);
+    assert!(equals_its_own(&world, &world.store, &copies) >= 2);
 }
 
 /// A new destination is copied while the program works, and holes are not sent; after an outage comes what was touched.

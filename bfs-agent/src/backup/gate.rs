@@ -24,6 +24,16 @@ const GAPS_MAX: usize = 4096;
 /// How many roots a group may have.
 const ROOTS_MAX: usize = 1024;
 
+/// The boot of an epoch that no agent began, but what was taken in of another store. Where records stand before it that no
+/// marker covers, they are void: it follows the last marker.
+pub const RECEIVED: [u8; 16] = [0; 16];
+
+/// Whether what was taken in of another store begins here.
+#[must_use]
+pub fn is_received(record: &Record) -> bool {
+    matches!(record, Record::EpochBegin { boot_id, .. } if *boot_id == RECEIVED)
+}
+
 /// A marker that stands in the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Marker {
@@ -116,6 +126,14 @@ impl Gate {
             kinds,
             window,
         }
+    }
+
+    /// The same further on in the log, behind records that are void.
+    #[must_use]
+    pub fn behind_void(mut self, position: Position) -> Self {
+        self.window = VecDeque::from([position.chain]);
+        self.position = position;
+        self
     }
 
     /// Decides about the next record of an agent that holds `epoch`; when it is taken, the gate

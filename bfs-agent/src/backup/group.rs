@@ -29,8 +29,8 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use super::apply::Area;
 use super::error::BackupError;
 use super::follow::{Followers, Standing};
-use super::gate::{Gate, Marker};
-use super::index::{GenerationRow, GroupRow, HistoryRow, Index};
+use super::gate::{Gate, Marker, is_received};
+use super::index::{GenerationRow, GroupRow, HistoryRow, Index, View};
 use super::kinds::Kinds;
 use super::past::{self, Source};
 use super::process::Sets;
@@ -239,18 +239,28 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// stands behind the last of them.
 type OpenLog = (LogWriter, Gate, VecDeque<Taken>, Pending);
 
-fn open_log(log: &std::path::Path, row: &GroupRow, index: &Index) -> Result<OpenLog, BackupError> {
-    let applied: Position = row.applied.into();
+/// A gate at the applied checkpoint.
+fn gate_at(row: &GroupRow, view: &View) -> Result<Gate, BackupError> {
     let mut kinds = Kinds::default();
-    let view = index.view(row.number)?;
     view.each_kind(|object, kind| kinds.insert(object, kind))?;
     let (roots, highest) = (row.roots.clone(), row.highest_object);
-    let mut gate = Gate::new(applied, row.checkpoint, highest, roots, row.boot_id, kinds);
+    let mut gate = Gate::new(row.applied.into(), row.checkpoint, highest, roots, row.boot_id, kinds);
     gate.has_policies = !row.policies.is_empty();
+    Ok(gate)
+}
+
+fn open_log(log: &std::path::Path, row: &GroupRow, index: &Index) -> Result<OpenLog, BackupError> {
+    let applied: Position = row.applied.into();
+    let view = index.view(row.number)?;
+    let mut gate = gate_at(row, &view)?;
     let mut steps = VecDeque::new();
     let mut pending = Pending::behind(row.highest_object);
     let mut waiting = 0;
     let (mut writer, opened) = LogWriter::open(log, row.id, applied, |found: LogRecord| {
+        if is_received(&found.record) && gate.position != applied {
+            gate = gate_at(row, &view)?.behind_void(gate.position);
+            pending = Pending::behind(row.highest_object);
+        }
         gate.replay(&found.encoded, &found.record).map_err(|refusal| BackupError::corrupt(log, refusal))?;
         let (len, payload) = (found.encoded.bytes.len() as u64, found.payload.len() as u64);
         pending.add(&found.record, len, payload, Some(&view), waiting);

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use bfs_common::record::{FileKind, Identity, Meta, Name, ObjectId, PathBytes, PolicyLine, Record};
 use bytes::Bytes;
 
+use super::gate::RECEIVED;
 use crate::log::LogRef;
 
 /// Where the bytes of a range come from.
@@ -251,6 +252,8 @@ impl Target {
             }
             Record::Roots { roots } => self.roots = Some(roots),
             Record::Policies { lines } => self.policies = Some(lines),
+            // No marker covers what stands before it.
+            Record::EpochBegin { boot_id: RECEIVED, .. } => *self = Self::default(),
             // They change no file: the gate or a later piece of work looks at them.
             Record::EpochBegin { .. }
             | Record::Closed { .. }

@@ -8,9 +8,8 @@ use tokio::sync::oneshot;
 use super::super::error::BackupError;
 use super::super::gate::Gate;
 use super::super::index::GroupRow;
-use super::super::kinds::Kinds;
 use super::super::transfer::{Whole, follows, moment_of};
-use super::{Group, Slot, ToLog, locked};
+use super::{Group, Slot, ToLog, gate_at, locked};
 use crate::log::writer::LogWriter;
 use crate::transfer::Head;
 
@@ -40,6 +39,7 @@ impl Group {
         }
         let tree = locked(&self.tree);
         let row = self.index.group(name).map_err(failed)?;
+        let stands;
         {
             let state = self.state();
             if state.slot.is_some() {
@@ -53,10 +53,12 @@ impl Group {
                     "group {name:?} has checkpoints that are not applied yet: try again when they are"
                 ));
             }
-            if state.gate.position != Position::from(row.applied) {
+            stands = state.gate.position;
+            // They follow what was captured last, which will not have been.
+            if stands != Position::from(row.applied) && state.gate.has_policies {
                 return bad(format!(
-                    "an agent wrote to group {name:?} behind checkpoint {}: a stream cannot follow what no checkpoint \
-                     covers",
+                    "an agent wrote to group {name:?} behind checkpoint {}, and files of it have followers: a stream \
+                     cannot follow what no checkpoint covers",
                     row.checkpoint
                 ));
             }
@@ -68,12 +70,9 @@ impl Group {
             return Err(refusal);
         }
         follows(name, newest.as_ref(), head).map_err(Refusal::Bad)?;
-        let mut kinds = Kinds::default();
         let view = self.index.view(row.number).map_err(failed)?;
-        view.each_kind(|object, kind| kinds.insert(object, kind)).map_err(failed)?;
+        let gate = gate_at(&row, &view).map_err(failed)?.behind_void(stands);
         drop(tree);
-        let (roots, highest) = (row.roots.clone(), row.highest_object);
-        let gate = Gate::new(row.applied.into(), row.checkpoint, highest, roots, row.boot_id, kinds);
         Ok((row, gate))
     }
 
@@ -136,6 +135,15 @@ impl Group {
             ours && !*failed && state.steps.is_empty() && state.gate.position == base && log.durable() == base
         };
         let adopted = if stands {
+            let (applied, checkpoint) = (locked(&self.tree).applied, self.state().applied.0);
+            let void = base.sequence.0 - applied.sequence.0;
+            if void > 0 {
+                tracing::warn!(
+                    "group {}: {void} records behind checkpoint {checkpoint}, which no checkpoint covers, are void: \
+                     what follows it is of another store",
+                    self.name
+                );
+            }
             self.incoming.mark().and_then(|()| {
                 log.expect(end);
                 // Until it is in the log, nothing else may be.

@@ -16,7 +16,7 @@ use bfs_common::wire::{Refusal, StoreState};
 use bytes::Bytes;
 
 use super::super::error::BackupError;
-use super::super::gate::{Marker, Verdict};
+use super::super::gate::{Marker, Verdict, is_received};
 use super::super::index::{Base, View};
 use super::super::plan::plan;
 use super::super::room::Need;
@@ -191,6 +191,9 @@ impl Group {
             let (record, payload) = encoded.decode().map_err(|e| bad(e.to_string()))?;
             if encoded.sequence.0 != first.0.wrapping_add(u64::from(seen)) {
                 return Err(bad(format!("number {} stands in place {seen}", encoded.sequence)));
+            }
+            if is_received(&record) {
+                return Err(bad("an epoch that no agent begins".into()));
             }
             seen += 1;
             // Those of this frame, too, take room in the log.

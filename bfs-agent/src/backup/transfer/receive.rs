@@ -4,7 +4,8 @@
 //! STORE/receive/GROUP/log/NNNN.log     segments, as the group's log would have them next
 //! STORE/receive/GROUP/whole            all of it is there: it belongs to the log
 //! ```
-//! The records become those of a new epoch, numbered on from the last one of the group, and pass a gate of their own.
+//! The records become those of a new epoch, numbered on from the last one of the group, and pass a gate of their own. What
+//! stands before it that no marker covers is void from then on.
 //! Then it is planned as the applier will do it, and there must be room. Only then stands `whole`, durably: from
 //! then on the segments go into the log, the oldest first, whatever happens in between, and the checkpoint at their
 //! end is confirmed. Before that a start of the replayer throws away what is there.
@@ -22,7 +23,7 @@ use bfs_common::wire::{Position, Refusal};
 use bytes::BytesMut;
 
 use super::super::error::BackupError;
-use super::super::gate::Gate;
+use super::super::gate::{Gate, RECEIVED};
 use super::super::index::{Base, GroupRow, Place, View};
 use super::super::kinds::Kinds;
 use super::super::places;
@@ -330,8 +331,7 @@ impl Taking {
             disks,
             right,
         };
-        // No agent takes its own boot for this one.
-        taking.put(&Record::EpochBegin { epoch, boot_id: [0; 16], complete: true }, b"")?;
+        taking.put(&Record::EpochBegin { epoch, boot_id: RECEIVED, complete: true }, b"")?;
         Ok(taking)
     }
 

@@ -123,6 +123,7 @@ pub(super) fn client(replayer: &ReplayerHandle) -> Client {
 pub(super) struct Primary {
     runtime: tokio::runtime::Runtime,
     connection: crate::net::Connection,
+    epoch: Epoch,
     position: Position,
     model: Model,
     checkpoint: u64,
@@ -147,10 +148,33 @@ impl Primary {
             connection.answer().await.unwrap().0
         });
         let Frame::Welcome { epoch, position, .. } = welcome else { panic!("{welcome:?}") };
-        let mut model = Model::new();
-        let begin = Record::EpochBegin { epoch, boot_id: [1; 16], complete: true };
-        model.records.insert(0, (begin, Vec::new()));
-        Self { runtime, connection, position, model, checkpoint: 0, models: BTreeMap::new() }
+        let mut new = Self {
+            runtime,
+            connection,
+            epoch,
+            position,
+            model: Model::new(),
+            checkpoint: 0,
+            models: BTreeMap::new(),
+        };
+        new.begin();
+        new
+    }
+
+    fn begin(&mut self) {
+        let begin = Record::EpochBegin { epoch: self.epoch, boot_id: [1; 16], complete: true };
+        self.model.records.insert(0, (begin, Vec::new()));
+    }
+
+    /// It says what the store has, as a new session does, and goes on from there.
+    fn going_on(replayer: &ReplayerHandle, model: &Model, at: u64) -> Self {
+        let mut new = Self::new(replayer);
+        new.model = model.clone();
+        new.model.records.clear();
+        new.begin();
+        new.checkpoint = at;
+        new.models.insert(at, model.clone());
+        new
     }
 
     /// Does something, and waits until its checkpoint is applied.
@@ -161,18 +185,30 @@ impl Primary {
         let label = CheckpointLabel { wall_ns: self.checkpoint as i64 * 1_000_000_007, ..Default::default() };
         let mut records = std::mem::take(&mut self.model.records);
         records.push((Record::Checkpoint { checkpoint, label }, Vec::new()));
+        self.models.insert(self.checkpoint, self.model.clone());
+        self.tell(records, |_, applied| applied >= checkpoint);
+    }
+
+    /// The same without a checkpoint, until it is durable.
+    fn tail(&mut self, does: impl FnOnce(&mut Model)) {
+        does(&mut self.model);
+        let records = std::mem::take(&mut self.model.records);
+        let end = Sequence(self.position.sequence.0 + records.len() as u64);
+        self.tell(records, |durable, _| durable >= end);
+    }
+
+    fn tell(&mut self, records: Vec<(Record, Vec<u8>)>, done: impl Fn(Sequence, CheckpointId) -> bool) {
         let first = self.position.sequence.next();
         let (mut body, count) = (BytesMut::new(), records.len() as u32);
         for (record, payload) in records {
             self.position.sequence = self.position.sequence.next();
             codec::encode(&mut body, self.position.sequence, &record, &payload);
         }
-        self.models.insert(self.checkpoint, self.model.clone());
         self.runtime.block_on(async {
             self.connection.writer.send(&Frame::Records { first, count }, &body).await.unwrap();
             loop {
                 match self.connection.answer().await.unwrap().0 {
-                    Frame::Ack { applied, .. } if applied >= checkpoint => return,
+                    Frame::Ack { position, applied, .. } if done(position.sequence, applied) => return,
                     Frame::Ack { .. } => {}
                     other => panic!("{other:?}"),
                 }
@@ -356,15 +392,9 @@ fn an_agent_may_go_on_in_what_was_received() {
     let primary = four(&source);
     let target = start(&second);
     assert_eq!(received(&target, &sent(&source, None, 3)), Ok(3));
-    let mut agent = Primary::new(&target);
+    let mut agent = Primary::going_on(&target, &primary.models[&3], 3);
     let refusal = received(&target, &sent(&source, Some(3), 4)).unwrap_err();
     assert!(refusal.contains("another agent is connected"), "{refusal}");
-    // It says what it has, as a new session does of what the store has.
-    agent.model = primary.models[&3].clone();
-    agent.model.records =
-        vec![(Record::EpochBegin { epoch: Epoch(2), boot_id: [1; 16], complete: true }, Vec::new())];
-    agent.checkpoint = 3;
-    agent.models.insert(3, primary.models[&3].clone());
     agent.step(|model| {
         // Numbers go on behind all that the store has seen.
         let new = model.create(false);
@@ -393,6 +423,16 @@ fn an_agent_may_go_on_in_what_was_received() {
 /// it in the log already.
 #[test]
 fn what_is_whole_is_finished_by_the_next_start() {
+    whole_is_finished(false);
+}
+
+/// The same where an agent wrote behind the last checkpoint: that is void.
+#[test]
+fn what_no_checkpoint_covers_is_void_when_another_store_has_what_follows() {
+    whole_is_finished(true);
+}
+
+fn whole_is_finished(with_tail: bool) {
     let dir = tempfile::tempdir().unwrap();
     let (first, second) = (dir.path().join("first"), dir.path().join("second"));
     let source = start(&first);
@@ -406,6 +446,18 @@ fn what_is_whole_is_finished_by_the_next_start() {
     let models = primary.models.clone();
     let target = start(&second);
     assert_eq!(received(&target, &sent(&source, None, 2)), Ok(2));
+    if with_tail {
+        // Of the same numbers as what comes, and not settled.
+        let mut agent = Primary::going_on(&target, &primary.models[&2], 2);
+        agent.tail(|model| {
+            for name in ["x", "y", "z"] {
+                let new = model.create(false);
+                model.link(TOP, Name::new(name.as_bytes()).unwrap(), new);
+                model.write(new, 0, vec![9; 5000]);
+            }
+            model.records.push((Record::Gap { scope: GapScope::Everything }, Vec::new()));
+        });
+    }
     drop(target);
     let before = dir.path().join("before");
     copy(&second, &before);
@@ -468,12 +520,7 @@ fn what_the_log_went_on_without_is_thrown_away() {
     fs::remove_dir_all(second.join("receive/g")).unwrap();
     drop((whole, target));
     let target = start(&second);
-    let mut agent = Primary::new(&target);
-    agent.model = primary.models[&2].clone();
-    agent.model.records =
-        vec![(Record::EpochBegin { epoch: Epoch(2), boot_id: [1; 16], complete: true }, Vec::new())];
-    agent.checkpoint = 2;
-    agent.models.insert(2, primary.models[&2].clone());
+    let mut agent = Primary::going_on(&target, &primary.models[&2], 2);
     agent.step(|model| model.touch(TOP));
     let models = agent.models.clone();
     drop(agent);
