@@ -2,7 +2,8 @@
 //! new PID namespace. Both are this program again; neither is in the command's cgroup, and neither is followed.
 //!
 //! They have left the agent's terminal and session: what the user types goes to the agent, which passes it on as
-//! messages. When the agent is gone the command goes on, and they end with it.
+//! messages. When the agent is gone the command goes on, and they end with it. A tool that is at work then may
+//! leave the command's cgroup frozen as it found it (CRIU does, after a dump): the first process thaws it.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -11,7 +12,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -72,6 +73,8 @@ struct First {
     held: Option<Held>,
     command: Option<i32>,
     tool: Option<i32>,
+    /// The command's cgroup, until it was thawed because the agent is gone.
+    cgroup: Option<PathBuf>,
     /// How the command ended.
     status: i32,
 }
@@ -98,13 +101,17 @@ impl First {
         }
         // SAFETY: just made, and owned by nobody else.
         let children = unsafe { OwnedFd::from_raw_fd(children) };
-        Ok(Self { control: Some(control), children, mask, held: None, command: None, tool: None, status: 0 })
+        let (control, held, cgroup) = (Some(control), None, None);
+        Ok(Self { control, children, mask, held, command: None, tool: None, cgroup, status: 0 })
     }
 
     fn serve(mut self) -> io::Result<u8> {
         self.say(&Said::Ready);
         loop {
             let left = self.reap();
+            if self.control.is_none() && self.tool.is_none() {
+                self.thaw();
+            }
             if self.control.is_none() && !left {
                 return Ok(exit_status(ExitStatus::from_raw(self.status)));
             }
@@ -146,6 +153,14 @@ impl First {
                     self.control = None;
                 }
             }
+        }
+    }
+
+    /// Nobody else is left who would: the agent's guard thawed it when the agent ended, which a tool may have undone.
+    fn thaw(&mut self) {
+        if let Some(cgroup) = self.cgroup.take() {
+            // There is nobody to tell; where it is gone, nobody is frozen in it.
+            let _ = fs::write(cgroup.join("cgroup.freeze"), "0");
         }
     }
 
@@ -239,6 +254,9 @@ impl First {
             self.command = Some(pid);
         } else {
             self.tool = Some(pid);
+        }
+        if let Some(cgroup) = cgroup {
+            self.cgroup = Some(cgroup.to_owned());
         }
         self.held = Some(Held { role, pid, gate: gate.into(), failed });
         Ok(Said::Held(pid))

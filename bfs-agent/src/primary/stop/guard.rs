@@ -23,6 +23,9 @@ use crate::primary::clock::timespec;
 /// Name of the hidden subcommand that runs [`serve`].
 pub const SUBCOMMAND: &str = "guard";
 
+/// Beyond the deadline of a stop they are thawed again after this time.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Longest line that the guard takes: a path and some words.
 const LINE_MAX: usize = 8192;
 
@@ -158,7 +161,7 @@ fn watch_pipe(pipe: &OwnedFd, watch: &mut Watch) -> io::Result<()> {
         match poll(&mut fds, timeout.as_ref()) {
             Ok(0) => {
                 watch.thaw();
-                watch.deadline = None;
+                watch.deadline = Some(Instant::now() + AGAIN);
                 continue;
             }
             Ok(_) => {}
