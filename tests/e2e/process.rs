@@ -2,75 +2,21 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use bfs_tests::exercise;
 use bfs_tests::hosts::Hosts;
+use bfs_tests::processes::{
+    counted, counted_lines, counted_loosely, criu, images, kill, on_backup, script, started, started_by,
+    stopped,
+};
 use bfs_tests::random::Random;
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World, binary, rounds};
 
 /// The command line makes no sense: `bfs-agent --help`.
 const USAGE: i32 = 64;
-
-/// CRIU as `cargo xtask setup --criu` provides it.
-fn criu() -> String {
-    let built = binary("bfs-agent");
-    let beside = built.ancestors().map(|folder| folder.join("criu/criu")).find(|path| path.exists());
-    beside.expect("`cargo xtask setup --criu` was run").display().to_string()
-}
-
-fn script(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("programs/process").join(name)
-}
-
-/// One of the programs under an agent, with checkpoints by time.
-fn started(name: &str, program: &str, more: &[&str]) -> World {
-    started_by(&criu(), name, program, more)
-}
-
-fn started_by(criu: &str, name: &str, program: &str, more: &[&str]) -> World {
-    let mut world = World::new(name, Transport::Unix).unwrap();
-    world.checkpoints("every=150ms");
-    let images = world.root().join("images").display().to_string();
-    let mut options = vec!["--with-process", "--criu", criu, "--process-dir", &images];
-    options.extend(more);
-    world.agent_options(&options);
-    world.start_replayer().unwrap();
-    let line = ["python3".to_owned(), script(program).display().to_string()];
-    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
-    world.run(&line.into_iter().chain(places).collect::<Vec<_>>()).unwrap();
-    world
-}
-
-/// The log goes from 1 without a gap or a repetition, and what memory knew is right on each line.
-fn counted(world: &World) -> u64 {
-    let log = fs::read_to_string(world.place.data.join("log")).unwrap();
-    let (mut count, mut total) = (0u64, 0u64);
-    for line in log.lines() {
-        count += 1;
-        total += count;
-        assert_eq!(line, format!("{count} {total}"));
-    }
-    count
-}
-
-/// Of the process images: how many dumps came about, how many did not, how often they were restored.
-fn images(world: &World) -> (u64, u64, u64) {
-    let status = world.status().unwrap();
-    let number = |name: &str| status["process"][name].as_u64().unwrap_or_else(|| panic!("{name}: {status}"));
-    (number("dumped"), number("failed"), number("restored"))
-}
-
-/// Ends the command, and waits until it is restored.
-fn kill(world: &World, restored: u64) {
-    let pid = world.program_pid().unwrap();
-    // SAFETY: a process of this world.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
-    until("the program to be restored", SOON, || (images(world).2 > restored).then_some(())).unwrap();
-}
 
 /// Killed again and again; each time it goes on from a checkpoint, with files and memory of one instant.
 fn goes_on(name: &str, program: &str, times: usize) {
@@ -95,11 +41,6 @@ fn goes_on(name: &str, program: &str, times: usize) {
     exercise::equal(&world).unwrap();
 }
 
-/// Lines of the log just now.
-fn counted_loosely(world: &World) -> u64 {
-    counted_lines(&world.place.data.join("log"))
-}
-
 #[test]
 fn a_counter_goes_on_from_a_checkpoint() {
     goes_on("process-counter", "counter.py", rounds(6, 100));
@@ -122,8 +63,8 @@ fn what_cannot_be_dumped_is_said_and_the_files_are_safe() {
     let status = world.status().unwrap();
     let why = status["process"]["failure"].as_str().unwrap();
     assert!(why.contains("sockets"), "{why}");
-    for index in 0..3 {
-        exercise::stopped(&world, index).unwrap();
+    for _ in 0..3 {
+        stopped(&world);
     }
     assert!(world.finish().unwrap().success());
     counted(&world);
@@ -191,6 +132,8 @@ fn a_command_that_ends_by_itself_or_by_a_signal_to_the_agent_has_ended() {
     let mut world = started("process-ends", "counter.py", &["--restart-on-abort", "5"]);
     until("a dump", SOON, || (images(&world).0 > 0).then_some(())).unwrap();
     world.signal_agent(libc::SIGTERM).unwrap();
+    // Before it is told to end by itself.
+    until("its end", SOON, || (!world.program_runs()).then_some(())).unwrap();
     assert_eq!(world.finish().unwrap().code(), Some(128 + 15));
     exercise::equal(&world).unwrap();
 }
@@ -236,19 +179,13 @@ fn the_backup_has_the_processes_too() {
         let status = world.status().unwrap();
         status["process"]["shipped"].as_u64().unwrap_or(0)
     };
-    let lines = |world: &World| -> Vec<(u64, Option<u64>)> {
-        let said = world.of_replayer(&["generations", "--json", "--group", &world.group]).unwrap();
-        let all: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
-        let line = |g: &serde_json::Value| (g["checkpoint"].as_u64().unwrap(), g["process"].as_u64());
-        all.as_array().unwrap().iter().map(line).collect()
-    };
     for round in 0..rounds(4, 30) {
         let before = shipped(&world);
         until("process state on the backup", SOON, || (shipped(&world) > before + 1).then_some(())).unwrap();
         let last = shipped(&world);
         // Confirmed, so it is applied soon.
         let bytes = until("its checkpoint", SOON, || {
-            lines(&world).into_iter().find(|(number, _)| *number == last).map(|(_, bytes)| bytes)
+            on_backup(&world).into_iter().find(|(number, _)| *number == last).map(|(_, bytes)| bytes)
         });
         assert!(bytes.unwrap().is_some_and(|bytes| bytes > 1 << 20), "checkpoint {last}");
         world.kill_replayer().unwrap();
@@ -267,7 +204,7 @@ fn the_backup_has_the_processes_too() {
     assert!(world.finish().unwrap().success());
     counted(&world);
     exercise::equal(&world).unwrap();
-    let had = lines(&world);
+    let had = on_backup(&world);
     assert!(had.iter().any(|(_, bytes)| bytes.is_some()), "{had:?}");
     assert_eq!(had.last().unwrap().1, None, "the program had ended");
     world.kill_replayer().unwrap();
@@ -354,8 +291,4 @@ fn the_program_goes_on_on_the_other_host_and_comes_back() {
     // What began is not there to begin once more, on files that went on.
     let consumed = hosts.a.own.join("images").join(format!("{}.promoted", hosts.group));
     assert!(!consumed.exists());
-}
-
-fn counted_lines(log: &std::path::Path) -> u64 {
-    fs::read(log).unwrap_or_default().iter().filter(|byte| **byte == b'\n').count() as u64
 }

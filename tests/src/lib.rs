@@ -6,7 +6,8 @@
 //! it, [`programs`] are the programs that are replicated, each with a check of what it left,
 //! [`watch`] waits for conditions, [`exercise`] is what is done with every program, [`rows`] are the ways to
 //! change a file, one by one, [`faults`] makes system calls of a daemon fail,
-//! [`network`] what is between the two, [`hosts`] two machines on one, [`stores`] what stores say and give back.
+//! [`network`] what is between the two, [`hosts`] two machines on one, [`stores`] what stores say and give back,
+//! [`processes`] programs that are dumped and restored.
 
 pub mod bad_disk;
 pub mod copy;
@@ -17,6 +18,7 @@ pub mod leash;
 pub mod ledger;
 pub mod network;
 pub mod oracle;
+pub mod processes;
 pub mod programs;
 pub mod random;
 pub mod rows;

@@ -134,6 +134,9 @@ enum Command {
         /// longer selected
         #[arg(long, value_name = "DIR", conflicts_with = "pid")]
         cgroup: Option<PathBuf>,
+        /// Not possible: says why
+        #[arg(long, hide = true)]
+        with_process: bool,
         /// Where an agent of this group died, go on as `resume` does, with its options: for service managers
         #[arg(long)]
         resume: bool,

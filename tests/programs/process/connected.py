@@ -1,4 +1,4 @@
-# A program with a connection of TCP, which is not dumped. argv: data aux
+# A program with a connection of TCP, which is not dumped, until it is told to be alone. argv: data aux
 import os, socket, sys, time
 
 data, aux = sys.argv[1:3]
@@ -11,8 +11,13 @@ open(aux + "/ready", "w").close()
 while not os.path.exists(aux + "/stop"):
     count += 1
     total += count
-    one.sendall(b"x")
-    assert two.recv(1) == b"x"
+    if one and os.path.exists(aux + "/alone"):
+        for each in (one, two, listener):
+            each.close()
+        one = None
+    if one:
+        one.sendall(b"x")
+        assert two.recv(1) == b"x"
     log.write("%d %d\n" % (count, total))
     log.flush()
     time.sleep(0.001)

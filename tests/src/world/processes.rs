@@ -6,7 +6,7 @@ use std::process::Child;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::World;
+use super::{FileSystem, World};
 
 /// The number here of the process below a cgroup that has this number in a namespace of its own.
 fn outer_number(cgroup: &Path, inner: i32) -> Result<i32> {
@@ -74,6 +74,16 @@ impl World {
         let Ok(pid) = self.program_pid() else { return false };
         let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         state.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z') && !rest.starts_with('X'))
+    }
+
+    /// Puts the folder of process images on a small file system of its own, in memory.
+    ///
+    /// # Errors
+    /// When it cannot be made or mounted.
+    pub fn mount_images(&mut self, mebibytes: u64) -> Result<()> {
+        let at = self.root().join("images");
+        fs::create_dir(&at)?;
+        self.mount_at(FileSystem::Tmpfs, mebibytes, at)
     }
 
     /// Sends a signal to the agent.

@@ -166,7 +166,10 @@ pub(super) fn go_back(
     if client.status()?.process.is_none() {
         return Ok(None);
     }
-    let checkpoint = client.go_back(at, timeout)?;
+    let (checkpoint, outside) = client.go_back(at, timeout)?;
+    for open in outside {
+        print(&format!("open elsewhere: {open}"))?;
+    }
     print(&format!("files and processes are as at checkpoint {checkpoint}; the processes run"))?;
     Ok(Some(0))
 }

@@ -44,7 +44,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 37] = [
+const KEYS: [Key; 38] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::TextOrTexts),
     key("confirm", "--confirm", Form::Text),
@@ -82,10 +82,11 @@ const KEYS: [Key; 37] = [
     key("process_keep", "--process-keep", Form::Numbers),
     key("process_dir", "--process-dir", Form::Text),
     key("process_overrun", "--process-overrun", Form::Text),
+    key("process_failure", "--process-failure", Form::Text),
 ];
 
 /// Keys that belong to `run`.
-const OF_RUN: [&str; 9] = [
+const OF_RUN: [&str; 10] = [
     "rollback_on_failure",
     "kill_descendants",
     "include_foreign",
@@ -95,6 +96,7 @@ const OF_RUN: [&str; 9] = [
     "process_keep",
     "process_dir",
     "process_overrun",
+    "process_failure",
 ];
 /// Keys that belong to `attach`.
 const OF_ATTACH: [&str; 4] = ["pid", "cgroup", "everyone", "resume"];

@@ -1,6 +1,8 @@
 //! From a command line to what does it.
 
-use super::{Command, ConfigCommand, PathCommand, commands, destinations, groups, keys, logging, policies};
+use super::{
+    Command, ConfigCommand, PathCommand, commands, destinations, groups, keys, logging, policies, process,
+};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
 use crate::primary::session::{self, GoingBack, SessionOptions, Whom};
@@ -47,10 +49,11 @@ pub(super) fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Fai
             }
             session::run(options, command, inherited)
         }
+        Command::Attach { with_process: true, .. } => Err(process::not_attached()),
         Command::Attach { options, resume: true, .. } if session::is_left(&options.group.group) => {
             resume(&options.group.group, inherited)
         }
-        Command::Attach { options, pid, cgroup, everyone, resume: _ } => {
+        Command::Attach { options, pid, cgroup, everyone, with_process: _, resume: _ } => {
             let whom = match cgroup {
                 Some(directory) => Whom::Cgroup(directory),
                 None if everyone => Whom::Everyone,

@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use super::options::parse_map;
 
+use crate::primary::failure::{Failure, Kind};
 use crate::primary::images::DIRECTORY;
 use crate::primary::session::ProcessOptions;
 
@@ -40,12 +41,27 @@ pub(super) struct Process {
     /// that, until the program has run for as long as it stood
     #[arg(long, value_enum, value_name = "HOW", default_value = "stretch", requires = "with_process")]
     process_overrun: Overrun,
+    /// Where CRIU cannot dump the processes: the checkpoint has `files` only, or there is none (`refuse`) until it can
+    #[arg(long, value_enum, value_name = "HOW", default_value = "files", requires = "with_process")]
+    process_failure: OnFailure,
     /// Instead of a command: the processes whose images stand there, as `bfs-replayer promote --with-process` gives them
     #[arg(long, value_name = "DIR", requires = "with_process", conflicts_with_all = ["command", "rollback_on_failure"])]
     restore: Option<PathBuf>,
     /// The processes see the directory FROM at TO (may be repeated)
     #[arg(long = "bind", value_name = "FROM=TO", requires = "with_process", value_parser = parse_map)]
     binds: Vec<(PathBuf, PathBuf)>,
+}
+
+/// Why `attach` has no process state.
+pub(super) fn not_attached() -> Failure {
+    Failure::new(
+        Kind::Usage,
+        "attach --with-process is not possible: processes that run already have their numbers in the host's PID \
+         namespace, where others may have taken them when they are to be restored, and parents, sessions and \
+         connections that are not dumped with them; whoever started them would start them once more beside that",
+        "start the command with `bfs-agent run --with-process`, which gives it namespaces of its own; or leave \
+         --with-process out: attach keeps the files",
+    )
 }
 
 /// What is done when a dump takes too long.
@@ -55,6 +71,15 @@ enum Overrun {
     Stretch,
     /// They have files only.
     Skip,
+}
+
+/// What becomes of a checkpoint whose processes cannot be dumped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OnFailure {
+    /// It has files only.
+    Files,
+    /// There is none.
+    Refuse,
 }
 
 impl Process {
@@ -67,6 +92,7 @@ impl Process {
             restore: self.restore,
             binds: self.binds,
             skips: self.process_overrun == Overrun::Skip,
+            refuses: self.process_failure == OnFailure::Refuse,
         })
     }
 }

@@ -12,6 +12,7 @@ use super::REPLY_MAX;
 use super::messages::{FailureKind, Reply, Status};
 use super::request::{GRACE, NEWEST, Request, WaitFor};
 use crate::policy::Policy;
+use crate::primary::images::OpenOutside;
 
 /// Why an agent was not asked or did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -225,14 +226,18 @@ impl Client {
     }
 
     /// Goes back to a checkpoint that has process state (its number, `tag:NAME`, or a time; the newest if `at` is
-    /// `None`), with files and processes; gives the checkpoint.
+    /// `None`), with files and processes; gives the checkpoint, and what the processes had open outside of the files then.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub fn go_back(&mut self, at: Option<&str>, timeout: Duration) -> Result<CheckpointId, ClientError> {
+    pub fn go_back(
+        &mut self,
+        at: Option<&str>,
+        timeout: Duration,
+    ) -> Result<(CheckpointId, Vec<OpenOutside>), ClientError> {
         let request = Request::GoBack { at: at.map(str::to_owned), timeout_ms: milliseconds(timeout) };
         match self.ask(&request)? {
-            Reply::WentBack { checkpoint } => Ok(checkpoint),
+            Reply::WentBack { checkpoint, outside } => Ok((checkpoint, outside)),
             other => Err(self.unexpected(&other)),
         }
     }

@@ -59,6 +59,8 @@ pub enum Reply {
     WentBack {
         /// As at this checkpoint.
         checkpoint: CheckpointId,
+        /// What they had open then outside of the replicated directories, and what became of it.
+        outside: Vec<OpenOutside>,
     },
     /// Everything captured until the request is durable at the destination.
     Flushed {
@@ -440,8 +442,11 @@ pub struct ProcessStatus {
     pub last_stop_us: u64,
     /// How long of that it took until all of them stood, microseconds.
     pub last_reach_us: u64,
-    /// What they had open then outside of the replicated directories, and what becomes of it at a restore.
+    /// What they had open outside of the replicated directories when they were last dumped or restored, and what becomes
+    /// of it at a restore.
     pub outside: Vec<OpenOutside>,
+    /// The same of each checkpoint that is kept.
+    pub kept_outside: Vec<(CheckpointId, Vec<OpenOutside>)>,
     /// Checkpoints that have files only because the dump before had taken longer than the interval
     /// (`--process-overrun skip`).
     pub skipped: u64,

@@ -14,9 +14,10 @@
 use std::time::Duration;
 
 use bfs_common::abi::Event;
-use bfs_common::record::{CheckpointId, CheckpointLabel, GapScope, Record, Sequence};
+use bfs_common::record::{CheckpointLabel, GapScope, Record};
 
 use super::Engine;
+use super::checkpoint::{AtInstant, CheckpointError, Request, Stop, Taken};
 use super::crossing::Crossing;
 use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
 use super::interpret::{Act, interpret, span_of};
@@ -63,99 +64,6 @@ pub const RECENT_NS: u64 = 2_000_000_000;
 
 /// Between two looks at the calls that are waited for.
 const PAUSE: Duration = Duration::from_micros(10);
-
-/// Whether the processes are stopped for a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Never: rather no checkpoint.
-    Never,
-    /// When the cut does not settle without.
-    IfNeeded,
-    /// Yes, and the caller lets them go.
-    Hold,
-}
-
-/// What is asked for.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// The user's tag.
-    pub tag: String,
-    /// What triggered it.
-    pub trigger: &'static str,
-    /// Wall time now, nanoseconds since 1970.
-    pub wall_ns: i64,
-    /// Whether to stop.
-    pub stop: Stop,
-}
-
-/// A checkpoint that stands in the stream.
-#[derive(Clone, Debug)]
-pub struct Taken {
-    /// Its number.
-    pub checkpoint: CheckpointId,
-    /// Its marker: when this is durable, the checkpoint is confirmed.
-    pub sequence: Sequence,
-    /// The instant: it covers the calls that started at or before.
-    pub at_ns: u64,
-    /// Whether the processes were stopped.
-    pub stopped: bool,
-    /// How many cuts were tried.
-    pub tries: u32,
-    /// From the request to the marker.
-    pub took: Duration,
-    /// Calls counted until the marker: later ones are not in it.
-    pub ops: u64,
-    /// Their bytes.
-    pub written_bytes: u64,
-}
-
-/// Why there is no checkpoint.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    /// A covered call does not end.
-    #[error(
-        "process {tgid} (thread {tid}) has been in system call {nr} for {for_ms} ms: no checkpoint until it ends"
-    )]
-    CallInFlight {
-        /// Process.
-        tgid: u32,
-        /// Thread.
-        tid: u32,
-        /// System call number.
-        nr: u32,
-        /// Since when, milliseconds.
-        for_ms: u64,
-    },
-    /// Others changed something, which is not to be.
-    #[error(
-        "process {process} changed {what} and is not selected: nothing is confirmed any more (--foreign refuse)"
-    )]
-    Foreign {
-        /// Who.
-        process: String,
-        /// What.
-        what: String,
-    },
-    /// Others go on changing what has to be read.
-    #[error("process {process}, which is not selected, kept changing {what} while it was read")]
-    Crossed {
-        /// Who.
-        process: String,
-        /// What.
-        what: String,
-    },
-    /// Nothing settled, also not with the processes stopped.
-    #[error(
-        "the files kept changing under the reads ({suspects} still suspect): somebody who is not stopped writes them"
-    )]
-    Unsettled {
-        /// Objects that are still suspect.
-        suspects: usize,
-    },
-    /// The outside world failed.
-    #[error(transparent)]
-    Host(#[from] HostError),
-}
 
 enum Tried {
     /// Everything that started at or before this is in the stream, exactly.
@@ -214,9 +122,23 @@ impl Engine {
     /// # Errors
     /// [`CheckpointError`]; no marker stands then, and the processes run.
     pub fn checkpoint(&mut self, host: &mut dyn Host, request: &Request) -> Result<Taken, CheckpointError> {
+        self.checkpoint_with(host, request, &mut |_, _| Ok(()))
+    }
+
+    /// The same; `instant` is called in the stop, when all is settled and the marker is not there yet: what it says
+    /// keeps the checkpoint from coming about.
+    ///
+    /// # Errors
+    /// As [`Self::checkpoint`].
+    pub fn checkpoint_with(
+        &mut self,
+        host: &mut dyn Host,
+        request: &Request,
+        instant: AtInstant<'_>,
+    ) -> Result<Taken, CheckpointError> {
         let begun = host.now();
         let taken = match self.prepare(host) {
-            Ok(()) => self.place(host, request, begun),
+            Ok(()) => self.place(host, request, begun, instant),
             Err(e) => Err(e),
         };
         host.join_writes();
@@ -255,6 +177,7 @@ impl Engine {
         host: &mut dyn Host,
         request: &Request,
         begun: u64,
+        instant: AtInstant<'_>,
     ) -> Result<Taken, CheckpointError> {
         self.tend_mapped(host)?;
         let must_stop = request.stop != Stop::Never && self.restless;
@@ -310,7 +233,7 @@ impl Engine {
         let stopping = host.now();
         host.stop()?;
         self.standing = true;
-        let taken = self.cut_stopped(host, request, begun, tries, stopping);
+        let taken = self.cut_stopped(host, request, (begun, stopping), tries, instant);
         self.standing = false;
         self.begun.go_on();
         if taken.is_err() || request.stop != Stop::Hold {
@@ -323,9 +246,9 @@ impl Engine {
         &mut self,
         host: &mut dyn Host,
         request: &Request,
-        begun: u64,
+        (begun, stopping): (u64, u64),
         tries: u32,
-        stopping: u64,
+        instant: AtInstant<'_>,
     ) -> Result<Taken, CheckpointError> {
         self.suspect_open(host)?;
         // Calls of processes that are not stopped can still cross the reads.
@@ -339,6 +262,8 @@ impl Engine {
             match tried {
                 Tried::Settled(at_ns) => {
                     self.restless = false;
+                    let done = instant(host, self.last_checkpoint.next());
+                    done.map_err(CheckpointError::Processes)?;
                     let stopped_us = (host.now().saturating_sub(stopping) / 1000).max(1);
                     return self.mark(host, request, &How { begun, tries, at_ns, stopped_us });
                 }

@@ -19,7 +19,7 @@ use bfs_common::record::{FileKind, ObjectId};
 use foldhash::HashMap;
 
 use super::Engine;
-use super::cut::CheckpointError;
+use super::checkpoint::CheckpointError;
 use super::host::{Host, HostError};
 use super::interpret::{Act, Thing, Things};
 use super::recent::Span;

@@ -12,6 +12,7 @@
 pub mod adopt;
 mod apply;
 mod begun;
+mod checkpoint;
 mod crossing;
 mod cut;
 pub mod dirty;
@@ -45,7 +46,8 @@ use bfs_common::record::{CheckpointId, Epoch, GapScope, Meta, Name, ObjectId, Pa
 use bytes::Bytes;
 use foldhash::{HashMap, HashMapExt, HashSet};
 
-pub use cut::{CheckpointError, RECENT_NS, Request, Stop, Taken};
+pub use checkpoint::{AtInstant, CheckpointError, Request, Stop, Taken};
+pub use cut::RECENT_NS;
 use dirty::DirtySet;
 use host::{Host, HostError, OwnedEvent, Stat};
 use interpret::Thing;

@@ -9,6 +9,7 @@ mod courier;
 pub mod criu;
 mod outside;
 mod promoted;
+mod room;
 mod sizes;
 
 use std::ffi::OsString;
@@ -43,6 +44,8 @@ const REAPED: Duration = Duration::from_millis(30);
 
 /// What is not complete yet.
 const UNFINISHED: &str = "unfinished";
+/// What is not kept any more and goes before the next dump.
+const SPARE: &str = "spare";
 /// What comes from outside, beside the images.
 const OUTSIDE: &str = "outside.json";
 /// What CRIU prints, beside its logs.
@@ -54,6 +57,9 @@ pub enum ImagesError {
     /// The processes cannot be dumped.
     #[error("CRIU cannot dump it: {0}")]
     Dump(String),
+    /// It lasted too long: they were let go, and what was dumped may not be of that instant.
+    #[error("the processes were let go while they were dumped")]
+    LetGo,
     /// A process is no descendant of the command any more, and CRIU dumps trees.
     #[error("process {0} ({1}) is no descendant of the command any more: it cannot be dumped with it")]
     Left(u32, String),
@@ -63,6 +69,9 @@ pub enum ImagesError {
     /// Of that checkpoint there is no process state.
     #[error("there is no process state of checkpoint {0}; there is of {1}")]
     None(CheckpointId, String),
+    /// It would fill the disk.
+    #[error("there is no room for process images in {0}: {1} MiB may be needed, {2} MiB are free")]
+    Room(String, u64, u64),
     /// The file system, or `/proc`, or the first process of the namespaces.
     #[error("{0}: {1}")]
     Other(String, io::Error),
@@ -88,7 +97,7 @@ pub struct Tally {
     pub bytes: u64,
     /// How long the processes stood for it, and how long it took of that until all of them did.
     pub stood: (Duration, Duration),
-    /// What they had open then outside of the replicated directories.
+    /// What they had open outside of the replicated directories, when they were last dumped or restored.
     pub outside: Vec<OpenOutside>,
     /// Checkpoints without process state because the dump before had taken longer than the interval.
     pub skipped: u64,
@@ -109,6 +118,8 @@ pub struct Images {
     binds: Vec<(PathBuf, PathBuf)>,
     keep: usize,
     kept: Vec<CheckpointId>,
+    /// What was dumped and does not count yet.
+    new: Option<CheckpointId>,
     courier: Option<Courier>,
     /// The replicated directories, as the processes see them.
     inside: Vec<PathBuf>,
@@ -153,7 +164,7 @@ impl Images {
             binds.iter().find(|(from, _)| from == root).map_or_else(|| root.clone(), |(_, to)| to.clone())
         };
         let inside = roots.iter().map(seen).collect();
-        let (kept, courier, tally) = (Vec::new(), None, Tally::default());
+        let (kept, new, courier, tally) = (Vec::new(), None, None, Tally::default());
         Ok(Self {
             criu,
             folder,
@@ -163,6 +174,7 @@ impl Images {
             binds,
             keep: keep.max(1),
             kept,
+            new,
             courier,
             inside,
             dumped: None,
@@ -206,6 +218,12 @@ impl Images {
         &self.kept
     }
 
+    /// What the processes had open outside of the replicated directories at one of them.
+    #[must_use]
+    pub fn outside_of(&self, checkpoint: CheckpointId) -> Vec<OpenOutside> {
+        Outside::read(&self.of(checkpoint).join(OUTSIDE)).map(|outside| outside.open).unwrap_or_default()
+    }
+
     /// That checkpoint, if it is one of them; without a wish the newest of them.
     ///
     /// # Errors
@@ -224,18 +242,49 @@ impl Images {
         self.folder.join(checkpoint.to_string())
     }
 
-    /// Dumps the processes, which stand.
+    /// What is not kept any more goes: just before a dump, whose pages come in its place. Memory that nobody has used
+    /// for a while is dear where the host of a virtual machine has to give it anew, and a dump writes much.
+    pub fn make_room(&self) {
+        let spare = self.folder.join(SPARE);
+        match fs::remove_dir_all(&spare) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("cannot remove {}: {e}", spare.display());
+            }
+            _ => {}
+        }
+    }
+
+    /// Dumps the processes, which stand, as `standing` says after it: else they were let go meanwhile. They count from
+    /// [`Self::tidy`] on.
     ///
     /// # Errors
-    /// [`ImagesError`]: the checkpoint has files only.
-    pub fn dump(&mut self, checkpoint: CheckpointId) -> Result<(), ImagesError> {
+    /// [`ImagesError`]: there is no process state of this checkpoint.
+    pub fn dump(
+        &mut self,
+        checkpoint: CheckpointId,
+        standing: impl FnOnce() -> bool,
+    ) -> Result<(), ImagesError> {
         let since = Instant::now();
-        (self.tally.bytes, self.tally.outside) = self.dump_to(checkpoint)?;
-        self.dumped = Some(Instant::now());
+        let (bytes, outside) = self.dump_to(checkpoint)?;
+        (self.tally.last, self.dumped) = (since.elapsed(), Some(Instant::now()));
+        self.new = Some(checkpoint);
+        if !standing() {
+            self.discard();
+            return Err(ImagesError::LetGo);
+        }
+        (self.tally.bytes, self.tally.outside) = (bytes, outside);
         self.tally.dumped += 1;
-        self.tally.last = since.elapsed();
-        self.kept.push(checkpoint);
         Ok(())
+    }
+
+    /// Of the checkpoint that was dumped last there is none: its number is another one's yet.
+    pub fn discard(&mut self) {
+        if let Some(checkpoint) = self.new.take() {
+            let images = self.of(checkpoint);
+            if let Err(e) = fs::remove_dir_all(&images) {
+                tracing::warn!("cannot remove {}: {e}", images.display());
+            }
+        }
     }
 
     /// The checkpoint has files only, and the processes run. Whether that is because the command has ended by itself
@@ -254,6 +303,19 @@ impl Images {
     }
 
     fn dump_to(&self, checkpoint: CheckpointId) -> Result<(u64, Vec<OpenOutside>), ImagesError> {
+        let dumped = self.try_dump_to(checkpoint);
+        if dumped.is_err() {
+            // Its logs say why; the pages are of no use, and the disk may be full.
+            let unfinished = fs::read_dir(self.folder.join(UNFINISHED)).into_iter().flatten().flatten();
+            let images = unfinished.filter(|entry| entry.path().extension().is_some_and(|e| e == "img"));
+            for image in images {
+                let _ = fs::remove_file(image.path());
+            }
+        }
+        dumped
+    }
+
+    fn try_dump_to(&self, checkpoint: CheckpointId) -> Result<(u64, Vec<OpenOutside>), ImagesError> {
         let unfinished = self.folder.join(UNFINISHED);
         match fs::remove_dir_all(&unfinished) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -266,10 +328,11 @@ impl Images {
             .create(&unfinished)
             .map_err(other(format!("mkdir {}", unfinished.display())))?;
         let processes = self.processes()?;
+        room::check(&self.folder, &processes)?;
         let mut contained = self.contained();
         let mut outside =
             Outside::of(contained.first(), &processes).map_err(other("read what is open in /proc"))?;
-        let told =
+        outside.open =
             open_outside(&outside, &processes, &self.inside).map_err(other("read what is open in /proc"))?;
         outside.of = Origin { checkpoint, root: self.root, binds: self.binds.clone() };
         outside.write(&unfinished.join(OUTSIDE)).map_err(other("write what comes from outside"))?;
@@ -283,7 +346,7 @@ impl Images {
         sizes::forget_sizes(&unfinished.join("files.img")).map_err(other("files.img"))?;
         let bytes = size(&unfinished).map_err(other("measure the images"))?;
         fs::rename(&unfinished, self.of(checkpoint)).map_err(other("name the images"))?;
-        Ok((bytes, told))
+        Ok((bytes, outside.open))
     }
 
     /// The processes of the cgroup; all have to be descendants of the command.
@@ -313,15 +376,22 @@ impl Images {
         Ok(processes)
     }
 
-    /// What needs no stop: the newest is brought to the destination, and what is beyond the number that is kept removed.
-    pub fn tidy(&mut self) {
-        if let (Some(courier), Some(newest)) = (&self.courier, self.kept.last()) {
-            courier.bring(*newest, self.of(*newest));
+    /// There is this checkpoint, and the processes run again: what was dumped for it counts, and is brought to the
+    /// destination; what is beyond the number that is kept does not count any more.
+    pub fn tidy(&mut self, checkpoint: CheckpointId) {
+        if self.new.take() != Some(checkpoint) {
+            return;
+        }
+        self.kept.push(checkpoint);
+        if let Some(courier) = &self.courier {
+            courier.bring(checkpoint, self.of(checkpoint));
         }
         while self.kept.len() > self.keep {
             let oldest = self.kept.remove(0);
-            if let Err(e) = fs::remove_dir_all(self.of(oldest)) {
-                tracing::warn!("cannot remove the process images of checkpoint {oldest}: {e}");
+            let oldest = self.of(oldest);
+            self.make_room();
+            if let Err(e) = fs::rename(&oldest, self.folder.join(SPARE)) {
+                tracing::warn!("cannot rename {}: {e}", oldest.display());
             }
         }
     }
@@ -352,6 +422,7 @@ impl Images {
         if !ended.map_err(failed)?.success() {
             return Err(failed(reason(&images.join(RESTORE_LOG))));
         }
+        self.tally.outside = outside.open;
         self.tally.restored += 1;
         // What came after is another future.
         while let Some(later) = self.kept.pop_if(|kept| *kept > checkpoint) {
@@ -397,7 +468,7 @@ fn remove_images(folder: &Path) -> io::Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let number = name.to_str().is_some_and(|name| name.parse::<u64>().is_ok());
-        if (number || name == UNFINISHED) && entry.path().join(OUTSIDE).exists() {
+        if (number || name == UNFINISHED || name == SPARE) && entry.path().join(OUTSIDE).exists() {
             fs::remove_dir_all(entry.path())?;
         }
     }

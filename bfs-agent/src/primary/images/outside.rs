@@ -23,6 +23,9 @@ pub struct Outside {
     /// Whose state it is.
     #[serde(default)]
     pub of: Origin,
+    /// What they had open outside of the replicated directories.
+    #[serde(default)]
+    pub open: Vec<OpenOutside>,
 }
 
 /// Whose state a set of images is: enough to restore it elsewhere.
@@ -83,6 +86,12 @@ pub struct OpenOutside {
     pub what: String,
     /// What becomes of it when the processes are restored.
     pub at_restore: String,
+}
+
+impl std::fmt::Display for OpenOutside {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.what, self.at_restore)
+    }
 }
 
 /// Open files that are told of, at most.
@@ -162,7 +171,7 @@ impl Outside {
                 }
             }
         }
-        Ok(Self { files, of: Origin::default() })
+        Ok(Self { files, of: Origin::default(), open: Vec::new() })
     }
 
     /// What a dump is told of. Pipes it finds out by itself.

@@ -33,6 +33,8 @@ pub struct ProcessOptions {
     pub binds: Vec<(PathBuf, PathBuf)>,
     /// Where a dump takes longer than the interval: the next checkpoints have files only, or the interval gets longer.
     pub skips: bool,
+    /// Where they cannot be dumped there is no checkpoint; else it has files only.
+    pub refuses: bool,
 }
 
 /// A command that has not begun, in a cgroup of its own.
@@ -153,6 +155,9 @@ impl Waiting {
                 let restored = images.restore_promoted(&from, || select(probes, cgroup));
                 let to = restored.map_err(|e| Failure::new(Kind::GivenUp, e.to_string(), hint))?;
                 eprintln!("bfs-agent: the processes go on from checkpoint {to}");
+                for open in &images.tally.outside {
+                    eprintln!("bfs-agent: open elsewhere: {open}");
+                }
             }
             _ => contained.lock().unwrap_or_else(PoisonError::into_inner).go(&command[0])?,
         }

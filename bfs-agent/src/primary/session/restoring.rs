@@ -14,7 +14,7 @@ use super::work::Work;
 use crate::generation::At;
 use crate::primary::control::{FailureKind, ProcessStatus, Replies, Reply, State};
 use crate::primary::engine::host::Host;
-use crate::primary::engine::{Stop, Taken};
+use crate::primary::engine::{CheckpointError, Request, Stop, Taken};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::images::LIMIT;
 use crate::primary::rollback::RollbackError;
@@ -42,32 +42,51 @@ impl Work {
         }
     }
 
-    /// They stand until they are dumped.
-    pub(super) fn stand_longer(&mut self) {
+    /// Takes a checkpoint for which the processes stand until they are dumped: at its instant, before its marker. `stop`
+    /// is what was asked for.
+    pub(super) fn checkpoint_with_images(
+        &mut self,
+        request: &Request,
+        stop: Stop,
+    ) -> Result<Taken, CheckpointError> {
+        let Some(images) = &mut self.images else { return self.engine.checkpoint(&mut self.link, request) };
+        images.make_room();
         let Limits { reach, stand } = self.link.limits;
         self.link.limits = Limits { reach, stand: stand.max(LIMIT) };
-    }
-
-    /// The processes stand at the instant of this checkpoint.
-    pub(super) fn dump(&mut self, taken: &Taken, stop: Stop) {
-        let Some(images) = &mut self.images else { return };
-        let dumped = images.dump(taken.checkpoint);
+        let options = self.options.process.as_ref();
+        // The last one of all is for the files: nobody can restore the processes when the agent is gone.
+        let refuses = options.is_some_and(|process| process.refuses) && request.trigger != "end";
+        let mut failure = None;
+        let taken = self.engine.checkpoint_with(&mut self.link, request, &mut |host, checkpoint| {
+            let Err(why) = images.dump(checkpoint, || host.standing()) else { return Ok(()) };
+            if images.failed(checkpoint, &why) {
+                return Ok(());
+            }
+            let why = why.to_string();
+            if refuses {
+                return Err(why);
+            }
+            failure = Some(why);
+            Ok(())
+        });
+        let Ok(taken) = taken else {
+            images.discard();
+            return taken;
+        };
         if stop != Stop::Hold {
             self.link.go();
             let stood = self.link.stops_us.last().copied().unwrap_or_default();
             images.tally.stood = (Duration::from_micros(stood), self.link.reached);
         }
-        match dumped {
-            Ok(()) => images.tidy(),
-            Err(e) if images.failed(taken.checkpoint, &e) => {}
-            Err(e) => {
-                let why = format!("checkpoint {} has files only, no process state: {e}", taken.checkpoint);
-                if images.tally.failed == 1 {
-                    eprintln!("bfs-agent: {why}");
-                }
-                self.last_error = Some(why);
+        images.tidy(taken.checkpoint);
+        if let Some(why) = failure {
+            let why = format!("checkpoint {} has files only, no process state: {why}", taken.checkpoint);
+            if images.tally.failed == 1 {
+                eprintln!("bfs-agent: {why}");
             }
+            self.last_error = Some(why);
         }
+        Ok(taken)
     }
 
     pub(super) fn process_status(&self) -> Option<ProcessStatus> {
@@ -84,6 +103,7 @@ impl Work {
             last_stop_us: u64::try_from(tally.stood.0.as_micros()).unwrap_or(u64::MAX),
             last_reach_us: u64::try_from(tally.stood.1.as_micros()).unwrap_or(u64::MAX),
             outside: tally.outside.clone(),
+            kept_outside: images.kept().iter().map(|at| (*at, images.outside_of(*at))).collect(),
             skipped: tally.skipped,
             restored: tally.restored,
             shipped: shipped.last,
@@ -143,8 +163,9 @@ impl Work {
         let (replies, at) = self.go_back_asked.take()?;
         let went = self.find(at.as_deref()).and_then(|to| self.go_back_with_processes(to));
         let runs = self.images.as_ref().is_some_and(|images| images.lives());
+        let outside = self.images.as_ref().map(|images| images.tally.outside.clone()).unwrap_or_default();
         replies.send(match went {
-            Ok(checkpoint) => Reply::WentBack { checkpoint },
+            Ok(checkpoint) => Reply::WentBack { checkpoint, outside },
             Err(e) => Reply::failed(FailureKind::GivenUp, e.message, e.hint),
         });
         Some(runs)

@@ -349,16 +349,14 @@ impl Work {
         }
         let wall_ns = wall_ns();
         let with_images = self.takes_images(stop, trigger);
-        if with_images {
-            self.stand_longer();
-        }
         let held = if with_images { Stop::Hold } else { stop };
         let request = Request { tag: tag.clone(), trigger, wall_ns, stop: held };
         let went_on = self.link.went_on();
-        let taken = self.engine.checkpoint(&mut self.link, &request);
-        if with_images && let Ok(taken) = &taken {
-            self.dump(taken, stop);
-        }
+        let taken = if with_images {
+            self.checkpoint_with_images(&request, stop)
+        } else {
+            self.engine.checkpoint(&mut self.link, &request)
+        };
         self.since.tried = Instant::now();
         match taken {
             Ok(taken) => {
@@ -393,6 +391,7 @@ impl Work {
                         self.host_failed(host);
                     }
                     CheckpointError::Unsettled { .. }
+                    | CheckpointError::Processes(_)
                     | CheckpointError::Foreign { .. }
                     | CheckpointError::Crossed { .. } => self.tally.given_up += 1,
                 }

@@ -1,0 +1,136 @@
+//! Programs whose processes are dumped and restored, under `bfs-agent run --with-process`.
+//!
+//! They count, in memory and in a log: at the end it has each number once, with the sum that only memory knew.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::copy;
+use crate::stores;
+use crate::watch::{SOON, until};
+use crate::world::{Transport, World, binary};
+
+/// CRIU as `cargo xtask setup --criu` provides it.
+///
+/// # Panics
+/// When that was not run.
+#[must_use]
+pub fn criu() -> String {
+    let built = binary("bfs-agent");
+    let beside = built.ancestors().map(|folder| folder.join("criu/criu")).find(|path| path.exists());
+    beside.expect("`cargo xtask setup --criu` was run").display().to_string()
+}
+
+/// One of the programs; argv: data aux.
+#[must_use]
+pub fn script(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("programs/process").join(name)
+}
+
+/// One of the programs under an agent, with checkpoints by time.
+///
+/// # Panics
+/// When it cannot be started.
+#[must_use]
+pub fn started(name: &str, program: &str, more: &[&str]) -> World {
+    started_by(&criu(), name, program, more)
+}
+
+/// The same with this CRIU.
+///
+/// # Panics
+/// As [`started`].
+#[must_use]
+pub fn started_by(criu: &str, name: &str, program: &str, more: &[&str]) -> World {
+    let mut world = World::new(name, Transport::Unix).unwrap();
+    start(&mut world, criu, program, more);
+    world
+}
+
+/// The same in a world that is there already.
+///
+/// # Panics
+/// As [`started`].
+pub fn start(world: &mut World, criu: &str, program: &str, more: &[&str]) {
+    world.checkpoints("every=150ms");
+    let images = world.root().join("images").display().to_string();
+    let mut options = vec!["--with-process", "--criu", criu, "--process-dir", &images];
+    options.extend(more);
+    world.agent_options(&options);
+    world.start_replayer().unwrap();
+    let line = ["python3".to_owned(), script(program).display().to_string()];
+    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
+    world.run(&line.into_iter().chain(places).collect::<Vec<_>>()).unwrap();
+}
+
+/// The log goes from 1 without a gap or a repetition, and what memory knew is right on each line; how many there are.
+///
+/// # Panics
+/// When it is not so.
+pub fn counted(world: &World) -> u64 {
+    let log = fs::read_to_string(world.place.data.join("log")).unwrap();
+    let (mut count, mut total) = (0u64, 0u64);
+    for line in log.lines() {
+        count += 1;
+        total += count;
+        assert_eq!(line, format!("{count} {total}"));
+    }
+    count
+}
+
+/// Of the process images: how many dumps came about, how many did not, how often they were restored.
+///
+/// # Panics
+/// When the agent does not say it.
+#[must_use]
+pub fn images(world: &World) -> (u64, u64, u64) {
+    let status = world.status().unwrap();
+    let number = |name: &str| status["process"][name].as_u64().unwrap_or_else(|| panic!("{name}: {status}"));
+    (number("dumped"), number("failed"), number("restored"))
+}
+
+/// A checkpoint with the program stopped has what stood there meanwhile, whatever checkpoints come behind it.
+///
+/// # Panics
+/// When it has not.
+pub fn stopped(world: &World) {
+    let then = world.scratch.join("stopped");
+    let number = world.checkpoint_stopped(&copy::command(&world.place.data, &then)).unwrap();
+    stores::restored_equals(world, &world.store, number, &then);
+    fs::remove_dir_all(&then).unwrap();
+}
+
+/// Ends the command, and waits until it is restored.
+///
+/// # Panics
+/// When it is not.
+pub fn kill(world: &World, restored: u64) {
+    let pid = world.program_pid().unwrap();
+    // SAFETY: a process of this world.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    until("the program to be restored", SOON, || (images(world).2 > restored).then_some(())).unwrap();
+}
+
+/// Lines of the log just now.
+#[must_use]
+pub fn counted_loosely(world: &World) -> u64 {
+    counted_lines(&world.place.data.join("log"))
+}
+
+/// Lines of a log just now.
+#[must_use]
+pub fn counted_lines(log: &Path) -> u64 {
+    fs::read(log).unwrap_or_default().iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+/// Checkpoints that the backup has, each with the bytes of the process state that it has of it.
+///
+/// # Panics
+/// When the replayer does not say it.
+#[must_use]
+pub fn on_backup(world: &World) -> Vec<(u64, Option<u64>)> {
+    let said = world.of_replayer(&["generations", "--json", "--group", &world.group]).unwrap();
+    let all: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+    let line = |g: &serde_json::Value| (g["checkpoint"].as_u64().unwrap(), g["process"].as_u64());
+    all.as_array().unwrap().iter().map(line).collect()
+}
