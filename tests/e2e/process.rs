@@ -8,8 +8,8 @@ use std::time::Duration;
 use bfs_tests::exercise;
 use bfs_tests::hosts::Hosts;
 use bfs_tests::processes::{
-    counted, counted_lines, counted_loosely, criu, images, kill, on_backup, script, started, started_by,
-    stopped,
+    counted, counted_in, counted_lines, counted_loosely, criu, images, kill, on_backup, script, started,
+    started_by, stopped,
 };
 use bfs_tests::random::Random;
 use bfs_tests::watch::{SOON, until};
@@ -215,9 +215,36 @@ fn the_backup_has_the_processes_too() {
 /// `bfs-replayer promote --with-process` on a host; the agent that it becomes has these options.
 fn promote(hosts: &mut Hosts, name: &str, to: &str, backup: &str) {
     let mut promote = hosts.replayer(name, "promote");
-    promote.args(["--to", to, "--with-process", "--process-dir"]).arg(hosts.host(name).own.join("images"));
-    promote.args(["--", "--backup", backup]).args(options(hosts, name));
+    promote.args(promotion(hosts, name, to, backup));
     hosts.start(name, promote).unwrap();
+}
+
+fn promotion(hosts: &Hosts, name: &str, to: &str, backup: &str) -> Vec<String> {
+    let images = hosts.host(name).own.join("images").display().to_string();
+    let words = ["--to", to, "--with-process", "--process-dir", &images, "--", "--backup", backup];
+    words.iter().map(|word| (*word).to_owned()).chain(options(hosts, name)).collect()
+}
+
+/// Two hosts, each the backup of the other, and the counter on the first, with some of its state on the second.
+fn counter_on_a(name: &str) -> Hosts {
+    let mut hosts = Hosts::new(name).unwrap();
+    for (backup, primary) in [("b", "a"), ("a", "b")] {
+        hosts.serve(backup).unwrap();
+        hosts.pair(primary, backup, &[]).unwrap();
+    }
+    let (place, to_b) = (hosts.a.place.clone(), hosts.b.destination());
+    let mut run = hosts.agent("a", "run");
+    run.args(["--with-process", "--process-dir"]).arg(hosts.a.own.join("images"));
+    run.arg("--path").arg(&place.data).args(["--backup", &to_b]).args(options(&hosts, "a"));
+    run.args(["--", "python3"]).arg(script("counter.py")).args([&place.data, &place.aux]);
+    hosts.start("a", run).unwrap();
+    until("process state on the backup", SOON, || (shipped(&hosts, "a") > 2).then_some(())).unwrap();
+    hosts
+}
+
+/// The last checkpoint whose processes the backup of a host has; 0 for none.
+fn shipped(hosts: &Hosts, name: &str) -> u64 {
+    hosts.status(name).ok().and_then(|status| status["process"]["shipped"].as_u64()).unwrap_or(0)
 }
 
 fn options(hosts: &Hosts, name: &str) -> Vec<String> {
@@ -230,38 +257,12 @@ fn options(hosts: &Hosts, name: &str) -> Vec<String> {
 /// The primary dies, the program goes on on the other host, with memory and files of one instant; then the roles swap.
 #[test]
 fn the_program_goes_on_on_the_other_host_and_comes_back() {
-    let mut hosts = Hosts::new("process-hosts").unwrap();
-    for (backup, primary) in [("b", "a"), ("a", "b")] {
-        hosts.serve(backup).unwrap();
-        hosts.pair(primary, backup, &[]).unwrap();
-    }
-    let (to_a, to_b) = (hosts.a.destination(), hosts.b.destination());
+    let mut hosts = counter_on_a("process-hosts");
+    let to_a = hosts.a.destination();
     let place = hosts.a.place.clone();
-    let mut run = hosts.agent("a", "run");
-    run.args(["--with-process", "--process-dir"]).arg(hosts.a.own.join("images"));
-    run.arg("--path").arg(&place.data).args(["--backup", &to_b]).args(options(&hosts, "a"));
-    run.args(["--", "python3"]).arg(script("counter.py")).args([&place.data, &place.aux]);
-    hosts.start("a", run).unwrap();
-
-    let shipped = |hosts: &Hosts, name: &str| {
-        hosts.status(name).ok().and_then(|status| status["process"]["shipped"].as_u64()).unwrap_or(0)
-    };
-    // Whole lines, each right; how many there are.
-    let counted = |log: &std::path::Path| {
-        let text = fs::read_to_string(log).unwrap();
-        let (mut count, mut total) = (0u64, 0u64);
-        for line in text.lines() {
-            count += 1;
-            total += count;
-            assert_eq!(line, format!("{count} {total}"), "{}", log.display());
-        }
-        count
-    };
     let log_a = hosts.a.data().join("log");
-    let first = until("process state on the backup", SOON, || Some(shipped(&hosts, "a")).filter(|n| *n > 2));
-    println!("checkpoint {} of a is on b", first.unwrap());
     hosts.kill_agent("a").unwrap();
-    let had = counted(&log_a);
+    let had = counted_in(&log_a);
 
     promote(&mut hosts, "b", "/", &to_a);
     let log_b = hosts.b.data().join("log");
@@ -272,23 +273,57 @@ fn the_program_goes_on_on_the_other_host_and_comes_back() {
 
     // The second failure. Below a directory of a the files stand elsewhere than the program sees them.
     hosts.kill_agent("b").unwrap();
-    let had = counted(&log_b);
+    let had = counted_in(&log_b);
     let elsewhere = hosts.scratch("elsewhere");
     let own_store = format!("unix:{}/replayer.sock", hosts.a.store().display());
     promote(&mut hosts, "a", elsewhere.to_str().unwrap(), &own_store);
     let data = elsewhere.join(place.data.strip_prefix("/").unwrap());
     until("progress on a", SOON, || (counted_lines(&data.join("log")) > had + 100).then_some(())).unwrap();
-    assert_eq!(counted(&log_a.clone()), counted(&log_a), "what stood there before is as it was");
+    assert_eq!(counted_in(&log_a.clone()), counted_in(&log_a), "what stood there before is as it was");
     println!("killed on b at {had}, on a it is at {}", counted_lines(&data.join("log")));
     until("process state again", SOON, || (shipped(&hosts, "a") > 0).then_some(())).unwrap();
     // Its memory never left it: the program finds itself right, and ends as it was told on the host where it began.
     fs::write(place.stop(), "").unwrap();
     assert_eq!(hosts.ended("a").unwrap(), 0);
-    let all = counted(&data.join("log"));
+    let all = counted_in(&data.join("log"));
     assert!(all > had + 100, "{all} after {had}");
     let backup = hosts.a.store().join("tree").join(&hosts.group).join(data.strip_prefix("/").unwrap());
     assert_eq!(bfs_tests::oracle::compare(&data, &backup).unwrap(), Vec::<String>::new());
     // What began is not there to begin once more, on files that went on.
     let consumed = hosts.a.own.join("images").join(format!("{}.promoted", hosts.group));
     assert!(!consumed.exists());
+}
+
+/// Killed at any moment, the promotion is finished by the same command: the program begins once, from files and memory of one
+/// instant.
+#[test]
+fn a_promotion_that_is_killed_is_finished_by_the_same_command() {
+    let mut hosts = counter_on_a("process-killed");
+    let to_a = hosts.a.destination();
+    hosts.kill_agent("a").unwrap();
+    let written = hosts.b.own.join("images").join(format!("{}.promoted", hosts.group));
+    let mut rounds = 0;
+    // Until it has come so far that the processes are there and have not begun.
+    while !written.exists() {
+        rounds += 1;
+        assert!(rounds < 500, "it is killed too early each time");
+        let mut killed = hosts.b.command("timeout");
+        let after = format!("{}", 0.005 * f64::from(rounds));
+        killed.args(["--signal", "KILL", &after]).arg(binary("bfs-replayer"));
+        killed.args(["promote", "--group", &hosts.group, "--store"]).arg(hosts.b.store());
+        let said = hosts.output(killed.args(promotion(&hosts, "b", "/", &to_a))).unwrap();
+        println!("{rounds}: {}", String::from_utf8_lossy(&said.stderr));
+        // The agent that it becomes makes this folder, and takes what was written into it.
+        let begun = written.with_extension("").exists() && !written.exists();
+        assert!(!begun, "it was killed too late: the processes have begun");
+    }
+    println!("killed {rounds} times");
+    promote(&mut hosts, "b", "/", &to_a);
+    let log = hosts.b.data().join("log");
+    let had = counted_in(&log);
+    until("progress on b", SOON, || (counted_lines(&log) > had + 100).then_some(())).unwrap();
+    assert!(!written.exists(), "they would begin once more");
+    fs::write(hosts.a.place.stop(), "").unwrap();
+    assert_eq!(hosts.ended("b").unwrap(), 0);
+    assert!(counted_in(&log) > had);
 }

@@ -68,12 +68,19 @@ pub fn start(world: &mut World, criu: &str, program: &str, more: &[&str]) {
 /// # Panics
 /// When it is not so.
 pub fn counted(world: &World) -> u64 {
-    let log = fs::read_to_string(world.place.data.join("log")).unwrap();
+    counted_in(&world.place.data.join("log"))
+}
+
+/// The same of this log.
+///
+/// # Panics
+/// As [`counted`].
+pub fn counted_in(log: &Path) -> u64 {
     let (mut count, mut total) = (0u64, 0u64);
-    for line in log.lines() {
+    for line in fs::read_to_string(log).unwrap().lines() {
         count += 1;
         total += count;
-        assert_eq!(line, format!("{count} {total}"));
+        assert_eq!(line, format!("{count} {total}"), "{}", log.display());
     }
     count
 }
