@@ -292,7 +292,11 @@ fn what_is_open_elsewhere_is_told() {
     // As it was said: where it has another size than then, they cannot be restored.
     let before = images(&world).0;
     until("a dump", SOON, || (images(&world).0 > before).then_some(())).unwrap();
-    let newest = world.status().unwrap()["process"]["kept"].as_array().unwrap().last().unwrap().to_string();
+    let newest =
+        world.status().unwrap()["process"]["kept"].as_array().unwrap().last().unwrap().as_u64().unwrap();
+    // Before that the backup cannot give its files.
+    world.wait_applied(newest).unwrap();
+    let newest = newest.to_string();
     fs::write(&other, "longer").unwrap();
     let words = ["rollback", "--path", &path, "--backup", &backup, "--to", &newest];
     let done = world.agent_command(&words, SOON).unwrap();
