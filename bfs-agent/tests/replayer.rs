@@ -230,6 +230,14 @@ struct Process {
     address: Destination,
 }
 
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Left alone it would hold what the test prints to.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 impl Process {
     fn start(store: &Path) -> Self {
         let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_bfs-replayer"))
@@ -241,8 +249,13 @@ impl Process {
         let mut line = String::new();
         let mut errors = std::io::BufReader::new(child.stderr.take().unwrap());
         std::io::BufRead::read_line(&mut errors, &mut line).unwrap();
-        let address = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("{line}"));
-        Self { address: address.parse().unwrap(), child }
+        let address = line.trim().strip_prefix("listening on ").and_then(|address| address.parse().ok());
+        let Some(address) = address else {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("{line}");
+        };
+        Self { address, child }
     }
 
     fn kill(mut self) {
