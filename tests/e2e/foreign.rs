@@ -224,7 +224,7 @@ fn a_stranger_and_the_program_write_to_one_file_at_the_same_time() {
 /// Makes one step after another, each of which shows in one more place: `one`, then `two`, then the name of the mark,
 /// which moves between two directories.
 const STEPS: &str = "mkdir \"$1/a\" \"$1/b\"; : > \"$1/a/mark.0\"; i=0; from=a; to=b
-    while [ ! -e \"$2/stop\" ]; do
+    while [ ! -e \"$2/steps-end\" ]; do
         n=$((i + 1)); echo $n >> \"$1/one\"; echo $n >> \"$1/two\"; mv \"$1/$from/mark.$i\" \"$1/$to/mark.$n\"
         i=$n; other=$from; from=$to; to=$other; [ $i -lt 20 ] || : > \"$2/at-work\"; [ $((i % 4)) -ne 0 ] || sleep 0.03
     done";
@@ -261,7 +261,8 @@ fn strangers_are_cut(world: &World) {
     assert!(taken > tries / 2);
     let status = world.status().unwrap();
     assert_eq!(status["checkpoints_stopped"], 0, "a stop is of no use: {status}");
-    fs::write(world.place.stop(), "").unwrap();
+    // Before the program ends: the last checkpoint has what they did.
+    fs::write(world.place.aux.join("steps-end"), "").unwrap();
     assert!(strangers.wait().unwrap().success());
 }
 

@@ -61,7 +61,7 @@ pub(super) struct Options {
     #[command(flatten)]
     watching: watching::Watching,
     #[command(flatten)]
-    policies: policies::Options,
+    policies: policies::PolicyWords,
     #[command(flatten)]
     spool: spool::Spool,
     #[command(flatten)]

@@ -16,7 +16,7 @@ use crate::primary::session::PolicyOptions;
 
 /// What is done with single files.
 #[derive(Debug, Args)]
-pub(super) struct Options {
+pub(super) struct PolicyWords {
     /// How single files are backed up, beside the checkpoints that have every file: a path, an absolute pattern or one
     /// for names, a colon, and settings, like /srv/db/table:backup=write or '*.pdf:backup=close,retries=5' (may be
     /// repeated). A path goes before patterns, and of patterns the last one that matches counts
@@ -27,7 +27,7 @@ pub(super) struct Options {
     policies: PathBuf,
 }
 
-impl Options {
+impl PolicyWords {
     pub(super) fn options(&self) -> Result<PolicyOptions, Failure> {
         let failed = |bad: BadPolicy| Failure::new(Kind::Usage, format!("--policy: {bad}"), bad.hint);
         Table::new(self.policy.clone()).map_err(failed)?;
