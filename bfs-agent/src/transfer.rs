@@ -93,6 +93,27 @@ pub struct Head {
     pub to: Moment,
 }
 
+/// Whether a record is one of those that lead from one generation to another: what changes files and where they stand. The rest
+/// is between an agent and its destination. (The checkpoint at the end is not among them.)
+#[must_use]
+pub fn leads_on(record: &Record) -> bool {
+    matches!(
+        record,
+        Record::Object { .. }
+            | Record::Rebind { .. }
+            | Record::Forget { .. }
+            | Record::EntrySet { .. }
+            | Record::EntryDelete { .. }
+            | Record::Write { .. }
+            | Record::Zero { .. }
+            | Record::Truncate { .. }
+            | Record::Meta { .. }
+            | Record::XattrSet { .. }
+            | Record::XattrRemove { .. }
+            | Record::Roots { .. }
+    )
+}
+
 /// Takes pieces of the stream; false gives up.
 pub type Sink<'a> = &'a mut dyn FnMut(Bytes) -> bool;
 
@@ -176,15 +197,16 @@ pub enum Item {
     End,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Stage {
+    #[default]
     Head,
     Records,
     Ended,
 }
 
 /// Takes a stream apart, as its bytes come. What it gives is sound for itself; all of it counts only with the end.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Reader {
     buffer: BytesMut,
     hasher: blake3::Hasher,
@@ -192,19 +214,7 @@ pub struct Reader {
     records: u64,
 }
 
-impl Default for Reader {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Reader {
-    /// At the begin of a stream.
-    #[must_use]
-    pub fn new() -> Self {
-        Self { buffer: BytesMut::new(), hasher: blake3::Hasher::new(), stage: Stage::Head, records: 0 }
-    }
-
     /// More bytes.
     pub fn feed(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);

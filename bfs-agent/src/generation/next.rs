@@ -5,8 +5,10 @@ use std::sync::mpsc::sync_channel;
 
 use bfs_common::record::CheckpointId;
 use bfs_common::wire::GenerationLine;
+use bytes::Bytes;
 
 use super::{Client, ReadError};
+use crate::transfer::Sink;
 
 /// Pieces of a stream that wait between the two stores.
 const PIECES: usize = 4;
@@ -96,34 +98,49 @@ pub fn carry(
     (older, newest): (Option<CheckpointId>, CheckpointId),
     each: &mut dyn FnMut(usize) -> io::Result<()>,
 ) -> Result<u64, ReadError> {
-    let (pieces, came) = sync_channel::<Vec<u8>>(PIECES);
     let mut bytes = 0;
-    let (sent, taken) = std::thread::scope(|scope| {
-        let sending = scope.spawn(move || {
-            there.transfer(group, older, newest, |piece| {
-                // An empty one would be the end.
-                if piece.is_empty() || pieces.send(piece.to_vec()).is_ok() {
-                    return Ok(());
-                }
-                Err(io::ErrorKind::BrokenPipe.into())
-            })
+    let mut count = |piece: usize| {
+        bytes += piece as u64;
+        each(piece)
+    };
+    pour(here, group, &mut count, |sink| {
+        let sent = there.transfer(group, older, newest, |piece| {
+            if sink(Bytes::copy_from_slice(piece)) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
         });
+        // The pipe broke because of what this store says.
+        sent.or_else(|error| if matches!(error, ReadError::Sink(_)) { Ok(()) } else { Err(error) })
+    })?;
+    Ok(bytes)
+}
+
+/// Brings a stream into a store while a thread makes it: `make` hands its pieces to a sink, which says when nobody takes any
+/// more, as that is no error of its own. `each` is told of each piece before it goes, and ends it by an error.
+///
+/// # Errors
+/// What `make` says, or [`ReadError`]; the store is as it was, and the connection is not to be used any more.
+pub fn pour<E: From<ReadError> + Send>(
+    here: &mut Client,
+    group: &str,
+    each: &mut dyn FnMut(usize) -> io::Result<()>,
+    make: impl FnOnce(Sink<'_>) -> Result<(), E> + Send,
+) -> Result<(), E> {
+    let (pieces, came) = sync_channel::<Bytes>(PIECES);
+    let (made, taken) = std::thread::scope(|scope| {
+        // An empty one would be the end.
+        let making = scope.spawn(move || make(&mut |piece| piece.is_empty() || pieces.send(piece).is_ok()));
         let taken = here.receive(Some(group.to_owned()), &mut |piece| {
+            piece.clear();
             // What is cut off has no end, so it is refused.
-            *piece = came.recv().unwrap_or_default();
-            bytes += piece.len() as u64;
+            piece.extend_from_slice(&came.recv().unwrap_or_default());
             each(piece.len())
         });
-        // Should it not take all: whoever sends must not wait for that.
+        // Should it not take all: whoever makes it must not wait for that.
         drop(came);
-        (sending.join(), taken)
+        (making.join(), taken)
     });
-    let failed = || ReadError::Sink(io::Error::other("what reads the other store failed"));
-    match (sent.map_err(|_| failed())?, taken) {
-        // The pipe broke because of what this store says.
-        (Err(ReadError::Sink(_)) | Ok(()), Err(error)) | (Err(error), _) => Err(error),
-        (Ok(()), Ok(_)) => Ok(bytes),
-    }
+    made.map_err(|_| ReadError::Sink(io::Error::other("what makes the stream failed")))??;
+    taken?;
+    Ok(())
 }
 
 #[cfg(test)]

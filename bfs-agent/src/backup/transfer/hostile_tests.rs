@@ -16,7 +16,7 @@ use crate::transfer::{Head, Item, Reader};
 
 /// The head of a stream that follows checkpoint 4.
 fn head(source: &ReplayerHandle) -> Head {
-    let mut reader = Reader::new();
+    let mut reader = Reader::default();
     reader.feed(&sent(source, Some(3), 4));
     let Ok(Some(Item::Head(head))) = reader.next_item() else { panic!() };
     Head { group: GROUP.into(), id: ID, from: Some(head.to), to: moment(5) }

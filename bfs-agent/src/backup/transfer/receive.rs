@@ -35,7 +35,7 @@ use crate::durable;
 use crate::log::segment::{Item as SegmentItem, SegmentReader};
 use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
 use crate::log::{LogError, LogRef, segment_path, segments, sync_dir};
-use crate::transfer::{Head, Item, Moment, Reader};
+use crate::transfer::{Head, Item, Moment, Reader, leads_on};
 
 /// Bytes that are synced together.
 const BATCH: usize = 16 << 20;
@@ -250,7 +250,7 @@ impl Receiver {
     /// For the group that the stream names, or another one.
     #[must_use]
     pub fn new(shared: Arc<Shared>, name: Option<String>) -> Self {
-        Self { shared, name, reader: Reader::new(), taking: None }
+        Self { shared, name, reader: Reader::default(), taking: None }
     }
 
     /// Takes more bytes of it.
@@ -340,18 +340,7 @@ impl Taking {
             return Err(bad("the stream: records stand behind its checkpoint"));
         }
         match record {
-            Record::Object { .. }
-            | Record::Rebind { .. }
-            | Record::Forget { .. }
-            | Record::EntrySet { .. }
-            | Record::EntryDelete { .. }
-            | Record::Write { .. }
-            | Record::Zero { .. }
-            | Record::Truncate { .. }
-            | Record::Meta { .. }
-            | Record::XattrSet { .. }
-            | Record::XattrRemove { .. }
-            | Record::Roots { .. } => {}
+            record if leads_on(record) => {}
             Record::Checkpoint { checkpoint, label }
                 if *checkpoint == self.head.to.checkpoint && *label == self.head.to.label =>
             {

@@ -57,7 +57,7 @@ pub(super) fn some() -> Vec<(Record, Vec<u8>)> {
 
 /// All items of a stream that comes in pieces.
 fn read(bytes: &[u8], piece: usize) -> Result<Vec<Item>, StreamError> {
-    let mut reader = Reader::new();
+    let mut reader = Reader::default();
     let mut items = Vec::new();
     for some in bytes.chunks(piece) {
         reader.feed(some);

@@ -1,24 +1,20 @@
 //! Brings checkpoints to one further destination, one after the other.
 
 use std::io;
-use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use bfs_common::record::{CheckpointId, GroupId};
 use bfs_common::wire::{GenerationLine, Refusal};
-use bytes::Bytes;
 
 use super::steps::{Mark, StepError, View};
 use super::{Place, Shared};
-use crate::generation::next::{Apart, Step, carry, kept, next};
+use crate::generation::next::{Apart, Step, carry, kept, next, pour};
 use crate::generation::{Client, OpenError, ReadError};
 use crate::net::{AskError, ConnectError};
 use crate::primary::control::Standing;
 use crate::primary::ship::{Limit, Sends};
 use crate::transfer::{Head, Moment, Writer};
 
-/// Pieces of a step that wait to be sent.
-const PIECES: usize = 4;
 /// How often a destination is asked how it stands, when there is nothing for it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How soon it is asked again whether it has applied what it has: before, it takes no more.
@@ -273,29 +269,12 @@ impl Courier<'_> {
         let (from, to) = (&view.marks[from], &view.marks[to]);
         let head =
             Head { group: options.group.clone(), id, from: Some(from.moment.clone()), to: to.moment.clone() };
-        let (pieces, came) = sync_channel::<Bytes>(PIECES);
-        let (made, taken) = std::thread::scope(|scope| {
-            let making = scope.spawn(move || -> Result<(), StepError> {
-                // An empty one would be the end.
-                let mut sink = |piece: Bytes| piece.is_empty() || pieces.send(piece).is_ok();
-                let mut writer = Writer::begin(&head, &mut sink);
-                view.write(from, to, &mut writer)?;
-                writer.end();
-                Ok(())
-            });
-            let taken = client.receive(Some(options.group.clone()), &mut |piece| {
-                // What is cut off has no end, so it is refused.
-                piece.clear();
-                piece.extend_from_slice(&came.recv().unwrap_or_default());
-                self.may_send(piece.len())
-            });
-            // Should it not take all: whoever makes it must not wait for that.
-            drop(came);
-            (making.join(), taken)
-        });
-        made.map_err(|_| Trouble::Away("what makes the step failed".into()))??;
-        taken?;
-        Ok(())
+        pour(client, &options.group, &mut |bytes| self.may_send(bytes), |sink| {
+            let mut writer = Writer::begin(&head, sink);
+            view.write(from, to, &mut writer)?;
+            writer.end();
+            Ok(())
+        })
     }
 
     /// Brings the newest checkpoint of another destination.

@@ -146,8 +146,6 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     view: Option<View>,
-    /// Why the keeper keeps nothing.
-    trouble: Option<String>,
     /// Where a courier knows itself by the number.
     legs: Vec<(u64, Place, Leg)>,
     next: u64,
@@ -230,7 +228,6 @@ impl Further {
         let steps = Steps::new(&options.folder, options.bytes_max, options.roots.clone())?;
         let state = State {
             view: None,
-            trouble: None,
             legs: Vec::new(),
             next: 0,
             first_applied: CheckpointId(0),
@@ -334,12 +331,6 @@ impl Further {
     pub fn legs(&self) -> Vec<Leg> {
         self.shared.lock().legs.iter().map(|(_, _, leg)| leg.clone()).collect()
     }
-
-    /// Why they get nothing, where that is so.
-    #[must_use]
-    pub fn trouble(&self) -> Option<String> {
-        self.shared.lock().trouble.clone()
-    }
 }
 
 impl Drop for Further {
@@ -370,20 +361,15 @@ fn keep(shared: &Shared, mut steps: Steps, batches: &Receiver<Batch>) {
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        let (marked, trouble) = match steps.take(&batch) {
-            Ok(marked) => (marked, None),
-            Err(error) => (true, Some(error.to_string())),
-        };
-        if !marked {
-            continue;
+        match steps.take(&batch) {
+            Ok(false) => continue,
+            Ok(true) => {}
+            Err(error) => tracing::warn!("further destinations of group {}: {error}", shared.options.group),
         }
         steps.trim(shared.needed());
-        if let Some(why) = &trouble {
-            tracing::warn!("further destinations of group {}: {why}", shared.options.group);
-        }
         let view = Some(steps.view());
         let mut state = shared.lock();
-        (state.view, state.trouble) = (view, trouble);
+        state.view = view;
         if state.look() {
             state.version += 1;
             drop(state);

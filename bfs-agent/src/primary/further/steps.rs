@@ -20,7 +20,7 @@ use bytes::{Bytes, BytesMut};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 
 use crate::primary::engine::outbox::Batch;
-use crate::transfer::{Moment, Writer};
+use crate::transfer::{Moment, Writer, leads_on};
 
 /// Bytes that are read at once.
 const PIECE: u64 = 1 << 20;
@@ -204,7 +204,7 @@ impl View {
                 let (record, payload) = encoded.decode()?;
                 // Those between are not told of.
                 let marks = matches!(&record, Record::Checkpoint { checkpoint, .. } if *checkpoint == to.moment.checkpoint);
-                if marks || changes_files(&record) {
+                if marks || leads_on(&record) {
                     writer.record(&record, &payload);
                 }
             }
@@ -234,25 +234,6 @@ fn whole_records(bytes: &Bytes, last: bool) -> Result<usize, StepError> {
         at = next;
     }
     if last && at != bytes.len() { Err(StepError::Gone) } else { Ok(at) }
-}
-
-/// The rest is between this agent and the first destination.
-fn changes_files(record: &Record) -> bool {
-    matches!(
-        record,
-        Record::Object { .. }
-            | Record::Rebind { .. }
-            | Record::Forget { .. }
-            | Record::EntrySet { .. }
-            | Record::EntryDelete { .. }
-            | Record::Write { .. }
-            | Record::Zero { .. }
-            | Record::Truncate { .. }
-            | Record::Meta { .. }
-            | Record::XattrSet { .. }
-            | Record::XattrRemove { .. }
-            | Record::Roots { .. }
-    )
 }
 
 fn unnamed(folder: &Path) -> io::Result<Arc<File>> {
@@ -317,7 +298,7 @@ mod tests {
         let mut writer = Writer::begin(&head, &mut sink);
         view.write(from, to, &mut writer).unwrap();
         writer.end();
-        let mut reader = Reader::new();
+        let mut reader = Reader::default();
         reader.feed(&all);
         let mut found = Vec::new();
         while let Some(item) = reader.next_item().unwrap() {
