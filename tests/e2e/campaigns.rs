@@ -17,6 +17,22 @@ fn random_names_in_three_shared_directories() {
     names::made_at_least(&world.place.data, rounds(2_000, 200_000) as u64).unwrap();
 }
 
+/// The agent comes when they are at work, again and again: what each is in, or holds open, it did not see.
+#[test]
+fn random_names_that_agents_are_attached_to() {
+    let _ = printed_seed();
+    let mut world = World::new("random-attached", Transport::Unix).unwrap();
+    world.start(&RandomNames, How::AttachHalfWay).unwrap();
+    for index in 0..rounds(6, 60) {
+        if index > 0 {
+            world.stop_agent().unwrap();
+            world.attach().unwrap();
+        }
+        exercise::stopped(&world, index).unwrap();
+    }
+    assert!(world.finish().unwrap().success());
+}
+
 const MANNERS: [Manner; 6] = [
     Manner { threads: 1, paths: Paths::Absolute, pace: Pace::Steps },
     Manner { threads: 1, paths: Paths::Working, pace: Pace::AtOnce },

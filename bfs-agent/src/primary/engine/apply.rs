@@ -9,9 +9,7 @@ use bfs_common::record::{FileKind, Meta, Name, ObjectId};
 use bytes::Bytes;
 
 use super::host::{Host, HostError, OwnedEvent, Stat};
-use super::interpret::{
-    Act, CAPABILITY, Thing, has_capability, interpret, meta_of, object_at, span_of, touches,
-};
+use super::interpret::{Act, CAPABILITY, Thing, has_capability, meta_of, object_at, span_of, touches};
 use super::model::NewObject;
 use super::recent::{SLACK_NS, Span};
 use super::resolve::Place;
@@ -72,9 +70,9 @@ impl Engine {
             }
             _ => {}
         }
-        let (mut act, way) = interpret(&self.model, host, event);
         let span = span_of(event);
-        let astray = way.entries.iter().any(|(d, n)| self.doubtful_entry(*d, n, span))
+        let (mut act, way) = self.interpret_surely(event, host, span);
+        let astray = way.entries.iter().any(|entry| self.is_unsure(entry, span))
             || way.above.iter().any(|(d, n)| self.is_dirty_entry(*d, n));
         if way.winding && astray {
             self.stats.ambiguous += 1;
@@ -95,7 +93,12 @@ impl Engine {
         tracing::trace!(?span, ?act, "taken in");
         let mut ambiguous = !stores && self.note(&touches, &act, span);
         ambiguous |= self.shared_with_others(&act);
+        let astray = self.note_ways(&act, &way, event, span);
+        let late = self.names_change(&act, event, span, ambiguous) | astray;
         self.apply(act, event, span, ambiguous, host);
+        if late {
+            self.suspect_everything(span.end_ns);
+        }
         // What this very call made is none.
         for inode in reached {
             if inode.is_some() && self.model.find(inode).is_none() {
@@ -144,7 +147,7 @@ impl Engine {
         self.stats.ambiguous += 1;
         let then = Event::Path { event: *e, path1: &old1, path2: &old2 };
         for other in [&then, event] {
-            for thing in interpret(&self.model, host, other).0.touches(&self.model) {
+            for thing in self.interpret_surely(other, host, span).0.touches(&self.model) {
                 self.stain(&thing, span.end_ns, true);
             }
         }
@@ -349,7 +352,7 @@ impl Engine {
         self.dirty.get(directory).is_some_and(|d| d.rescan.is_some() || d.entries.contains_key(name))
     }
 
-    fn doubtful_entry(&self, directory: ObjectId, name: &Name, span: Span) -> bool {
+    pub(super) fn doubtful_entry(&self, directory: ObjectId, name: &Name, span: Span) -> bool {
         self.is_dirty_entry(directory, name)
             || self.reads.after(&Thing::Entry(directory, name.clone()), span.start_ns)
             // A directory that left the set: what happened in it since is not followed.

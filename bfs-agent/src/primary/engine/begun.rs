@@ -14,7 +14,7 @@ use bfs_common::record::ObjectId;
 
 use super::Engine;
 use super::host::{Host, HostError, OwnedEvent, Request, Target};
-use super::interpret::{interpret, span_of, touches};
+use super::interpret::{span_of, touches};
 
 /// Records of operations in flight that are kept. Of others everything is suspect when they end.
 const BEGUN_MAX: usize = 65_536;
@@ -157,7 +157,7 @@ impl Engine {
                     // As if it ended here: what it overlapped with is suspect as well.
                     put_end(&mut bytes, now);
                     let Some(event) = Event::parse(&bytes) else { continue };
-                    let (act, way) = interpret(&self.model, host, &event);
+                    let (act, way) = self.interpret_surely(&event, host, span_of(&event));
                     let touches = touches(&act, &way, &self.model);
                     self.note(&touches, &act, span_of(&event));
                     self.suspect_multiple(now);

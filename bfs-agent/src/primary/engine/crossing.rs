@@ -91,7 +91,7 @@ impl Engine {
             // By a name outside it may reach what was inside at the instant.
             let reaches_out = act.reaches_outside(&self.model) && by_another(&taken_out);
             reaches_out
-                || way.entries.iter().any(entry)
+                || way.entries.iter().chain(&way.named).chain(&way.missing).any(entry)
                 || act.reaches_by().is_some_and(|place| {
                     by_another(&directories_changed) || place.entry().is_some_and(|e| entry(&e))
                 })

@@ -20,7 +20,7 @@ use super::Engine;
 use super::checkpoint::{AtInstant, CheckpointError, Request, Stop, Taken};
 use super::crossing::Crossing;
 use super::host::{Host, HostError, InFlight, OwnedEvent, Request as HostRequest};
-use super::interpret::{Act, interpret, span_of};
+use super::interpret::{Act, span_of};
 use super::recent::CLOCK_SLACK_NS;
 
 /// Cuts that are tried before the processes are stopped.
@@ -491,7 +491,7 @@ impl Engine {
         self.crosses_foreign(&parsed);
         let until_ns = span.seen_ns + CLOCK_SLACK_NS;
         if until_ns > t {
-            let (act, way) = interpret(&self.model, host, &parsed);
+            let (act, way) = self.interpret_surely(&parsed, host, span);
             let mut touches = self.cut_touches(&act, &way);
             self.consume(event, host)?;
             // What it says of the file that it made, which is known only now, was seen at its end: a later call may have
@@ -572,6 +572,7 @@ impl Engine {
         self.send_snapshots();
         self.snapshots.clear();
         self.reads.clear();
+        self.named.clear();
         self.prune(how.begun.saturating_sub(RECENT_NS));
         self.dirty.settled();
         if self.dirty.close_gap() {

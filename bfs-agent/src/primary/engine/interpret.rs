@@ -239,7 +239,7 @@ pub fn interpret(model: &Model, host: &mut dyn Host, event: &Event<'_>) -> (Act,
     (act, way)
 }
 
-fn is_open(nr: i64) -> bool {
+pub(super) fn is_open(nr: i64) -> bool {
     matches!(nr, libc::SYS_open | libc::SYS_creat | libc::SYS_openat | libc::SYS_openat2)
 }
 
@@ -398,6 +398,7 @@ fn path(model: &Model, host: &mut dyn Host, e: &PathEvent, path1: &[u8], path2: 
             // What the new name names is read, whatever way led to it.
             let mut aside = Way::default();
             let source = Paths { event: e, path1, path2, way: &mut aside }.place(model, host, false, follow);
+            p.way.also(aside);
             let place = p.place(model, host, true, false);
             Act::Link {
                 object: object_at(model, &source),

@@ -24,6 +24,7 @@ pub mod interpret;
 pub mod links;
 mod mapped;
 pub mod model;
+mod named;
 pub mod outbox;
 pub mod ranges;
 pub mod recent;
@@ -53,6 +54,7 @@ use host::{Host, HostError, OwnedEvent, Stat};
 use interpret::Thing;
 use mapped::Mapped;
 use model::{Model, NewObject};
+use named::Named;
 use outbox::Outbox;
 use recent::{CLOCK_SLACK_NS, Recent, SLACK_NS, Span};
 use same::Same;
@@ -245,6 +247,7 @@ pub struct Engine {
     moved: VecDeque<(ObjectId, Span)>,
     strangers: Strangers,
     reads: Reads,
+    named: Named,
     chunks: HashMap<u32, Chunks>,
     entered: HashMap<u32, (u64, Vec<u8>, Vec<u8>)>,
     deferred: VecDeque<OwnedEvent>,
@@ -298,6 +301,7 @@ impl Engine {
             moved: VecDeque::new(),
             strangers: Strangers::default(),
             reads: Reads::default(),
+            named: Named::default(),
             chunks: HashMap::new(),
             entered: HashMap::new(),
             deferred: VecDeque::new(),
@@ -412,6 +416,7 @@ impl Engine {
     pub fn suspect_everything(&mut self, now: u64) {
         self.stats.everything += 1;
         tracing::debug!(now, by = %std::panic::Location::caller(), "everything is suspect");
+        self.named.clear();
         let ids = self.dirty.all_but().unwrap_or_else(|| self.model.ids().collect());
         for object in ids {
             // No snapshot makes that exact: there may be another cause, later, by the time it comes.
@@ -617,6 +622,7 @@ impl Engine {
         self.recent_paths.prune(horizon);
         self.recent_positions.prune(horizon);
         self.recent_ways.prune(horizon);
+        self.named.prune(horizon);
         self.moved.retain(|m| m.1.end_ns >= horizon);
     }
 

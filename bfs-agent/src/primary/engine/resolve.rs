@@ -109,9 +109,22 @@ pub struct Way {
     pub entries: Vec<(ObjectId, Name)>,
     /// Entries that `..` led back from.
     pub above: Vec<(ObjectId, Name)>,
+    /// Further ones at which a symlink would have been followed, and the model has none there.
+    pub named: Vec<(ObjectId, Name)>,
+    /// Entries that the kernel went through, and the model cannot.
+    pub missing: Vec<(ObjectId, Name)>,
     /// There was a symlink or a `..` on it, or it led out of the set: should the model be behind at one
     /// of the entries, it led somewhere else altogether.
     pub winding: bool,
+}
+
+impl Way {
+    /// What another path went through is looked at as well.
+    pub fn also(&mut self, other: Self) {
+        self.named.extend(other.entries);
+        self.named.extend(other.named);
+        self.missing.extend(other.missing);
+    }
 }
 
 /// Follows a path. `follow`: whether a symlink as the last component is followed.
@@ -229,6 +242,9 @@ impl Walk<'_> {
             return self.followed(target, changed_ns, At::Inside(directory));
         }
         let Some(object) = self.model.entry(directory, &name) else {
+            if last && follow {
+                self.way.named.push((directory, name.clone()));
+            }
             return Err(if last { Place::Entry(directory, name) } else { self.missing(directory, name) });
         };
         let known = self.model.get(object);
@@ -241,7 +257,12 @@ impl Walk<'_> {
                 self.way.winding = true;
                 Ok(Step::Symlink { target: symlink.target.to_vec(), from: At::Inside(directory) })
             }
-            None if last => Err(Place::Entry(directory, name)),
+            None if last => {
+                if follow {
+                    self.way.named.push((directory, name.clone()));
+                }
+                Err(Place::Entry(directory, name))
+            }
             None if known.is_some_and(|o| o.kind == FileKind::Directory) => Ok(Step::To(At::Inside(object))),
             // The kernel went through it: the model is behind.
             None => Err(self.missing(directory, name)),
@@ -398,7 +419,7 @@ impl Walk<'_> {
 
     /// Where a directory that the model does not have, at this path of the host, stands: outside the set, or left
     /// out of it. Else it is one that the model has not got yet.
-    fn not_in_model(&self, path: PathBuf) -> Result<At, Place> {
+    fn not_in_model(&mut self, path: PathBuf) -> Result<At, Place> {
         let Some((root, object)) = self.model.roots().iter().find(|r| path.starts_with(&r.0)) else {
             return Ok(At::Outside(path));
         };
@@ -434,7 +455,8 @@ impl Walk<'_> {
 
     /// Where a path leads that goes through an entry of which the model does not know what it named: what
     /// it changed lies below, and is taken with the entry. But nobody knows whither `..` leads from there.
-    fn missing(&self, directory: ObjectId, name: Name) -> Place {
+    fn missing(&mut self, directory: ObjectId, name: Name) -> Place {
+        self.way.missing.push((directory, name.clone()));
         if self.todo.iter().any(|component| component == b"..") {
             return Place::Unknown;
         }

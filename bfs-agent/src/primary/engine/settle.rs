@@ -353,7 +353,7 @@ impl Engine {
         Ok(())
     }
 
-    fn settle_entry(&mut self, directory: ObjectId, name: &Name, found: Option<Stat>, deep: bool) {
+    pub(super) fn settle_entry(&mut self, directory: ObjectId, name: &Name, found: Option<Stat>, deep: bool) {
         let Some(stat) = found else {
             self.model.unlink(directory, name, &mut self.out);
             return;

@@ -124,24 +124,52 @@ impl Fs {
         Inode { kind, mode: 0o644, mtime, data: vec![], target: vec![], entries: BTreeMap::new(), links: 0 }
     }
 
+    /// The directory that a path leads to, and the name there. Symlinks on the way are followed.
     pub(super) fn find(&self, at: &At) -> Option<(u64, Vec<u8>)> {
-        // Paths begin with a name: `..` leads to where they were.
+        self.walk(at, false)
+    }
+
+    /// What a path leads to, also where that is a symlink.
+    fn find_followed(&self, at: &At) -> Option<u64> {
+        let (dir, name) = self.walk(at, true)?;
+        self.inodes[&dir].entries.get(&name).copied()
+    }
+
+    fn walk(&self, at: &At, follow: bool) -> Option<(u64, Vec<u8>)> {
+        // Paths begin with a name, and no target has a `..`: that leads to where they were.
         let (mut dir, mut above) = (at.base, Vec::new());
-        let parts: Vec<_> = at.path.split(|b| *b == b'/').collect();
-        for part in &parts[..parts.len() - 1] {
-            if *part == b".." {
-                let here = self.inodes.get(&dir)?;
-                if here.kind != FileKind::Directory || here.links == 0 {
-                    return None;
-                }
+        let parts = |path: &[u8]| -> Vec<Vec<u8>> {
+            path.split(|b| *b == b'/').filter(|part| !part.is_empty()).map(<[u8]>::to_vec).rev().collect()
+        };
+        let (mut todo, mut symlinks) = (parts(&at.path), 0);
+        while let Some(part) = todo.pop() {
+            let here = self.inodes.get(&dir).filter(|d| d.kind == FileKind::Directory && d.links > 0)?;
+            let last = todo.is_empty();
+            if part == b".." {
                 dir = above.pop()?;
-            } else {
-                above.push(dir);
-                dir = *self.inodes.get(&dir)?.entries.get(*part)?;
+                continue;
+            }
+            let symlink = here.entries.get(&part).map(|inode| &self.inodes[inode]);
+            match symlink.filter(|i| i.kind == FileKind::Symlink && (!last || follow)) {
+                Some(symlink) => {
+                    symlinks += 1;
+                    if symlinks > 40 {
+                        return None;
+                    }
+                    let below = symlink.target.strip_prefix(b"/r/");
+                    if below.is_some() {
+                        (dir, above) = (ROOT, Vec::new());
+                    }
+                    todo.extend(parts(below.unwrap_or(&symlink.target)));
+                }
+                None if last => return Some((dir, part)),
+                None => {
+                    above.push(dir);
+                    dir = *here.entries.get(&part)?;
+                }
             }
         }
-        let d = self.inodes.get(&dir)?;
-        (d.kind == FileKind::Directory && d.links > 0).then(|| (dir, parts[parts.len() - 1].to_vec()))
+        None
     }
 
     pub(super) fn drop_entry(&mut self, dir: u64, name: &[u8]) {
@@ -278,8 +306,7 @@ impl Fs {
                 ok(one)
             }
             Call::TruncateAt { at, size } => {
-                let (dir, name) = self.find(at)?;
-                let inode = *self.inodes[&dir].entries.get(&name)?;
+                let inode = self.find_followed(at)?;
                 let f = self.inodes.get_mut(&inode).filter(|f| f.kind == FileKind::Regular)?;
                 f.data.resize(*size as usize, 0);
                 f.mtime = stamp;
@@ -300,11 +327,7 @@ impl Fs {
                 ok(inode)
             }
             Call::Chmod { at, mode } => {
-                let (dir, name) = self.find(at)?;
-                let inode = *self.inodes[&dir].entries.get(&name)?;
-                if self.inodes[&inode].kind == FileKind::Symlink {
-                    return None;
-                }
+                let inode = self.find_followed(at)?;
                 self.inodes.get_mut(&inode)?.mode = *mode;
                 ok(inode)
             }

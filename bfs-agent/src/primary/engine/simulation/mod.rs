@@ -135,12 +135,13 @@ fn expected(base: &Fs, done: &[Done], at_ns: u64, border: Border) -> Vec<String>
 
 fn run(seed: u64) -> (u32, u32) {
     let mut world = World::new(seed, 1 + (seed % 4) as usize, 250);
+    let border = Border::of(seed);
+    world.symlinks_lead = matches!(border, Border::Everything);
     // Some of the tree is there before, and the program runs while it is copied first.
     for _ in 0..200 {
         world.step();
     }
     let mut backup = Backup::default();
-    let border = Border::of(seed);
     let (mut engine, mut base) = begin(&mut world, border, &backup, CheckpointId(0), false);
     let policies = followed(seed);
     engine.set_policies(&policies, true);

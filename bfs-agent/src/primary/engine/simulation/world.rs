@@ -56,6 +56,8 @@ pub(super) struct World {
     pub(super) stops: u32,
     /// Asynchronous operations are begun as well.
     pub(super) asynchronous: bool,
+    /// Symlinks lead to what is there.
+    pub(super) symlinks_lead: bool,
     pub(super) flying: Vec<Flying>,
     pub(super) memory: Memory,
     /// What the destination had when the agent began.
@@ -87,6 +89,7 @@ impl World {
             calls_left: calls,
             stops: 0,
             asynchronous: false,
+            symlinks_lead: false,
             flying: Vec::new(),
             known: BTreeMap::new(),
             memory: Memory {
@@ -150,6 +153,21 @@ impl World {
         At { base, path }
     }
 
+    /// Where a symlink leads: from where it stands, or from the root; to anything, or nothing. Of names that are left out, or
+    /// outside, nobody tells what stood there when a call went through them: there symlinks lead nowhere.
+    fn target(&mut self) -> Vec<u8> {
+        if !self.symlinks_lead {
+            return b"/x".to_vec();
+        }
+        let mut target = if self.random.next(2) == 0 { b"/r/".to_vec() } else { Vec::new() };
+        target.extend(self.name());
+        if self.random.next(3) == 0 {
+            target.push(b'/');
+            target.extend(self.name());
+        }
+        target
+    }
+
     pub(super) fn invent(&mut self) -> Call {
         let directory = self.pick(FileKind::Directory).unwrap_or(ROOT);
         let file = self.pick(FileKind::Regular);
@@ -167,7 +185,7 @@ impl World {
             (8, _) => Call::Unlink { at: self.at() },
             (9, _) => Call::Mkdir { at: self.at() },
             (10, _) => Call::Rmdir { at: self.at() },
-            (11, _) => Call::Symlink { at: self.at(), target: b"a".to_vec() },
+            (11, _) => Call::Symlink { at: self.at(), target: self.target() },
             (12, _) => Call::Rename { from: self.at(), to: self.at() },
             (13, _) => Call::Link { from: self.at(), to: self.at() },
             (14, _) => Call::Chmod { at: self.at(), mode: self.random.next(0o777) as u32 },
