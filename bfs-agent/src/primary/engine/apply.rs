@@ -93,10 +93,9 @@ impl Engine {
         tracing::trace!(?span, ?act, "taken in");
         let mut ambiguous = !stores && self.note(&touches, &act, span);
         ambiguous |= self.shared_with_others(&act);
-        let astray = self.note_ways(&act, &way, event, span);
-        let late = self.names_change(&act, event, span, ambiguous) | astray;
+        let astray = self.note_names(&act, &way, event, span, ambiguous);
         self.apply(act, event, span, ambiguous, host);
-        if late {
+        if astray {
             self.suspect_everything(span.end_ns);
         }
         // What this very call made is none.
@@ -512,11 +511,10 @@ impl Engine {
             }
             Act::Link { object, source, looked, place, parent_attr } => {
                 self.multiple.extend(object);
-                // Who changed something by a name outside just then may have used this one.
-                if let Some(object) = object
-                    && place.is_outside(&self.model)
-                    && self.aside_ns >= span.start_ns.saturating_sub(SLACK_NS)
-                {
+                // Who changed something by this name, or a name outside, just then may have changed this one by it.
+                let aside =
+                    place.is_outside(&self.model) && self.aside_ns >= span.start_ns.saturating_sub(SLACK_NS);
+                if let Some(object) = object.filter(|_| ambiguous || aside) {
                     self.suspect_object(object, span.end_ns);
                 }
                 self.parent_after(&place, parent_attr.as_ref(), span);
@@ -546,6 +544,11 @@ impl Engine {
                 };
                 if outside || ambiguous || self.doubtful(&from, span) || self.doubtful(&to, span) {
                     self.both_suspect(&from, &to);
+                }
+                if ambiguous {
+                    for moved in [&from, &to].into_iter().filter_map(Place::entry) {
+                        self.suspect_named(&Thing::Entry(moved.0, moved.1), span.end_ns);
+                    }
                 }
                 // What is exchanged can get new times itself (xfs_cross_rename() in fs/xfs/xfs_inode.c, for the
                 // `..` of a directory).

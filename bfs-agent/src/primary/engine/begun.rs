@@ -157,9 +157,14 @@ impl Engine {
                     // As if it ended here: what it overlapped with is suspect as well.
                     put_end(&mut bytes, now);
                     let Some(event) = Event::parse(&bytes) else { continue };
-                    let (act, way) = self.interpret_surely(&event, host, span_of(&event));
+                    let span = span_of(&event);
+                    let (act, way) = self.interpret_surely(&event, host, span);
                     let touches = touches(&act, &way, &self.model);
-                    self.note(&touches, &act, span_of(&event));
+                    self.note(&touches, &act, span);
+                    // It may fail yet.
+                    if self.note_names(&act, &way, &event, span, true) {
+                        self.suspect_everything(now);
+                    }
                     self.suspect_multiple(now);
                     for thing in &touches {
                         self.stain(thing, now, true);

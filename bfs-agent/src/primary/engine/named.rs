@@ -172,9 +172,23 @@ impl Engine {
         there || failed
     }
 
+    /// Notes what a call went through and which names it changed; whether, because of another one, nobody can tell any more where a
+    /// path led.
+    pub(super) fn note_names(
+        &mut self,
+        act: &Act,
+        way: &Way,
+        event: &Event<'_>,
+        span: Span,
+        ambiguous: bool,
+    ) -> bool {
+        let astray = self.note_ways(act, way, event, span);
+        self.names_change(act, event, span, ambiguous) || astray
+    }
+
     /// Notes what a call went through, and which symlinks it changed; whether another one may have changed a symlink that this
     /// one went through, or the other way round: their order is not known, and neither where the path led.
-    pub(super) fn note_ways(&mut self, act: &Act, way: &Way, event: &Event<'_>, span: Span) -> bool {
+    fn note_ways(&mut self, act: &Act, way: &Way, event: &Event<'_>, span: Span) -> bool {
         let symlinks = self.symlinks_changed(act, event, span);
         let named = &mut self.named;
         let mut astray = false;
@@ -211,7 +225,7 @@ impl Engine {
 
     /// Names are changed by what is taken in; whether a call may have gone through what stood at one of them, and what was
     /// looked at there was what came after.
-    pub(super) fn names_change(&mut self, act: &Act, event: &Event<'_>, span: Span, ambiguous: bool) -> bool {
+    fn names_change(&mut self, act: &Act, event: &Event<'_>, span: Span, ambiguous: bool) -> bool {
         let start_ns = span.start_ns;
         let named = &mut self.named;
         match act {
