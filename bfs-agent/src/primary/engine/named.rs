@@ -32,8 +32,8 @@ type Entry = (ObjectId, Name);
 pub(super) struct Named {
     /// When each was looked at. No change of it was taken in since.
     looked: HashMap<Entry, u64>,
-    /// The last call that changed it, as far as those were taken in, put something there that is no symlink.
-    solid: HashSet<Entry>,
+    /// The last call that changed it, as far as those were taken in, put something there that is no symlink: that call.
+    solid: HashMap<Entry, Span>,
     /// Calls that went through a name.
     through: Recent<Entry>,
     /// Calls that changed a name where a symlink was, or came to be.
@@ -53,8 +53,8 @@ impl Named {
         self.solid.clear();
     }
 
-    fn is_sure(&self, entry: &Entry) -> bool {
-        self.looked.contains_key(entry) || self.solid.contains(entry)
+    fn is_sure(&self, entry: &Entry, span: Span) -> bool {
+        self.looked.contains_key(entry) || self.is_solid(entry, span)
     }
 
     /// What stands there was changed by a call that began then; whether that may have been before the look.
@@ -63,11 +63,16 @@ impl Named {
         self.looked.remove(entry).is_some_and(|at| start_ns <= at.saturating_add(CLOCK_SLACK_NS))
     }
 
-    fn put_solid(&mut self, entry: Entry) {
+    /// Whether no symlink stood there when a call began that comes behind the one that put there what it is.
+    fn is_solid(&self, entry: &Entry, span: Span) -> bool {
+        self.solid.get(entry).is_some_and(|by| !by.may_overlap(&span))
+    }
+
+    fn put_solid(&mut self, entry: Entry, by: Span) {
         if self.solid.len() >= NAMES_MAX {
             self.solid.clear();
         }
-        self.solid.insert(entry);
+        self.solid.insert(entry, by);
     }
 }
 
@@ -84,10 +89,10 @@ impl Engine {
         loop {
             let (act, way) = interpret(&self.model, host, event);
             let unsure = |entry: &&Entry| {
-                !seen.contains(*entry) && !self.named.solid.contains(*entry) && self.is_unsure(entry, span)
+                !seen.contains(*entry) && !self.named.is_solid(entry, span) && self.is_unsure(entry, span)
             };
             // The kernel went through it, so the model is behind.
-            let missed = |entry: &&Entry| !seen.contains(*entry) && !self.named.is_sure(entry);
+            let missed = |entry: &&Entry| !seen.contains(*entry) && !self.named.is_sure(entry, span);
             let next = way.entries.iter().chain(&way.named).find(unsure);
             let Some(entry) = next.or_else(|| way.missing.iter().find(missed)).cloned() else {
                 let gone = |entry: &Entry| self.named.looked.contains_key(entry) && !failed;
@@ -105,7 +110,9 @@ impl Engine {
         let Event::Path { path1, path2, .. } = event else { return false };
         let last =
             |path: &[u8]| path.rsplit(|byte| *byte == b'/').find(|name| !name.is_empty()).map(<[u8]>::to_vec);
-        let lasts = [last(path1), last(path2)];
+        // The first path of these is not changed, or none.
+        let only_second = matches!(act, Act::Link { .. }) || is_symlink(event);
+        let lasts = [last(path1).filter(|_| !only_second), last(path2)];
         let is_last = |name: &Name| lasts.iter().flatten().any(|last| last == name.as_bytes());
         let ways = || way.entries.iter().chain(&way.named).chain(&way.missing);
         changes_names(act, event)
@@ -207,7 +214,7 @@ impl Engine {
     fn symlinks_changed(&self, act: &Act, event: &Event<'_>, span: Span) -> Vec<Entry> {
         let can_be = |place: &Place| {
             place.entry().is_none_or(|entry| {
-                let sure = self.named.solid.contains(&entry) || !self.is_unsure(&entry, span);
+                let sure = self.named.is_solid(&entry, span) || !self.is_unsure(&entry, span);
                 let there = self.model.entry(entry.0, &entry.1).and_then(|o| self.model.kind(o));
                 !sure || there == Some(FileKind::Symlink)
             })
@@ -231,7 +238,7 @@ impl Engine {
         match act {
             Act::Foreign { object } => {
                 let late = Cell::new(false);
-                named.solid.retain(|entry| entry.0 != *object);
+                named.solid.retain(|entry, _| entry.0 != *object);
                 named.looked.retain(|entry, at| {
                     let other = entry.0 != *object;
                     late.set(late.get() || !other && start_ns <= at.saturating_add(CLOCK_SLACK_NS));
@@ -248,7 +255,7 @@ impl Engine {
                 let entry = (*parent, name.clone());
                 let late = named.changed(&entry, start_ns);
                 if !ambiguous {
-                    named.put_solid(entry);
+                    named.put_solid(entry, span);
                 }
                 late
             }
@@ -259,13 +266,13 @@ impl Engine {
                 let Some(entry) = place.entry() else { return false };
                 let late = named.changed(&entry, start_ns);
                 if matches!(place, Place::Entry(..)) && !is_symlink(event) && !ambiguous {
-                    named.put_solid(entry);
+                    named.put_solid(entry, span);
                 }
                 late
             }
             Act::Rename { from, to, exchange, .. } => {
                 let (one, two) = (from.entry(), to.entry());
-                let solid = |entry: &Option<Entry>| entry.as_ref().is_some_and(|e| named.solid.contains(e));
+                let solid = |entry: &Option<Entry>| entry.as_ref().is_some_and(|e| named.is_solid(e, span));
                 let is_solid = (solid(&one), solid(&two));
                 let mut late = false;
                 for entry in [&one, &two].into_iter().flatten() {
@@ -273,10 +280,10 @@ impl Engine {
                 }
                 let there = |place: &Place| matches!(place, Place::Entry(..)) && !ambiguous;
                 if let Some(entry) = two.filter(|_| is_solid.0 && there(to)) {
-                    named.put_solid(entry);
+                    named.put_solid(entry, span);
                 }
                 if let Some(entry) = one.filter(|_| *exchange && is_solid.1 && there(from)) {
-                    named.put_solid(entry);
+                    named.put_solid(entry, span);
                 }
                 late
             }
