@@ -72,9 +72,10 @@ impl Engine {
         }
         let span = span_of(event);
         let (mut act, way) = self.interpret_surely(event, host, span);
-        let astray = way.entries.iter().any(|entry| self.is_unsure(entry, span))
-            || way.above.iter().any(|(d, n)| self.is_dirty_entry(*d, n));
-        if way.winding && astray {
+        if way.winding
+            && (way.entries.iter().any(|entry| self.is_unsure(entry, span))
+                || way.above.iter().any(|(d, n)| self.is_dirty_entry(*d, n)))
+        {
             self.stats.ambiguous += 1;
             act = Act::Everything;
         }

@@ -8,8 +8,6 @@
 //! A look costs as much as one when a name is settled, and is needed only where the model is behind: while a tree is read first, or
 //! was made suspect.
 
-use std::cell::Cell;
-
 use bfs_common::abi::{Event, flag};
 use bfs_common::record::{FileKind, Name, ObjectId};
 use foldhash::{HashMap, HashSet, HashSetExt};
@@ -60,7 +58,7 @@ impl Named {
     /// What stands there was changed by a call that began then; whether that may have been before the look.
     fn changed(&mut self, entry: &Entry, start_ns: u64) -> bool {
         self.solid.remove(entry);
-        self.looked.remove(entry).is_some_and(|at| start_ns <= at.saturating_add(CLOCK_SLACK_NS))
+        self.looked.remove(entry).is_some_and(|at| came_before(start_ns, at))
     }
 
     /// Whether no symlink stood there when a call began that comes behind the one that put there what it is.
@@ -118,8 +116,7 @@ impl Engine {
         changes_names(act, event)
             && ways().any(|entry| {
                 let looked = self.named.looked.get(entry);
-                looked.is_some_and(|at| span.start_ns <= at.saturating_add(CLOCK_SLACK_NS))
-                    && is_last(&entry.1)
+                looked.is_some_and(|at| came_before(span.start_ns, *at)) && is_last(&entry.1)
             })
     }
 
@@ -214,9 +211,9 @@ impl Engine {
     fn symlinks_changed(&self, act: &Act, event: &Event<'_>, span: Span) -> Vec<Entry> {
         let can_be = |place: &Place| {
             place.entry().is_none_or(|entry| {
-                let sure = self.named.is_solid(&entry, span) || !self.is_unsure(&entry, span);
                 let there = self.model.entry(entry.0, &entry.1).and_then(|o| self.model.kind(o));
-                !sure || there == Some(FileKind::Symlink)
+                there == Some(FileKind::Symlink)
+                    || !self.named.is_solid(&entry, span) && self.is_unsure(&entry, span)
             })
         };
         let (places, may) = match act {
@@ -237,14 +234,14 @@ impl Engine {
         let named = &mut self.named;
         match act {
             Act::Foreign { object } => {
-                let late = Cell::new(false);
+                let mut late = false;
                 named.solid.retain(|entry, _| entry.0 != *object);
                 named.looked.retain(|entry, at| {
                     let other = entry.0 != *object;
-                    late.set(late.get() || !other && start_ns <= at.saturating_add(CLOCK_SLACK_NS));
+                    late |= !other && came_before(start_ns, *at);
                     other
                 });
-                late.get()
+                late
             }
             Act::Suspect { place, also } => {
                 let entries = [Some(place), also.as_ref()].into_iter().flatten().filter_map(Place::entry);
@@ -290,6 +287,11 @@ impl Engine {
             _ => false,
         }
     }
+}
+
+/// Whether a call began before something was looked at, or too close to it to tell.
+fn came_before(start_ns: u64, looked_ns: u64) -> bool {
+    start_ns <= looked_ns.saturating_add(CLOCK_SLACK_NS)
 }
 
 /// Whether a call changes names, and not only what stands there.
