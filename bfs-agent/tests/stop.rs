@@ -173,7 +173,7 @@ fn the_program_runs_again_within_a_second_when_the_agent_is_killed() {
 fn tracer() {
     let Some(pid) = std::env::var_os("BFS_TEST_TRACE") else { return };
     let pid: u32 = pid.to_str().unwrap().parse().unwrap();
-    let members = move || tree_of(pid).unwrap().iter().map(|t| t.tgid).collect();
+    let members = move || Ok(tree_of(pid).unwrap().iter().map(|t| t.tgid).collect());
     let mut ptrace = bfs_agent::primary::stop::ptrace::Ptrace::new(Box::new(members));
     ptrace.stop(LIMITS).unwrap();
     println!("\nstopped");

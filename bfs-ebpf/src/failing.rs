@@ -8,12 +8,9 @@ use bfs_common::abi::{EventHeader, FailedEvent, counter, kind, role};
 
 use crate::{
     file, kernel, mapped,
-    maps::{FAILING, NO_WAKEUP, RING, SCRATCH, SCRATCH_EXIT, TASKS, count},
+    maps::{BPF_NOEXIST, FAILING, NO_WAKEUP, RING, SCRATCH, SCRATCH_EXIT, TASKS, count},
     syscall,
 };
-
-/// `include/uapi/linux/bpf.h`
-const BPF_NOEXIST: u64 = 1;
 
 /// Numbers of `sendfile` and `msync`, which do not begin with the descriptor that matters.
 const SENDFILE: u32 = 40;

@@ -23,7 +23,7 @@ use bfs_common::abi::{
 use crate::{
     file,
     kernel::{self, field, read},
-    maps::{self, FOREIGN, META, NO_WAKEUP, RING, ROOTS, STRANGERS, TASKS, count, off, setting},
+    maps::{self, BPF_NOEXIST, FOREIGN, META, NO_WAKEUP, RING, ROOTS, STRANGERS, TASKS, count, off, setting},
     syscall, task,
 };
 
@@ -197,8 +197,8 @@ extern "C" fn insert_slot(tid: u32, tgid: u32) -> i32 {
     let mut idle = task::IDLE;
     idle.tgid = tgid;
     idle.role = role::FOREIGN;
-    // Without room its changes have their records at once.
-    let _ = TASKS.insert(tid, idle, 0);
+    // Without room its changes have their records at once; also when it was selected since it was looked for.
+    let _ = TASKS.insert(tid, idle, BPF_NOEXIST);
     0
 }
 

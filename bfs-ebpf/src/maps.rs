@@ -17,6 +17,9 @@ use bfs_common::abi::{
 /// `BPF_RB_NO_WAKEUP`: the agent polls, because a wakeup costs more than a record.
 pub const NO_WAKEUP: u64 = 1;
 
+/// Only where there is no entry yet (`include/uapi/linux/bpf.h`).
+pub const BPF_NOEXIST: u64 = 1;
+
 /// Records on their way to the agent; the agent sets the size.
 #[map]
 pub static RING: RingBuf = RingBuf::with_byte_size(1 << 20, 0);

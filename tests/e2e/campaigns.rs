@@ -28,6 +28,8 @@ fn random_names_that_agents_are_attached_to() {
             world.stop_agent().unwrap();
             world.attach().unwrap();
         }
+        // Whoever just changed something was a stranger when the probes saw it.
+        assert_eq!(world.status_number(&["selected_threads"]).unwrap(), names::PROCESSES as u64 + 1);
         exercise::stopped(&world, index).unwrap();
     }
     assert!(world.finish().unwrap().success());

@@ -325,8 +325,8 @@ impl Probes {
         sys::update(self.devices.as_fd(), &0u32, &devices, 0).map_err(failed())
     }
 
-    /// Follows a task, and what it forks from now on. (A task that has ended meanwhile is let go.)
-    pub fn select_task(&self, tid: u32, tgid: u32) -> Result<(), CaptureError> {
+    /// Follows a task, and what it forks from now on; whether it is followed. (One that has ended meanwhile is let go.)
+    pub fn select_task(&self, tid: u32, tgid: u32) -> Result<bool, CaptureError> {
         let state = TaskState { nr: NO_CALL, tgid, ..TaskState::default() };
         match sys::update(self.tasks.as_fd(), &tid, &state, sys::NO_EXIST) {
             // The probe at fork was faster, or it changed something before it was selected.
@@ -336,17 +336,18 @@ impl Probes {
                 let found = sys::lookup(self.tasks.as_fd(), &tid, &mut bytes).map_err(failed())?;
                 let known = TaskState::read_from(&bytes).filter(|known| found && known.role != role::FOREIGN);
                 if known.is_some() {
-                    return Ok(());
+                    return Ok(true);
                 }
                 sys::update(self.tasks.as_fd(), &tid, &state, 0).map_err(failed())?;
             }
             result => result.map_err(kernel(format!("cannot follow task {tid}")))?,
         }
         // The probe at its end may have run before there was an entry to remove: that of a zombie would stay for ever.
-        if has_ended(tgid, tid) {
+        let ended = has_ended(tgid, tid);
+        if ended {
             self.deselect_task(tid)?;
         }
-        Ok(())
+        Ok(!ended)
     }
 
     /// No longer follows a task.

@@ -87,7 +87,7 @@ pub(super) fn prepare(
             .map_err(Failure::from)
             .and_then(|()| Ok(probes.select_task(held.pid(), held.pid())?));
         match ready {
-            Ok(()) => Ok(Waiting::Plain(held)),
+            Ok(_) => Ok(Waiting::Plain(held)),
             Err(e) => {
                 held.cancel();
                 Err(e)

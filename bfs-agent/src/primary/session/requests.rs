@@ -104,16 +104,13 @@ impl Link {
 impl Work {
     /// Whether something is in flight that may change a file without a record before its end.
     pub(super) fn has_requests(&self) -> bool {
-        self.link.requests_in_flight(u64::MAX).is_ok_and(|requests| !requests.is_empty())
+        self.link.requests_in_flight(u64::MAX).map_or(true, |requests| !requests.is_empty())
     }
 
     /// Processes that were there before the probes may have asynchronous operations in flight.
     pub(super) fn expect_asynchronous(&mut self) {
-        let tasks = self.link.probes.selected_tasks().unwrap_or_default();
-        let mut processes: Vec<u32> = tasks.into_iter().map(|(_, state)| state.tgid).collect();
-        processes.sort_unstable();
-        processes.dedup();
-        if processes.into_iter().any(uses_asynchronous) {
+        let processes = self.link.probes.selected_processes();
+        if processes.map_or(true, |processes| processes.into_iter().any(uses_asynchronous)) {
             self.engine.expect_asynchronous();
         }
     }

@@ -13,14 +13,14 @@ use super::state::Selection;
 use super::{Whom, link};
 use crate::primary::capture::Probes;
 use crate::primary::failure::{Failure, Kind};
-use crate::primary::process::{in_cgroup, tasks_of_cgroup, tree_of};
+use crate::primary::process::{Task, in_cgroup, tasks_of_cgroup, tree_of};
 use crate::primary::stop::Stopper;
 use crate::primary::stop::freezer::Freezer;
 use crate::primary::stop::guard::Guard;
 use crate::primary::stop::ptrace::{Members, Ptrace};
 
-/// Passes over the tasks of a cgroup; each further one means that tasks were being moved during the
-/// one before.
+/// Passes over the tasks; each further one means that tasks came or were being moved during the one
+/// before.
 const PASSES_MAX: u32 = 1000;
 
 /// A cgroup that can be attached to.
@@ -103,25 +103,31 @@ pub(super) fn select(
 
 /// The processes, all their threads and descendants.
 fn select_trees(probes: &Probes, pids: &[u32]) -> Result<(), Failure> {
-    let mut known = HashSet::new();
-    loop {
-        let mut new = false;
-        for pid in pids {
-            for task in tree_of(*pid).unwrap_or_default() {
-                if known.insert(task.tid) {
-                    probes.select_task(task.tid, task.tgid)?;
-                    new = true;
-                }
-            }
+    for _ in 0..PASSES_MAX {
+        // First who is followed, then who is there: the children of all others are born followed.
+        let selected = selected(probes)?;
+        let there: Vec<Task> = pids.iter().flat_map(|pid| tree_of(*pid).unwrap_or_default()).collect();
+        if there.is_empty() {
+            return Err(Failure::new(Kind::Usage, "the process has ended already", "look for it with `ps`"));
         }
-        if !new {
-            break;
+        let mut changed = false;
+        for task in there.iter().filter(|task| !selected.contains(&task.tid)) {
+            // One that has ended is let go of at once.
+            changed |= probes.select_task(task.tid, task.tgid)?;
+        }
+        if !changed {
+            return Ok(());
         }
     }
-    if known.is_empty() {
-        return Err(Failure::new(Kind::Usage, "the process has ended already", "look for it with `ps`"));
-    }
-    Ok(())
+    Err(restless("threads come and end all the time".into()))
+}
+
+fn selected(probes: &Probes) -> Result<HashSet<u32>, Failure> {
+    Ok(probes.selected_tasks()?.into_iter().map(|(tid, _)| tid).collect())
+}
+
+fn restless(what: String) -> Failure {
+    Failure::new(Kind::Other, what, "try again when that has ended")
 }
 
 /// The tasks of a cgroup. A pass that finds nothing to change ends it: whatever moves after that
@@ -130,12 +136,11 @@ fn select_cgroup(probes: &Probes, directory: &Path) -> Result<(), Failure> {
     for _ in 0..PASSES_MAX {
         let mut changed = false;
         let there = tasks_of_cgroup(directory);
-        let selected: HashSet<u32> = probes.selected_tasks()?.into_iter().map(|(tid, _)| tid).collect();
+        let selected = selected(probes)?;
         for (tid, tgid) in there.iter().filter(|t| !selected.contains(&t.0)) {
             // Somebody whom the probes took out since, or who ended.
             if in_cgroup(*tid, directory) == Some(true) {
-                probes.select_task(*tid, *tgid)?;
-                changed = true;
+                changed |= probes.select_task(*tid, *tgid)?;
             }
         }
         for tid in selected.iter().filter(|tid| !there.iter().any(|t| t.0 == **tid)) {
@@ -147,15 +152,11 @@ fn select_cgroup(probes: &Probes, directory: &Path) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    Err(Failure::new(
-        Kind::Other,
-        format!("processes are moved in and out of {} all the time", directory.display()),
-        "try again when that has ended",
-    ))
+    Err(restless(format!("processes are moved in and out of {} all the time", directory.display())))
 }
 
 /// The selected processes, for a stop.
 pub(super) fn members(probes: &Probes) -> Result<Members, Failure> {
     let probes = Probes::adopt(probes.pin_dir())?;
-    Ok(Box::new(move || probes.selected_processes().unwrap_or_default()))
+    Ok(Box::new(move || probes.selected_processes().map_err(std::io::Error::other)))
 }

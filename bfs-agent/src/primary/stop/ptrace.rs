@@ -18,8 +18,9 @@ use std::time::{Duration, Instant};
 
 use super::{Limits, StopError, Stopped, Stopper};
 
-/// Says which processes (thread group ids) are selected right now.
-pub type Members = Box<dyn FnMut() -> Vec<u32> + Send>;
+/// Says which processes (thread group ids) are selected right now. Nobody may be missing: whoever is not named
+/// runs on, and changes what is being read.
+pub type Members = Box<dyn FnMut() -> io::Result<Vec<u32>> + Send>;
 
 /// `PTRACE_EVENT_STOP` (include/uapi/linux/ptrace.h): the stop that PTRACE_INTERRUPT makes, and
 /// group stops.
@@ -143,7 +144,9 @@ impl Tracees {
     fn stop(&mut self, members: &mut Members, since: Instant, limit: Duration) -> Result<usize, StopError> {
         let mut pause = LOOK_MIN;
         loop {
-            let new = self.seize_new(members())?;
+            let processes =
+                members().map_err(|e| StopError::system("bpf", "the list of the processes", e))?;
+            let new = self.seize_new(processes)?;
             self.collect()?;
             let standing = self.all_stand();
             if standing && !new {
@@ -334,7 +337,7 @@ mod tests {
             let mut processes: Vec<u32> =
                 crate::primary::process::tree_of(pid).unwrap().iter().map(|t| t.tgid).collect();
             processes.dedup();
-            processes
+            Ok(processes)
         })
     }
 
@@ -385,6 +388,13 @@ mod tests {
         until(|| state_of(child.id() as i32) == 'S');
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn without_the_list_of_the_processes_there_is_no_stop() {
+        let mut ptrace = Ptrace::new(Box::new(|| Err(io::Error::from_raw_os_error(libc::ENOSPC))));
+        assert!(matches!(ptrace.stop(limits()), Err(StopError::System { .. })));
+        assert!(!ptrace.standing());
     }
 
     #[test]
