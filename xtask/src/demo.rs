@@ -40,7 +40,7 @@ pub fn release_binaries() -> Result<()> {
     }
     setup::setup()?;
     println!("building (release) ...");
-    must(cargo().args(["build", "--quiet", "--release", "--workspace", "--bins"]))?;
+    must(cargo().args(["build", "--quiet", "--release", "-p", "bfs-agent", "-p", "bfs-tests", "--bins"]))?;
     // SAFETY: xtask has no other thread yet.
     unsafe { std::env::set_var("BFS_BIN_DIR", target().join("release")) };
     Ok(())

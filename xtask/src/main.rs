@@ -4,16 +4,11 @@
 //! installed yet.
 
 mod bench;
-mod checkpoints;
 mod demo;
 mod ebpf;
 mod kernels;
-mod pipeline;
-mod process;
-mod rollback;
 mod setup;
 mod shell;
-mod sustained;
 mod test;
 mod tidy;
 
@@ -60,43 +55,10 @@ enum Task {
         #[arg(last = true, requires = "path")]
         command: Vec<String>,
     },
-    /// Measure.
-    Bench {
-        #[command(subcommand)]
-        what: Bench,
-    },
+    /// Measure: what replication costs, beside its limits and its peers.
+    Bench(bench::Settings),
     /// Check the rules of the repository itself.
     Tidy,
-}
-
-#[derive(Subcommand)]
-enum Bench {
-    /// What replication costs the program, against the same program without it.
-    Overhead {
-        /// Pairs of measurements for each workload; the median counts.
-        #[arg(long, default_value_t = 3)]
-        pairs: usize,
-        /// Only workloads whose name holds this.
-        filter: Option<String>,
-    },
-    /// How fast a program may write to a replayer on loopback before the ring has no room, and what
-    /// becomes of the rest.
-    Sustained,
-    /// How long it takes to bring files back, when little of much was changed.
-    Rollback,
-    /// For how long a program stands for a checkpoint with process state, beside CRIU alone.
-    Process,
-    /// From the program's bytes to durable and to applied, beside what the machine can do.
-    Pipeline,
-    /// How many checkpoints need a stop of the program, and how long it stands then.
-    Checkpoints {
-        /// Checkpoints for each workload.
-        #[arg(long, default_value_t = 1000)]
-        count: u64,
-        /// Files that lie beside, untouched: one run for each number.
-        #[arg(long, value_delimiter = ',', default_value = "10000,1000000")]
-        files: Vec<u64>,
-    },
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -121,14 +83,7 @@ fn main() -> anyhow::Result<ExitCode> {
             ebpf::build()?;
         }
         Task::Run { path, command } => demo::run(path, command)?,
-        Task::Bench { what: Bench::Overhead { pairs, filter } } => {
-            bench::overhead(pairs, filter.as_deref())?;
-        }
-        Task::Bench { what: Bench::Sustained } => sustained::sustained()?,
-        Task::Bench { what: Bench::Pipeline } => pipeline::pipeline()?,
-        Task::Bench { what: Bench::Process } => process::process()?,
-        Task::Bench { what: Bench::Rollback } => rollback::rollback()?,
-        Task::Bench { what: Bench::Checkpoints { count, files } } => checkpoints::checkpoints(count, &files)?,
+        Task::Bench(settings) => bench::run(&settings)?,
         Task::Tidy => tidy::tidy()?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,11 +1,9 @@
 //! Running other programs, and where things are.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 
 /// The workspace.
 pub fn root() -> &'static Path {
@@ -15,16 +13,6 @@ pub fn root() -> &'static Path {
 /// Folder for what cargo makes.
 pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
-}
-
-/// Writes what was measured to bench/NAME.json in [`target`], and says so.
-pub fn write_report(name: &str, report: impl Into<Value>) -> Result<()> {
-    let folder = target().join("bench");
-    fs::create_dir_all(&folder)?;
-    let path = folder.join(format!("{name}.json"));
-    fs::write(&path, serde_json::to_string_pretty(&report.into())?)?;
-    println!("written to {}", path.display());
-    Ok(())
 }
 
 /// The cargo that runs this, in the workspace.

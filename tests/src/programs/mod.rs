@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 pub mod append;
+mod churn;
 pub mod fio;
 pub mod ladder;
 pub mod names;
@@ -237,6 +238,7 @@ pub fn main(args: &[String]) -> Result<()> {
             child.wait()?;
             Ok(())
         }
+        "churn" => churn::run(&place.data, writer.context("COUNT is missing")?),
         "rewrite-pages" => rewrite::pages(&place.data, writer.context("COUNT is missing")?),
         "rewrite-files" => rewrite::files(&place.data, writer.context("COUNT is missing")?),
         "getppid" => {

@@ -54,6 +54,14 @@ impl World {
         pause(self.replayer.as_ref().context("no replayer runs")?, stand)
     }
 
+    /// Process number of the agent.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn agent_pid(&self) -> Result<u32> {
+        Ok(self.agent.as_ref().context("no agent runs")?.id())
+    }
+
     /// Number of the program's first process.
     ///
     /// # Errors

@@ -1,21 +1,23 @@
-//! `cargo xtask bench process`: for how long a program stands for a checkpoint with process state, over its memory, and of
+//! For how long a program stands for a checkpoint with process state, over its memory, and of
 //! which parts that time is. Beside it, in the same run, `criu dump --leave-running` alone of the same program.
 //!
-//! The program has so much memory that was written once, and goes on writing one page in 64. Writes
-//! target/bench/process.json.
+//! The program has so much memory that was written once, and goes on writing one page in 64.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use bfs_tests::watch::until;
 use bfs_tests::world::{Transport, World};
-use serde_json::json;
 
-use crate::demo::release_binaries;
-use crate::shell::{target, write_report};
+use super::Settings;
+use super::report::Report;
+use super::row::Row;
+use crate::shell::target;
+
+pub const ABOUT: &str = "a stop for a checkpoint with process state; the baseline is CRIU alone";
 
 /// How often each is measured.
 const TIMES: usize = 5;
@@ -42,40 +44,42 @@ while not os.path.exists(sys.argv[3] + '/stop'):
 ";
 
 /// See the module.
-pub fn process() -> Result<()> {
-    release_binaries()?;
+pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let criu = target().join("criu/criu");
-    ensure!(criu.exists(), "there is no {}: `cargo xtask setup --criu` provides it", criu.display());
-    let criu = criu.display().to_string();
-    println!("medians of {TIMES}, milliseconds; sent: of the last checkpoint, beside the program");
-    println!(
-        "{:>7} {:>9} {:>9} {:>9} {:>11} {:>10} {:>9}",
-        "MiB", "stop", "of it dump", "criu alone", "images MiB", "sent MiB", "sent ms"
-    );
-    let mut results = Vec::new();
-    for mib in ["10", "100", "500"] {
-        let with = with_agent(&criu, mib).with_context(|| format!("{mib} MiB under an agent"))?;
-        let alone = alone(&criu, mib).with_context(|| format!("{mib} MiB, criu alone"))?;
-        let ms = |name: &str| with[name].as_f64().unwrap_or(f64::NAN);
-        println!(
-            "{mib:>7} {:>9.1} {:>10.1} {alone:>10.1} {:>11.1} {:>10.1} {:>9.1}",
-            ms("stop_ms"),
-            ms("dump_ms"),
-            ms("images_mib"),
-            ms("sent_mib"),
-            ms("sent_ms")
-        );
-        results.push(json!({"mib": mib, "with_agent": with, "criu_alone_ms": alone}));
+    if !criu.exists() {
+        let why = anyhow!("there is no CRIU: `cargo xtask setup --criu` provides it");
+        report.add(Row::not_here("a checkpoint with process state", &why));
+        return Ok(());
     }
-    write_report("process", results)
+    let criu = criu.display().to_string();
+    let times = settings.repetitions(TIMES);
+    for mib in settings.sized(&["10"][..], &["10", "100", "500"]) {
+        report.attempt(&format!("{mib} MiB"), rows(&criu, mib, times));
+    }
+    Ok(())
 }
 
-fn median(mut all: Vec<f64>) -> f64 {
-    all.sort_by(f64::total_cmp);
-    all[all.len() / 2]
+fn rows(criu: &str, mib: &str, times: usize) -> Result<Vec<Row>> {
+    let with = with_agent(criu, mib, times).with_context(|| format!("{mib} MiB under an agent"))?;
+    let alone = alone(criu, mib, times).with_context(|| format!("{mib} MiB, criu alone"))?;
+    Ok(vec![
+        Row::new(format!("{mib} MiB: stop"), "ms", alone.clone(), with.stops_ms),
+        Row::new(format!("{mib} MiB: of that the dump"), "ms", alone, with.dumps_ms),
+        Row::single(format!("{mib} MiB: images"), "MiB", with.images_mib),
+        Row::single(format!("{mib} MiB: sent, of the last"), "MiB", with.sent_mib),
+        Row::single(format!("{mib} MiB: sent, beside the program"), "ms", with.sent_ms),
+    ])
 }
 
-fn with_agent(criu: &str, mib: &str) -> Result<serde_json::Value> {
+struct WithAgent {
+    stops_ms: Vec<f64>,
+    dumps_ms: Vec<f64>,
+    images_mib: f64,
+    sent_mib: f64,
+    sent_ms: f64,
+}
+
+fn with_agent(criu: &str, mib: &str, times: usize) -> Result<WithAgent> {
     let mut world = World::new("bench-process", Transport::Unix)?;
     world.checkpoints("manual");
     let images = world.root().join("images").display().to_string();
@@ -85,7 +89,7 @@ fn with_agent(criu: &str, mib: &str) -> Result<serde_json::Value> {
     world.run(&["python3", "-c", PROGRAM, mib, &data, &aux].map(str::to_owned))?;
     let number = |status: &serde_json::Value, name: &str| status["process"][name].as_f64().unwrap_or(0.0);
     let (mut stops, mut dumps, mut status) = (Vec::new(), Vec::new(), world.status()?);
-    for _ in 0..=TIMES {
+    for _ in 0..=times {
         let checkpoint = world.checkpoint()?;
         status = until("its images on the backup", LIMIT, || {
             world.status().ok().filter(|status| status["process"]["shipped"].as_u64() >= Some(checkpoint))
@@ -95,19 +99,19 @@ fn with_agent(criu: &str, mib: &str) -> Result<serde_json::Value> {
         dumps.push(number(&status, "last_us") / 1e3);
     }
     // The first sends everything, and looks at all pages for the first time.
-    let (stop, dump) = (median(stops.split_off(1)), median(dumps.split_off(1)));
+    let (stops_ms, dumps_ms) = (stops.split_off(1), dumps.split_off(1));
     ensure!(world.finish()?.success(), "the program failed");
     const MIB: f64 = 1_048_576.0;
-    Ok(json!({
-        "stop_ms": stop,
-        "dump_ms": dump,
-        "images_mib": number(&status, "last_bytes") / MIB,
-        "sent_mib": number(&status, "shipped_bytes") / MIB,
-        "sent_ms": number(&status, "shipped_us") / 1e3,
-    }))
+    Ok(WithAgent {
+        stops_ms,
+        dumps_ms,
+        images_mib: number(&status, "last_bytes") / MIB,
+        sent_mib: number(&status, "shipped_bytes") / MIB,
+        sent_ms: number(&status, "shipped_us") / 1e3,
+    })
 }
 
-fn alone(criu: &str, mib: &str) -> Result<f64> {
+fn alone(criu: &str, mib: &str, times: usize) -> Result<Vec<f64>> {
     let dir = tempfile::tempdir()?;
     let at = dir.path().display().to_string();
     let mut program = Command::new("python3");
@@ -123,7 +127,7 @@ fn alone(criu: &str, mib: &str) -> Result<f64> {
     let mut program = program.spawn()?;
     until("the program", LIMIT, || dir.path().join("ready").exists().then_some(()))?;
     let mut all = Vec::new();
-    for round in 0..TIMES {
+    for round in 0..times {
         let images = dir.path().join(round.to_string());
         fs::create_dir(&images)?;
         let begun = Instant::now();
@@ -144,5 +148,5 @@ fn alone(criu: &str, mib: &str) -> Result<f64> {
     }
     program.kill()?;
     program.wait()?;
-    Ok(median(all))
+    Ok(all)
 }

@@ -1,21 +1,23 @@
-//! `cargo xtask bench sustained`: a program writes as fast as it can to a replayer on loopback.
+//! A program writes as fast as it can to a replayer on loopback.
 //!
 //! The program on core 0, agent and replayer on core 1. Shown: the rate, what found no room in the
 //! ring (counted and named by the agent, read again before the next checkpoint), and how long after
-//! the last write the backup was equal, which the independent comparison says. A workload at half
-//! speed shows what one core takes without a drop. Writes target/bench/sustained.json.
+//! the last write the backup was equal, which the independent comparison says. A workload with
+//! rests shows what one core takes without a drop.
 
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bfs_tests::exercise;
 use bfs_tests::watch::until;
 use bfs_tests::world::{Dropped, Transport, World};
-use serde_json::json;
 
-use crate::demo::release_binaries;
-use crate::shell::write_report;
+use super::Settings;
+use super::report::Report;
+use super::row::Row;
+
+pub const ABOUT: &str = "a program that writes as fast as it can to a replayer on loopback";
 
 /// Longest that a workload may take.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -47,34 +49,28 @@ const LOADS: [Load; 6] = [
 ];
 
 /// See the module.
-pub fn sustained() -> Result<()> {
-    release_binaries()?;
-    println!(
-        "{:<20} {:>9} {:>10} {:>10} {:>8} {:>8}  equal after",
-        "workload", "MB/s", "writes/s", "dropped", "rescans", "by ref."
-    );
-    let mut results = Vec::new();
-    for load in &LOADS {
-        let done = measure(load).with_context(|| load.name.to_owned())?;
-        let writes = (load.count * load.times) as f64;
-        println!(
-            "{:<20} {:>9.0} {:>10.0} {:>10} {:>8} {:>8}  {:.1} s",
-            load.name,
-            writes * load.block as f64 / 1e6 / done.seconds,
-            writes / done.seconds,
-            done.dropped.events,
-            done.dropped.rescans,
-            done.by_reference,
-            done.equal_after,
-        );
-        results.push(json!({
-            "workload": load.name, "bytes": writes * load.block as f64, "writes": writes,
-            "seconds": done.seconds, "dropped": done.dropped.events, "rescans": done.dropped.rescans,
-            "by_reference": done.by_reference, "equal_after_s": done.equal_after,
-        }));
+pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    for load in LOADS.iter().filter(|load| settings.takes(load.name)) {
+        report.attempt(load.name, rows(settings, load));
     }
-    println!("what was dropped was read from the files: the backup was equal in each case");
-    write_report("sustained", results)
+    Ok(())
+}
+
+fn rows(settings: &Settings, load: &Load) -> Result<Vec<Row>> {
+    let load = &Load { count: load.count / settings.sized(10, 1), ..*load };
+    let done = (0..settings.repetitions(1)).map(|_| measure(load)).collect::<Result<Vec<Done>>>()?;
+    let writes = (load.count * load.times) as f64;
+    let row = |what: &str, unit: &str, of: &dyn Fn(&Done) -> f64| {
+        Row::new(format!("{}: {what}", load.name), unit, Vec::new(), done.iter().map(of).collect())
+    };
+    Ok(vec![
+        row("written", "MB/s", &|done| writes * load.block as f64 / 1e6 / done.seconds),
+        row("writes", "1/s", &|done| writes / done.seconds),
+        row("dropped, read again", "events", &|done| done.dropped.events as f64),
+        row("everything suspect", "times", &|done| done.dropped.rescans as f64),
+        row("by reference", "writes", &|done| done.by_reference as f64),
+        row("equal after", "s", &|done| done.equal_after),
+    ])
 }
 
 struct Done {

@@ -1,23 +1,25 @@
-//! `cargo xtask bench rollback`: how long it takes to bring back 10 MiB of a tree of 1 GiB, in 100 files
-//! and in 2,560 single pages.
+//! How long it takes to bring back 10 MiB of a tree of 1 GiB, in 100 files and in 2,560 single pages.
 //!
 //! Two ways: at the end of `run --rollback-on-failure` (from the end of the command to the end of the
 //! agent), and by `bfs-agent rollback` without an agent, which compares everything. Beside
 //! them, in the same run, what the program and the disk take for the change itself, synced.
-//! Each time the files are compared with a copy. Writes target/bench/rollback.json.
+//! Each time the files are compared with a copy.
 
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use bfs_tests::programs::rewrite;
 use bfs_tests::world::{Transport, World, binary, command_ok};
 use bfs_tests::{copy, oracle};
-use serde_json::json;
 
-use crate::demo::release_binaries;
-use crate::shell::write_report;
+use super::Settings;
+use super::report::Report;
+use super::row::{Aim, Row};
+use super::stage::by_turns;
+
+pub const ABOUT: &str = "bringing 10 MiB of 1 GiB back; the baseline is the change itself, synced";
 
 /// Most that one rollback may take.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -25,16 +27,13 @@ const LIMIT: Duration = Duration::from_secs(300);
 const AIM_S: f64 = 1.0;
 
 /// See the module.
-pub fn rollback() -> Result<()> {
-    release_binaries()?;
+pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let mut world = World::new("bench-rollback", Transport::Unix)?;
     rewrite::make(&world.place.data)?;
     let then = world.scratch.join("then");
     copy::exact(&world.place.data, &then)?;
     copy::exact(&world.place.data, &world.scratch.join("other"))?;
     world.start_replayer()?;
-    let mut results = Vec::new();
-    println!("{:<34} {:>9} {:>10}", "10 MiB of 1 GiB", "seconds", "baseline");
     for (name, workload, count) in
         [("100 files", "rewrite-files", "100"), ("2,560 pages", "rewrite-pages", "2560")]
     {
@@ -45,16 +44,27 @@ pub fn rollback() -> Result<()> {
             ("run --rollback-on-failure", at_the_end as fn(&World, &[String]) -> Result<f64>),
             ("rollback, without an agent", without_agent),
         ] {
-            let baseline = baseline(&world, &workload)?;
-            let seconds = measure(&world, &workload).with_context(|| format!("{name}, {how}"))?;
-            let missed = if how.starts_with("run") && seconds > AIM_S { "  missed" } else { "" };
-            println!("{:<34} {seconds:>9.2} {baseline:>10.2}{missed}", format!("{name}, {how}"));
-            let differ = oracle::compare(&then, &world.place.data)?;
-            ensure!(differ.is_empty(), "{name}, {how}: {differ:?}");
-            results.push(json!({"change": name, "how": how, "seconds": seconds, "baseline_s": baseline}));
+            let name = format!("{name}, {how}");
+            if !settings.takes(&name) {
+                continue;
+            }
+            let measured = by_turns(&[baseline, measure], settings.repetitions(3), |measure, _| {
+                let seconds = measure(&world, &workload)?;
+                let differ = oracle::compare(&then, &world.place.data)?;
+                ensure!(differ.is_empty(), "{differ:?}");
+                Ok(seconds)
+            });
+            report.attempt(
+                &name,
+                measured.map(|mut samples| {
+                    let taken = samples.remove(1);
+                    let row = Row::new(&name, "s", samples.remove(0), taken);
+                    vec![if how.starts_with("run") { row.aim(Aim::AtMost(AIM_S)) } else { row }]
+                }),
+            );
         }
     }
-    write_report("rollback", results)
+    Ok(())
 }
 
 /// The disk alone: the same program writes the same bytes into another copy of the tree, and they are synced.
@@ -86,7 +96,6 @@ fn at_the_end(world: &World, workload: &[String]) -> Result<f64> {
     let done = world.agent_command(&words, LIMIT)?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs_f64();
     ensure!(done.status.code() == Some(1), "{done:?}");
-    eprint!("{}", String::from_utf8_lossy(&done.stderr));
     let ended = fs::read_to_string(&end)?.trim().parse::<u64>()? as f64 / 1e9;
     Ok(now - ended)
 }
@@ -102,6 +111,5 @@ fn without_agent(world: &World, workload: &[String]) -> Result<f64> {
     let done = world.agent_command(&words, LIMIT)?;
     let seconds = begun.elapsed().as_secs_f64();
     ensure!(done.status.success(), "{done:?}");
-    eprint!("{}", String::from_utf8_lossy(&done.stderr));
     Ok(seconds)
 }

@@ -1,17 +1,15 @@
-//! `cargo xtask bench pipeline`: from the program's bytes to durable and to applied, beside what the machine can do:
+//! From the program's bytes to durable and to applied, beside what the machine can do:
 //! the same bytes through a socket into a file, synced as the log is.
 //!
 //! The log's disk is that of the temporary directory. Shown are
 //! - the limit, and to-durable as a share of it: a program writes new files in pieces of 1 MiB; time runs from its
-//!   first write until the last record is acknowledged. Before and after it the limit is measured, the mean counts.
+//!   first write until the last record is acknowledged. The limit is measured before and after it.
 //!   That over a unix socket, and once more by TCP, encrypted;
 //! - how fast the applier is: the same bytes, from the confirmed checkpoint to the applied one;
 //! - the time of a command from a small write to the acknowledgement, p50 and p99;
 //! - bytes that the replayer wrote for each byte of the stream (`write_bytes` of /proc/PID/io): for new files, and
 //!   for a compile-like workload, where temporaries come and go between two checkpoints; of that, also how many
 //!   bytes of its stream reached the tree.
-//!
-//! Writes target/bench/pipeline.json.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -24,10 +22,13 @@ use bfs_tests::exercise;
 use bfs_tests::random::Random;
 use bfs_tests::watch::until;
 use bfs_tests::world::{Transport, World};
-use serde_json::json;
 
-use crate::demo::release_binaries;
-use crate::shell::write_report;
+use super::Settings;
+use super::report::Report;
+use super::row::{Aim, Row, percentile};
+
+pub const ABOUT: &str =
+    "from the program to durable and applied; the baseline is a socket into a synced file";
 
 /// Bytes of the new files.
 const BYTES: u64 = 384 << 20;
@@ -40,66 +41,85 @@ const LIMIT: Duration = Duration::from_secs(180);
 const SMALL: usize = 100;
 
 /// See the module.
-pub fn pipeline() -> Result<()> {
-    release_binaries()?;
-    let before = limit()?;
-    let new = new_files(Transport::Unix)?;
-    let over_tls = new_files(Transport::Tcp)?;
-    let after = limit()?;
-    let limit = (before + after) / 2.0;
-    let [p50, p99] = latency()?;
-    let compile = compile()?;
-    let rate = |seconds: f64| BYTES as f64 / 1e6 / seconds;
-    println!(
-        "limit           {limit:>8.0} MB/s  (a socket into a file, the same syncs: {before:.0}, {after:.0})"
-    );
-    println!(
-        "to durable      {:>8.0} MB/s  {:.0} % of the limit; the program itself wrote with {:.0}",
-        rate(new.durable),
-        100.0 * rate(new.durable) / limit,
-        rate(new.written)
-    );
-    println!("... over TLS    {:>8.0} MB/s  the same by TCP on loopback", rate(over_tls.durable));
-    println!("applied         {:>8.0} MB/s  from confirmed to applied", rate(new.applied));
-    println!(
-        "acknowledged    {p50:>8.1} ms    p99 {p99:.1} ms  a small write and the command that waits for it"
-    );
-    println!("written         {:>8.2} bytes for each of the stream, new files", new.amplification);
-    println!(
-        "compile-like    {:>8.2} bytes for each of the stream; {:.0} % of its {:.0} MB reached the tree",
-        compile.amplification,
-        100.0 * compile.tree / compile.stream,
-        compile.stream / 1e6
-    );
-    write_report(
-        "pipeline",
-        json!({
-            "bytes": BYTES, "limit_mb_s": [before, after], "to_durable_mb_s": rate(new.durable),
-            "to_durable_tls_mb_s": rate(over_tls.durable), "share_of_limit": rate(new.durable) / limit,
-            "program_mb_s": rate(new.written),
-            "applied_mb_s": rate(new.applied), "acknowledged_ms_p50_p99": [p50, p99],
-            "written_per_stream_byte": new.amplification,
-            "compile": {
-                "written_per_stream_byte": compile.amplification, "stream_bytes": compile.stream,
-                "tree_bytes": compile.tree,
-            },
-        }),
-    )
+pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    let repetitions = settings.repetitions(3);
+    if settings.takes("new files") {
+        report.attempt("new files", new_files_rows(settings.sized(BYTES / 8, BYTES), repetitions));
+    }
+    if settings.takes("acknowledged") {
+        let rows = latency(settings.sized(10, SMALL)).map(|all| {
+            let row = |what: &str, percent| {
+                let value = percentile(&all, percent).into_iter().collect();
+                Row::new(format!("a small write acknowledged, {what}"), "ms", Vec::new(), value)
+            };
+            vec![row("p50", 50), row("p99", 99), row("longest", 100)]
+        });
+        report.attempt("acknowledged", rows);
+    }
+    if settings.takes("compile-like") {
+        let rows = (0..repetitions).map(|_| compile()).collect::<Result<Vec<Compile>>>().map(|done| {
+            let of = |of: &dyn Fn(&Compile) -> f64| done.iter().map(of).collect::<Vec<f64>>();
+            vec![
+                Row::new(
+                    "compile-like: written on the backup",
+                    "bytes/byte",
+                    Vec::new(),
+                    of(&|c| c.amplification),
+                ),
+                Row::new(
+                    "compile-like: bytes in the tree",
+                    "MB",
+                    of(&|c| c.stream / 1e6),
+                    of(&|c| c.tree / 1e6),
+                )
+                .aim(Aim::RatioAtMost(0.5)),
+            ]
+        });
+        report.attempt("compile-like", rows);
+    }
+    Ok(())
+}
+
+fn new_files_rows(bytes: u64, repetitions: usize) -> Result<Vec<Row>> {
+    let rate = |seconds: f64| bytes as f64 / 1e6 / seconds;
+    let (mut limits, mut plain, mut over_tls) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..repetitions {
+        // The disk's speed drifts: once on each side of what is measured.
+        limits.push(limit(bytes)?);
+        plain.push(new_files(Transport::Unix, bytes)?);
+        over_tls.push(new_files(Transport::Tcp, bytes)?);
+        limits.push(limit(bytes)?);
+    }
+    let of = |done: &[NewFiles], of: &dyn Fn(&NewFiles) -> f64| done.iter().map(of).collect::<Vec<f64>>();
+    let row = |name: &str, value| Row::new(format!("new files: {name}"), "MB/s", limits.clone(), value);
+    Ok(vec![
+        row("the program itself", of(&plain, &|done| rate(done.written))),
+        row("to durable", of(&plain, &|done| rate(done.durable))).aim(Aim::RatioAtLeast(0.45)),
+        row("to durable, TCP with TLS", of(&over_tls, &|done| rate(done.durable))),
+        row("from confirmed to applied", of(&plain, &|done| rate(done.applied))),
+        Row::new(
+            "new files: written on the backup",
+            "bytes/byte",
+            Vec::new(),
+            of(&plain, &|done| done.amplification),
+        )
+        .aim(Aim::AtMost(2.2)),
+    ])
 }
 
 /// MB/s of bytes through a socket into a file that is synced whenever nothing more waits, or 32 MiB.
-fn limit() -> Result<f64> {
+fn limit(bytes: u64) -> Result<f64> {
     let dir = tempfile::tempdir()?;
     let (mut from, mut to) = UnixStream::pair()?;
     let began = Instant::now();
     std::thread::scope(|scope| -> Result<()> {
         let sender = scope.spawn(move || -> std::io::Result<()> {
             let frame = vec![0x5a; FRAME];
-            (0..BYTES / FRAME as u64).try_for_each(|_| to.write_all(&frame))
+            (0..bytes / FRAME as u64).try_for_each(|_| to.write_all(&frame))
         });
         let mut file = File::create(dir.path().join("log"))?;
         let (mut buffer, mut unsynced) = (vec![0; FRAME], 0);
-        for _ in 0..BYTES / FRAME as u64 {
+        for _ in 0..bytes / FRAME as u64 {
             from.read_exact(&mut buffer)?;
             file.write_all(&buffer)?;
             unsynced += FRAME;
@@ -111,7 +131,7 @@ fn limit() -> Result<f64> {
         file.sync_data()?;
         sender.join().expect("it does not panic").context("the socket broke")
     })?;
-    Ok(BYTES as f64 / 1e6 / began.elapsed().as_secs_f64())
+    Ok(bytes as f64 / 1e6 / began.elapsed().as_secs_f64())
 }
 
 struct NewFiles {
@@ -145,10 +165,10 @@ fn go(world: &World) -> Result<()> {
     until("the program", LIMIT, || done.exists().then_some(()))
 }
 
-fn new_files(transport: Transport) -> Result<NewFiles> {
+fn new_files(transport: Transport, bytes: u64) -> Result<NewFiles> {
     let mut world = World::new("pipeline", transport)?;
     world.start_replayer()?;
-    source(&world, BYTES / 12)?;
+    source(&world, bytes / 12)?;
     let script = format!(
         "{WAIT} i=0; while [ $i -lt 12 ]; do
             dd if=\"$2/src\" of=\"$1/file$i\" bs=1M status=none; i=$((i + 1))
@@ -173,8 +193,8 @@ fn new_files(transport: Transport) -> Result<NewFiles> {
     Ok(NewFiles { written, durable, applied, amplification })
 }
 
-/// Milliseconds: p50, p99.
-fn latency() -> Result<[f64; 2]> {
+/// Milliseconds, of each.
+fn latency(count: usize) -> Result<Vec<f64>> {
     let mut world = World::new("pipeline-latency", Transport::Unix)?;
     world.start_replayer()?;
     shell(
@@ -184,14 +204,13 @@ fn latency() -> Result<[f64; 2]> {
     )?;
     world.checkpoint()?;
     let mut all = Vec::new();
-    for _ in 0..SMALL {
+    for _ in 0..count {
         let asked = Instant::now();
         world.checkpoint_until("confirmed")?;
         all.push(asked.elapsed().as_secs_f64() * 1e3);
     }
     world.finish()?;
-    all.sort_by(f64::total_cmp);
-    Ok([all[all.len() / 2], all[all.len() * 99 / 100]])
+    Ok(all)
 }
 
 struct Compile {

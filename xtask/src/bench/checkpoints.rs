@@ -1,9 +1,9 @@
-//! `cargo xtask bench checkpoints`: how many checkpoints needed a stop of the program, and how long it stood
+//! How many checkpoints needed a stop of the program, and how long it stood
 //! then, while it makes 10,000 calls a second; beside little and beside much that it does not touch, and with
 //! little and with much written between two checkpoints.
 //!
 //! How long the program stood counts from the first thread that stopped to the last that was let go, as the
-//! agent measures it. Writes target/bench/checkpoints.json.
+//! agent measures it.
 
 use std::fs;
 use std::path::Path;
@@ -13,10 +13,13 @@ use anyhow::{Context, Result, ensure};
 use bfs_tests::exercise;
 use bfs_tests::watch::until;
 use bfs_tests::world::{Transport, World, binary, number_named};
-use serde_json::json;
 
-use crate::demo::release_binaries;
-use crate::shell::write_report;
+use super::Settings;
+use super::report::Report;
+use super::row::{Aim, Row, percentile};
+
+pub const ABOUT: &str =
+    "checkpoints of a program that makes 10,000 calls a second, beside files that it does not touch";
 
 /// Calls a second.
 const RATE: u64 = 10_000;
@@ -35,39 +38,38 @@ const LOADS: [Load; 3] = [
     Load { name: "calls and mapped stores", mapped: true, every: Duration::from_millis(100) },
 ];
 
-/// Takes `count` checkpoints (a tenth of them where they are rarer) beside each of these numbers of files.
-pub fn checkpoints(count: u64, files: &[u64]) -> Result<()> {
-    ensure!(count > 0, "--count must be at least 1");
-    release_binaries()?;
-    println!(
-        "{:<24} {:>9} {:>11} {:>8} {:>8} {:>9} {:>9} {:>9}  settled p50/p99",
-        "workload", "files", "checkpoints", "late", "stopped", "p50", "p99", "max"
-    );
-    let mut results = Vec::new();
-    for files in files {
+/// See the module.
+pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
+    let count: u64 = settings.sized(30, 1000);
+    let mut numbers: Vec<u64> = settings.sized(vec![100], vec![10_000]);
+    numbers.extend(settings.long.then_some(1_000_000));
+    for files in numbers {
         for load in &LOADS {
-            let count = if load.every >= Duration::from_secs(1) { count.div_ceil(10) } else { count };
-            let done = measure(load, *files, count).with_context(|| load.name.to_owned())?;
-            println!(
-                "{:<24} {files:>9} {:>11} {:>8} {:>8} {:>6.1} ms {:>6.1} ms {:>6.1} ms  {:.0}/{:.0} ms",
-                load.name,
-                done.taken,
-                done.late,
-                done.stopped,
-                done.stood_us[0] as f64 / 1e3,
-                done.stood_us[1] as f64 / 1e3,
-                done.stood_us[2] as f64 / 1e3,
-                done.settled_ms[0],
-                done.settled_ms[1],
-            );
-            results.push(json!({
-                "workload": load.name, "files": files, "checkpoints": done.taken, "late": done.late,
-                "stopped": done.stopped, "stood_us_p50_p99_max": done.stood_us,
-                "settled_ms_p50_p99": done.settled_ms,
-            }));
+            let name = format!("{}, {files} files", load.name);
+            if settings.takes(&name) {
+                // A tenth of them where they are rarer.
+                let count = if load.every >= Duration::from_secs(1) { count.div_ceil(10) } else { count };
+                report.attempt(&name, measure(load, files, count).map(|done| rows(&name, load, &done)));
+            }
         }
     }
-    write_report("checkpoints", results)
+    Ok(())
+}
+
+fn rows(name: &str, load: &Load, done: &Done) -> Vec<Row> {
+    let row = |what: &str, unit: &str, value: f64| Row::single(format!("{name}: {what}"), unit, value);
+    let stopped = row("needed a stop", "%", 100.0 * done.stopped as f64 / done.taken as f64);
+    let mut rows = vec![
+        row("taken", "checkpoints", done.taken as f64),
+        row("late", "checkpoints", done.late as f64),
+        if load.mapped { stopped } else { stopped.aim(Aim::AtMost(0.0)) },
+        row("to sealed, p50", "ms", done.settled_ms[0]),
+        row("to sealed, p99", "ms", done.settled_ms[1]),
+    ];
+    for (what, us) in ["stood, p50", "stood, p99", "stood, longest"].into_iter().zip(done.stood_us) {
+        rows.push(row(what, "ms", us as f64 / 1e3));
+    }
+    rows
 }
 
 struct Done {
@@ -107,8 +109,7 @@ fn measure(load: &Load, files: u64, count: u64) -> Result<Done> {
     let stood_us = [stood("p50_us")?, stood("p99_us")?, stood("max_us")?];
     ensure!(world.finish()?.success(), "the program failed");
     exercise::equal(&world)?;
-    settled.sort_by(f64::total_cmp);
-    let at = |percent: usize| settled[(settled.len() * percent / 100).min(settled.len() - 1)];
+    let at = |percent| percentile(&settled, percent).unwrap_or(f64::NAN);
     Ok(Done {
         taken: now.taken - before.taken,
         late: now.late - before.late,
@@ -137,7 +138,10 @@ impl Counted {
 }
 
 /// Small files, a thousand to a folder.
-fn populate(folder: &Path, files: u64) -> Result<()> {
+///
+/// # Errors
+/// What the disk met.
+pub fn populate(folder: &Path, files: u64) -> Result<()> {
     for n in 0..files {
         let below = folder.join((n / 1000).to_string());
         if n % 1000 == 0 {

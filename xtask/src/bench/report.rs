@@ -1,0 +1,115 @@
+//! The rows of one bench: printed as they come, kept as JSON and as a plot.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::machine::Machine;
+use super::plot;
+use super::row::{Row, summary};
+
+/// See the module.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// Name of the bench.
+    pub bench: String,
+    /// What it measures.
+    pub about: String,
+    /// Whether it was a short run, whose figures are no good.
+    pub quick: bool,
+    /// Where it ran.
+    pub machine: Machine,
+    /// Whether something went wrong.
+    #[serde(default)]
+    pub failed: bool,
+    /// In the order in which they were measured.
+    pub rows: Vec<Row>,
+}
+
+impl Report {
+    /// One without rows; prints the head of the table.
+    ///
+    /// # Errors
+    /// When the machine does not say what it is.
+    pub fn begin(bench: &str, about: &str, quick: bool) -> Result<Self> {
+        println!("\n{bench}: {about}");
+        println!("{:<44} {:>16} {:>16} {:>7} {:>3}  aim", "", "baseline", "value", "ratio", "n");
+        let machine = Machine::this()?;
+        Ok(Self {
+            bench: bench.to_owned(),
+            about: about.to_owned(),
+            quick,
+            machine,
+            failed: false,
+            rows: Vec::new(),
+        })
+    }
+
+    /// Takes a row in, and prints it.
+    pub fn add(&mut self, row: Row) {
+        let ratio = row.ratio().map_or("-".to_owned(), |ratio| format!("{ratio:.3}"));
+        let name =
+            if row.unit.is_empty() { row.name.clone() } else { format!("{} [{}]", row.name, row.unit) };
+        let line = format!(
+            "{name:<44} {:>16} {:>16} {ratio:>7} {:>3}  {}  {}",
+            summary(&row.baseline),
+            summary(&row.value),
+            row.value.len(),
+            row.verdict(),
+            row.note
+        );
+        println!("{}", line.trim_end());
+        self.rows.push(row);
+    }
+
+    /// Takes the rows in, or one that says why there are none; then the bench as a whole has failed, and goes on.
+    pub fn attempt(&mut self, name: &str, rows: Result<Vec<Row>>) {
+        match rows {
+            Ok(rows) => rows.into_iter().for_each(|row| self.add(row)),
+            Err(why) => {
+                self.failed = true;
+                self.add(Row::failed(name, &why));
+            }
+        }
+    }
+
+    /// Writes BENCH.json and BENCH.svg into the folder.
+    ///
+    /// # Errors
+    /// What the disk met.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder)?;
+        let path = Self::path(folder, &self.bench);
+        let rows = self.rows.iter().map(Row::json).collect::<serde_json::Result<Vec<Value>>>()?;
+        let report = json!({
+            "bench": self.bench, "about": self.about, "quick": self.quick, "machine": self.machine,
+            "failed": self.failed, "rows": rows,
+        });
+        fs::write(&path, serde_json::to_string_pretty(&report)? + "\n")?;
+        fs::write(path.with_extension("svg"), plot::svg(self))?;
+        println!("written to {} and .svg", path.display());
+        Ok(())
+    }
+
+    /// What a run wrote; nothing where none did.
+    ///
+    /// # Errors
+    /// When the file is there and is no report of this bench.
+    pub fn read(folder: &Path, bench: &str) -> Result<Option<Self>> {
+        let path = Self::path(folder, bench);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let report: Self = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        ensure!(report.bench == bench, "{} is of another bench", path.display());
+        Ok(Some(report))
+    }
+
+    fn path(folder: &Path, bench: &str) -> PathBuf {
+        folder.join(format!("{bench}.json"))
+    }
+}
