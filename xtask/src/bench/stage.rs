@@ -117,7 +117,7 @@ impl Run<'_> {
     /// The measured part, in seconds; the program waits for its beginning.
     fn work(&self, world: &World) -> Result<f64> {
         // Nothing of what came before may still be on its way to the disk.
-        command_ok(&mut Command::new("sync"))?;
+        command_ok(Command::new("sync").arg("-f").arg(&world.place.data))?;
         fs::write(world.place.aux.join("go"), "")?;
         let end = world.place.aux.join("end");
         until("the workload", LIMIT, || (end.exists() || !world.program_runs()).then_some(()))?;

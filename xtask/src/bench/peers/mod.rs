@@ -27,6 +27,9 @@ use crate::setup::{self, Tool};
 
 pub const ABOUT: &str = "time of a program beside what people would use instead, by its time alone; pinned";
 
+/// The two who are no peers.
+const ALONE: &str = "alone";
+const BFS: &str = "bfs";
 /// Longest that a copy is waited for.
 const EQUAL_WITHIN: Duration = Duration::from_secs(60);
 
@@ -109,7 +112,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let provided: Vec<(&dyn Peer, Result<()>)> =
         peers.into_iter().map(|peer| (peer, setup::tools(peer.tools()))).collect();
     for workload in WORKLOADS.iter().filter(|w| w.beside_peers || settings.long) {
-        if !settings.takes(workload.name) {
+        let wanted = |name: &str| settings.takes(&row_name(workload, name));
+        if !wanted(BFS) && !peers.iter().any(|peer| wanted(peer.name())) {
             continue;
         }
         let inputs = tempfile::tempdir()?;
@@ -139,14 +143,15 @@ fn beside_all(
         out: None,
     };
     let mut all = vec![
-        entrant(Beside::Nothing, "alone", "", false),
-        entrant(Beside::Replication, "bfs", "captured, whole checkpoints", true),
+        entrant(Beside::Nothing, ALONE, "", false),
+        entrant(Beside::Replication, BFS, "captured, whole checkpoints", true),
     ];
     for (peer, provided) in peers {
         let mut entrant = entrant(Beside::Peer(*peer), peer.name(), peer.kind(), peer.copies());
         entrant.out = provided.as_ref().err().map(|why| not_here(workload, peer.name(), why));
         all.push(entrant);
     }
+    all.retain(|entrant| entrant.name == ALONE || settings.takes(&row_name(workload, entrant.name)));
     let run = Run { workload, amount: workload.amounts[settings.sized(0, 1)], inputs, pinned: true };
     for round in 0..settings.repetitions(3) {
         for turn in 0..all.len() {
@@ -168,7 +173,11 @@ fn beside_all(
 }
 
 fn not_here(workload: &Workload, name: &str, why: &Error) -> Row {
-    Row::not_here(format!("{}: {name}", workload.name), why)
+    Row::not_here(row_name(workload, name), why)
+}
+
+fn row_name(workload: &Workload, name: &str) -> String {
+    format!("{}: {name}", workload.name)
 }
 
 fn rows(workload: &Workload, all: &[Entrant]) -> Vec<Row> {
@@ -184,15 +193,17 @@ fn rows(workload: &Workload, all: &[Entrant]) -> Vec<Row> {
                 Some(Some(seconds)) => format!("; copy equal {seconds:.1} s after the end"),
                 Some(None) => format!("; copy not equal {} s after the end", EQUAL_WITHIN.as_secs()),
             };
-            let name = format!("{}: {}", workload.name, entrant.name);
+            let name = row_name(workload, entrant.name);
             Row::new(name, "s", alone.clone(), entrant.samples.clone())
                 .note(format!("{}{equal}", entrant.kind))
         })
         .collect();
-    let best = rows[1..].iter().zip(&all[2..]).filter(|(_, entrant)| entrant.copies);
-    let best = best.filter_map(|(row, _)| row.ratio()).min_by(f64::total_cmp);
+    let others = rows.iter().zip(&all[1..]).filter(|(_, entrant)| entrant.copies && entrant.name != BFS);
+    let best = others.filter_map(|(row, _)| row.ratio()).min_by(f64::total_cmp);
     // Ahead of every peer that replicates.
-    rows[0].aim = best.map(Aim::RatioAtMost);
+    if let Some(at) = all[1..].iter().position(|entrant| entrant.name == BFS) {
+        rows[at].aim = best.map(Aim::RatioAtMost);
+    }
     rows
 }
 
@@ -211,7 +222,7 @@ mod tests {
             equal_after: Some(None),
             out: None,
         };
-        let mut all = [("alone", 1.0), ("bfs", 1.2), ("traces", 1.1), ("copies", 1.5), ("other", 9.0)]
+        let mut all = [(ALONE, 1.0), (BFS, 1.2), ("traces", 1.1), ("copies", 1.5), ("other", 9.0)]
             .map(|(name, seconds)| entrant(name, name != "traces", seconds));
         assert_eq!(rows(&WORKLOADS[0], &all)[0].aim, Some(Aim::RatioAtMost(1.5)));
         all[3].out = Some(Row::not_here("copies", &anyhow::anyhow!("why")));
