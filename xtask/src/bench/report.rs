@@ -36,7 +36,7 @@ impl Report {
     /// When the machine does not say what it is.
     pub fn begin(bench: &str, about: &str, quick: bool) -> Result<Self> {
         println!("\n{bench}: {about}");
-        println!("{:<44} {:>16} {:>16} {:>7} {:>3}  aim", "", "baseline", "value", "ratio", "n");
+        println!("{:<56} {:>16} {:>16} {:>7} {:>3}  aim", "", "baseline", "value", "ratio", "n");
         let machine = Machine::this()?;
         Ok(Self {
             bench: bench.to_owned(),
@@ -54,7 +54,7 @@ impl Report {
         let name =
             if row.unit.is_empty() { row.name.clone() } else { format!("{} [{}]", row.name, row.unit) };
         let line = format!(
-            "{name:<44} {:>16} {:>16} {ratio:>7} {:>3}  {}  {}",
+            "{name:<56} {:>16} {:>16} {ratio:>7} {:>3}  {}  {}",
             summary(&row.baseline),
             summary(&row.value),
             row.value.len(),
