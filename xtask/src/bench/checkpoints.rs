@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bfs_tests::exercise;
-use bfs_tests::watch::until;
+use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World, binary, number_named};
 
 use super::Settings;
@@ -21,6 +21,8 @@ use super::row::{Aim, Row, percentile};
 pub const ABOUT: &str =
     "checkpoints of a program that makes 10,000 calls a second, beside files that it does not touch";
 
+/// The longest that a program may stand, beyond what the freezer alone takes.
+const BEYOND_FREEZER_MS: f64 = 5.0;
 /// Calls a second.
 const RATE: u64 = 10_000;
 
@@ -49,14 +51,19 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
             if settings.takes(&name) {
                 // A tenth of them where they are rarer.
                 let count = if load.every >= Duration::from_secs(1) { count.div_ceil(10) } else { count };
-                report.attempt(&name, measure(load, files, count).map(|done| rows(&name, load, &done)));
+                let rows = measure(load, files, count).and_then(|done| {
+                    let bare = if load.mapped { bare_freezer(settings.sized(20, 500))? } else { Vec::new() };
+                    Ok(rows(&name, load, &done, &bare))
+                });
+                report.attempt(&name, rows);
             }
         }
     }
     Ok(())
 }
 
-fn rows(name: &str, load: &Load, done: &Done) -> Vec<Row> {
+/// `bare`: how long a freezer alone takes, in ms.
+fn rows(name: &str, load: &Load, done: &Done, bare: &[f64]) -> Vec<Row> {
     let row = |what: &str, unit: &str, value: f64| Row::single(format!("{name}: {what}"), unit, value);
     let stopped = row("needed a stop", "%", 100.0 * done.stopped as f64 / done.taken as f64);
     let mut rows = vec![
@@ -66,8 +73,16 @@ fn rows(name: &str, load: &Load, done: &Done) -> Vec<Row> {
         row("to sealed, p50", "ms", done.settled_ms[0]),
         row("to sealed, p99", "ms", done.settled_ms[1]),
     ];
-    for (what, us) in ["stood, p50", "stood, p99", "stood, longest"].into_iter().zip(done.stood_us) {
-        rows.push(row(what, "ms", us as f64 / 1e3));
+    for ((what, percent), us) in
+        [("stood, p50", 50), ("stood, p99", 99), ("stood, longest", 100)].into_iter().zip(done.stood_us)
+    {
+        let baseline = percentile(bare, percent).into_iter().collect();
+        let stood = Row::new(format!("{name}: {what}"), "ms", baseline, vec![us as f64 / 1e3]);
+        rows.push(if load.mapped && percent == 99 {
+            stood.aim(Aim::AboveBaselineAtMost(BEYOND_FREEZER_MS)).note("baseline: the cgroup freezer alone")
+        } else {
+            stood
+        });
     }
     rows
 }
@@ -82,16 +97,50 @@ struct Done {
     settled_ms: [f64; 2],
 }
 
+/// The program, without what belongs to a run.
+fn command(load: &Load, world: &World) -> Vec<String> {
+    let mut line = vec![binary("bfs-workload").display().to_string()];
+    line.push(if load.mapped { "steady-mapped" } else { "steady" }.to_owned());
+    line.extend([&world.place.data, &world.place.aux].map(|p| p.display().to_string()));
+    line.push(RATE.to_string());
+    line
+}
+
+/// Milliseconds in which the same program, without an agent, was frozen and let go.
+fn bare_freezer(count: usize) -> Result<Vec<f64>> {
+    let mut world = World::new("freezer", Transport::Unix)?;
+    let load = LOADS.iter().find(|load| load.mapped).context("one of them stores into a mapping")?;
+    world.start_program(&command(load, &world))?;
+    let cgroup = world.cgroup("bare")?;
+    fs::write(cgroup.join("cgroup.procs"), world.program_pid()?.to_string())?;
+    let freeze = |on: bool| -> Result<()> {
+        let (value, wanted) = if on { ("1", "frozen 1") } else { ("0", "frozen 0") };
+        fs::write(cgroup.join("cgroup.freeze"), value)?;
+        let asked = Instant::now();
+        while !fs::read_to_string(cgroup.join("cgroup.events"))?.contains(wanted) {
+            ensure!(asked.elapsed() < Duration::from_secs(10), "the cgroup is not {wanted} after 10 s");
+        }
+        Ok(())
+    };
+    let mut all = Vec::new();
+    for _ in 0..count {
+        let begun = Instant::now();
+        freeze(true)?;
+        freeze(false)?;
+        all.push(begun.elapsed().as_secs_f64() * 1e3);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    fs::write(world.place.stop(), "")?;
+    until("the program to end", SOON, || (!world.program_runs()).then_some(()))?;
+    Ok(all)
+}
+
 fn measure(load: &Load, files: u64, count: u64) -> Result<Done> {
     let mut world = World::new("checkpoints", Transport::Unix)?;
     populate(&world.place.data.join("untouched"), files)?;
     world.checkpoints(&format!("every={}ms", load.every.as_millis()));
     world.start_replayer()?;
-    let mut line = vec![binary("bfs-workload").display().to_string()];
-    line.push(if load.mapped { "steady-mapped" } else { "steady" }.to_owned());
-    line.extend([&world.place.data, &world.place.aux].map(|p| p.display().to_string()));
-    line.push(RATE.to_string());
-    world.run(&line)?;
+    world.run(&command(load, &world))?;
     world.checkpoint()?;
     let before = Counted::of(&world)?;
     let limit = load.every * 20 * u32::try_from(count)?;

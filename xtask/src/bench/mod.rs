@@ -7,6 +7,7 @@
 
 mod checkpoints;
 mod docs;
+mod leftovers;
 mod machine;
 mod overhead;
 mod peers;
@@ -107,6 +108,7 @@ pub fn run(settings: &Settings) -> Result<()> {
         bail!("no bench is named so: there are {}, and docs", names.join(", "));
     }
     release_binaries()?;
+    leftovers::sweep();
     let mut failed = Vec::new();
     for bench in chosen {
         let mut report = Report::begin(bench.name, bench.about, settings.quick)?;

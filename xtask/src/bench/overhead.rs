@@ -6,6 +6,7 @@
 use anyhow::Result;
 
 use super::Settings;
+use super::leftovers;
 use super::report::Report;
 use super::row::{Aim, Row};
 use super::stage::{Beside, Run, by_turns};
@@ -19,7 +20,7 @@ const REPETITIONS: [usize; 2] = [5, 3];
 /// See the module.
 pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     for workload in WORKLOADS.iter().filter(|workload| settings.takes(workload.name)) {
-        let inputs = tempfile::tempdir()?;
+        let inputs = leftovers::folder()?;
         if let Err(why) = workload.provide(inputs.path()) {
             report.add(Row::not_here(workload.name, &why));
             continue;

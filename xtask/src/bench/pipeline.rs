@@ -24,8 +24,10 @@ use bfs_tests::watch::until;
 use bfs_tests::world::{Transport, World};
 
 use super::Settings;
+use super::leftovers;
 use super::report::Report;
 use super::row::{Aim, Row, percentile};
+use super::strangers::cpu_seconds;
 
 pub const ABOUT: &str =
     "from the program to durable and applied; the baseline is a socket into a synced file";
@@ -104,12 +106,21 @@ fn new_files_rows(bytes: u64, repetitions: usize) -> Result<Vec<Row>> {
             of(&plain, &|done| done.amplification),
         )
         .aim(Aim::AtMost(2.2)),
+        Row::new("new files: CPU of the agent", "s/GB", Vec::new(), of(&plain, &|done| done.cpu[0])),
+        Row::new("new files: CPU of the replayer", "s/GB", Vec::new(), of(&plain, &|done| done.cpu[1])),
+        Row::new("new files: CPU of the agent, TLS", "s/GB", Vec::new(), of(&over_tls, &|done| done.cpu[0])),
+        Row::new(
+            "new files: CPU of the replayer, TLS",
+            "s/GB",
+            Vec::new(),
+            of(&over_tls, &|done| done.cpu[1]),
+        ),
     ])
 }
 
 /// MB/s of bytes through a socket into a file that is synced whenever nothing more waits, or 32 MiB.
 fn limit(bytes: u64) -> Result<f64> {
-    let dir = tempfile::tempdir()?;
+    let dir = leftovers::folder()?;
     let (mut from, mut to) = UnixStream::pair()?;
     let began = Instant::now();
     std::thread::scope(|scope| -> Result<()> {
@@ -140,6 +151,8 @@ struct NewFiles {
     durable: f64,
     applied: f64,
     amplification: f64,
+    /// CPU seconds per GB, of agent and replayer, until all is applied.
+    cpu: [f64; 2],
 }
 
 fn shell(world: &mut World, script: &str) -> Result<()> {
@@ -177,6 +190,8 @@ fn new_files(transport: Transport, bytes: u64) -> Result<NewFiles> {
     shell(&mut world, &script)?;
     world.checkpoint()?;
     let (stream, disk) = (stream_bytes(&world)?, disk_bytes(&world)?);
+    let daemons = [world.agent_pid()?, world.replayer_pid()];
+    let cpu = [cpu_seconds(daemons[0])?, cpu_seconds(daemons[1])?];
     let began = Instant::now();
     go(&world)?;
     let written = began.elapsed().as_secs_f64();
@@ -187,10 +202,14 @@ fn new_files(transport: Transport, bytes: u64) -> Result<NewFiles> {
         (world.status_number(&["applied"]).ok()? >= number).then_some(())
     })?;
     let applied = confirmed.elapsed().as_secs_f64();
+    let per_gb = |daemon: usize| -> Result<f64> {
+        Ok((cpu_seconds(daemons[daemon])? - cpu[daemon]) / (bytes as f64 / 1e9))
+    };
+    let cpu = [per_gb(0)?, per_gb(1)?];
     let amplification = (disk_bytes(&world)? - disk) as f64 / (stream_bytes(&world)? - stream) as f64;
     ensure!(world.finish()?.success(), "the program failed");
     exercise::equal(&world)?;
-    Ok(NewFiles { written, durable, applied, amplification })
+    Ok(NewFiles { written, durable, applied, amplification, cpu })
 }
 
 /// Milliseconds, of each.

@@ -13,6 +13,7 @@ use bfs_tests::watch::until;
 use bfs_tests::world::{Transport, World};
 
 use super::Settings;
+use super::leftovers;
 use super::report::Report;
 use super::row::Row;
 use crate::shell::target;
@@ -112,7 +113,7 @@ fn with_agent(criu: &str, mib: &str, times: usize) -> Result<WithAgent> {
 }
 
 fn alone(criu: &str, mib: &str, times: usize) -> Result<Vec<f64>> {
-    let dir = tempfile::tempdir()?;
+    let dir = leftovers::folder()?;
     let at = dir.path().display().to_string();
     let mut program = Command::new("python3");
     program

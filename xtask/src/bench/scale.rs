@@ -50,7 +50,7 @@ fn measure(settings: &Settings, files: u64) -> Result<Vec<Row>> {
         drop(last.take());
         let mut world = World::new("bench-scale", Transport::Unix)?;
         populate(&world.place.data.join("untouched"), files)?;
-        command_ok(&mut Command::new("sync"))?;
+        command_ok(Command::new("sync").arg("-f").arg(&world.place.data))?;
         find(&world)?;
         found.push(find(&world)?);
         world.start_replayer()?;

@@ -11,6 +11,7 @@ use bfs_tests::programs::unpack;
 use bfs_tests::world::{Transport, World, binary, command_ok};
 
 use super::Settings;
+use super::leftovers;
 use super::report::Report;
 use super::row::{Aim, Row};
 use super::stage::{OTHER_CPU, PROGRAM_CPU, by_turns};
@@ -54,7 +55,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
             }),
         );
     }
-    let sources = tempfile::tempdir()?;
+    let sources = leftovers::folder()?;
     unpack::archive(sources.path())?;
     fs::create_dir(sources.path().join("tree"))?;
     let mut tar = Command::new("tar");
@@ -64,8 +65,8 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         let rows = beside(repetitions, |_| {
             let mut seconds = 0.0;
             for _ in 0..rounds {
-                let room = tempfile::tempdir()?;
-                command_ok(&mut Command::new("sync"))?;
+                let room = leftovers::folder()?;
+                command_ok(Command::new("sync").arg("-f").arg(room.path()))?;
                 let begun = Instant::now();
                 let mut command = pinned("/bin/sh");
                 command_ok(command.args(["-c", script, "sh"]).arg(sources.path()).arg(room.path()))?;

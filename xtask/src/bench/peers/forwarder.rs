@@ -11,6 +11,7 @@ use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{World, command_ok};
 use tempfile::TempDir;
 
+use super::super::leftovers;
 use super::{Begun, Peer, daemon};
 use crate::setup::Tool;
 
@@ -33,7 +34,7 @@ impl Forwarder {
 
     fn built(&self) -> Result<&TempDir> {
         if self.built.get().is_none() {
-            let folder = tempfile::tempdir()?;
+            let folder = leftovers::folder()?;
             fs::write(folder.path().join("forward.h"), PROTOCOL)?;
             for (name, text) in SOURCES {
                 let source = format!("{name}.c");

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{World, command_ok};
 
+use super::super::leftovers;
 use super::{Begun, Daemon, Peer, daemon};
 use crate::setup::Tool;
 
@@ -25,9 +26,7 @@ struct Namespace(String);
 
 impl Namespace {
     fn new() -> Result<Self> {
-        let namespace = Self(format!("bfs-bench-{}", std::process::id()));
-        // One of a run that was killed in the middle.
-        let _ = Command::new("ip").args(["netns", "del", &namespace.0]).output();
+        let namespace = Self(leftovers::name());
         command_ok(Command::new("ip").args(["netns", "add", &namespace.0]))?;
         for words in [
             &["link", "set", "lo", "up"][..],
@@ -49,7 +48,7 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).output();
+        leftovers::remove_namespace(&self.0);
     }
 }
 

@@ -19,6 +19,7 @@ use bfs_tests::watch::until;
 use bfs_tests::world::World;
 
 use super::Settings;
+use super::leftovers;
 use super::report::Report;
 use super::row::{Aim, Row};
 use super::stage::{Beside, Run};
@@ -116,7 +117,7 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
         if !wanted(BFS) && !peers.iter().any(|peer| wanted(peer.name())) {
             continue;
         }
-        let inputs = tempfile::tempdir()?;
+        let inputs = leftovers::folder()?;
         if let Err(why) = workload.provide(inputs.path()) {
             report.add(Row::not_here(workload.name, &why));
             continue;
