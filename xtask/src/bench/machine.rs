@@ -35,13 +35,14 @@ impl Machine {
         let kib: u64 = kib.trim().trim_end_matches(" kB").parse()?;
         let release = read("/proc/sys/kernel/osrelease")?;
         let load = read("/proc/loadavg")?;
-        let mut stat = Command::new("stat");
-        stat.args(["-f", "-c", "%T"]).arg(std::env::temp_dir());
+        let mut df = Command::new("df");
+        let types = command_ok(df.arg("--output=fstype").arg(std::env::temp_dir()))?.stdout;
+        let types = String::from_utf8_lossy(&types).into_owned();
         Ok(Self {
             cpus: std::thread::available_parallelism()?.get(),
             memory_gib: (kib + (1 << 19)) >> 20,
             kernel: release.split('.').take(2).collect::<Vec<_>>().join("."),
-            file_system: String::from_utf8_lossy(&command_ok(&mut stat)?.stdout).trim().to_owned(),
+            file_system: types.lines().last().context("df says nothing")?.trim().to_owned(),
             load: load.split(' ').next().context("no load")?.parse()?,
         })
     }

@@ -38,7 +38,7 @@ pub struct Settings {
     /// overhead, peers, strangers, pipeline, checkpoints, sustained, scale, rollback or process; all of them
     /// without a name. `docs` puts what was measured last into docs/performance.md.
     pub name: Option<String>,
-    /// Only rows whose name holds this.
+    /// Only rows whose name holds this; of the others what an earlier run found is kept.
     pub filter: Option<String>,
     /// A short run, to see that all works: its figures are no good.
     #[arg(long)]
@@ -119,6 +119,11 @@ pub fn run(settings: &Settings) -> Result<()> {
         }
         if report.failed {
             failed.push(bench.name);
+        }
+        if settings.filter.is_some()
+            && let Some(earlier) = Report::read(&settings.out(), bench.name)?
+        {
+            report.keep(earlier);
         }
         report.write(&settings.out())?;
     }

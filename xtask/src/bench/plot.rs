@@ -7,7 +7,7 @@ use super::report::Report;
 use super::row::{Aim, Row, figure, median};
 
 const WIDTH: f64 = 900.0;
-const LEFT: f64 = 330.0;
+const LEFT: f64 = 370.0;
 const RIGHT: f64 = 110.0;
 const ROW: f64 = 20.0;
 const HEAD: f64 = 44.0;
@@ -77,7 +77,9 @@ fn panel(out: &mut String, top: f64, title: &str, bars: &[Bar]) {
         LEFT + share * (WIDTH - LEFT - RIGHT)
     };
     let scale = if logarithmic { " (logarithmic)" } else { "" };
-    text(out, LEFT, top + HEAD - 12.0, "start", &format!("{title}{scale}; the red or green line is the aim"));
+    let aims =
+        if bars.iter().any(|bar| bar.aim.is_some()) { "; the red or green line is the aim" } else { "" };
+    text(out, LEFT, top + HEAD - 12.0, "start", &format!("{title}{scale}{aims}"));
     let body = top + HEAD;
     for (at, bar) in bars.iter().enumerate() {
         let y = body + ROW * at as f64;

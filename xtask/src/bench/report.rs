@@ -76,6 +76,20 @@ impl Report {
         }
     }
 
+    /// Keeps of an earlier run what was not measured now.
+    pub fn keep(&mut self, earlier: Self) {
+        if earlier.quick != self.quick {
+            return;
+        }
+        let now = std::mem::replace(&mut self.rows, earlier.rows);
+        for row in now {
+            match self.rows.iter_mut().find(|there| there.name == row.name) {
+                Some(there) => *there = row,
+                None => self.rows.push(row),
+            }
+        }
+    }
+
     /// Writes BENCH.json and BENCH.svg into the folder.
     ///
     /// # Errors
@@ -111,5 +125,36 @@ impl Report {
 
     fn path(folder: &Path, bench: &str) -> PathBuf {
         folder.join(format!("{bench}.json"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(quick: bool, rows: &[(&str, f64)]) -> Report {
+        let machine =
+            Machine { cpus: 2, memory_gib: 1, kernel: "6.1".into(), file_system: "x".into(), load: 0.0 };
+        let rows = rows.iter().map(|(name, value)| Row::single(*name, "s", *value)).collect();
+        Report { bench: "x".into(), about: "y".into(), quick, machine, failed: false, rows }
+    }
+
+    #[test]
+    fn what_was_not_measured_again_is_kept() {
+        let mut now = report(false, &[("b", 2.0), ("c", 3.0)]);
+        now.keep(report(true, &[("a", 9.0)]));
+        assert_eq!(now.rows.len(), 2, "a short run is no good for it");
+        now.keep(report(false, &[("a", 1.0), ("b", 1.0)]));
+        let rows: Vec<_> = now.rows.iter().map(|row| (row.name.as_str(), row.value[0])).collect();
+        assert_eq!(rows, [("a", 1.0), ("b", 2.0), ("c", 3.0)]);
+    }
+
+    #[test]
+    fn a_report_comes_back_from_its_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(Report::read(folder.path(), "x").unwrap().is_none());
+        report(true, &[("a", 1.0)]).write(folder.path()).unwrap();
+        let back = Report::read(folder.path(), "x").unwrap().unwrap();
+        assert_eq!((back.quick, back.rows[0].value[0]), (true, 1.0));
     }
 }
