@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use bfs_tests::exercise;
 use bfs_tests::watch::until;
-use bfs_tests::world::{Transport, World, binary, command_ok};
+use bfs_tests::world::{Transport, World, binary, command_ok, number_named};
 
 use super::peers::{Peer, equal_after};
 use super::workloads::Workload;
@@ -86,6 +86,12 @@ impl Run<'_> {
         let status = world.finish()?;
         ensure!(status.success(), "the program ended with {status}");
         if compare {
+            // The agent ends when the last checkpoint is confirmed.
+            until("the last checkpoint to be applied", LIMIT, || {
+                let status = world.replayer_status().ok()?;
+                let number = |name: &str| number_named(&status, &[name]);
+                (number("applied")? >= number("confirmed")?).then_some(())
+            })?;
             exercise::equal(world)?;
         }
         Ok(Measured { seconds, equal_after: None })
