@@ -13,6 +13,8 @@ pub enum Mutant {
     MovesPositionBeforeSync,
     /// A step that goes on takes what stands under a name for what stood there before.
     RedoesByName,
+    /// Who was primary before another was promoted may write on.
+    AdmitsFenced,
 }
 
 #[cfg(test)]

@@ -57,6 +57,25 @@ impl Model {
         model
     }
 
+    /// What is made here from now on has neither a number nor a time of the other one's. So has what stands here and not
+    /// among `known`: it was forgotten there.
+    pub fn behind(&mut self, other: &Self, known: &BTreeSet<ObjectId>) {
+        self.next = self.next.max(other.next);
+        self.clock = self.clock.max(other.clock);
+        let forgotten: Vec<ObjectId> =
+            self.nodes.keys().filter(|object| !known.contains(object)).copied().collect();
+        let mut numbers = BTreeMap::new();
+        for object in forgotten {
+            let (number, node) = (ObjectId(self.next), self.nodes.remove(&object).unwrap());
+            self.next += 1;
+            self.nodes.insert(number, node);
+            numbers.insert(object, number);
+        }
+        for object in self.nodes.values_mut().flat_map(|node| node.entries.values_mut()) {
+            *object = numbers.get(object).copied().unwrap_or(*object);
+        }
+    }
+
     pub fn create(&mut self, directory: bool) -> ObjectId {
         let object = ObjectId(self.next);
         self.next += 1;

@@ -8,16 +8,15 @@ use std::time::Duration;
 use bfs_common::record::*;
 use bfs_common::wire::{Position, Refusal};
 
+use super::primary::Primary;
 use super::stream::{Line, touched};
-use super::world::{Primary, Up};
+use super::world::Up;
 use crate::backup::group::simulated::NAME;
 use crate::log::writer;
 use crate::primary::ship::Batch;
 use crate::primary::ship::queue::{Next, Queue};
 use crate::primary::spool::{Address, Reader, Spool, SpoolOptions};
 
-/// The group.
-pub const GROUP: GroupId = GroupId([1; 16]);
 /// Bytes that memory may hold.
 const MEMORY: usize = 3000;
 
@@ -34,6 +33,9 @@ enum Stage {
 
 /// See the module.
 pub struct Agent {
+    /// Whose agent it is.
+    id: GroupId,
+    disk: usize,
     stage: Stage,
     pub queue: Queue,
     spool: Spool,
@@ -53,14 +55,17 @@ pub struct Agent {
 
 impl Agent {
     /// Begins as a process does; `None` when the host fails meanwhile.
-    pub fn start(folder: &Path, boot: u8, bytes_max: u64, time_max: Duration) -> Option<Self> {
+    pub fn start(
+        (id, disk): (GroupId, usize),
+        folder: &Path,
+        boot: u8,
+        bytes_max: u64,
+        time_max: Duration,
+    ) -> Option<Self> {
         let options = SpoolOptions { directory: folder.into(), bytes_max, time_max };
-        let before = super::disk::refused(super::world::PRIMARY);
-        let failing = || {
-            let refused = super::disk::refused(super::world::PRIMARY) > before;
-            refused || super::disk::has_failed(super::world::PRIMARY)
-        };
-        let mut spool = match Spool::open(options, Address::new(NAME, GROUP, [boot; 16])) {
+        let before = super::disk::refused(disk);
+        let failing = || super::disk::refused(disk) > before || super::disk::has_failed(disk);
+        let mut spool = match Spool::open(options, Address::new(NAME, id, [boot; 16])) {
             Ok(spool) => spool,
             Err(_) if failing() => return None,
             Err(error) => panic!("the spool: {error}"),
@@ -75,6 +80,8 @@ impl Agent {
             None => (Stage::New, Queue::new(Position::START, MEMORY)),
         };
         Some(Self {
+            id,
+            disk,
             stage,
             queue,
             spool,
@@ -251,7 +258,7 @@ impl Agent {
         let checkpoint = primary.stream.checkpoint().next();
         // Those with a tag stay: so others are dropped in the middle.
         let tag = if checkpoint.0.is_multiple_of(3) { "kept".into() } else { String::new() };
-        let label = CheckpointLabel { wall_ns: primary.wall_ns(), tag, ..CheckpointLabel::default() };
+        let label = CheckpointLabel { wall_ns: primary.wall_ns, tag, ..CheckpointLabel::default() };
         lines.push((Record::Checkpoint { checkpoint, label }, Vec::new()));
         self.tell(primary, lines);
     }
@@ -270,7 +277,7 @@ impl Agent {
                 let durable = self.queue.durable().sequence;
                 let opened = self.reader.take().filter(|reader| reader.at().0 == after && claimed.is_none());
                 let mut reader = opened.unwrap_or_else(|| {
-                    Reader::open(self.spool.log(), GROUP, after, durable).expect("what is in the spool")
+                    Reader::open(self.spool.log(), self.id, after, durable).expect("what is in the spool")
                 });
                 if let Some(claimed) = claimed {
                     assert_eq!(
@@ -343,7 +350,7 @@ impl Agent {
     pub fn throw_away(&mut self) {
         // Where a call failed it is tried again.
         let cleared = self.spool.clear().or_else(|_| self.spool.clear());
-        assert!(cleared.is_ok() || super::disk::has_failed(super::world::PRIMARY), "{cleared:?}");
+        assert!(cleared.is_ok() || super::disk::has_failed(self.disk), "{cleared:?}");
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod agent;
 pub mod disk;
+mod primary;
 mod stream;
 mod world;
 
@@ -20,40 +21,51 @@ use world::{Seen, World};
 
 /// Seeds of a run of normal length.
 const SEEDS: u64 = 2000;
+/// Of those in which others are promoted.
+const PROMOTING_SEEDS: u64 = 600;
 /// Seeds beyond those that went wrong once: a reader of the spool that had read ahead what a failed write left.
 const ONCE_WRONG: [u64; 1] = [2809];
 /// By then a mutant must be caught.
 const MUTANT_SEEDS: u64 = 1000;
 
 /// One run; what went wrong is printed by the panic.
-fn run(seed: u64, mutant: Option<Mutant>) -> Option<Seen> {
+fn run(seed: u64, mutant: Option<Mutant>, promotes: bool) -> Option<Seen> {
     // In memory: each seed syncs some hundred times.
     let memory = Path::new("/dev/shm");
     let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
     mutant::set(mutant);
-    let mut world = World::new(seed, folder.path().to_owned());
+    let mut world = World::new(seed, folder.path().to_owned(), promotes);
     let done = catch_unwind(AssertUnwindSafe(|| world.run()));
     mutant::set(None);
     disk::remove_all();
     done.ok().map(|()| world.seen)
 }
 
-#[test]
-fn what_is_given_out_is_confirmed_and_what_was_acknowledged_is_there() {
-    if let Some(seed) = given_seed() {
-        println!("{:?}", run(seed, None).expect("see above"));
-        return;
+/// What came about, summed up.
+struct Sum(Vec<Seen>);
+
+impl Sum {
+    fn of(&self, what: impl Fn(&Seen) -> u64) -> u64 {
+        self.0.iter().map(what).sum()
     }
-    let seeds = if std::env::var_os("BFS_LONG").is_some() { SEEDS * 10 } else { SEEDS };
+}
+
+/// Runs one seed that is asked for, or these and the further ones; gives what must have come about often.
+fn run_all(seeds: u64, further: &[u64], promotes: bool) -> Option<Sum> {
+    if let Some(seed) = given_seed() {
+        println!("{:?}", run(seed, None, promotes).expect("see above"));
+        return None;
+    }
+    let seeds = if std::env::var_os("BFS_LONG").is_some() { seeds * 10 } else { seeds };
     let next = AtomicU64::new(0);
     let all: Vec<Seen> = std::thread::scope(|scope| {
         let work = || {
             let mut all = Vec::new();
             loop {
                 let turn = next.fetch_add(1, Ordering::Relaxed);
-                let further = turn.checked_sub(seeds).map(|index| ONCE_WRONG.get(index as usize));
+                let further = turn.checked_sub(seeds).map(|index| further.get(index as usize));
                 let Some(seed) = further.map_or(Some(turn), |seed| seed.copied()) else { return all };
-                match run(seed, None) {
+                match run(seed, None, promotes) {
                     Some(seen) => all.push(seen),
                     None => panic!("BFS_SEED={seed} goes wrong, see above"),
                 }
@@ -62,18 +74,20 @@ fn what_is_given_out_is_confirmed_and_what_was_acknowledged_is_there() {
         let threads: Vec<_> = (0..2).map(|_| scope.spawn(work)).collect();
         threads.into_iter().flat_map(|thread| thread.join().expect("a seed goes wrong, see above")).collect()
     });
-    let sum = |what: fn(&Seen) -> u64| all.iter().map(what).sum::<u64>();
+    let sum = Sum(all);
     println!(
-        "{} seeds: {} checkpoints applied, {} kills, {} power cuts, {} failed calls, {} agents, {} markers refused",
-        all.len(),
-        sum(|s| s.applied),
-        sum(|s| s.kills),
-        sum(|s| s.power_cuts),
-        sum(|s| s.failed_calls),
-        sum(|s| s.agents),
-        sum(|s| s.refused_markers),
+        "{} seeds: {} checkpoints applied, {} kills, {} power cuts, {} failed calls, {} agents, {} markers refused, \
+         {} promotions, {} refused who were fenced",
+        sum.0.len(),
+        sum.of(|s| s.applied),
+        sum.of(|s| s.kills),
+        sum.of(|s| s.power_cuts),
+        sum.of(|s| s.failed_calls),
+        sum.of(|s| s.agents),
+        sum.of(|s| s.refused_markers),
+        sum.of(|s| s.promotions),
+        sum.of(|s| s.fenced),
     );
-    // Each of these must have come about, and often.
     let often: [fn(&Seen) -> u64; 7] = [
         |s| s.applied,
         |s| s.kills,
@@ -84,19 +98,37 @@ fn what_is_given_out_is_confirmed_and_what_was_acknowledged_is_there() {
         |s| s.spooled,
     ];
     for what in often {
-        assert!(sum(what) > seeds / 20);
+        assert!(sum.of(what) > seeds / 20);
+    }
+    Some(sum)
+}
+
+#[test]
+fn what_is_given_out_is_confirmed_and_what_was_acknowledged_is_there() {
+    run_all(SEEDS, &ONCE_WRONG, false);
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_with_a_promotion_and_nothing_comes_of_who_is_fenced() {
+    if let Some(sum) = run_all(PROMOTING_SEEDS, &[], true) {
+        assert!(sum.of(|s| s.promotions) > PROMOTING_SEEDS / 2 && sum.of(|s| s.fenced) > PROMOTING_SEEDS / 2);
+        // There and back again.
+        assert!(sum.of(|s| u64::from(s.promotions > 1)) > PROMOTING_SEEDS / 10);
     }
 }
 
 #[test]
 fn a_seed_does_the_same_each_time() {
-    let seen = || run(7, None).map(|seen| format!("{seen:?}"));
-    assert_eq!(seen(), seen());
+    for promotes in [false, true] {
+        let seen = || run(7, None, promotes).map(|seen| format!("{seen:?}"));
+        assert_eq!(seen(), seen());
+    }
 }
 
 /// The seed that notices.
 fn caught(mutant: Mutant) {
-    let seed = (0..MUTANT_SEEDS).find(|seed| run(*seed, Some(mutant)).is_none());
+    let promotes = mutant == Mutant::AdmitsFenced;
+    let seed = (0..MUTANT_SEEDS).find(|seed| run(*seed, Some(mutant), promotes).is_none());
     println!("{mutant:?} is noticed by seed {seed:?}");
     assert!(seed.is_some(), "{mutant:?} is not noticed by {MUTANT_SEEDS} seeds");
 }
@@ -124,4 +156,9 @@ fn a_position_before_the_sync_is_noticed() {
 #[test]
 fn a_redo_by_name_is_noticed() {
     caught(Mutant::RedoesByName);
+}
+
+#[test]
+fn a_fenced_primary_that_is_let_in_is_noticed() {
+    caught(Mutant::AdmitsFenced);
 }

@@ -13,7 +13,7 @@ use crate::primary::ship::Batch;
 pub type Line = (Record, Vec<u8>);
 
 /// All records since the beginning of the group, and the states at its markers.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Stream {
     lines: Vec<(Line, ChainHash)>,
     /// By the number of the marker: the checkpoint, and what the primary was.
@@ -118,8 +118,13 @@ impl Stream {
         lines
     }
 
+    /// The objects that there are at its end.
+    pub fn known(&self) -> BTreeSet<ObjectId> {
+        self.folded().0
+    }
+
     /// Objects, entries, and whether there is a root, at the end.
-    #[allow(clippy::type_complexity, reason = "taken apart by the only caller")]
+    #[allow(clippy::type_complexity, reason = "taken apart at once")]
     fn folded(&self) -> (BTreeSet<ObjectId>, BTreeMap<(ObjectId, Name), ObjectId>, bool) {
         let (mut known, mut entries, mut rooted) = (BTreeSet::new(), BTreeMap::new(), false);
         for ((record, _), _) in &self.lines {

@@ -1,108 +1,32 @@
-//! Two hosts, what happens between them, and what must hold: what is given out is always a confirmed checkpoint,
-//! what was acknowledged is always there, and in the end the backup is the primary.
+//! The hosts, what happens between them, and what must hold: what is given out is always a confirmed checkpoint,
+//! what was acknowledged is always there, and in the end the backup is the primary. Where another host is promoted:
+//! nothing that was acknowledged is lost with that, and nothing comes of who was fenced.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bfs_common::record::*;
-use bfs_common::wire::{Position, Refusal};
+use bfs_common::wire::{History, Position, Promoter, Refusal};
 use bfs_tests::random::Random;
 use bytes::Bytes;
 
-use super::agent::{Agent, GROUP};
+use super::agent::Agent;
 use super::disk::{self, Failure};
-use super::stream::{Line, Stream};
+use super::primary::Primary;
+use super::stream::Stream;
 use crate::backup::group::simulated::Simulated;
-use crate::backup::model::{May, Model, TOP};
+use crate::backup::model::{May, TOP};
 use crate::backup::retention::Retention;
 
 /// The backup's disk: the applier works on the first one.
 pub const BACKUP: usize = 0;
-/// The primary's.
-pub const PRIMARY: usize = 1;
-/// Operations that the ring holds.
-const RING: usize = 60;
+/// Those that have the program, one at a time; each with its disk.
+const NAMES: [&str; 2] = ["primary", "second"];
 /// Turns until nothing fails any more.
 const TURNS: usize = 500;
 /// By then all must be even.
 const TURNS_MAX: usize = 20_000;
-
-/// A call of the program, in the ring until what it did is durable.
-pub struct Op {
-    pub number: u64,
-    pub lines: Vec<Line>,
-}
-
-/// What the primary is beside its agent, which may go.
-pub struct Primary {
-    pub model: Model,
-    pub ring: VecDeque<Op>,
-    pub stream: Stream,
-    /// The last record that was said to be durable, on either side.
-    pub sealed: Sequence,
-    /// Calls were lost, and nobody knows which.
-    lost: bool,
-    /// The stream says so with this operation, when that is durable.
-    told: Option<u64>,
-    pub boot: u8,
-    ops: u64,
-    wall_ns: i64,
-}
-
-impl Primary {
-    /// The last operation.
-    pub fn last_op(&self) -> u64 {
-        self.ops
-    }
-
-    /// A label, and nothing else.
-    pub fn wall_ns(&self) -> i64 {
-        self.wall_ns
-    }
-
-    /// Whether the stream does not say of everything durably.
-    pub fn has_lost(&self) -> bool {
-        self.lost
-    }
-
-    /// Whether the next record has to name a loss.
-    pub fn must_tell(&self) -> bool {
-        self.lost && self.told.is_none()
-    }
-
-    /// The next record names it, if there is one that was not named.
-    pub fn tells_loss(&mut self) -> bool {
-        let tells = self.must_tell();
-        if tells {
-            self.told = Some(self.ops);
-        }
-        tells
-    }
-
-    fn loses(&mut self) {
-        self.lost = true;
-        self.told = None;
-    }
-
-    fn released(&mut self, up_to: u64) {
-        while self.ring.pop_front_if(|op| op.number <= up_to).is_some() {}
-        if self.told.is_some_and(|told| told <= up_to) {
-            (self.lost, self.told) = (false, None);
-        }
-    }
-
-    fn does(&mut self, op: (u8, u8, u8, u8)) {
-        self.model.do_op(op);
-        self.ops += 1;
-        let lines = std::mem::take(&mut self.model.records);
-        if self.ring.len() >= RING {
-            self.loses();
-        } else {
-            self.ring.push_back(Op { number: self.ops, lines });
-        }
-    }
-}
 
 /// From the agent.
 #[derive(Clone)]
@@ -121,6 +45,8 @@ enum Down {
 /// Frames on their way. Either end may be closed while the other does not know.
 struct Connection {
     number: u64,
+    /// Whose agent it is of.
+    host: usize,
     up: VecDeque<Up>,
     down: VecDeque<Down>,
     agent: bool,
@@ -139,14 +65,39 @@ pub struct Seen {
     pub spooled: u64,
     pub applied: u64,
     pub refused_markers: u64,
+    pub promotions: u64,
+    /// That came all the same, and were refused.
+    pub fenced: u64,
+}
+
+/// A host with the program.
+struct Host {
+    primary: Primary,
+    agent: Option<Agent>,
+}
+
+/// Who writes the group from this host.
+fn writer(host: usize) -> GroupId {
+    GroupId([1 + host as u8; 16])
+}
+
+fn disk_of(host: usize) -> usize {
+    1 + host
 }
 
 /// See the module.
 pub struct World {
     random: Random,
     folder: PathBuf,
-    primary: Primary,
-    agent: Option<Agent>,
+    hosts: Vec<Host>,
+    /// The one that is the primary.
+    writer: usize,
+    /// The one whose turn it is.
+    at: usize,
+    /// Others are promoted.
+    promotes: bool,
+    /// A promotion that is not finished.
+    promoted: Option<History>,
     replayer: Option<Simulated>,
     connections: Vec<Connection>,
     number: u64,
@@ -160,30 +111,22 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64, folder: PathBuf) -> Self {
+    pub fn new(seed: u64, folder: PathBuf, promotes: bool) -> Self {
         let mut random = Random::new(seed);
-        for (host, name) in [(BACKUP, "backup"), (PRIMARY, "primary")] {
+        for (disk, name) in ["backup"].into_iter().chain(NAMES).enumerate() {
             std::fs::create_dir(folder.join(name)).unwrap();
-            assert_eq!(disk::install(&folder.join(name), random.next()), host);
+            let seed = if disk <= 1 { random.next() } else { seed };
+            assert_eq!(disk::install(&folder.join(name), seed), disk);
         }
         let retention = Retention::last(2 + random.below(4) as u32, 1);
-        let primary = Primary {
-            model: Model::new(),
-            ring: VecDeque::new(),
-            stream: Stream::default(),
-            sealed: Sequence(0),
-            // A first agent copies everything.
-            lost: true,
-            told: None,
-            boot: 1,
-            ops: 0,
-            wall_ns: 0,
-        };
         Self {
             random,
             folder,
-            primary,
-            agent: None,
+            hosts: vec![Host { primary: Primary::new(1), agent: None }],
+            writer: 0,
+            at: 0,
+            promotes,
+            promoted: None,
             replayer: None,
             connections: Vec::new(),
             number: 0,
@@ -197,7 +140,6 @@ impl World {
 
     /// All of it.
     pub fn run(&mut self) {
-        self.primary.model.records.clear();
         for _ in 0..TURNS {
             self.turn();
         }
@@ -215,20 +157,22 @@ impl World {
 
     /// The backup is the primary, and both know.
     fn is_even(&self) -> bool {
-        let (Some(agent), Some(replayer)) = (&self.agent, &self.replayer) else { return false };
-        let last = self.primary.stream.checkpoint();
-        agent.is_even(&self.primary)
+        let Host { primary, agent } = &self.hosts[self.writer];
+        let (Some(agent), Some(replayer)) = (agent, &self.replayer) else { return false };
+        let last = primary.stream.checkpoint();
+        agent.is_even(primary)
             && !agent.has_gaps()
             && last > CheckpointId(0)
-            && self.primary.stream.confirmed(self.primary.stream.end()) == last
+            && primary.stream.confirmed(primary.stream.end()) == last
             && replayer.progress().applied == last
-            && self.primary.stream.state(last).is_some_and(|then| then.is(&self.primary.model))
+            && primary.stream.state(last).is_some_and(|then| then.is(&primary.model))
     }
 
     /// For the message of a run that goes wrong.
     fn stands(&self) -> String {
-        let agent = self.agent.as_ref().map(|agent| {
-            let (queue, even) = (&agent.queue, agent.is_even(&self.primary));
+        let Host { primary, agent } = &self.hosts[self.writer];
+        let agent = agent.as_ref().map(|agent| {
+            let (queue, even) = (&agent.queue, agent.is_even(primary));
             let spool = queue.in_spool();
             format!(
                 "agent live {} even {even} gaps {} connection {:?} welcome {} durable {} memory {} spool {spool:?}",
@@ -241,16 +185,25 @@ impl World {
             )
         });
         let replayer = self.replayer.as_ref().map(|replayer| (replayer.progress(), replayer.group.status()));
-        let stream = (self.primary.stream.end(), self.primary.stream.checkpoint());
-        format!("stream {stream:?}, {agent:?}, {replayer:?}")
+        let stream = (primary.stream.end(), primary.stream.checkpoint());
+        format!("host {}, stream {stream:?}, {agent:?}, {replayer:?}, {:?}", self.writer, self.promoted)
     }
 
     fn turn(&mut self) {
-        self.hosts();
+        self.at = self.writer;
+        if self.promotes && !self.calm {
+            self.promotion();
+            if self.hosts.len() > 1 && self.random.chance(25) {
+                self.at = 1 - self.writer;
+            }
+        } else {
+            self.finish_promotion();
+        }
+        self.start_hosts();
         match self.random.below(100) {
             0..16 if !self.calm => {
                 let op = self.random.next().to_le_bytes();
-                self.primary.does((op[0], op[1], op[2], op[3]));
+                self.hosts[self.at].primary.does((op[0], op[1], op[2], op[3]));
             }
             0..30 => self.consume(),
             30..34 => self.checkpoint(),
@@ -270,25 +223,29 @@ impl World {
     }
 
     /// Hosts that failed are started again, in time.
-    fn hosts(&mut self) {
+    fn start_hosts(&mut self) {
         if disk::has_failed(BACKUP) {
             self.replayer = None;
             self.connections.iter_mut().for_each(|connection| connection.replayer = false);
             self.count(disk::start(BACKUP));
         }
-        if disk::has_failed(PRIMARY) {
-            self.agent_dies();
-            let how = disk::start(PRIMARY);
+        for at in 0..self.hosts.len() {
+            if !disk::has_failed(disk_of(at)) {
+                continue;
+            }
+            self.agent_dies(at);
+            let how = disk::start(disk_of(at));
             self.count(how);
             if how == Some(Failure::Power) {
-                self.primary.boot = self.primary.boot.wrapping_add(1);
-                self.primary.ring.clear();
-                self.primary.loses();
+                let primary = &mut self.hosts[at].primary;
+                primary.boot = primary.boot.wrapping_add(1);
+                primary.ring.clear();
+                primary.loses();
             }
         }
         if self.replayer.is_none() && (self.calm || self.random.chance(10)) {
             let refused = disk::refused(BACKUP);
-            match Simulated::open(&self.folder.join("backup"), GROUP, self.retention.clone()) {
+            match Simulated::open(&self.folder.join("backup"), writer(0), self.retention.clone()) {
                 Ok(replayer) => {
                     self.replayer = Some(replayer);
                     self.check_kept();
@@ -297,13 +254,16 @@ impl World {
                 Err(error) => panic!("the store cannot be opened: {error}"),
             }
         }
-        if self.agent.is_none() && (self.calm || self.random.chance(10)) {
+        if self.hosts[self.at].agent.is_none() && (self.calm || self.random.chance(10)) {
             let bytes_max = if self.calm { 1 << 20 } else { *self.random.of(&[3000, 20_000, 1 << 20]) };
             // A clock that jumped makes what is in the spool older than it may get.
             let jumped = !self.calm && self.random.chance(10);
             let time_max = Duration::from_secs(if jumped { 0 } else { 3600 });
-            self.agent = Agent::start(&self.folder.join("primary"), self.primary.boot, bytes_max, time_max);
-            self.seen.agents += u64::from(self.agent.is_some());
+            let folder = self.folder.join(NAMES[self.at]);
+            let host = &mut self.hosts[self.at];
+            let who = (writer(self.at), disk_of(self.at));
+            host.agent = Agent::start(who, &folder, host.primary.boot, bytes_max, time_max);
+            self.seen.agents += u64::from(host.agent.is_some());
         }
     }
 
@@ -315,11 +275,58 @@ impl World {
         }
     }
 
-    fn agent_dies(&mut self) {
-        if let Some(agent) = self.agent.take() {
-            self.close(agent.connection);
+    fn agent_dies(&mut self, at: usize) {
+        let host = &mut self.hosts[at];
+        if let Some(agent) = host.agent.take() {
             // The next one finds what nobody has durably.
-            self.primary.told = None;
+            host.primary.told = None;
+            self.close(agent.connection);
+        }
+    }
+
+    /// Another host becomes the primary, whether or not this one answers; and may so again.
+    fn promotion(&mut self) {
+        if self.promoted.is_some() {
+            if self.random.chance(10) {
+                self.finish_promotion();
+            }
+            return;
+        }
+        let (to, confirmed) = (1 - self.writer, self.acknowledged.1);
+        let Some(replayer) = self.replayer.as_mut().filter(|_| confirmed > CheckpointId(0)) else { return };
+        if self.random.below(50) > 0 || !replayer.has_room() {
+            return;
+        }
+        let by =
+            Promoter { writer: writer(to), host: NAMES[to].into(), to: PathBytes::new(self.folder.as_ref()) };
+        let history = match replayer.promote(by) {
+            Ok(history) => history,
+            // What was taken did not become durable.
+            Err(Refusal::Store(_)) if disk::has_failed(BACKUP) || disk::refused(BACKUP) > 0 => return,
+            Err(refusal) => panic!("it cannot be promoted: {refusal}"),
+        };
+        assert!(history.at >= confirmed, "{confirmed} was confirmed, promoted is {}", history.at);
+        self.seen.promotions += 1;
+        // What is there of a life before is not what is promoted.
+        if to < self.hosts.len() {
+            self.agent_dies(to);
+        }
+        let before = &self.hosts[self.writer].primary;
+        let boot = self.hosts.get(to).map_or(101, |host| host.primary.boot.wrapping_add(1));
+        let host = Host { primary: before.promoted(history.at, boot), agent: None };
+        match self.hosts.get_mut(to) {
+            Some(old) => *old = host,
+            None => self.hosts.push(host),
+        }
+        self.writer = to;
+        self.promoted = Some(history);
+    }
+
+    fn finish_promotion(&mut self) {
+        if let (Some(history), Some(replayer)) = (&self.promoted, &self.replayer)
+            && replayer.promotion_is_done(history).is_ok()
+        {
+            self.promoted = None;
         }
     }
 
@@ -338,7 +345,7 @@ impl World {
 
     fn consume(&mut self) {
         let by_reference = self.random.chance(30);
-        let (Some(agent), primary) = (&mut self.agent, &mut self.primary) else { return };
+        let Host { primary, agent: Some(agent) } = &mut self.hosts[self.at] else { return };
         agent.push();
         for _ in 0..1 + self.random.below(6) {
             agent.consume(primary, by_reference);
@@ -348,15 +355,16 @@ impl World {
     fn checkpoint(&mut self) {
         let wrong = !self.calm && self.random.chance(10);
         // Wall clocks jump, in both directions.
-        self.primary.wall_ns = self.random.next() as i64 >> 2;
-        let Some(agent) = &mut self.agent else { return };
+        let host = &mut self.hosts[self.at];
+        host.primary.wall_ns = self.random.next() as i64 >> 2;
+        let Some(agent) = &mut host.agent else { return };
         // One that is wrong must be told at once: it is not for the spool.
         let wrong = wrong && agent.has_gaps() && agent.is_welcome && agent.queue.in_spool().0 == 0;
-        agent.checkpoint(&mut self.primary, !wrong);
+        agent.checkpoint(&mut host.primary, !wrong);
     }
 
     fn send(&mut self) {
-        let Some(agent) = self.agent.as_mut().filter(|agent| agent.is_welcome) else { return };
+        let Some(agent) = self.hosts[self.at].agent.as_mut().filter(|agent| agent.is_welcome) else { return };
         let Some(connection) = self.connections.iter_mut().find(|c| Some(c.number) == agent.connection)
         else {
             return;
@@ -367,15 +375,16 @@ impl World {
     }
 
     fn keep(&mut self) {
-        let Some(agent) = &mut self.agent else { return };
+        let Some(agent) = &mut self.hosts[self.at].agent else { return };
         let takes = agent.connection.is_none() || self.random.chance(30);
         let kept = agent.keep(takes);
-        assert!(kept || disk::has_failed(PRIMARY) || disk::refused(PRIMARY) > 0, "the spool");
+        let disk = disk_of(self.at);
+        assert!(kept || disk::has_failed(disk) || disk::refused(disk) > 0, "the spool");
         self.seen.spooled += agent.queue.in_spool().0;
     }
 
     fn connect(&mut self) {
-        let (Some(agent), Some(_)) = (&mut self.agent, &self.replayer) else { return };
+        let (Some(agent), Some(_)) = (&mut self.hosts[self.at].agent, &self.replayer) else { return };
         if agent.connection.is_some() {
             return;
         }
@@ -384,6 +393,7 @@ impl World {
         agent.is_welcome = false;
         self.connections.push(Connection {
             number: self.number,
+            host: self.at,
             up: VecDeque::from([Up::Hello(agent.hello())]),
             down: VecDeque::new(),
             agent: true,
@@ -409,8 +419,15 @@ impl World {
             return;
         }
         let refused = match connection.up.pop_front() {
-            Some(Up::Hello(epoch)) => match replayer.hello(connection.number, epoch) {
+            Some(Up::Hello(epoch)) => match replayer.hello(connection.number, writer(connection.host), epoch)
+            {
                 Ok(epoch) => {
+                    assert!(
+                        connection.host == self.writer && self.promoted.is_none(),
+                        "host {} is let in, but {} was promoted",
+                        connection.host,
+                        self.writer
+                    );
                     let state = replayer.group.state();
                     let (position, gaps) = (state.gate.position, state.gate.gaps.iter().cloned());
                     connection.said = Some((epoch, position));
@@ -439,16 +456,16 @@ impl World {
 
     /// The agent gets a frame, or learns that there is none to come.
     fn deliver_down(&mut self) {
-        let Some(agent) = &mut self.agent else { return };
+        let Host { primary, agent: Some(agent) } = &mut self.hosts[self.at] else { return };
         let Some(connection) = self.connections.iter_mut().find(|c| Some(c.number) == agent.connection)
         else {
             return;
         };
         let done = match connection.down.pop_front() {
             Some(Down::Welcome { epoch, position, gaps }) => {
-                let known = self.primary.stream.chain(position.sequence);
+                let known = primary.stream.chain(position.sequence);
                 assert_eq!(known, Some(position.chain), "the replayer has {position:?}, which is not ours");
-                agent.welcomed(&mut self.primary, epoch, position, &gaps)
+                agent.welcomed(primary, epoch, position, &gaps)
             }
             Some(Down::Ack(position)) => agent.acknowledged(position),
             Some(Down::Refused(refusal)) => Err(refusal),
@@ -464,15 +481,29 @@ impl World {
             Refusal::OpenGap { .. } => {
                 // What an engine that is wrong made: the next one compares everything.
                 self.seen.refused_markers += 1;
-                agent.throw_away();
-                self.primary.sealed = Sequence(0);
-                self.primary.loses();
-                self.agent_dies();
+                self.starts_anew();
             }
             // A frame was lost on the way.
-            Refusal::Gap { .. } => self.agent_dies(),
+            Refusal::Gap { .. } => self.agent_dies(self.at),
+            // Another host is the primary, or was meanwhile: what was not sent by then is void.
+            Refusal::Promoted { .. } | Refusal::Fenced { .. } if self.seen.promotions > 0 => {
+                self.seen.fenced += 1;
+                self.starts_anew();
+            }
+            Refusal::Busy { .. } if self.seen.promotions > 0 => {}
             other => panic!("refused: {other}"),
         }
+    }
+
+    /// What the agent has is thrown away; the next one compares everything.
+    fn starts_anew(&mut self) {
+        let Host { primary, agent } = &mut self.hosts[self.at];
+        if let Some(agent) = agent {
+            agent.throw_away();
+        }
+        primary.sealed = Sequence(0);
+        primary.loses();
+        self.agent_dies(self.at);
     }
 
     fn log(&mut self) {
@@ -515,14 +546,14 @@ impl World {
         connection.down.push_back(Down::Ack(progress.durable));
         let now = (progress.durable, progress.confirmed, progress.applied);
         assert!(now.0.sequence >= self.acknowledged.0.sequence && now.1 >= self.acknowledged.1);
-        let confirmed = self.primary.stream.confirmed(now.0.sequence);
+        let confirmed = self.stream().confirmed(now.0.sequence);
         assert!(now.1 <= confirmed && now.2 <= now.1, "{now:?}, but the last marker is of {confirmed}");
         self.acknowledged = now;
     }
 
     /// The network loses, doubles, swaps and breaks.
     fn disturb(&mut self) {
-        let Some(agent) = &mut self.agent else { return };
+        let Some(agent) = &mut self.hosts[self.at].agent else { return };
         let Some(connection) = self.connections.iter_mut().find(|c| Some(c.number) == agent.connection)
         else {
             return;
@@ -551,19 +582,25 @@ impl World {
         match self.random.below(10) {
             0..4 => disk::fail_at(BACKUP, self.random.below(30) as u64, how),
             4 => disk::fail_now(BACKUP, if how == Failure::Once { Failure::Kill } else { how }),
-            5..7 => disk::fail_at(PRIMARY, self.random.below(8) as u64, how),
-            7 => disk::fail_now(PRIMARY, if how == Failure::Once { Failure::Kill } else { how }),
+            5..7 => disk::fail_at(disk_of(self.at), self.random.below(8) as u64, how),
+            7 => disk::fail_now(disk_of(self.at), if how == Failure::Once { Failure::Kill } else { how }),
             _ => {}
         }
     }
 
     /// What the agent may count on, and the ring is released for.
     fn note(&mut self) {
-        let Some(agent) = self.agent.as_ref().filter(|agent| agent.is_live()) else { return };
-        self.primary.sealed = self.primary.sealed.max(agent.queue.sealed());
+        let Host { primary, agent } = &mut self.hosts[self.at];
+        let Some(agent) = agent.as_ref().filter(|agent| agent.is_live()) else { return };
+        primary.sealed = primary.sealed.max(agent.queue.sealed());
         if let Some(released) = agent.queue.released() {
-            self.primary.released(released);
+            primary.released(released);
         }
+    }
+
+    /// The stream that counts.
+    fn stream(&self) -> &Stream {
+        &self.hosts[self.writer].primary.stream
     }
 
     /// After a start of the replayer: what it acknowledged is there.
@@ -573,7 +610,7 @@ impl World {
         let progress = replayer.progress();
         let (durable, confirmed, applied) = self.acknowledged;
         assert!(position.sequence >= durable.sequence, "{durable:?} was acknowledged, there is {position:?}");
-        assert_eq!(self.primary.stream.chain(position.sequence), Some(position.chain), "other records");
+        assert_eq!(self.stream().chain(position.sequence), Some(position.chain), "other records");
         assert!(progress.confirmed >= confirmed, "{confirmed} was confirmed, now {}", progress.confirmed);
         assert!(progress.applied >= applied, "{applied} was applied, now it is {}", progress.applied);
     }
@@ -590,8 +627,9 @@ impl World {
         self.seen.applied += u64::from(applied != self.checked);
         self.checked = applied;
         let durable = replayer.progress().durable.sequence;
-        assert!(applied <= self.primary.stream.confirmed(durable), "{applied} is not confirmed");
-        let state = |of| self.primary.stream.state(of).unwrap_or_else(|| panic!("{of} is of nobody"));
+        assert!(applied <= self.stream().confirmed(durable), "{applied} is not confirmed");
+        let stream = &self.hosts[self.writer].primary.stream;
+        let state = |of| stream.state(of).unwrap_or_else(|| panic!("{of} is of nobody"));
         state(applied).compare(TOP, &self.folder.join("backup/tree/g/r"));
         if !all {
             kept = vec![*self.random.of(&kept)];

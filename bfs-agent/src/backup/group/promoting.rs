@@ -14,6 +14,7 @@ use super::super::error::BackupError;
 use super::super::index::{GroupRow, HistoryRow};
 use super::{Group, Slot, State, locked};
 use crate::generation::wall_ns;
+use crate::mutant::{self, Mutant};
 
 /// An agent that was silent for so long does not answer any more; it pings each second.
 const ANSWERS: Duration = Duration::from_secs(5);
@@ -51,6 +52,9 @@ impl State {
     /// # Errors
     /// The refusal for its agent.
     pub fn admit_writer(&self, name: &str, first: GroupId, id: GroupId) -> Result<(), Refusal> {
+        if mutant::is(Mutant::AdmitsFenced) {
+            return Ok(());
+        }
         let Some(last) = self.histories.last() else {
             return if id == first { Ok(()) } else { Err(Refusal::OtherGroup { name: name.into() }) };
         };

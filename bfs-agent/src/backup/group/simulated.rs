@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bfs_common::record::{CheckpointId, Epoch, GroupId, Sequence};
-use bfs_common::wire::Refusal;
+use bfs_common::wire::{Frame, History, PromoteStage, Promoter, Refusal};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
@@ -60,8 +60,9 @@ impl Simulated {
         Ok(Self { group, log: writer, from_group, failed: false, runtime, _store: store })
     }
 
-    /// What the session of a connection does at a Hello; without an epoch a new one is granted.
-    pub fn hello(&mut self, connection: u64, epoch: Option<Epoch>) -> Result<Epoch, Refusal> {
+    /// What the session of a connection does at a Hello of this writer; without an epoch a new one is granted.
+    pub fn hello(&mut self, connection: u64, id: GroupId, epoch: Option<Epoch>) -> Result<Epoch, Refusal> {
+        self.group.admit_writer(id)?;
         {
             let mut state = self.group.state();
             if let Some(epoch) = epoch {
@@ -69,6 +70,16 @@ impl Simulated {
             }
             state.slot = Some(Slot::of(connection));
         }
+        let group = self.group.clone();
+        self.beside_log(group.drain())?;
+        match epoch {
+            Some(epoch) => Ok(epoch),
+            None => self.group.grant().map_err(|error| Refusal::Store(error.to_string())),
+        }
+    }
+
+    /// Does something that waits for the log, while that takes all that is queued.
+    fn beside_log<T>(&mut self, work: impl Future<Output = T>) -> T {
         let Self { group, log, from_group, failed, runtime, .. } = self;
         let logs = async {
             tokio::task::yield_now().await;
@@ -77,12 +88,21 @@ impl Simulated {
             }
         };
         // While the queue is full the other makes room.
-        let drained = runtime.block_on(async { tokio::join!(group.drain(), logs).0 });
-        drained?;
-        match epoch {
-            Some(epoch) => Ok(epoch),
-            None => self.group.grant().map_err(|error| Refusal::Store(error.to_string())),
+        runtime.block_on(async { tokio::join!(work, logs).0 })
+    }
+
+    /// Another writer takes over, also from one that answers; what is not finished before goes on.
+    pub fn promote(&mut self, by: Promoter) -> Result<History, Refusal> {
+        let group = self.group.clone();
+        match self.beside_log(group.promote(by, true))? {
+            Frame::Promoted { history, .. } => Ok(history),
+            other => panic!("{other:?}"),
         }
+    }
+
+    /// The new writer has its files.
+    pub fn promotion_is_done(&self, history: &History) -> Result<(), Refusal> {
+        self.group.promote_step(history.history, PromoteStage::Done).map(drop)
     }
 
     /// A frame can be taken without waiting for the log.
