@@ -312,9 +312,10 @@ mod tests {
         Limits { reach: Duration::from_secs(5), stand: Duration::from_secs(10) }
     }
 
-    /// Children of several threads' worth: a shell with children that count in files.
+    /// Children of several threads' worth: a shell with children that count in files. They end by themselves should the
+    /// test be killed.
     fn busy(dir: &std::path::Path) -> std::process::Child {
-        let script = "for n in 1 2 3; do (i=0; while :; do i=$((i+1)); echo $i > $0/$n; done) & done; wait";
+        let script = "for n in 1 2 3; do (i=0; while [ $i -lt 3000000 ]; do i=$((i+1)); echo $i > $0/$n; done) & done; wait";
         let child = Command::new("sh").args(["-c", script]).arg(dir).stdin(Stdio::null()).spawn().unwrap();
         until(|| (1..=3).all(|n| !fs::read(dir.join(n.to_string())).unwrap_or_default().is_empty()));
         child
