@@ -620,8 +620,23 @@ impl World {
     /// Returns the status of the program, as the agent gave it or as the test saw it.
     ///
     /// # Errors
-    /// When something does not end, or the last checkpoint is not applied.
+    /// When something does not end, or the last checkpoint is not confirmed.
     pub fn finish(&mut self) -> Result<ExitStatus> {
+        let status = self.end_program()?;
+        // The agent ends when it is confirmed, and with much to do beside it is applied a while later.
+        let is_behind = || {
+            let status = self.replayer_status().ok()?;
+            let number = |name: &str| status[name].as_u64();
+            let works_on = status["trouble"].is_null() && number("applied")? < number("confirmed")?;
+            works_on.then_some(())
+        };
+        if self.replayer.is_some() {
+            until("the last checkpoint to be applied", SOON, || is_behind().is_none().then_some(()))?;
+        }
+        Ok(status)
+    }
+
+    fn end_program(&mut self) -> Result<ExitStatus> {
         fs::write(self.place.stop(), "")?;
         let limit = SOON * 3;
         if let Some(mut program) = self.program.take() {
