@@ -1,12 +1,14 @@
 //! Random programs that hunt for differences: checkpoints all the time, each compared or checked.
 
 use bfs_tests::exercise;
+use bfs_tests::programs::Program;
 use bfs_tests::programs::names::{self, RandomNames};
 use bfs_tests::programs::sequences::{
     Back, CHECKPOINT, Hunt, Manner, Operation, Pace, Paths, Sequence, Sequences, Way, all, core, parse,
     shrink,
 };
 use bfs_tests::random::{Random, printed_seed};
+use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{How, Transport, World, rounds};
 
 #[test]
@@ -33,6 +35,23 @@ fn random_names_that_agents_are_attached_to() {
         exercise::stopped(&world, index).unwrap();
     }
     assert!(world.finish().unwrap().success());
+}
+
+/// What is moved while it is compared, a directory with all that is in it too, is not called different.
+#[test]
+fn random_names_are_compared_while_they_work() {
+    let _ = printed_seed();
+    let mut world = World::new("random-verify", Transport::Unix).unwrap();
+    world.start(&RandomNames, How::Run).unwrap();
+    let place = world.place.clone();
+    until("the program half way", SOON, || RandomNames.half_way(&place).then_some(())).unwrap();
+    for round in 0..rounds(4, 100) {
+        let verified = world.agent_command(&["verify"], SOON).unwrap();
+        let said = String::from_utf8_lossy(&verified.stdout);
+        assert!(matches!(verified.status.code(), Some(0 | 2)), "round {round}: {said}");
+    }
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
 }
 
 const MANNERS: [Manner; 6] = [

@@ -139,7 +139,7 @@ impl Comparison<'_> {
     fn walk(&mut self, index: u32, root: &Path, fd: OwnedFd) {
         let device = tree::stat_fd(fd.as_fd()).map(|s| s.on_device).ok();
         let mut stack = vec![];
-        if let Some(level) = self.entry(index, root, Vec::new(), fd, device) {
+        if let Some(level) = self.entry(index, root, Vec::new(), fd, (device, false)) {
             stack.push(level);
         }
         while let Some(level) = stack.last_mut() {
@@ -152,10 +152,11 @@ impl Comparison<'_> {
                 path.push(b'/');
             }
             path.extend_from_slice(&name);
+            let above = (device, level.moved);
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             match rustix::fs::openat(&level.fd, OsStr::from_bytes(&name), flags, Mode::empty()) {
                 Ok(fd) => {
-                    if let Some(level) = self.entry(index, root, path, fd, device) {
+                    if let Some(level) = self.entry(index, root, path, fd, above) {
                         stack.push(level);
                     }
                 }
@@ -169,14 +170,15 @@ impl Comparison<'_> {
         }
     }
 
-    /// Compares one object; a directory comes back to be walked.
+    /// Compares one object; a directory comes back to be walked. `device` is that of the root, `moved` whether a
+    /// directory above may have come here since the checkpoint.
     fn entry(
         &mut self,
         index: u32,
         root: &Path,
         path: Vec<u8>,
         fd: OwnedFd,
-        device: Option<u64>,
+        (device, moved): (Option<u64>, bool),
     ) -> Option<Level> {
         if self.is_left_out(&path, fd.as_fd()) {
             return None;
@@ -189,7 +191,8 @@ impl Comparison<'_> {
             if stat.kind != FileKind::Directory || Some(stat.on_device) != device {
                 return None;
             }
-            return names(fd.as_fd()).ok().map(|names| Level { fd, path, names });
+            let moved = moved || self.may_have_moved(&path, &stat);
+            return names(fd.as_fd()).ok().map(|names| Level { fd, path, names, moved });
         }
         let local = match read(fd.as_fd()) {
             Ok(Some(local)) => local,
@@ -210,7 +213,7 @@ impl Comparison<'_> {
         }
         self.report.bytes += local.stat.size;
         let shown = place(root, &path);
-        let changed_since = self.since.is_some_and(|s| ctime_ns(&local.stat) >= s);
+        let in_doubt = moved || self.changed_since(&local.stat);
         let line = self.lines.remove(&(index, path.clone()));
         let mut differences = match line {
             Some(line) => differences(&local, line),
@@ -218,15 +221,20 @@ impl Comparison<'_> {
         };
         if let Some(line) = line {
             let inode = (local.stat.on_device, local.stat.ino);
-            let object = *self.inodes.entry(inode).or_insert(line.object);
-            let as_before = *self.objects.entry(line.object).or_insert(inode);
+            // What may be another file than the line's says nothing of those that are not.
+            if !in_doubt {
+                self.inodes.entry(inode).or_insert(line.object);
+                self.objects.entry(line.object).or_insert(inode);
+            }
+            let object = self.inodes.get(&inode).copied().unwrap_or(line.object);
+            let as_before = self.objects.get(&line.object).copied().unwrap_or(inode);
             if object != line.object || as_before != inode {
                 differences.push("hard links differ".to_owned());
             }
         }
         if differences.is_empty() {
             self.report.compared += 1;
-        } else if changed_since {
+        } else if in_doubt {
             self.leave(index, path.clone(), format!("{}: changed since the checkpoint", shown.display()));
         } else {
             self.report.compared += 1;
@@ -238,13 +246,23 @@ impl Comparison<'_> {
         if local.stat.kind != FileKind::Directory {
             return None;
         }
+        let moved = moved || self.may_have_moved(&path, &local.stat);
         match names(fd.as_fd()) {
-            Ok(names) => Some(Level { fd, path, names }),
+            Ok(names) => Some(Level { fd, path, names, moved }),
             Err(e) => {
                 self.skip(index, root, path, &e.to_string());
                 None
             }
         }
+    }
+
+    fn changed_since(&self, stat: &FileStat) -> bool {
+        self.since.is_some_and(|since| ctime_ns(stat) >= since)
+    }
+
+    /// Whether a directory may have come to its place since the checkpoint, which nothing in it shows. A root has its.
+    fn may_have_moved(&self, path: &[u8], stat: &FileStat) -> bool {
+        !path.is_empty() && self.changed_since(stat)
     }
 
     fn is_left_out(&self, path: &[u8], fd: BorrowedFd<'_>) -> bool {
@@ -308,6 +326,8 @@ struct Level {
     fd: OwnedFd,
     path: Vec<u8>,
     names: Vec<Vec<u8>>,
+    /// It may have come here since the checkpoint.
+    moved: bool,
 }
 
 fn place(root: &Path, path: &[u8]) -> PathBuf {
@@ -480,6 +500,38 @@ mod tests {
         assert!(found.left.is_empty() && found.report.different_count == 0, "{found:?}");
         // The symlink is gone on both sides.
         assert_eq!(found.report.compared as usize, only.len() - 1, "{found:?}");
+    }
+
+    /// The files in a directory that is moved keep their times.
+    #[test]
+    fn what_is_in_a_directory_that_moved_since_is_not_compared() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tree();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("e/deep")).unwrap();
+        fs::write(at("e/f"), "other").unwrap();
+        fs::write(at("e/deep/h"), "more").unwrap();
+        let expected = manifest(dir.path());
+        let files = ["d/f", "e/f", "e/deep", "e/deep/h"].map(|name| fs::symlink_metadata(at(name)).unwrap());
+        let last = files.iter().map(|m| m.ctime() * 1_000_000_000 + m.ctime_nsec()).max().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(60));
+        let since = Some(last + CLOCK_SLACK_NS + 20_000_000);
+        // They change places, and one goes on to where nothing was.
+        let flags = rustix::fs::RenameFlags::EXCHANGE;
+        rustix::fs::renameat_with(rustix::fs::CWD, at("d"), rustix::fs::CWD, at("e"), flags).unwrap();
+        fs::rename(at("e"), at("new")).unwrap();
+        let found = compare(&expected, since, &Filter::default(), None);
+        assert_eq!(found.report.different, [""; 0], "{found:?}");
+        let only: Places = found.left.into_keys().collect();
+        for name in ["d/f", "d/deep/h", "new/f"] {
+            let place = (dir.path().as_os_str().as_bytes().to_vec(), name.into());
+            assert!(only.contains(&place), "{name} in {only:?}");
+        }
+        let found = compare(&manifest(dir.path()), Some(i64::MAX), &Filter::default(), Some(&only));
+        assert!(found.left.is_empty() && found.report.different_count == 0, "{found:?}");
+        // Where nothing moved they differ.
+        let found = compare(&expected, None, &Filter::default(), None);
+        assert!(found.report.different.iter().any(|line| line.contains("d/f")), "{found:?}");
     }
 
     #[test]
