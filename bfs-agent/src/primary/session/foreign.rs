@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use bfs_common::abi::{EventHeader, ForeignEvent, InodeId, Plain, kind};
 use rustix::fs::{CWD, Mode, OFlags};
@@ -34,16 +35,18 @@ pub(super) fn taken(probes: &Probes, record: &mut [u8]) -> Result<(), HostError>
 
 /// The files in scope that processes which are not selected have open for writing, each with one of them.
 pub(super) fn writers(link: &Link) -> Result<Vec<(InodeId, u32)>, HostError> {
-    let selected: HashSet<u32> =
-        link.probes.selected_processes().map_err(probes_failed)?.into_iter().collect();
+    let selected = || -> Result<HashSet<u32>, HostError> {
+        Ok(link.probes.selected_processes().map_err(probes_failed)?.into_iter().collect())
+    };
+    let before = selected()?;
     let devices = link.reader.devices();
     let own = std::process::id();
-    let mut found = BTreeMap::new();
+    let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
-        if pid == own || selected.contains(&pid) {
+        if pid == own || before.contains(&pid) {
             continue;
         }
         let process = entry.path();
@@ -61,11 +64,14 @@ pub(super) fn writers(link: &Link) -> Result<Vec<(InodeId, u32)>, HostError> {
             if link.probes.foreign().concerns(file.as_fd()).map_err(probes_failed)?
                 && let Ok(Some(inode)) = link.reader.inode_of(file.as_fd())
             {
-                found.insert(inode, pid);
+                found.push((inode, pid));
             }
         }
     }
-    Ok(found.into_iter().collect())
+    // A process that was born meanwhile is selected from its first moment, if its parent is.
+    let after = selected()?;
+    found.retain(|(_, pid)| !after.contains(pid) && Path::new(&format!("/proc/{pid}")).exists());
+    Ok(found.into_iter().collect::<BTreeMap<_, _>>().into_iter().collect())
 }
 
 fn text(command: &[u8; 16]) -> String {
