@@ -70,6 +70,15 @@ macro_rules! fio {
     };
 }
 
+/// `run` runs a command as the user of the database, whose programs are found.
+macro_rules! as_postgres {
+    () => {
+        "run() { setpriv --reuid postgres --regid \"$(id -g postgres)\" --clear-groups \"$@\"; }
+         PATH=\"$PATH:$(ls -d /usr/lib/postgresql/*/bin | tail -1)\"
+         "
+    };
+}
+
 /// All of them.
 pub const WORKLOADS: [Workload; 12] = [
     Workload {
@@ -164,11 +173,12 @@ pub const WORKLOADS: [Workload; 12] = [
         aim: Some(1.03),
         tools: POSTGRES,
         inputs: postgres_cluster,
-        prepare: "cp -a \"$inputs/pg\" \"$data/pg\"; chown postgres \"$aux\"
-            run() { setpriv --reuid postgres --regid \"$(id -g postgres)\" --clear-groups \"$@\"; }
-            PATH=\"$PATH:$(ls -d /usr/lib/postgresql/*/bin | tail -1)\"
+        prepare: concat!(
+            as_postgres!(),
+            "cp -a \"$inputs/pg\" \"$data/pg\"; chown postgres \"$aux\"
             run pg_ctl -D \"$data/pg\" -l \"$aux/server.log\" -w -s start \
-                -o \"-c unix_socket_directories=$aux -c listen_addresses=\"",
+                -o \"-c unix_socket_directories=$aux -c listen_addresses=\""
+        ),
         work: "run pgbench -h \"$aux\" -n -c 2 -t $amount postgres > \"$aux/pgbench.log\" 2>&1",
         after: "run pg_ctl -D \"$data/pg\" -w -s -m fast stop",
         amounts: [200, 500, 2_000],
@@ -227,12 +237,14 @@ fn c_project(folder: &Path) -> Result<()> {
 
 /// A database that pgbench has initialised.
 fn postgres_cluster(folder: &Path) -> Result<()> {
-    let script = "set -eu; exec > \"$1/cluster.log\" 2>&1; mkdir \"$1/pg\" \"$1/run\"; chown postgres \"$1/pg\" \"$1/run\"
-        run() { setpriv --reuid postgres --regid \"$(id -g postgres)\" --clear-groups \"$@\"; }
-        PATH=\"$PATH:$(ls -d /usr/lib/postgresql/*/bin | tail -1)\"; cd \"$1/run\"
+    let script = concat!(
+        "set -eu; exec > \"$1/cluster.log\" 2>&1; ",
+        as_postgres!(),
+        "mkdir \"$1/pg\" \"$1/run\"; chown postgres \"$1/pg\" \"$1/run\"; cd \"$1/run\"
         run initdb -D \"$1/pg\" -A trust
         run pg_ctl -D \"$1/pg\" -l \"$1/run/log\" -w start -o \"-c unix_socket_directories=$1/run -c listen_addresses=\"
         trap 'run pg_ctl -D \"$1/pg\" -w -m fast stop' EXIT
-        run pgbench -h \"$1/run\" -q -i -s 4 postgres";
+        run pgbench -h \"$1/run\" -q -i -s 4 postgres"
+    );
     command_ok(Command::new("/bin/sh").args(["-c", script, "sh"]).arg(folder)).map(drop)
 }

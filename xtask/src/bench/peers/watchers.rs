@@ -13,6 +13,7 @@ use super::{Begun, Daemon, Peer, daemon};
 use crate::setup::Tool;
 
 const KIND: &str = "watches, copies afterwards";
+const RSYNC: Tool = ("rsync", "rsync", "copies for peers in `bench peers`");
 /// Lies there when the peer begins; it works when its copy is there.
 const MARK: &str = "begun";
 
@@ -42,10 +43,7 @@ impl Peer for Lsyncd {
     }
 
     fn tools(&self) -> &'static [Tool] {
-        &[
-            ("lsyncd", "lsyncd", "a peer in `bench peers`"),
-            ("rsync", "rsync", "copies for peers in `bench peers`"),
-        ]
+        &[("lsyncd", "lsyncd", "a peer in `bench peers`"), RSYNC]
     }
 
     fn begin(&self, world: &mut World, cpu: Option<usize>) -> Result<Begun> {
@@ -69,10 +67,7 @@ impl Peer for RsyncLoop {
     }
 
     fn tools(&self) -> &'static [Tool] {
-        &[
-            ("inotifywait", "inotify-tools", "a peer in `bench peers`"),
-            ("rsync", "rsync", "copies for peers in `bench peers`"),
-        ]
+        &[("inotifywait", "inotify-tools", "a peer in `bench peers`"), RSYNC]
     }
 
     fn begin(&self, world: &mut World, cpu: Option<usize>) -> Result<Begun> {
