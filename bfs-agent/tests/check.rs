@@ -299,8 +299,16 @@ async fn an_older_copy_of_the_index_is_refused() {
     std::fs::write(&index, older).unwrap();
     let refused = start(&store).map(drop).unwrap_err().to_string();
     assert!(refused.contains("older copy") && refused.contains("checkpoint 1"), "{refused}");
+    assert!(check(&store, true, &[]).unwrap_err().to_string().contains("older copy"));
+    assert!(files(&store) == before, "nothing was touched");
+    // Also where there is no copy that would know better.
+    let (copy, aside) = (store.join("index-copy"), dir.path().join("aside"));
+    std::fs::rename(&copy, &aside).unwrap();
+    let without = start(&store).map(drop).unwrap_err().to_string();
+    assert!(without.contains("older copy") && without.contains("checkpoint 1"), "{without}");
     assert!(found(&store).problems.iter().any(|problem| problem.why.contains("older copy")));
     assert!(files(&store) == before, "nothing was touched");
+    std::fs::rename(&aside, &copy).unwrap();
     std::fs::write(&index, sound).unwrap();
     all_are_read(&store).await;
     assert_eq!(found(&store).problems, []);

@@ -55,7 +55,8 @@ struct Aside(PathBuf);
 impl Aside {
     /// Files in `kept` are the same ones: the index knows their inode numbers.
     fn copy(from: &Path, to: &Path) {
-        let script = "cp -a \"$0/index.redb\" \"$0/images\" \"$1/\"; cp -al \"$0/kept\" \"$1/\"";
+        let script =
+            "cp -a \"$0/index.redb\" \"$0/index-copy\" \"$0/images\" \"$1/\"; cp -al \"$0/kept\" \"$1/\"";
         command_ok(Command::new("/bin/sh").args(["-ec", script]).args([from, to])).unwrap();
     }
 
@@ -67,7 +68,7 @@ impl Aside {
     }
 
     fn put_back(&self, world: &World) {
-        for folder in ["images", "kept"] {
+        for folder in ["images", "kept", "index-copy"] {
             fs::remove_dir_all(world.store.join(folder)).unwrap();
         }
         Self::copy(&self.0, &world.store);

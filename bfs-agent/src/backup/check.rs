@@ -1,7 +1,7 @@
 //! Scrubbing a store without the primary: nothing is repaired, everything that does not fit is named, with
 //! the checkpoints that cannot be given out any more.
 //!
-//! - The index: its own checksums.
+//! - The index: its own checksums; and those of its copy.
 //! - The log: headers, checksums, numbers and chain hashes of all records and commits, over all segments.
 //!   What a crash left behind the last commit of the newest segment is no damage.
 //! - Before-images, from the oldest checkpoint to the tree: every line; with `read_data` every byte too.
@@ -29,7 +29,7 @@ use rustix::fs::OFlags;
 use super::apply::{Area, CrashPoint, Step};
 use super::error::BackupError;
 use super::images::{self, Blocks};
-use super::index::{Base, GroupRow, Index, Node, Place, View};
+use super::index::{self, Base, GroupRow, Index, Node, Place, Rebuilt, View};
 use super::past::{Past, Source};
 use super::plan::Plan;
 use super::process;
@@ -87,6 +87,19 @@ pub struct Report {
     pub between: Vec<String>,
 }
 
+/// Makes the index of a store that nobody owns again, from its copy.
+///
+/// # Errors
+/// [`BackupError::NoRebuild`], or what the disk says; then the index is as it was.
+pub fn rebuild(path: &Path) -> Result<Rebuilt, BackupError> {
+    let found = store::check_format(path)?;
+    if found < store::FORMAT_OF_COPY {
+        let why = format!("the store has format {found}, which has no copy of the index");
+        return Err(BackupError::NoRebuild { path: path.into(), why });
+    }
+    index::rebuild(&Store::open(path)?)
+}
+
 /// Scrubs a store. `allowed` are the folders outside that `serve --allow-root` has.
 ///
 /// # Errors
@@ -95,14 +108,18 @@ pub fn check(path: &Path, read_data: bool, allowed: &[PathBuf]) -> Result<Report
     store::check_format(path)?;
     let store = Store::open(path)?;
     let mut report = Report::default();
+    let mut of_store = |what: &Path, why: String| {
+        let (group, what, generations) = (String::new(), what.display().to_string(), Vec::new());
+        report.problems.push(Problem { group, what, why, generations });
+    };
+    // Before it is opened, which begins a copy anew that does not fit.
+    for (file, why) in index::check_copy(store.path())? {
+        of_store(&file, why);
+    }
     let mut index = Index::open(store.path())?;
     if !index.is_sound()? {
-        report.problems.push(Problem {
-            group: String::new(),
-            what: store.path().join("index.redb").display().to_string(),
-            why: "its checksums do not fit".into(),
-            generations: Vec::new(),
-        });
+        let why = "its checksums do not fit: --rebuild-index makes it again";
+        of_store(&store.path().join("index.redb"), why.into());
     }
     for (name, row) in index.groups()? {
         let maps = row.maps.clone();

@@ -135,6 +135,7 @@ pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
                 Err(BackupError::Crash) => crashed += 1,
                 Err(error) => panic!("{error}"),
             }
+            index.compare_copy();
             // A reader beside the applier, at this moment.
             let source =
                 Source { area: &area, index: &index, group: GROUP, number: 1, id: row.id, tree: None };
@@ -156,6 +157,10 @@ pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
             assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");
         }
         LogWriter::remove_applied(&log_dir, row.applied.sequence).unwrap();
+        index.compare_copy();
+        if number % 2 == 1 {
+            assert!(index.copy(&|| true).unwrap());
+        }
         crashed_once |= number >= from && crashed == crashes.len();
         models.push(model.clone());
         let area = Area::open(&store, GROUP, &[], &[]).unwrap();
@@ -181,6 +186,7 @@ pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
         area.drop_kept(&gone).unwrap();
         area.drop_images(|image| image >= oldest).unwrap();
     }
+    index.compare_copy();
     compare_sums(&area, &index, true);
     for left in ["kept", "images"] {
         assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");

@@ -67,14 +67,32 @@ pub enum BackupError {
     /// The index is gone, and what it was the index of is there.
     #[error(
         "the store has backup files of group {group:?}, but no index: {path} is missing; nothing was changed. If the file was \
-         moved, put it back, but never an older copy of it. The backup files in tree/ are readable as they stand; a new \
-         --store gets a new copy of everything"
+         moved, put it back, but never an older copy of it; else `bfs-replayer check --rebuild-index --store DIR` makes it again"
     )]
     NoIndex {
         /// Where it should be.
         path: PathBuf,
         /// A group that has files.
         group: String,
+    },
+    /// The index is there, and is not that of the store as it is now.
+    #[error(
+        "the store's index {path} cannot be used: {why}; nothing was changed. `bfs-replayer check --rebuild-index --store DIR` \
+         makes it again"
+    )]
+    IndexUnusable {
+        /// The index.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The index cannot be made again.
+    #[error("the index cannot be made again from {path}: {why}; nothing was changed")]
+    NoRebuild {
+        /// The copy, or what of it is in the way.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
     },
     /// A batch for the log that does not follow what is in it: a fault of this program.
     #[error("{dir}: records that follow record {follows} cannot stand behind record {stands}")]

@@ -626,7 +626,8 @@ impl Group {
                          with a checkpoint of a running agent, and `bfs-replayer check` names them"
                     )
                 });
-                let all = [&state.log_trouble, &why_not, &state.apply_trouble, &damaged, &state.tidy_trouble];
+                let (tidy, copy) = (&state.tidy_trouble, &self.index.copy_trouble());
+                let all = [&state.log_trouble, &why_not, &state.apply_trouble, &damaged, tidy, copy];
                 let all = all.into_iter().flatten().chain(&state.following.troubles);
                 let all: Vec<&str> = all.map(String::as_str).collect();
                 (!all.is_empty()).then(|| all.join("; "))

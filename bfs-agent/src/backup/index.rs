@@ -7,16 +7,27 @@
 //! After a failed read, write or sync the database takes nothing until it is opened again, and what it then
 //! holds is the state before or after the transaction that failed. So it is closed at once, the next who needs
 //! it opens it, and whoever was told of a failure must read again where it stands.
+//!
+//! Beside it stands a copy of it, in another form (`copy`), which has each change before the index has it.
 
+mod change;
+mod copy;
+#[cfg(test)]
+mod copy_tests;
+mod copying;
 mod generations;
 mod history;
+mod rebuild;
 mod view;
+mod writing;
 
+pub use copying::{Keeper, check as check_copy};
+pub use rebuild::{Rebuilt, rebuild};
 pub use view::{Base, SumsOf, View};
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use bfs_common::record::{
     CheckpointId, CheckpointLabel, Epoch, FileKind, GroupId, Identity, Meta, Name, ObjectId, PathBytes,
@@ -30,8 +41,11 @@ use serde::{Deserialize, Serialize};
 use super::damage::Damage;
 use super::error::BackupError;
 use super::gate::{Marker, PositionRow};
-use super::sums::{Edit, SumChange, SumRow};
+use super::sums::{SumChange, SumRow};
 use crate::log::{sync_dir, write_again};
+use change::{Change, Tables};
+use copy::Mark;
+use copy::changes::Changes;
 
 const GROUPS: TableDefinition<&str, &[u8]> = TableDefinition::new("groups");
 /// (group number, object) -> Node
@@ -51,8 +65,11 @@ const SUMS: TableDefinition<(u32, u64, u64), &[u8]> = TableDefinition::new("sums
 /// (group number, object) -> Damage: bytes that the object's file does not have as it should
 const DAMAGE: TableDefinition<(u32, u64), &[u8]> = TableDefinition::new("damage");
 
+/// 0 -> Mark: the last change that is in here (since store format 7)
+const CHANGED: TableDefinition<u8, &[u8]> = TableDefinition::new("changed");
+
 /// How many tables there are.
-const TABLES: usize = 8;
+const TABLES: usize = 9;
 
 /// Memory for the index's pages.
 const CACHE_BYTES: usize = 64 << 20;
@@ -188,7 +205,12 @@ pub struct StepResult {
 #[derive(Debug)]
 pub struct Index {
     path: PathBuf,
+    /// The folder of the copy.
+    folder: PathBuf,
     db: RwLock<Open>,
+    /// The end of the copy. Locked behind `db`.
+    changes: Mutex<Changes>,
+    copying: Mutex<copying::State>,
 }
 
 /// The database, and how often it was opened. `None` after a failure.
@@ -218,6 +240,9 @@ impl Index {
             if let Some(group) = any_group(store)? {
                 return Err(BackupError::NoIndex { path, group });
             }
+            if copy::is_begun(&copy::folder(store))? {
+                return Err(BackupError::IndexUnusable { path, why: "it is missing".into() });
+            }
             // As a whole or not at all: one that was only begun is no database.
             let new = path.with_extension("new");
             match std::fs::remove_file(&new) {
@@ -230,8 +255,55 @@ impl Index {
             std::fs::rename(&new, &path).map_err(BackupError::io("make", &path))?;
             sync_dir(store)?;
         }
-        let db = open(&path)?;
-        Ok(Self { path, db: RwLock::new(Open { db: Some(db), times: 1 }) })
+        let unusable = |why: String| BackupError::IndexUnusable { path: path.clone(), why };
+        let db = open(&path).map_err(|error| match error {
+            BackupError::Corrupt { why, .. } => unusable(why),
+            BackupError::Index(error) if is_no_database(&error) => unusable(error.to_string()),
+            other => other,
+        })?;
+        let folder = copy::folder(store);
+        let changes = copying::attach(&db, &folder, &path)?;
+        let copying = Mutex::new(copying::State::of(&folder)?);
+        let (db, changes) = (RwLock::new(Open { db: Some(db), times: 1 }), Mutex::new(changes));
+        let index = Self { path, folder, db, changes, copying };
+        if index.groups()?.is_empty()
+            && !index.has_copy()
+            && let Err(error) = index.copy(&|| true)
+        {
+            tracing::warn!("{error}: the index is copied later");
+        }
+        Ok(index)
+    }
+
+    /// Changes something, in one transaction, which the copy has first. When that was said to have failed it may stand
+    /// there all the same.
+    fn change<T>(
+        &self,
+        work: impl FnOnce(&mut Change<'_, '_>) -> Result<T, BackupError>,
+    ) -> Result<T, BackupError> {
+        self.with(|db| {
+            let write = db.begin_write()?;
+            let mut copy = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+            // Left by a panic.
+            copy.abandon();
+            if mark(&write.open_table(CHANGED)?)? != copy.mark() {
+                // The transaction of the last change failed: it is done again when the database is opened.
+                return Err(redb::StorageError::PreviousIo.into());
+            }
+            let done = work(&mut Change { tables: Tables::of(&write)?, copy: &mut copy });
+            let done = match done {
+                Ok(done) => done,
+                Err(error) => {
+                    copy.abandon();
+                    return Err(error);
+                }
+            };
+            if let Some(mark) = copy.end()? {
+                write.open_table(CHANGED)?.insert(0, &mark.encode()[..])?;
+                write.commit()?;
+            }
+            Ok(done)
+        })
     }
 
     /// Works with the database, opened again if it had failed. If it fails it is closed.
@@ -245,7 +317,11 @@ impl Index {
                 // written and synced again.
                 rewritten(&self.path)?;
                 // While somebody still holds a view of the one that failed, this says that it is open.
-                closed.db = Some(open(&self.path)?);
+                let db = open(&self.path)?;
+                let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+                copying::catch_up(&db, &changes, &self.folder)?;
+                drop(changes);
+                closed.db = Some(db);
                 closed.times += 1;
             }
             drop(closed);
@@ -289,16 +365,7 @@ impl Index {
     /// # Errors
     /// If the index fails.
     pub fn groups(&self) -> Result<Vec<(String, GroupRow)>, BackupError> {
-        self.with(|db| {
-            let read = db.begin_read()?;
-            let table = read.open_table(GROUPS)?;
-            let mut found = Vec::new();
-            for line in table.iter()? {
-                let (name, row) = line?;
-                found.push((name.value().to_owned(), unpack("group", row.value())?));
-            }
-            Ok(found)
-        })
+        self.with(groups)
     }
 
     /// A group's row as it is now.
@@ -307,37 +374,6 @@ impl Index {
     /// If the index fails.
     pub fn group(&self, name: &str) -> Result<GroupRow, BackupError> {
         self.with(|db| group_row(&db.begin_read()?.open_table(GROUPS)?, name))
-    }
-
-    /// Puts a group in, durably.
-    ///
-    /// # Errors
-    /// If the index fails.
-    pub fn put_group(&self, name: &str, row: &GroupRow) -> Result<(), BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            write.open_table(GROUPS)?.insert(name, &pack(row)[..])?;
-            Ok(write.commit()?)
-        })
-    }
-
-    /// Grants the next epoch, durably.
-    ///
-    /// # Errors
-    /// If the index fails; then none is granted.
-    pub fn grant(&self, name: &str) -> Result<Epoch, BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            let epoch = {
-                let mut table = write.open_table(GROUPS)?;
-                let mut row = group_row(&table, name)?;
-                row.granted = row.granted.next();
-                table.insert(name, &pack(&row)[..])?;
-                row.granted
-            };
-            write.commit()?;
-            Ok(epoch)
-        })
     }
 
     /// The step of a group that was begun and is not complete.
@@ -349,158 +385,6 @@ impl Index {
             let read = db.begin_read()?;
             let table = read.open_table(PLANS)?;
             table.get(group)?.map(|row| unpack("plan", row.value())).transpose()
-        })
-    }
-
-    /// Notes a plan or its next phase, durably.
-    ///
-    /// # Errors
-    /// If the index fails.
-    pub fn put_plan(&self, group: u32, plan: &PlanRow) -> Result<(), BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            write.open_table(PLANS)?.insert(group, &pack(plan)[..])?;
-            Ok(write.commit()?)
-        })
-    }
-
-    /// Ends a step: objects, entries, applied position, generations and the end of the plan in
-    /// one transaction. `update` changes the group's row. `imaged`: the images of the step are
-    /// sealed; without them nothing before it can be read any more.
-    ///
-    /// # Errors
-    /// If the index fails; then nothing is changed.
-    pub fn finish(
-        &self,
-        name: &str,
-        result: &StepResult,
-        imaged: bool,
-        update: impl FnOnce(&mut GroupRow),
-    ) -> Result<GroupRow, BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            let row = {
-                let mut groups = write.open_table(GROUPS)?;
-                let mut row = group_row(&groups, name)?;
-                let mut generations = write.open_table(GENERATIONS)?;
-                let mut kept = write.open_table(KEPT)?;
-                if imaged {
-                    let before = (row.number, row.checkpoint.0);
-                    if generations.get(before)?.is_none() {
-                        // Applied by a release that kept none.
-                        let (label, roots) = (row.label.clone(), row.roots.clone());
-                        generations.insert(
-                            before,
-                            &pack(&GenerationRow { label, roots, changed: 0, bytes: 0 })[..],
-                        )?;
-                    }
-                    for object in &result.kept {
-                        kept.insert((row.number, object.0), row.checkpoint.0)?;
-                    }
-                } else {
-                    // Before the first checkpoint nothing is kept, so there are no checksums of it either.
-                    let all = (row.number, 0)..=(row.number, u64::MAX);
-                    generations.retain_in(all.clone(), |_, _| false)?;
-                    kept.retain_in(all, |_, _| false)?;
-                }
-                update(&mut row);
-                let (changed, bytes) = result.extent;
-                let newest =
-                    GenerationRow { label: row.label.clone(), roots: row.roots.clone(), changed, bytes };
-                generations.insert((row.number, row.checkpoint.0), &pack(&newest)[..])?;
-                groups.insert(name, &pack(&row)[..])?;
-                let mut objects = write.open_table(OBJECTS)?;
-                for (object, node) in &result.objects {
-                    match node {
-                        Some(node) => objects.insert((row.number, object.0), &pack(node)[..])?,
-                        None => objects.remove((row.number, object.0))?,
-                    };
-                }
-                let mut sums = write.open_table(SUMS)?;
-                let mut damage = write.open_table(DAMAGE)?;
-                for (object, _) in result.objects.iter().filter(|(_, node)| node.is_none()) {
-                    if !imaged || !result.kept.contains(object) {
-                        sums.retain_in(rows(row.number, *object, 0, u64::MAX), |_, _| false)?;
-                        damage.remove((row.number, object.0))?;
-                    }
-                }
-                for (object, left) in &result.damage {
-                    put_damage(&mut damage, row.number, *object, left)?;
-                }
-                for (object, change) in &result.sums {
-                    change_sums(&mut sums, row.number, *object, change)?;
-                }
-                let mut entries = write.open_table(ENTRIES)?;
-                for (directory, name, object) in &result.entries {
-                    let key = (row.number, directory.0, name.as_bytes());
-                    match object {
-                        Some(object) => entries.insert(key, object.0)?,
-                        None => entries.remove(key)?,
-                    };
-                }
-                write.open_table(PLANS)?.remove(row.number)?;
-                row
-            };
-            write.commit()?;
-            Ok(row)
-        })
-    }
-
-    /// Notes checksums of files, durably: of files that had none.
-    ///
-    /// # Errors
-    /// If the index fails; then nothing is changed.
-    pub fn put_sums(&self, group: u32, sums: &[(ObjectId, SumChange)]) -> Result<(), BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            {
-                let mut table = write.open_table(SUMS)?;
-                for (object, change) in sums {
-                    change_sums(&mut table, group, *object, change)?;
-                }
-            }
-            Ok(write.commit()?)
-        })
-    }
-
-    /// Notes what is damaged of files, beside what was noted before, durably.
-    ///
-    /// # Errors
-    /// If the index fails; then nothing is changed.
-    pub fn add_damage(&self, group: u32, found: &[(ObjectId, Damage)]) -> Result<(), BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            {
-                let mut table = write.open_table(DAMAGE)?;
-                for (object, more) in found {
-                    let had = table.get((group, object.0))?;
-                    let mut all: Damage =
-                        had.map_or(Ok(Damage::default()), |row| unpack("damage", row.value()))?;
-                    more.iter().for_each(|(start, end)| all.add(start, end));
-                    put_damage(&mut table, group, *object, &all)?;
-                }
-            }
-            Ok(write.commit()?)
-        })
-    }
-
-    /// Notes the files that objects have now, durably.
-    ///
-    /// # Errors
-    /// If the index fails; then nothing is changed.
-    pub fn put_inos(&self, group: u32, inos: &[(ObjectId, u64)]) -> Result<(), BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            {
-                let mut objects = write.open_table(OBJECTS)?;
-                for (object, ino) in inos {
-                    let row = objects.get((group, object.0))?;
-                    let node = row.map(|row| unpack::<Node>("object", row.value())).transpose()?;
-                    let Some(node) = node else { continue };
-                    objects.insert((group, object.0), &pack(&Node { ino: *ino, ..node })[..])?;
-                }
-            }
-            Ok(write.commit()?)
         })
     }
 
@@ -574,49 +458,43 @@ fn open(path: &Path) -> Result<Database, BackupError> {
     write.open_table(KEPT)?;
     write.open_table(SUMS)?;
     write.open_table(DAMAGE)?;
+    write.open_table(CHANGED)?;
     write.commit()?;
     Ok(db)
+}
+
+/// Whether an error of opening says that the file is none of a database, and not that it could not be read.
+fn is_no_database(error: &redb::Error) -> bool {
+    match error {
+        redb::Error::Io(error) => error.raw_os_error().is_none(),
+        redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) | redb::Error::RepairAborted => true,
+        _ => false,
+    }
+}
+
+/// All groups of a database by name.
+fn groups(db: &Database) -> Result<Vec<(String, GroupRow)>, BackupError> {
+    let read = db.begin_read()?;
+    let table = read.open_table(GROUPS)?;
+    let mut found = Vec::new();
+    for line in table.iter()? {
+        let (name, row) = line?;
+        found.push((name.value().to_owned(), unpack("group", row.value())?));
+    }
+    Ok(found)
+}
+
+/// The last change that a database has.
+fn mark(table: &impl ReadableTable<u8, &'static [u8]>) -> Result<Mark, BackupError> {
+    let row = table.get(0)?;
+    row.map_or(Ok(Mark::default()), |row| {
+        Mark::decode(row.value()).ok_or_else(|| BackupError::corrupt("index.redb", "its last change is none"))
+    })
 }
 
 /// The keys of some rows of checksums of an object: first and end.
 fn rows(group: u32, object: ObjectId, first: u64, end: u64) -> std::ops::Range<(u32, u64, u64)> {
     (group, object.0, first)..(group, object.0, end)
-}
-
-/// Changes the checksums of an object.
-fn change_sums(
-    table: &mut redb::Table<'_, (u32, u64, u64), &'static [u8]>,
-    group: u32,
-    object: ObjectId,
-    change: &SumChange,
-) -> Result<(), BackupError> {
-    let edit = Edit::of(change);
-    for (first, end) in edit.gone {
-        table.retain_in(rows(group, object, first, end), |_, _| false)?;
-    }
-    for number in edit.rows {
-        let key = (group, object.0, number);
-        let before = table.get(key)?.map(|row| sum_row(row.value())).transpose()?;
-        match change.row(number, before.as_ref()) {
-            Some(row) => table.insert(key, &row.encode()[..])?,
-            None => table.remove(key)?,
-        };
-    }
-    Ok(())
-}
-
-fn put_damage(
-    table: &mut redb::Table<'_, (u32, u64), &'static [u8]>,
-    group: u32,
-    object: ObjectId,
-    damage: &Damage,
-) -> Result<(), BackupError> {
-    if damage.is_empty() {
-        table.remove((group, object.0))?;
-    } else {
-        table.insert((group, object.0), &pack(damage)[..])?;
-    }
-    Ok(())
 }
 
 fn sum_row(bytes: &[u8]) -> Result<SumRow, BackupError> {

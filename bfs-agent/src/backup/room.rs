@@ -3,7 +3,7 @@
 //! [`Need`] is pure: an upper bound, record by record, of what a step takes until it is applied: new bytes, and
 //! before-images of what they overwrite. [`Room`] is the account of a whole store. Groups note what they need, and
 //! nothing more is taken, and above all no checkpoint confirmed, unless all of that and a margin are free. The
-//! margin is for what no estimate has: journals, directories, the index.
+//! margin is for what no estimate has: journals, directories, the index and its copy.
 //!
 //! It is an account and not a file with allocated blocks, because such a file holds blocks only: no inodes, no
 //! directory blocks, nothing that a copy-on-write file system needs to write in place; and it has to be given
@@ -221,6 +221,14 @@ impl Room {
     /// What is too little.
     pub fn check(&self, disks: &Disks, more: u64) -> Result<(), Short> {
         self.check_all(&[(&disks.store, more), (&disks.tree, 0), (&disks.images, 0)])
+    }
+
+    /// Whether what all groups need on the disk of log and index is free, and `more` bytes.
+    ///
+    /// # Errors
+    /// What is too little.
+    pub fn check_store(&self, store: &Disk, more: u64) -> Result<(), Short> {
+        self.check_all(&[(store, more)])
     }
 
     /// As [`Self::check`], with `more` bytes for before-images.

@@ -22,11 +22,11 @@ use super::door::{self, Door};
 use super::error::BackupError;
 use super::group::{Group, Limits};
 use super::images;
-use super::index::{GroupRow, Index, View};
+use super::index::{GroupRow, Index, Keeper, View};
 use super::metrics::Following;
 use super::places;
 use super::retention::Retention;
-use super::room::{Disks, Room};
+use super::room::{Disk, Disks, Room};
 use super::store::Store;
 use super::transfer::{Busy, Incoming, finish_all};
 use crate::keys::Folder;
@@ -240,6 +240,17 @@ impl Shared {
         groups.values().map(|group| group.status()).collect()
     }
 
+    /// Keeps the copy of the index, until it is dropped.
+    fn keep_copy(&self) -> Result<Keeper, BackupError> {
+        let path = self.store.path();
+        let folder = std::fs::File::open(path).map_err(BackupError::io("open", path))?;
+        let disk = Disk::of(folder).map_err(BackupError::io("stat", path))?;
+        let room = self.room.clone();
+        Keeper::start(self.index.clone(), move |bytes| {
+            room.check_store(&disk, bytes).map_err(|short| short.to_string())
+        })
+    }
+
     /// How the followers of the groups stand.
     fn following(&self) -> Vec<Following> {
         let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
@@ -302,8 +313,10 @@ impl Replayer {
             .enable_all()
             .build()
             .map_err(BackupError::io("start", "the runtime"))?;
+        let keeper = Some(shared.keep_copy()?);
+        let runtime = Some(runtime);
         let mut handle =
-            ReplayerHandle { runtime: Some(runtime), shared, listening: Vec::new(), sockets: Vec::new() };
+            ReplayerHandle { runtime, shared, keeper, listening: Vec::new(), sockets: Vec::new() };
         let own = Destination::Unix(store_socket(handle.shared.store.path()));
         handle.listen(&own)?;
         for listen in &options.listen {
@@ -322,6 +335,7 @@ impl Replayer {
 pub struct ReplayerHandle {
     runtime: Option<tokio::runtime::Runtime>,
     shared: Arc<Shared>,
+    keeper: Option<Keeper>,
     listening: Vec<Destination>,
     sockets: Vec<PathBuf>,
 }
@@ -444,6 +458,7 @@ impl Drop for ReplayerHandle {
     fn drop(&mut self) {
         self.shared.stop.send_replace(true);
         self.shared.stop_groups();
+        drop(self.keeper.take());
         if let Some(runtime) = self.runtime.take() {
             // Behind this no connection has the store open any more. On a thread of its own, because a handle may be
             // dropped inside another runtime, which does not let itself be waited in.

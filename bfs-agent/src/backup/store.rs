@@ -3,8 +3,9 @@
 //! ```text
 //! STORE/                mode 0700
 //!   bfs.lock            flock: one owner; holds the owner's pid
-//!   format              "bfs store 6\n"
+//!   format              "bfs store 7\n"
 //!   index.redb          objects, entries, positions, plans
+//!   index-copy/         what a lost index is made again from (`index::copy`)
 //!   replayer.sock       the owner's socket
 //!   log/GROUP/          segments
 //!   tree/GROUP/...      the backup files
@@ -31,8 +32,11 @@ use crate::log::sync_dir;
 /// Format of the store that this release writes. 1 had no checksums of the tree, and 2 did not say which bytes are
 /// lost; 3 did not take streams in, and would not finish one that is there as a whole, nor look for
 /// before-images elsewhere; 4 knew no promotions, would let in who is fenced, and had no followers; 5 would keep images of processes
-/// for ever. A store of them is taken over and becomes one of 6, because a release that does not know these things would not keep them true.
-pub const FORMAT: u32 = 6;
+/// for ever; 6 would change the index and not its copy. A store of them is taken over and becomes one of 7, because a release that does not
+/// know these things would not keep them true.
+pub const FORMAT: u32 = 7;
+/// The first that has a copy of the index.
+pub(super) const FORMAT_OF_COPY: u32 = 7;
 /// The oldest that it takes over.
 const FORMAT_OLDEST: u32 = 1;
 

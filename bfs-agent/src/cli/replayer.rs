@@ -316,8 +316,10 @@ Examples:
 Examples:
   bfs-replayer check --store /backup/store
   bfs-replayer check --store /backup/store --read-data
-Each line names what does not fit, and the checkpoints that need it. Nothing is changed. The bytes of the tree have
-no checksums: --read-data finds what the disk cannot read.")]
+  bfs-replayer check --store /backup/store --rebuild-index
+Each line names what does not fit, and the checkpoints that need it. Nothing is changed but by --rebuild-index, which
+first makes the index again from its copy (STORE/index-copy/), exactly as it was after its last change, or says why not and
+leaves it as it is. The one that stood there becomes index.redb.replaced.")]
     Check {
         /// Folder of the store
         #[arg(long, value_name = "DIR")]
@@ -325,6 +327,9 @@ no checksums: --read-data finds what the disk cannot read.")]
         /// Read every byte of the tree and of the before-images, and compare it with its checksum
         #[arg(long)]
         read_data: bool,
+        /// Make the index again that is lost, spoiled or an older copy
+        #[arg(long)]
+        rebuild_index: bool,
         /// As given to `serve`
         #[arg(long, value_name = "DIR")]
         allow_root: Vec<PathBuf>,
@@ -435,11 +440,14 @@ pub fn main() -> ExitCode {
         Command::Follow(what) => follow::follow(&what),
         Command::Export { from, at, path } => transfer::export(&from, &at, path.as_deref()),
         Command::Promote(promote) => promote::promote(&promote),
-        Command::Check { store, read_data, allow_root } => match check(&store, read_data, &allow_root) {
-            Ok(true) => Ok(()),
-            Ok(false) => return ExitCode::from(Exit::Damaged as u8),
-            Err(error) => Err(error),
-        },
+        Command::Check { store, read_data, rebuild_index, allow_root } => {
+            let rebuilt = if rebuild_index { rebuild(&store) } else { Ok(()) };
+            match rebuilt.and_then(|()| check(&store, read_data, &allow_root)) {
+                Ok(true) => Ok(()),
+                Ok(false) => return ExitCode::from(Exit::Damaged as u8),
+                Err(error) => Err(error),
+            }
+        }
         Command::Pair(pair) => keys::pair(&pair),
         Command::Key { place, what } => keys::key(&place, what),
         Command::Status { owner, json } => status(&owner, json),
@@ -457,9 +465,11 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     if let Some(error) = error.downcast_ref::<BackupError>() {
         return match error {
             BackupError::InUse { .. } => Exit::InUse,
-            BackupError::Corrupt { .. } | BackupError::NoIndex { .. } | BackupError::Foreign(_) => {
-                Exit::Corrupt
-            }
+            BackupError::Corrupt { .. }
+            | BackupError::NoIndex { .. }
+            | BackupError::IndexUnusable { .. }
+            | BackupError::NoRebuild { .. }
+            | BackupError::Foreign(_) => Exit::Corrupt,
             BackupError::NewerFormat { .. } => Exit::NewerFormat,
             BackupError::NotAStore(_) | BackupError::NoStore(_) => Exit::NotAStore,
             BackupError::Address(_) | BackupError::Listen { .. } => Exit::Address,
@@ -516,6 +526,20 @@ fn at_signal(kinds: &[SignalKind], does: impl FnOnce() + Send + 'static) -> anyh
         }));
         does();
     })?;
+    Ok(())
+}
+
+/// Makes the index again.
+fn rebuild(store: &Path) -> anyhow::Result<()> {
+    let rebuilt = crate::backup::check::rebuild(store)?;
+    sayln!(
+        "the index was made again up to its last change, {}, from the copy of change {} and what came since",
+        rebuilt.last,
+        rebuilt.whole
+    )?;
+    if let Some(aside) = rebuilt.aside {
+        sayln!("the one that stood there is {} now", aside.display())?;
+    }
     Ok(())
 }
 

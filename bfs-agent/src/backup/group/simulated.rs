@@ -37,6 +37,8 @@ impl Simulated {
     pub fn open(path: &Path, id: GroupId, retention: Retention) -> Result<Self, BackupError> {
         let store = Store::open(path)?;
         let index = Arc::new(Index::open(store.path())?);
+        index.compare_copy();
+        index.limit_copy(500);
         let known = index.groups()?.into_iter().find(|(name, _)| name == NAME);
         let row = match known {
             Some((_, row)) => row,
@@ -146,6 +148,7 @@ impl Simulated {
         self.group.tell_applied();
         tidied?;
         self.group.state().untidy = false;
+        self.group.index.copy(&|| true)?;
         Ok(true)
     }
 

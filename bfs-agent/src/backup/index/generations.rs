@@ -4,7 +4,9 @@ use bfs_common::record::{CheckpointId, ObjectId};
 use redb::{ReadableDatabase, ReadableTable};
 
 use super::super::error::BackupError;
-use super::{DAMAGE, GENERATIONS, GenerationRow, Index, KEPT, SUMS, pack, rows, unpack};
+use super::change::Change;
+use super::copy::Line;
+use super::{GENERATIONS, GenerationRow, Index, pack, unpack};
 
 impl Index {
     /// The generations of a group, the oldest first.
@@ -34,35 +36,27 @@ impl Index {
         group: u32,
         drop: &[CheckpointId],
     ) -> Result<(CheckpointId, Vec<ObjectId>), BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            let mut gone = Vec::new();
-            let oldest = {
-                let mut generations = write.open_table(GENERATIONS)?;
-                for checkpoint in drop {
-                    generations.remove((group, checkpoint.0))?;
-                }
-                let oldest = match generations.range((group, 0)..=(group, u64::MAX))?.next() {
-                    Some(line) => line?.0.value().1,
-                    None => u64::MAX,
-                };
-                let all = (group, 0)..=(group, u64::MAX);
-                write.open_table(KEPT)?.retain_in(all, |(_, object), last| {
-                    if last < oldest {
-                        gone.push(ObjectId(object));
-                    }
-                    last >= oldest
-                })?;
-                let mut sums = write.open_table(SUMS)?;
-                let mut damage = write.open_table(DAMAGE)?;
-                for object in &gone {
-                    sums.retain_in(rows(group, *object, 0, u64::MAX), |_, _| false)?;
-                    damage.remove((group, object.0))?;
-                }
-                CheckpointId(oldest)
+        self.change(|change| {
+            for checkpoint in drop {
+                change.put(&Line::Generation(group, checkpoint.0, None))?;
+            }
+            let all = (group, 0)..=(group, u64::MAX);
+            let oldest = match change.tables.generations.range(all.clone())?.next() {
+                Some(line) => line?.0.value().1,
+                None => u64::MAX,
             };
-            write.commit()?;
-            Ok((oldest, gone))
+            let mut gone = Vec::new();
+            for line in change.tables.kept.range(all)? {
+                let (key, last) = line?;
+                if last.value() < oldest {
+                    gone.push(ObjectId(key.value().1));
+                }
+            }
+            for object in &gone {
+                change.put(&Line::Kept(group, object.0, None))?;
+                change.drop_bytes(group, *object)?;
+            }
+            Ok((CheckpointId(oldest), gone))
         })
     }
 
@@ -78,39 +72,31 @@ impl Index {
         newer: CheckpointId,
         files: &[(ObjectId, Option<CheckpointId>)],
     ) -> Result<(), BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            {
-                let mut generations = write.open_table(GENERATIONS)?;
-                let (mut changed, mut bytes) = (0, 0);
-                for checkpoint in drop {
-                    if let Some(row) = generations.remove((group, checkpoint.0))? {
-                        let row: GenerationRow = unpack("generation", row.value())?;
-                        changed += row.changed;
-                        bytes += row.bytes;
-                    }
-                }
-                let row = generations.get((group, newer.0))?;
-                let row = row.map(|row| unpack::<GenerationRow>("generation", row.value())).transpose()?;
-                if let Some(mut row) = row {
-                    row.changed += changed;
-                    row.bytes += bytes;
-                    generations.insert((group, newer.0), &pack(&row)[..])?;
-                }
-                let mut kept = write.open_table(KEPT)?;
-                let mut sums = write.open_table(SUMS)?;
-                let mut damage = write.open_table(DAMAGE)?;
-                for (object, of) in files {
-                    if let Some(checkpoint) = of {
-                        kept.insert((group, object.0), checkpoint.0)?;
-                    } else {
-                        kept.remove((group, object.0))?;
-                        sums.retain_in(rows(group, *object, 0, u64::MAX), |_, _| false)?;
-                        damage.remove((group, object.0))?;
-                    }
+        self.change(|change| {
+            let (mut changed, mut bytes) = (0, 0);
+            let row = |change: &Change<'_, '_>, at: CheckpointId| {
+                let row = change.tables.generations.get((group, at.0))?;
+                row.map(|row| unpack::<GenerationRow>("generation", row.value())).transpose()
+            };
+            for checkpoint in drop {
+                if let Some(row) = row(change, *checkpoint)? {
+                    change.put(&Line::Generation(group, checkpoint.0, None))?;
+                    changed += row.changed;
+                    bytes += row.bytes;
                 }
             }
-            Ok(write.commit()?)
+            if let Some(mut row) = row(change, newer)? {
+                row.changed += changed;
+                row.bytes += bytes;
+                change.put(&Line::Generation(group, newer.0, Some(pack(&row).into())))?;
+            }
+            for (object, of) in files {
+                change.put(&Line::Kept(group, object.0, of.map(|checkpoint| checkpoint.0)))?;
+                if of.is_none() {
+                    change.drop_bytes(group, *object)?;
+                }
+            }
+            Ok(())
         })
     }
 }

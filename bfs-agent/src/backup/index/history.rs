@@ -2,7 +2,7 @@
 
 use bfs_common::wire::History;
 
-use super::{GROUPS, GroupRow, HistoryRow, Index, group_row, pack};
+use super::{GroupRow, HistoryRow, Index};
 use crate::backup::error::BackupError;
 
 /// Promotions that are remembered; who was primary before the oldest of them is a stranger.
@@ -40,16 +40,10 @@ impl Index {
     }
 
     fn change_row(&self, name: &str, change: impl FnOnce(&mut GroupRow)) -> Result<GroupRow, BackupError> {
-        self.with(|db| {
-            let write = db.begin_write()?;
-            let row = {
-                let mut table = write.open_table(GROUPS)?;
-                let mut row = group_row(&table, name)?;
-                change(&mut row);
-                table.insert(name, &pack(&row)[..])?;
-                row
-            };
-            write.commit()?;
+        self.change(|transaction| {
+            let mut row = transaction.group(name)?;
+            change(&mut row);
+            transaction.put_group(name, &row)?;
             Ok(row)
         })
     }
