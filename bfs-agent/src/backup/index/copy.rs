@@ -15,6 +15,7 @@
 //!         body; the body:
 //!         kind 1: lines ([`Line`]) as MessagePack, one behind the other
 //!         kind 2: the end: u64 lines before it, 32 bytes: blake3 of the chain hash before, and of the bodies
+//!         kind 3, of .changes only: nothing; another file goes on here, with the change of this number
 //! ```
 //! Each transaction of the index is a change: its lines are appended and synced *before* the index commits it, with the
 //! number and the chain hash of the change in it. So whatever anybody acted on is here, and the index is at the last
@@ -46,6 +47,7 @@ const HEADER: u64 = 64;
 const PREFIX: usize = 24;
 const LINES: u32 = 1;
 const END: u32 = 2;
+const GOES_ON: u32 = 3;
 const END_LEN: usize = 40;
 /// A block is written when it has so many bytes.
 const BLOCK: usize = 256 << 10;
@@ -188,6 +190,11 @@ fn prefix_crc(at: u64, prefix: &[u8; PREFIX]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&at.to_le_bytes()), &prefix[..16])
 }
 
+/// The block that says that another file goes on with a change, where a file ends at `at`.
+pub(super) fn goes_on(at: u64, number: u64) -> [u8; PREFIX] {
+    prefix(at, GOES_ON, number, &[])
+}
+
 /// Lines that belong together, on their way into a file.
 #[derive(Debug)]
 pub(super) struct Part {
@@ -278,6 +285,8 @@ pub(super) struct Scan {
     pub end: u64,
     /// What is behind it.
     pub tail: Tail,
+    /// Another file goes on there.
+    pub goes_on: bool,
 }
 
 impl Scan {
@@ -314,7 +323,7 @@ pub(super) fn scan(
     let first = Mark::decode(&found[16..56]).filter(|mark| found == header(kind, mark));
     let first =
         first.ok_or_else(|| BackupError::corrupt(path, "its first bytes are not those of its kind"))?;
-    let mut scan = Scan { marks: vec![first], begin: HEADER, end: HEADER, tail: Tail::Whole };
+    let mut scan = Scan { marks: vec![first], begin: HEADER, end: HEADER, tail: Tail::Whole, goes_on: false };
     let (mut at, mut body) = (HEADER, Vec::new());
     // The change that is being read: its hash and its lines so far.
     let mut part: Option<(blake3::Hasher, u64)> = None;
@@ -339,7 +348,7 @@ pub(super) fn scan(
         if prefix_crc(at, &prefix) != word(4)
             || len > BODY_MAX
             || number != wanted
-            || !matches!(what, LINES | END)
+            || !matches!(what, LINES | END | GOES_ON)
         {
             scan.tail = bad("the beginning of a block does not fit");
             return Ok(scan);
@@ -355,6 +364,13 @@ pub(super) fn scan(
             return Ok(scan);
         }
         at += (PREFIX + len) as u64;
+        if what == GOES_ON {
+            if part.is_some() || kind != Kind::Changes || at != size {
+                scan.tail = bad("another file cannot go on here");
+            }
+            scan.goes_on = true;
+            return Ok(scan);
+        }
         let (hasher, lines) = part.get_or_insert_with(|| {
             let mut hasher = blake3::Hasher::new();
             hasher.update(&scan.last().chain);

@@ -100,13 +100,13 @@ fn read_changes(dir: &Path, from: u64) -> Result<Vec<(u64, Scan)>, BackupError> 
         if found.last().is_some_and(|(_, before)| before.last() != scanned.first()) {
             return Err(refused(&place, "does not go on where the file before ends"));
         }
-        let last = Some(number) == all.last();
-        match &scanned.tail {
-            Tail::Whole => {}
-            // It was never acted on.
-            Tail::Torn if last => {}
-            Tail::Torn => return Err(refused(&place, "ends in the middle of a change")),
-            Tail::Bad(why) => {
+        // What is behind the end of one that another goes on behind was never a change.
+        if Some(number) == all.last() {
+            if scanned.goes_on {
+                return Err(refused(&place, "the file that goes on behind it is missing"));
+            }
+            // A torn end was never acted on.
+            if let Tail::Bad(why) = &scanned.tail {
                 let lost =
                     "a change that may have counted is lost, perhaps that another host is the primary now";
                 return Err(refused(&place, format!("{why}: {lost}")));

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 
 use super::super::super::error::BackupError;
-use super::{HEADER, Kind, Line, Mark, Part, Scan, Tail, files, header, path, scan};
+use super::{HEADER, Kind, Line, Mark, Part, Scan, Tail, files, goes_on, header, path, scan};
 use crate::durable;
 use crate::log::{sync_dir, write_again};
 
@@ -35,7 +35,15 @@ pub(in super::super) struct Changes {
     /// Bytes of changes since the last whole copy.
     since: u64,
     /// The last file as it was found, before it is gone on with.
-    found: Option<(u64, Scan)>,
+    found: Option<Found>,
+}
+
+#[derive(Debug)]
+struct Found {
+    number: u64,
+    scanned: Scan,
+    /// The file before, and its end, where a crash came before that said that another one goes on.
+    unended: Option<(u64, u64)>,
 }
 
 #[derive(Debug)]
@@ -64,23 +72,24 @@ impl Changes {
             }
             Err(error) => return Err(error),
         };
-        let before = match (found.marks.iter().rev().nth(1), all.iter().rev().nth(1)) {
-            (Some(before), _) => *before,
-            (None, Some(other)) => {
-                let other = scan(&path(dir, Kind::Changes, *other), Kind::Changes, |_, _| Ok(()));
-                // Where it does not fit, nothing is made good with it.
-                other.ok().and_then(|other| other.marks.iter().rev().nth(1).copied()).unwrap_or(found.last())
-            }
-            (None, None) => found.last(),
-        };
+        let (mut before, mut unended) = (found.marks.iter().rev().nth(1).copied(), None);
+        if before.is_none()
+            && let Some(other) = all.iter().rev().nth(1)
+            // Where it does not fit, nothing is made good with it.
+            && let Ok(scanned) = scan(&path(dir, Kind::Changes, *other), Kind::Changes, |_, _| Ok(()))
+            && scanned.last() == found.first()
+        {
+            before = scanned.marks.iter().rev().nth(1).copied();
+            unended = (!scanned.goes_on).then_some((*other, scanned.end));
+        }
         let wholes = files(dir, Kind::Whole)?;
         let newest = wholes.last().copied();
         let since = all.iter().filter(|first| newest.is_none_or(|newest| **first > newest));
         let size = |first: &u64| std::fs::metadata(path(dir, Kind::Changes, *first)).map_or(0, |m| m.len());
         let since = since.map(size).sum();
         let mut changes = Self::begin(dir, found.last());
-        (changes.before, changes.since) = (before, since);
-        changes.found = Some((number, found));
+        (changes.before, changes.since) = (before.unwrap_or(found.last()), since);
+        changes.found = Some(Found { number, scanned: found, unended });
         Ok(Ok(changes))
     }
 
@@ -89,9 +98,17 @@ impl Changes {
     /// # Errors
     /// If the file cannot be written.
     pub fn take_over(&mut self) -> Result<(), BackupError> {
-        if let Some((number, found)) = &self.found {
+        if let Some(Found { number, scanned, unended }) = &self.found {
+            if let Some((other, end)) = unended {
+                let place = path(&self.dir, Kind::Changes, *other);
+                let file = OpenOptions::new().write(true).open(&place);
+                let file = file.map_err(BackupError::io("open", &place))?;
+                let cut = file.set_len(*end).and_then(|()| put_goes_on(&file, *end, *number));
+                cut.map_err(BackupError::io("end", place))?;
+            }
             let place = path(&self.dir, Kind::Changes, *number);
-            self.open = Some(taken_over(&place, *number, found)?);
+            // Of one that another was to go on with all is there, as the index has it.
+            self.open = if scanned.goes_on { None } else { Some(taken_over(&place, *number, scanned)?) };
             // A crash may have come between its name and the sync of that.
             sync_dir(&self.dir)?;
             self.found = None;
@@ -195,9 +212,7 @@ impl Changes {
             let place = path(&self.dir, Kind::Changes, stump.number);
             let cut = stump.file.set_len(stump.synced).and_then(|()| durable::file(&stump.file));
             cut.map_err(BackupError::io("cut", place))?;
-            self.stump = None;
-        }
-        if self.open.as_ref().is_some_and(|open| open.synced < self.file_bytes) {
+        } else if self.open.as_ref().is_some_and(|open| open.synced < self.file_bytes) {
             return Ok(());
         }
         make_folder(&self.dir)?;
@@ -216,6 +231,13 @@ impl Changes {
         };
         let file = make().map_err(BackupError::io("make", &place))?;
         sync_dir(&self.dir)?;
+        // From here on a store that lacks the new file is known to lack it.
+        if let Some(ended) = self.stump.as_ref().or(self.open.as_ref()).filter(|ended| ended.number != number)
+        {
+            let end = put_goes_on(&ended.file, ended.synced, number);
+            end.map_err(BackupError::io("end", path(&self.dir, Kind::Changes, ended.number)))?;
+        }
+        self.stump = None;
         self.open = Some(Open { file, number, synced: HEADER });
         Ok(())
     }
@@ -225,6 +247,12 @@ impl Changes {
     pub fn limit_files(&mut self, bytes: u64) {
         self.file_bytes = bytes;
     }
+}
+
+/// Says durably in a file that another one goes on.
+fn put_goes_on(file: &File, end: u64, number: u64) -> std::io::Result<()> {
+    file.write_all_at(&goes_on(end, number), end)?;
+    durable::data(file)
 }
 
 /// The file, cut where its last change ends.
