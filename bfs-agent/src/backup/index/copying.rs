@@ -118,7 +118,7 @@ pub(super) fn catch_up(db: &Database, changes: &Changes, folder: &Path) -> Resul
         write.open_table(CHANGED)?.insert(0, &last.encode()[..])?;
     }
     write.commit()?;
-    tracing::warn!("the last change of the index was made good from its copy");
+    tracing::info!("the last change of the index was made good from its copy");
     Ok(())
 }
 
