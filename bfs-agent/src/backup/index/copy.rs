@@ -103,7 +103,7 @@ pub(super) enum Line {
 /// A change, and the chain hash of all up to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mark {
-    /// Its number; 0 is the empty index.
+    /// Its number; 0 is the empty index, or one that a release without a copy left.
     pub number: u64,
     /// The hash.
     pub chain: [u8; 32],

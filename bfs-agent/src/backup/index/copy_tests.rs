@@ -337,7 +337,7 @@ fn an_index_is_made_again_where_the_store_has_nothing_newer() {
     let error = rebuild(&store).unwrap_err().to_string();
     assert!(error.contains("checkpoint 99"), "{error}");
     fs::remove_file(images.join("00000000000000000099.img")).unwrap();
-    assert!(!place.exists(), "nothing was put there");
+    assert!(!place.exists() && !place.with_extension("new").exists(), "nothing was put there");
     // Broken off between the two names.
     fs::write(place.with_extension("new"), "half of it").unwrap();
     rebuild(&store).unwrap();

@@ -39,12 +39,12 @@ pub struct Rebuilt {
 pub fn rebuild(store: &Store) -> Result<Rebuilt, BackupError> {
     let index = store.path().join("index.redb");
     let new = index.with_extension("new");
-    let (whole, last) = build(store.path(), &new)?;
-    {
-        let db = open(&new)?;
-        fits(store, &db, last)?;
+    let made = build(store.path(), &new).and_then(|(whole, last)| {
+        fits(store, &open(&new)?, last)?;
         is_not_newer(&index, last)?;
-    }
+        Ok((whole, last))
+    });
+    let (whole, last) = made.inspect_err(|_| drop(fs::remove_file(&new)))?;
     // All that was written is on the disk before it counts.
     let synced = fs::File::open(&new).and_then(|file| file.sync_all());
     synced.map_err(BackupError::io("sync", &new))?;
