@@ -149,9 +149,8 @@ impl Group {
         self.drain().await?;
         let at = self.progress.borrow().confirmed;
         let (group, wanted) = (self.clone(), by);
-        let begun = tokio::task::spawn_blocking(move || group.begin_history(at, wanted)).await;
-        let row =
-            begun.map_err(|e| Refusal::Store(e.to_string()))?.map_err(|e| Refusal::Store(e.to_string()))?;
+        let begun = blocking(move || group.begin_history(at, wanted)).await?;
+        let row = begun.map_err(|e| Refusal::Store(e.to_string()))?;
         let mut state = self.state();
         state.know(&row);
         if let Some(old) = standing.before.take() {
@@ -270,6 +269,18 @@ impl State {
             self.histories.clone_from(&row.histories);
         }
     }
+}
+
+/// Does what waits for the disk in a thread of its own.
+#[cfg(not(test))]
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Refusal::Store(e.to_string()))
+}
+
+/// Does it here: the simulation's disks are those of its thread.
+#[cfg(test)]
+async fn blocking<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
+    std::future::ready(Ok(work())).await
 }
 
 fn promoted(state: &State, history: History) -> Frame {
