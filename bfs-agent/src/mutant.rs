@@ -15,6 +15,8 @@ pub enum Mutant {
     RedoesByName,
     /// Who was primary before another was promoted may write on.
     AdmitsFenced,
+    /// A promotion that was said to have failed counts as one that never was.
+    ForgetsDoubt,
 }
 
 #[cfg(test)]

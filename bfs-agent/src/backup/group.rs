@@ -41,6 +41,7 @@ use crate::log::LogRecord;
 use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
 use attending::Attendance;
 pub use attending::{Leave, Pulse, Slot};
+use promoting::Promoting;
 use taking::Pending;
 
 /// Batches that wait for the log thread; each is a frame at most.
@@ -89,8 +90,8 @@ pub struct State {
     attendance: Attendance,
     /// Promotions, the newest last.
     histories: Vec<HistoryRow>,
-    /// One is being begun: nobody writes.
-    pub promoting: bool,
+    /// Whether one is being begun.
+    promoting: Promoting,
     applied: (CheckpointId, CheckpointLabel),
     applying: bool,
     log_trouble: Option<String>,
@@ -129,7 +130,7 @@ impl State {
             slot: None,
             attendance: Attendance::default(),
             histories,
-            promoting: false,
+            promoting: Promoting::No,
             applied,
             applying: false,
             log_trouble: None,

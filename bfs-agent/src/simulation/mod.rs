@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bfs_tests::random::given_seed;
 
 use crate::mutant::{self, Mutant};
+use disk::Failure;
 use world::{Seen, World};
 
 /// Seeds of a run of normal length.
@@ -30,15 +31,28 @@ const MUTANT_SEEDS: u64 = 1000;
 
 /// One run; what went wrong is printed by the panic.
 fn run(seed: u64, mutant: Option<Mutant>, promotes: bool) -> Option<Seen> {
+    with_world(seed, mutant, promotes, |world| {
+        world.run();
+        std::mem::take(&mut world.seen)
+    })
+}
+
+/// Does something with a world of its own.
+fn with_world<T>(
+    seed: u64,
+    mutant: Option<Mutant>,
+    promotes: bool,
+    work: impl FnOnce(&mut World) -> T,
+) -> Option<T> {
     // In memory: each seed syncs some hundred times.
     let memory = Path::new("/dev/shm");
     let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
     mutant::set(mutant);
     let mut world = World::new(seed, folder.path().to_owned(), promotes);
-    let done = catch_unwind(AssertUnwindSafe(|| world.run()));
+    let done = catch_unwind(AssertUnwindSafe(|| work(&mut world)));
     mutant::set(None);
     disk::remove_all();
-    done.ok().map(|()| world.seen)
+    done.ok()
 }
 
 /// What came about, summed up.
@@ -112,7 +126,8 @@ fn what_is_given_out_is_confirmed_and_what_was_acknowledged_is_there() {
 fn nothing_acknowledged_is_lost_with_a_promotion_and_nothing_comes_of_who_is_fenced() {
     if let Some(sum) = run_all(PROMOTING_SEEDS, &[], true) {
         assert!(sum.of(|s| s.promotions) > PROMOTING_SEEDS / 2 && sum.of(|s| s.fenced) > PROMOTING_SEEDS / 2);
-        // There and back again.
+        // Said to have failed, and it stood; there and back again.
+        assert!(sum.of(|s| u64::from(s.late_promotions > 0)) > 0);
         assert!(sum.of(|s| u64::from(s.promotions > 1)) > PROMOTING_SEEDS / 10);
     }
 }
@@ -161,4 +176,30 @@ fn a_redo_by_name_is_noticed() {
 #[test]
 fn a_fenced_primary_that_is_let_in_is_noticed() {
     caught(Mutant::AdmitsFenced);
+}
+
+/// A promotion, beside a failure of each event of the disk in it; then a crash. How often it failed.
+fn promotions_beside_failures(mutant: Option<Mutant>) -> Option<u32> {
+    let mut all = 0;
+    for crash in [Failure::Kill, Failure::Power] {
+        for event in 0.. {
+            let failed = with_world(0, mutant, true, |world| world.promotes_beside(event, crash))?;
+            all += u32::from(failed);
+            if !failed && event > 20 {
+                break;
+            }
+        }
+    }
+    Some(all)
+}
+
+#[test]
+fn a_promotion_that_failed_is_after_a_crash_what_it_was_before() {
+    let failed = promotions_beside_failures(None).unwrap();
+    assert!(failed > 0);
+}
+
+#[test]
+fn a_promotion_in_doubt_that_is_forgotten_is_noticed() {
+    assert_eq!(promotions_beside_failures(Some(Mutant::ForgetsDoubt)), None);
 }

@@ -2,12 +2,14 @@
 //! what was acknowledged is always there, and in the end the backup is the primary. Where another host is promoted:
 //! nothing that was acknowledged is lost with that, and nothing comes of who was fenced.
 
+mod promoting;
+
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bfs_common::record::*;
-use bfs_common::wire::{History, Position, Promoter, Refusal};
+use bfs_common::wire::{History, Position, Refusal};
 use bfs_tests::random::Random;
 use bytes::Bytes;
 
@@ -66,6 +68,8 @@ pub struct Seen {
     pub applied: u64,
     pub refused_markers: u64,
     pub promotions: u64,
+    /// That were said to have failed, and stand all the same.
+    pub late_promotions: u64,
     /// That came all the same, and were refused.
     pub fenced: u64,
 }
@@ -98,6 +102,12 @@ pub struct World {
     promotes: bool,
     /// A promotion that is not finished.
     promoted: Option<History>,
+    /// That was to be noted; where it failed it may stand all the same.
+    finishing: bool,
+    /// One was asked for, of this host, and that failed; it may have begun all the same.
+    asked: Option<usize>,
+    /// The newest one that is known.
+    newest: Option<[u8; 16]>,
     replayer: Option<Simulated>,
     connections: Vec<Connection>,
     number: u64,
@@ -127,6 +137,9 @@ impl World {
             at: 0,
             promotes,
             promoted: None,
+            finishing: false,
+            asked: None,
+            newest: None,
             replayer: None,
             connections: Vec::new(),
             number: 0,
@@ -143,11 +156,16 @@ impl World {
         for _ in 0..TURNS {
             self.turn();
         }
+        self.come_to_rest();
+        self.check_given_out(true);
+    }
+
+    /// Nothing fails any more, until the backup has everything.
+    fn come_to_rest(&mut self) {
         self.calm = true;
         disk::calm();
         for _ in 0..TURNS_MAX {
             if self.is_even() {
-                self.check_given_out(true);
                 return;
             }
             self.turn();
@@ -190,6 +208,7 @@ impl World {
     }
 
     fn turn(&mut self) {
+        self.settle_promotion();
         self.at = self.writer;
         if self.promotes && !self.calm {
             self.promotion();
@@ -281,52 +300,6 @@ impl World {
             // The next one finds what nobody has durably.
             host.primary.told = None;
             self.close(agent.connection);
-        }
-    }
-
-    /// Another host becomes the primary, whether or not this one answers; and may so again.
-    fn promotion(&mut self) {
-        if self.promoted.is_some() {
-            if self.random.chance(10) {
-                self.finish_promotion();
-            }
-            return;
-        }
-        let (to, confirmed) = (1 - self.writer, self.acknowledged.1);
-        let Some(replayer) = self.replayer.as_mut().filter(|_| confirmed > CheckpointId(0)) else { return };
-        if self.random.below(50) > 0 || !replayer.has_room() {
-            return;
-        }
-        let by =
-            Promoter { writer: writer(to), host: NAMES[to].into(), to: PathBytes::new(self.folder.as_ref()) };
-        let history = match replayer.promote(by) {
-            Ok(history) => history,
-            // What was taken did not become durable.
-            Err(Refusal::Store(_)) if disk::has_failed(BACKUP) || disk::refused(BACKUP) > 0 => return,
-            Err(refusal) => panic!("it cannot be promoted: {refusal}"),
-        };
-        assert!(history.at >= confirmed, "{confirmed} was confirmed, promoted is {}", history.at);
-        self.seen.promotions += 1;
-        // What is there of a life before is not what is promoted.
-        if to < self.hosts.len() {
-            self.agent_dies(to);
-        }
-        let before = &self.hosts[self.writer].primary;
-        let boot = self.hosts.get(to).map_or(101, |host| host.primary.boot.wrapping_add(1));
-        let host = Host { primary: before.promoted(history.at, boot), agent: None };
-        match self.hosts.get_mut(to) {
-            Some(old) => *old = host,
-            None => self.hosts.push(host),
-        }
-        self.writer = to;
-        self.promoted = Some(history);
-    }
-
-    fn finish_promotion(&mut self) {
-        if let (Some(history), Some(replayer)) = (&self.promoted, &self.replayer)
-            && replayer.promotion_is_done(history).is_ok()
-        {
-            self.promoted = None;
         }
     }
 
@@ -423,7 +396,7 @@ impl World {
             {
                 Ok(epoch) => {
                     assert!(
-                        connection.host == self.writer && self.promoted.is_none(),
+                        connection.host == self.writer && (self.promoted.is_none() || self.finishing),
                         "host {} is let in, but {} was promoted",
                         connection.host,
                         self.writer

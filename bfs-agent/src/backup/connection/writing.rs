@@ -112,7 +112,7 @@ impl Session {
                     old.fenced.notify_one();
                     state.slot = None;
                 }
-                if state.slot.is_none() && !state.promoting {
+                if state.slot.is_none() && !state.is_promoting() {
                     let slot = Slot::of(self.number);
                     state.attend(slot.clone());
                     return Ok(slot);

@@ -95,7 +95,7 @@ impl Group {
     /// Like an agent: one writes at a time.
     fn take_slot(&self, connection: u64) -> Result<(), Refusal> {
         let mut state = self.state();
-        if state.slot.is_some() || state.promoting {
+        if state.slot.is_some() || state.is_promoting() {
             return Err(Refusal::Busy { name: self.name.clone() });
         }
         state.slot = Some(Slot::of(connection));

@@ -1,8 +1,9 @@
 //! A backup becomes the primary: whoever wrote the group is fenced, in one transaction of the index, before anything
 //! is given out.
 //!
-//! While that transaction is being made nobody writes ([`State::promoting`]): an agent that comes meanwhile is told to
-//! come again, and finds out then how it ended.
+//! While that transaction is being made nobody writes ([`Promoting`]): an agent that comes meanwhile is told to
+//! come again, and finds out then how it ended. One that failed may stand there all the same once the store is opened
+//! again, and what would be confirmed meanwhile were lost then: until it is known, nobody writes either.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +27,42 @@ const PATH_MAX: usize = 4096;
 /// Between two notes that a fenced primary came.
 const NOTE_EVERY_NS: i64 = 60_000_000_000;
 
+/// Whether a promotion is being begun.
+#[derive(Debug)]
+pub(super) enum Promoting {
+    No,
+    /// Its transaction is being made.
+    Begins,
+    /// That failed, and nobody knows whether it stands; with whoever wrote before.
+    InDoubt(Option<Slot>),
+}
+
 impl State {
+    /// Whether a promotion is being begun: nobody writes.
+    pub const fn is_promoting(&self) -> bool {
+        !matches!(self.promoting, Promoting::No)
+    }
+
+    /// It is known how the promotion ended. `before` wrote, and writes again if nothing came of it.
+    fn end_promoting(&mut self, before: Option<Slot>, begun: bool) {
+        self.promoting = Promoting::No;
+        let Some(before) = before else { return };
+        if begun {
+            before.fenced.notify_one();
+        } else if self.slot.is_none() && Arc::strong_count(&before.fenced) > 1 {
+            // Its connection may have ended meanwhile: then nobody would ever give the slot back.
+            self.slot = Some(before);
+        }
+    }
+
+    /// It is known, from the index, how it ended.
+    fn end_promoting_with(&mut self, row: &GroupRow, before: Option<Slot>) {
+        let had = self.histories.last().map(|row| row.history.history);
+        self.know(row);
+        let begun = self.histories.last().map(|row| row.history.history) != had;
+        self.end_promoting(before, begun);
+    }
+
     /// The newest promotion.
     pub fn history(&self) -> Option<&HistoryRow> {
         self.histories.last()
@@ -90,34 +126,12 @@ fn refusal(fenced_by: &HistoryRow, last: Option<&HistoryRow>) -> Refusal {
     Refusal::Promoted { at: first.at, since_ns: first.since_ns, host: last.by.host.clone() }
 }
 
-/// Nobody writes, until this is dropped.
-struct Standing<'a> {
-    group: &'a Group,
-    /// Who wrote, and writes again if nothing comes of it.
-    before: Option<Slot>,
-}
-
-impl Drop for Standing<'_> {
-    fn drop(&mut self) {
-        let mut state = self.group.state();
-        state.promoting = false;
-        // Its connection may have ended meanwhile: then nobody would ever give the slot back.
-        if state.slot.is_none()
-            && let Some(before) = self.before.take()
-            && Arc::strong_count(&before.fenced) > 1
-        {
-            state.slot = Some(before);
-        }
-        drop(state);
-        self.group.slot_free.notify_waiters();
-    }
-}
-
 impl Group {
     /// Fences whoever writes the group, and begins the history of another primary; or finds that it has begun.
     ///
     /// # Errors
-    /// Why not. Then nothing has changed, but an agent that was connected may have to connect again.
+    /// Why not. Then nothing has changed, but an agent that was connected may have to connect again; or, where the disk
+    /// failed, nobody knows, and nobody writes until that is known ([`Self::settle`]).
     pub async fn promote(self: &Arc<Self>, by: Promoter, force: bool) -> Result<Frame, Refusal> {
         if by.host.len() > HOST_MAX || by.to.0.len() > PATH_MAX || !by.to.as_path().is_absolute() {
             return Err(Refusal::Bad("a promotion needs the name of a host and an absolute path".into()));
@@ -126,40 +140,91 @@ impl Group {
             let why = format!("group {:?} has no confirmed checkpoint to promote", self.name);
             return Err(Refusal::Bad(why));
         }
+        let group = self.clone();
+        blocking(move || group.settle()).await??;
         self.until_begun().await;
-        let mut standing = {
+        let before = {
             let mut state = self.state();
-            if let Some(row) = state.history()
-                && row.history.by == by
-                && state.gate.position.epoch < row.epoch
-                && row.history.at == self.progress.borrow().confirmed
-            {
-                return Ok(promoted(&state, row.history.clone()));
+            if let Some(history) = self.begun(&state, &by) {
+                return Ok(promoted(&state, history));
             }
-            if state.promoting {
+            if state.is_promoting() {
                 return Err(Refusal::Busy { name: self.name.clone() });
             }
             let answers = state.slot.as_ref().is_some_and(|slot| slot.pulse.silence() < ANSWERS);
             if answers && !force {
                 return Err(Refusal::Attached { name: self.name.clone() });
             }
-            state.promoting = true;
-            Standing { group: self, before: state.slot.take() }
+            state.promoting = Promoting::Begins;
+            state.slot.take()
         };
-        self.drain().await?;
-        let at = self.progress.borrow().confirmed;
-        let (group, wanted) = (self.clone(), by);
-        let begun = blocking(move || group.begin_history(at, wanted)).await?;
-        let row = begun.map_err(|e| Refusal::Store(e.to_string()))?;
-        let mut state = self.state();
-        state.know(&row);
-        if let Some(old) = standing.before.take() {
-            old.fenced.notify_one();
+        if let Err(refusal) = self.drain().await {
+            self.state().end_promoting(before, false);
+            self.slot_free.notify_waiters();
+            return Err(refusal);
         }
-        let Some(history) = state.history().map(|row| row.history.clone()) else {
-            return Err(Refusal::Store("the index has not what was just written".into()));
+        let at = self.progress.borrow().confirmed;
+        let (group, wanted) = (self.clone(), by.clone());
+        let why = match blocking(move || group.begin_history(at, wanted)).await {
+            Ok(Ok(row)) => {
+                self.state().end_promoting_with(&row, before);
+                Refusal::Store("the index has not what was just written".into())
+            }
+            Ok(Err(error)) if mutant::is(Mutant::ForgetsDoubt) => {
+                self.state().end_promoting(before, false);
+                Refusal::Store(error.to_string())
+            }
+            Ok(Err(error)) => {
+                self.is_in_doubt(before).await?;
+                Refusal::Store(error.to_string())
+            }
+            Err(refusal) => {
+                self.is_in_doubt(before).await?;
+                refusal
+            }
         };
-        Ok(promoted(&state, history))
+        self.slot_free.notify_waiters();
+        let state = self.state();
+        self.begun(&state, &by).map_or(Err(why), |history| Ok(promoted(&state, history)))
+    }
+
+    /// A promotion failed: finds out whether it stands all the same.
+    async fn is_in_doubt(self: &Arc<Self>, before: Option<Slot>) -> Result<(), Refusal> {
+        self.state().promoting = Promoting::InDoubt(before);
+        let group = self.clone();
+        blocking(move || group.settle()).await?
+    }
+
+    /// The newest promotion, if it is this one, and nothing was written or confirmed since.
+    fn begun(&self, state: &State, by: &Promoter) -> Option<History> {
+        let row = state.history().filter(|row| row.history.by == *by)?;
+        let stands =
+            state.gate.position.epoch < row.epoch && row.history.at == self.progress.borrow().confirmed;
+        stands.then(|| row.history.clone())
+    }
+
+    /// Finds out how a promotion ended of which that is not known. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If the disk fails still; nobody writes meanwhile.
+    pub fn settle(&self) -> Result<(), Refusal> {
+        if !matches!(self.state().promoting, Promoting::InDoubt(_)) {
+            return Ok(());
+        }
+        let row = self.index.settled(&self.name).map_err(|error| {
+            Refusal::Store(format!("{error}; until it is known whether it was promoted, nobody writes"))
+        })?;
+        let mut state = self.state();
+        // Somebody else found out meanwhile, and another one may be on its way.
+        if !matches!(state.promoting, Promoting::InDoubt(_)) {
+            return Ok(());
+        }
+        if let Promoting::InDoubt(before) = std::mem::replace(&mut state.promoting, Promoting::No) {
+            state.end_promoting_with(&row, before);
+        }
+        drop(state);
+        self.slot_free.notify_waiters();
+        Ok(())
     }
 
     /// Waits, not for long, until a promotion has begun or not that somebody asked for who may be gone since.
@@ -167,7 +232,7 @@ impl Group {
         let deadline = tokio::time::Instant::now() + BEGIN_WAIT;
         loop {
             let free = self.slot_free.notified();
-            if !self.state().promoting || tokio::time::timeout_at(deadline, free).await.is_err() {
+            if !self.state().is_promoting() || tokio::time::timeout_at(deadline, free).await.is_err() {
                 return;
             }
         }
@@ -185,14 +250,7 @@ impl Group {
         id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
         let stage = PromoteStage::Fenced;
         let history = History { history: id, parent, at, since_ns, by, stage, refused_ns: None };
-        match self.index.begin_history(&self.name, history) {
-            // A transaction that was said to have failed may stand there.
-            Err(error) => match self.index.group(&self.name) {
-                Ok(row) if row.histories.last().is_some_and(|last| last.history.history == id) => Ok(row),
-                _ => Err(error),
-            },
-            begun => begun,
-        }
+        self.index.begin_history(&self.name, history)
     }
 
     /// Notes how far a promotion is, durably. Blocks on the disk.
@@ -230,6 +288,7 @@ impl Group {
     /// # Errors
     /// The refusal for its agent; that one came that is fenced is noted.
     pub fn admit_writer(&self, id: GroupId) -> Result<(), Refusal> {
+        self.settle()?;
         let (admitted, noted) = {
             let state = self.state();
             let noted = state.history().and_then(|row| row.history.refused_ns);

@@ -28,6 +28,8 @@ pub(crate) struct Simulated {
     log: LogWriter,
     from_group: mpsc::Receiver<ToLog>,
     failed: bool,
+    /// Of the last connection that wrote, which lives until the next.
+    slot: Option<Slot>,
     runtime: tokio::runtime::Runtime,
     _store: Store,
 }
@@ -59,7 +61,7 @@ impl Simulated {
             .enable_time()
             .build()
             .map_err(BackupError::io("start", "an event loop"))?;
-        Ok(Self { group, log: writer, from_group, failed: false, runtime, _store: store })
+        Ok(Self { group, log: writer, from_group, failed: false, slot: None, runtime, _store: store })
     }
 
     /// What the session of a connection does at a Hello of this writer; without an epoch a new one is granted.
@@ -70,7 +72,9 @@ impl Simulated {
             if let Some(epoch) = epoch {
                 state.admit(epoch)?;
             }
-            state.slot = Some(Slot::of(connection));
+            let slot = Slot::of(connection);
+            state.slot = Some(slot.clone());
+            self.slot = Some(slot);
         }
         let group = self.group.clone();
         self.beside_log(group.drain())?;
@@ -100,6 +104,12 @@ impl Simulated {
             Frame::Promoted { history, .. } => Ok(history),
             other => panic!("{other:?}"),
         }
+    }
+
+    /// The newest promotion.
+    pub fn newest_promotion(&self) -> Result<Option<History>, Refusal> {
+        self.group.settle()?;
+        Ok(self.group.state().history().map(|row| row.history.clone()))
     }
 
     /// The new writer has its files.

@@ -109,7 +109,7 @@ impl Group {
             locked(&self.to_log).clone().ok_or_else(|| Refusal::Store("it is being closed".into()))?;
         let place = sender.reserve().await.map_err(|_| Refusal::Store("its log thread ended".into()))?;
         let mut state = self.state();
-        if state.promoting {
+        if state.is_promoting() {
             return Err(Refusal::Busy { name: self.name.clone() });
         }
         if state.slot.as_ref().is_none_or(|slot| slot.connection != connection) {

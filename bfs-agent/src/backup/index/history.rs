@@ -12,7 +12,7 @@ impl Index {
     /// Begins a history: whoever wrote the group holds an older epoch from now on. Durable.
     ///
     /// # Errors
-    /// If the index fails; then it has not begun, or it has and the next who reads the row sees it.
+    /// If the index fails; then [`Self::settled`] says whether it has begun.
     pub fn begin_history(&self, name: &str, history: History) -> Result<GroupRow, BackupError> {
         self.change_row(name, |row| {
             row.granted = row.granted.next();
@@ -20,6 +20,17 @@ impl Index {
                 row.histories.remove(0);
             }
             row.histories.push(HistoryRow { history, epoch: row.granted });
+        })
+    }
+
+    /// A group's row after a change of it that failed: either that stands there now, or it never will.
+    ///
+    /// # Errors
+    /// If the index or its copy fail still; then nobody knows.
+    pub fn settled(&self, name: &str) -> Result<GroupRow, BackupError> {
+        self.change(|transaction| {
+            transaction.copy.ready()?;
+            transaction.group(name)
         })
     }
 
