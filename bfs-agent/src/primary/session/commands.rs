@@ -93,7 +93,7 @@ pub(super) struct Held {
 impl Work {
     pub(super) fn take_commands(&mut self) {
         for _ in 0..COMMANDS_AT_ONCE {
-            let Ok(inbound) = self.inbound.try_recv() else { return };
+            let Some(inbound) = self.woke.take().or_else(|| self.inbound.try_recv().ok()) else { return };
             match inbound {
                 Inbound::Go { ticket } => {
                     if self.held.as_ref().is_some_and(|h| h.ticket == ticket)

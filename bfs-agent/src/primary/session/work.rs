@@ -49,11 +49,12 @@ const EVENTS_AT_ONCE: usize = 4096;
 const LOOK_MIN: Duration = Duration::from_millis(1);
 /// A ring that is smaller than this is small.
 const SMALL_RING: u64 = 16 << 20;
-/// See [`LOOK_MIN`]; when nothing happens for long. Each look costs some 35 us: 12 ms leave an idle agent below half a
-/// percent of a CPU, and in 12 ms no program fills a ring of the usual size.
-const LOOK_MAX: Duration = Duration::from_millis(12);
-/// The same for a small ring.
-const LOOK_MAX_SMALL: Duration = Duration::from_millis(4);
+/// See [`LOOK_MIN`]; when nothing happens for long. Each look costs some 100 us, nearly all of it for waking up: 25 ms leave
+/// an idle agent below half a percent of a CPU, and in 25 ms no program fills a ring of the usual size. A command does not
+/// wait for it.
+const LOOK_MAX: Duration = Duration::from_millis(25);
+/// The same for a small ring, and while somebody waits for a checkpoint.
+const LOOK_MAX_SOON: Duration = Duration::from_millis(4);
 /// Most recent checkpoints whose instant and tag are remembered.
 const REMEMBERED: usize = 4096;
 
@@ -107,6 +108,8 @@ pub struct Work {
     pub(super) policies: Policies,
     _server: control::Server,
     pub(super) inbound: mpsc::Receiver<Inbound>,
+    /// A command that ended a pause.
+    pub(super) woke: Option<Inbound>,
     pub(super) engine: Engine,
     pub(super) link: Link,
     pub(super) epoch: Epoch,
@@ -169,6 +172,7 @@ impl Work {
             policies,
             _server: server,
             inbound,
+            woke: None,
             engine,
             link,
             epoch,
@@ -292,7 +296,7 @@ impl Work {
         let ring = self.link.probes.ring();
         let filling = ring.used_bytes() > ring.capacity() / 4;
         let small = ring.capacity() < SMALL_RING;
-        let (look_min, look_max) = if small { (LOOK_MIN / 5, LOOK_MAX_SMALL) } else { (LOOK_MIN, LOOK_MAX) };
+        let (look_min, look_max) = if small { (LOOK_MIN / 5, LOOK_MAX_SOON) } else { (LOOK_MIN, LOOK_MAX) };
         let wait = if filling { FLUSH_SOON } else { FLUSH_EVERY };
         if self.engine.needs_flush() && self.last_flush.elapsed() >= wait {
             self.flush();
@@ -304,10 +308,20 @@ impl Work {
         self.link.release_ring();
         self.look_at_runs();
         if taken == 0 {
-            std::thread::sleep(self.look);
+            // Who waits is told soon.
+            self.rest(if self.waiters.is_empty() { self.look } else { self.look.min(LOOK_MAX_SOON) });
             self.look = (self.look * 2).min(look_max);
         } else {
             self.look = look_min;
+        }
+    }
+
+    /// Nothing is to be done for so long, but what is asked for.
+    fn rest(&mut self, time: Duration) {
+        match self.inbound.recv_timeout(time) {
+            Ok(inbound) => self.woke = Some(inbound),
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => std::thread::sleep(time),
         }
     }
 
