@@ -50,6 +50,40 @@ while [ ! -e \"$2/stop\" ]; do sleep 0.05; done";
     exercise::equal(&world).unwrap();
 }
 
+/// Nobody knows what was lost, so all files are read; what did not change is not sent.
+#[test]
+fn what_did_not_change_is_not_sent_again_when_everything_is_read() {
+    let mut world = World::new("not-again", Transport::Tcp).unwrap();
+    world.agent_options(&["--ring-bytes", "64K"]);
+    let script = "\
+dd if=/dev/urandom of=\"$1/large\" bs=1M count=48 status=none
+: > \"$2/ready\"
+while [ ! -e \"$2/go\" ]; do sleep 0.02; done
+printf x | dd of=\"$1/large\" bs=1 seek=20000001 conv=notrunc status=none
+i=0; while [ $i -lt 20000 ]; do : > \"$1/f$i\"; i=$((i + 1)); done
+: > \"$2/written\"
+while [ ! -e \"$2/stop\" ]; do sleep 0.05; done";
+    let place = [&world.place.data, &world.place.aux].map(|p| p.display().to_string());
+    let line = ["/bin/sh", "-c", script, "sh"].map(str::to_owned);
+    world.start_replayer().unwrap();
+    world.run(&line.into_iter().chain(place).collect::<Vec<_>>()).unwrap();
+    world.checkpoint().unwrap();
+    let number = |what: &[&str]| world.status_number(what).unwrap();
+    let (sent, suspect) = (number(&["stream_bytes"]), number(&["counters", "everything_suspect"]));
+    world.pause_agent(true).unwrap();
+    std::fs::write(world.place.aux.join("go"), "").unwrap();
+    let written = world.place.aux.join("written");
+    until("the files", SOON, || written.exists().then_some(())).unwrap();
+    world.pause_agent(false).unwrap();
+    world.checkpoint().unwrap();
+    assert!(number(&["counters", "everything_suspect"]) > suspect, "the ring of 64 KiB had room for all");
+    let sent = number(&["stream_bytes"]) - sent;
+    assert!(sent < 24 << 20, "{sent} bytes, for 20,000 names and one byte in a file of 48 MiB");
+    exercise::equal(&world).unwrap();
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
+}
+
 /// How often each rung of the ladder was used.
 #[derive(Clone, Copy, Debug)]
 struct Rungs {

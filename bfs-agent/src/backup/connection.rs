@@ -395,6 +395,13 @@ impl Session {
             Frame::GetDigests { group, position } => {
                 let group = self.group(&group)?;
                 let out = self.out.clone();
+                let mut progress = group.progress();
+                // The record may be on its way, on another connection.
+                let there = progress.wait_for(|p| p.durable.sequence >= position);
+                if !matches!(tokio::time::timeout(digests::WAIT, there).await, Ok(Ok(_))) {
+                    self.answer(Frame::Digests { lines: Vec::new(), last: true }).await;
+                    return Ok(());
+                }
                 blocking(move || {
                     let send = &mut |frame| out.blocking_send((frame, Bytes::new())).is_ok();
                     digests::digests(&group, position, send)

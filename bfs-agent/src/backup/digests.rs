@@ -1,12 +1,13 @@
-//! Digests of the blocks of all files, for an agent that begins anew: what it reads and has here already
-//! it does not send.
+//! Digests of the blocks of all files, for an agent that begins anew or has to read everything once more: what it reads
+//! and has here already it does not send.
 //!
-//! They are of the tree, so only of files about which the records behind the applied checkpoint say
-//! nothing. The caller may be slow; the applier waits meanwhile.
+//! They are of the tree; where the records behind the applied checkpoint say something about a block, nothing is known of
+//! it. The caller may be slow; the applier waits meanwhile.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use bfs_common::record::{FileKind, ObjectId, Sequence};
 use bfs_common::wire::{DIGEST_BLOCK, DIGEST_BYTES, DigestLine, Frame};
@@ -15,15 +16,19 @@ use rustix::fs::OFlags;
 use super::apply::{CrashPoint, Step};
 use super::error::BackupError;
 use super::group::Group;
-use super::plan::{Plan, plan};
+use super::plan::Plan;
 use super::target::Target;
 use crate::log::read_range;
 use crate::tree;
 
+/// How long is waited for the record that they are asked for; without it there are none.
+pub const WAIT: Duration = Duration::from_secs(10);
 /// About how many bytes of digests a frame gets.
 const FRAME_BYTES: usize = 1 << 20;
 /// Bytes read at once: whole blocks.
 const READ_BYTES: usize = 256 << 10;
+/// Stands for a block that is not known: no digest is like that.
+const UNKNOWN: [u8; DIGEST_BYTES] = [0; DIGEST_BYTES];
 
 /// Sends the digests of the files as they are after a record. `send` gives up with false.
 ///
@@ -45,16 +50,17 @@ pub fn digests(
         target.fold(found.record, &found.payload, found.at).map_err(|e| BackupError::Stream(e.to_string()))
     })?;
     let view = group.index.view(row.number)?;
-    let touched = plan(&view, &row.roots, &target)?.objects;
     let (nothing, mut never) = (Plan::default(), CrashPoint::default());
     let mut step = Step::new(&group.area, &view, &nothing, &mut never);
     let mut lines = Lines { lines: Vec::new(), bytes: 0, send };
     let mut buffer = vec![0; READ_BYTES];
     let all = view.each(|object, node| {
-        if node.kind != FileKind::Regular || node.size == 0 || touched.contains_key(&object) {
+        let change = target.objects.get(&object);
+        if node.kind != FileKind::Regular || node.size == 0 || change.is_some_and(|change| change.forgotten) {
             return Ok(true);
         }
-        of_file(&mut step, object, node.size, &mut buffer, &mut lines)
+        let lost = change.map_or_else(Vec::new, |change| change.content.lost(node.size));
+        of_file(&mut step, object, (node.size, &lost), &mut buffer, &mut lines)
     })?;
     if all {
         lines.end();
@@ -62,11 +68,12 @@ pub fn digests(
     Ok(())
 }
 
-/// The digests of one file; false if nobody wants more. A file that others changed has none, or others.
+/// The digests of one file, of which these ranges do not count; false if nobody wants more. A file that others changed
+/// has none, or others.
 fn of_file(
     step: &mut Step<'_>,
     object: ObjectId,
-    size: u64,
+    (size, lost): (u64, &[(u64, u64)]),
     buffer: &mut [u8],
     lines: &mut Lines<'_>,
 ) -> Result<bool, BackupError> {
@@ -84,8 +91,14 @@ fn of_file(
         let len = (size - at).min(READ_BYTES as u64) as usize;
         file.read_exact_at(&mut buffer[..len], at).map_err(failed)?;
         let mut digests = Vec::with_capacity(len / DIGEST_BLOCK as usize * DIGEST_BYTES + DIGEST_BYTES);
-        for block in buffer[..len].chunks(DIGEST_BLOCK as usize) {
-            digests.extend_from_slice(&tree::block_digest(block));
+        for (start, block) in
+            (at..).step_by(DIGEST_BLOCK as usize).zip(buffer[..len].chunks(DIGEST_BLOCK as usize))
+        {
+            digests.extend_from_slice(&if meets(lost, start, start + block.len() as u64) {
+                UNKNOWN
+            } else {
+                tree::block_digest(block)
+            });
         }
         if !lines.add(object, digests) {
             return Ok(false);
@@ -93,6 +106,12 @@ fn of_file(
         at += len as u64;
     }
     Ok(true)
+}
+
+/// Whether one of the ranges, which are in order, has some of these bytes.
+fn meets(ranges: &[(u64, u64)], start: u64, end: u64) -> bool {
+    let behind = ranges.partition_point(|(_, until)| *until <= start);
+    ranges.get(behind).is_some_and(|(from, _)| *from < end)
 }
 
 /// Lines on their way.
@@ -121,5 +140,21 @@ impl Lines<'_> {
 
     fn end(mut self) {
         self.frame(true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_meets_what_has_some_of_its_bytes() {
+        let ranges = [(10, 20), (30, 31)];
+        for (start, end, expected) in
+            [(0, 10, false), (0, 11, true), (19, 25, true), (20, 30, false), (20, 31, true), (31, 99, false)]
+        {
+            assert_eq!(meets(&ranges, start, end), expected, "{start}..{end}");
+        }
+        assert!(!meets(&[], 0, u64::MAX));
     }
 }

@@ -587,7 +587,8 @@ impl Engine {
         };
         let sequence = self.out.push(&Record::Checkpoint { checkpoint, label }, b"");
         self.last_checkpoint = checkpoint;
-        self.model.same = None;
+        (self.model.same, self.ask) = (None, None);
+        self.owed.clear();
         self.model.bound();
         if std::mem::take(&mut self.resting) {
             // They were read half way: when they end, what they touch is read again.

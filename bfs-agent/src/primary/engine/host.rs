@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bfs_common::abi::{InodeId, RunEvent};
-use bfs_common::record::{FileKind, Meta, Name, ObjectId};
+use bfs_common::record::{FileKind, Meta, Name, ObjectId, Sequence};
 
 use super::outbox::Batch;
 use super::resolve::Start;
@@ -183,8 +183,11 @@ pub trait Host {
     /// [`HostError::Read`].
     fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError>;
 
-    /// What the destination is known to have of a file of the model, as the stream was when this agent
-    /// began.
+    /// Asks the destination what it has as of this record, which was shipped, of objects up to this number: from now on
+    /// [`Self::known`] tells of that.
+    fn ask(&mut self, position: Sequence, highest: ObjectId);
+
+    /// What the destination is known to have of a file of the model, as the stream was when it was asked.
     fn known(&mut self, object: ObjectId) -> Known;
 
     /// Reads a range of a regular file, in order, in segments; what lies beyond its end is not

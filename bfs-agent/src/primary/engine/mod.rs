@@ -43,7 +43,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use bfs_common::abi::InodeId;
-use bfs_common::record::{CheckpointId, Epoch, GapScope, Meta, Name, ObjectId, PathBytes, Record};
+use bfs_common::record::{CheckpointId, Epoch, GapScope, Meta, Name, ObjectId, PathBytes, Record, Sequence};
+use bfs_common::wire::DIGEST_BLOCK;
 use bytes::Bytes;
 use foldhash::{HashMap, HashMapExt, HashSet};
 
@@ -279,6 +280,12 @@ pub struct Engine {
     last_checkpoint: CheckpointId,
     /// Nobody takes bytes now: only what is touched is noted.
     noting: bool,
+    /// Bytes of a block that is compared with what the destination has.
+    block: u64,
+    /// Files of which a destination has lost bytes: they are sent whatever the first one has.
+    owed: HashSet<ObjectId>,
+    /// The destination is to be asked what it has as of this record, of objects up to this number.
+    ask: Option<(Sequence, ObjectId)>,
     /// Counters.
     pub stats: Stats,
 }
@@ -322,6 +329,9 @@ impl Engine {
             position: None,
             last_checkpoint,
             noting: false,
+            block: DIGEST_BLOCK,
+            owed: HashSet::default(),
+            ask: None,
             stats: Stats::default(),
         }
     }
@@ -401,13 +411,14 @@ impl Engine {
     }
 
     /// Puts a record into the stream that changes nothing of the model; gives its number.
-    pub fn say(&mut self, record: &Record) -> bfs_common::record::Sequence {
+    pub fn say(&mut self, record: &Record) -> Sequence {
         self.out.push(record, b"")
     }
 
     /// What the destination has is asked for until the first checkpoint: blocks of this many bytes that
     /// are read and are there already are not sent.
     pub fn compare_blocks(&mut self, bytes: u64) {
+        self.block = bytes;
         self.model.same = Some(Same::new(bytes));
     }
 
@@ -417,6 +428,13 @@ impl Engine {
         self.stats.everything += 1;
         tracing::debug!(now, by = %std::panic::Location::caller(), "everything is suspect");
         self.named.clear();
+        if self.model.same.is_none() && self.last_checkpoint > CheckpointId(0) {
+            // Most of what is going to be read did not change, and is there.
+            let mut same = Same::new(self.block);
+            self.owed.iter().for_each(|object| same.put(*object, Vec::new()));
+            self.model.same = Some(same);
+            self.ask = Some((self.out.last(), self.model.highest()));
+        }
         let ids = self.dirty.all_but().unwrap_or_else(|| self.model.ids().collect());
         for object in ids {
             // No snapshot makes that exact: there may be another cause, later, by the time it comes.
@@ -463,8 +481,9 @@ impl Engine {
     /// stream has.
     pub fn send_again(&mut self, object: ObjectId, now: u64) {
         self.model.sent.forget(object);
+        self.owed.insert(object);
         if let Some(same) = &mut self.model.same {
-            same.forget(object);
+            same.put(object, Vec::new());
         }
         self.suspect(&GapScope::Object(object), now);
     }
@@ -531,7 +550,7 @@ impl Engine {
 
     /// The last sequence number given.
     #[must_use]
-    pub fn last_sequence(&self) -> bfs_common::record::Sequence {
+    pub fn last_sequence(&self) -> Sequence {
         self.out.last()
     }
 

@@ -123,6 +123,12 @@ pub struct Model {
 const DEPTH_MAX: usize = 10_000;
 
 impl Model {
+    /// The highest number that an object has, or had.
+    #[must_use]
+    pub const fn highest(&self) -> ObjectId {
+        self.highest
+    }
+
     /// An empty tree; objects get numbers above `highest`.
     #[must_use]
     pub fn new(highest: ObjectId, file_systems: FileSystems) -> Self {

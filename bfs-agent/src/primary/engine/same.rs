@@ -1,5 +1,6 @@
 //! What the destination is known to have: digests of the blocks of files, as the stream had them when
-//! this agent began. Where a block that is read has the same digest, it does not have to be sent.
+//! this agent began, or when everything became suspect. Where a block that is read has the same digest, it does not have
+//! to be sent.
 //!
 //! Invariant: a digest counts only while the stream said nothing else about its block. The model says
 //! what it puts into the stream, from the first record on, also before the digests of a file are

@@ -335,6 +335,12 @@ impl Engine {
         host: &mut dyn Host,
         ahead: bool,
     ) -> Result<(), HostError> {
+        if let Some((position, highest)) = self.ask.take() {
+            // It has to have the record before it can say how it stood then.
+            self.out.close(None);
+            self.ship_full(host)?;
+            host.ask(position, highest);
+        }
         while self.model.same.as_ref().is_some_and(|same| !same.has(object)) {
             let digests = match host.known(object) {
                 Known::NotYet if ahead => {

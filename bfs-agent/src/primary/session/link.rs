@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::primary::clock::monotonic_ns;
 use bfs_common::abi::{FailedEvent, InodeId, RunEvent, TASKS_MAX, counter};
-use bfs_common::record::{CheckpointId, Name, ObjectId};
+use bfs_common::record::{CheckpointId, Name, ObjectId, Sequence};
 
 use super::known::Answers;
 use super::state;
@@ -200,6 +200,11 @@ impl Host for Link {
 
     fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError> {
         self.reader.xattrs(inode)
+    }
+
+    fn ask(&mut self, position: Sequence, highest: ObjectId) {
+        let connect = self.shipper.remote().connector();
+        self.answers = Some(Answers::ask(connect, &self.group, position, highest));
     }
 
     fn known(&mut self, object: ObjectId) -> Known {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bfs_common::codec::take;
-use bfs_common::record::{CheckpointId, Identity, Meta, Name, ObjectId, Record};
+use bfs_common::record::{CheckpointId, Identity, Meta, Name, ObjectId, Record, Sequence};
 use bfs_common::wire::CatalogObject;
 
 use super::fs::{Fs, Inode, ROOT};
@@ -18,7 +18,7 @@ pub(super) fn records(batch: &Batch) -> Vec<Record> {
 }
 
 /// The state that records say.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Backup {
     pub(super) objects: BTreeMap<ObjectId, Inode>,
     pub(super) entries: BTreeMap<(ObjectId, Vec<u8>), ObjectId>,
@@ -32,9 +32,17 @@ pub(super) struct Backup {
 
 impl Backup {
     pub(super) fn apply(&mut self, batch: &Batch) -> Option<CheckpointId> {
+        self.apply_until(batch, Sequence(u64::MAX))
+    }
+
+    /// The same of the records up to this one.
+    pub(super) fn apply_until(&mut self, batch: &Batch, last: Sequence) -> Option<CheckpointId> {
         let mut bytes = batch.bytes.clone();
         let mut checkpoint = None;
         while let Some(encoded) = take(&mut bytes).expect("sound records") {
+            if encoded.sequence > last {
+                break;
+            }
             assert_eq!(encoded.sequence.0, self.next + 1, "no gap in the stream");
             self.next += 1;
             let (record, payload) = encoded.decode().expect("records");

@@ -40,6 +40,7 @@ fn begin(
     world.go();
     let base = world.fs.clone();
     world.done.clear();
+    world.base = backup.clone();
     world.known = backup.objects.iter().map(|(object, inode)| (*object, inode.data.clone())).collect();
     let mut file_systems = FileSystems::default();
     file_systems.add(8, 8, 0);
@@ -73,17 +74,32 @@ fn what_the_backup_has_is_not_sent_again() {
     }
 }
 
+/// Nor by the same agent, when it has to read everything once more.
+#[test]
+fn what_became_suspect_and_did_not_change_is_not_sent_again() {
+    let mut world = three_files();
+    let backup = Backup::default();
+    let (mut engine, _) = begin(&mut world, Border::Everything, &backup, CheckpointId(0), false);
+    let mut written = Vec::new();
+    for _ in 0..3 {
+        let request = Request { tag: String::new(), trigger: "manual", wall_ns: 0, stop: Stop::IfNeeded };
+        engine.checkpoint(&mut world, &request).unwrap();
+        let mut backup = std::mem::take(&mut world.base);
+        for (batch, _) in std::mem::take(&mut world.shipped) {
+            backup.apply(&batch);
+        }
+        assert_eq!(backup.dump(), world.fs.dump(&|_, _| true));
+        written.push(std::mem::take(&mut backup.written));
+        world.base = backup;
+        world.fs.inodes.get_mut(&101).unwrap().data[9] += 1;
+        engine.suspect_everything(world.now());
+    }
+    assert_eq!(written, [90, 4, 4]);
+}
+
 /// Bytes of files that the first agent sends, and the second, which comes after 4 of them were changed.
 fn sent_by_two_agents(adopts: bool) -> Vec<usize> {
-    let mut world = World::new(1, 1, 0);
-    for file in 0..3 {
-        let mut inode = Fs::inode(FileKind::Regular, 1);
-        inode.links = 1;
-        inode.data = (0..30).map(|n| n + file).collect();
-        world.fs.inodes.insert(100 + u64::from(file), inode);
-        let root = world.fs.inodes.get_mut(&ROOT).unwrap();
-        root.entries.insert(vec![b'a' + file], 100 + u64::from(file));
-    }
+    let mut world = three_files();
     let mut backup = Backup::default();
     let mut sent = Vec::new();
     for round in 0..2 {
@@ -101,6 +117,20 @@ fn sent_by_two_agents(adopts: bool) -> Vec<usize> {
     // The same objects, whatever inodes they were.
     assert_eq!(backup.highest().0, 4);
     sent
+}
+
+/// Three files of 30 bytes, and no program.
+fn three_files() -> World {
+    let mut world = World::new(1, 1, 0);
+    for file in 0..3 {
+        let mut inode = Fs::inode(FileKind::Regular, 1);
+        inode.links = 1;
+        inode.data = (0..30).map(|n| n + file).collect();
+        world.fs.inodes.insert(100 + u64::from(file), inode);
+        let root = world.fs.inodes.get_mut(&ROOT).unwrap();
+        root.entries.insert(vec![b'a' + file], 100 + u64::from(file));
+    }
+    world
 }
 
 /// In some runs all files have followers: what is read for these between checkpoints changes none of them.
@@ -194,6 +224,7 @@ fn run(seed: u64) -> (u32, u32) {
                 done = then;
             }
         }
+        world.base = backup.clone();
         let (got, want) = (
             at_marker.expect("the marker was shipped"),
             expected(&base, &world.done[..done], taken.at_ns, border),

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bfs_common::abi::{EventHeader, FileEvent, InodeAttr, InodeId, PathEvent, RunEvent, flag, kind};
-use bfs_common::record::{FileKind, Meta, Name, ObjectId};
+use bfs_common::record::{FileKind, Meta, Name, ObjectId, Sequence};
 
+use super::backup::Backup;
 use super::fs::{At, Call, Done, Effect, Fs, ROOT};
 use super::memory::Memory;
 use super::requests::Flying;
@@ -62,6 +63,8 @@ pub(super) struct World {
     pub(super) memory: Memory,
     /// What the destination had when the agent began.
     pub(super) known: BTreeMap<ObjectId, Vec<u8>>,
+    /// The backup before what is in `shipped`.
+    pub(super) base: Backup,
 }
 
 /// Bytes of a block that has a digest of its own.
@@ -92,6 +95,7 @@ impl World {
             symlinks_lead: false,
             flying: Vec::new(),
             known: BTreeMap::new(),
+            base: Backup::default(),
             memory: Memory {
                 used: seed.is_multiple_of(2),
                 tells: !seed.is_multiple_of(5),
@@ -416,6 +420,16 @@ impl Host for World {
     fn xattrs(&mut self, inode: InodeId) -> Result<Option<Xattrs>, HostError> {
         self.step();
         Ok(self.stat_of(inode.ino).map(|_| Vec::new()))
+    }
+
+    fn ask(&mut self, position: Sequence, highest: ObjectId) {
+        let mut backup = self.base.clone();
+        for (batch, _) in &self.shipped {
+            backup.apply_until(batch, position);
+        }
+        assert_eq!(backup.next, position.0, "what it is asked for was shipped");
+        let known = backup.objects.into_iter().filter(|(object, _)| *object <= highest);
+        self.known = known.map(|(object, inode)| (object, inode.data)).collect();
     }
 
     fn known(&mut self, object: ObjectId) -> Known {
