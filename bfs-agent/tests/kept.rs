@@ -300,7 +300,7 @@ async fn digests(replayer: &ReplayerHandle, position: u64) -> Vec<(u64, Vec<u8>)
     }
 }
 
-/// Files that have changed since the tree stood still have no digests, and nothing has for a position that
+/// Blocks that have changed since the tree stood still have no digests, and nothing has for a position that
 /// is behind the tree.
 #[tokio::test]
 async fn digests_are_of_the_position_that_is_asked_for() {
@@ -324,8 +324,56 @@ async fn digests_are_of_the_position_that_is_asked_for() {
     agent.write(3, 1, b"H");
     agent.acked().await;
     assert_eq!(digests(&replayer, applied).await, all, "what comes behind the position does not count");
-    assert_eq!(digests(&replayer, applied + 1).await, all[..1]);
+    let unknown = vec![0; 16];
+    assert_eq!(digests(&replayer, applied + 1).await, [all[0].clone(), (3, unknown.clone())]);
+    agent.write(2, 4100, b"second block");
+    agent.acked().await;
+    let first = [of(&[7; 4096]), unknown.clone()].concat();
+    assert_eq!(digests(&replayer, applied + 2).await, [(2, first), (3, unknown.clone())]);
+    agent.put(Record::Truncate { object: ObjectId(2), size: 100 }, b"");
+    agent.acked().await;
+    assert_eq!(digests(&replayer, applied + 3).await, [(2, unknown.repeat(2)), (3, unknown)]);
     assert_eq!(digests(&replayer, applied - 1).await, []);
+}
+
+/// An object may be without a name at a checkpoint, and get one again: it stays what it was.
+#[tokio::test]
+async fn what_had_no_name_at_a_checkpoint_comes_back_with_all_its_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let replayer = keeping(&store, 9);
+    let mut agent = Agent::new(replayer.connect_local()).await;
+    agent.root();
+    agent.object(2, FileKind::Regular, 0o600, b"");
+    agent.write(2, 0, b"first");
+    agent.object(3, FileKind::Directory, 0o700, b"");
+    agent.entry(1, "d", 3);
+    agent.entry(3, "a", 2);
+    agent.object(4, FileKind::Regular, 0o600, b"");
+    agent.entry(1, "f", 4);
+    agent.write(4, 0, b"other");
+    agent.checkpoint().await;
+    let name = |name: &str| Name::new(name.as_bytes()).unwrap();
+    for (directory, entry) in [(1, "d"), (1, "f")] {
+        agent.put(Record::EntryDelete { directory: ObjectId(directory), name: name(entry) }, b"");
+    }
+    agent.write(2, 0, b"SECOND");
+    agent.checkpoint().await;
+    // A file of two names, and a directory below one that is new.
+    agent.object(5, FileKind::Directory, 0o700, b"");
+    agent.entry(1, "new", 5);
+    agent.entry(5, "back", 3);
+    agent.entry(5, "f", 4);
+    agent.entry(1, "g", 4);
+    agent.write(2, 0, b"t");
+    agent.checkpoint().await;
+    let mut connection = replayer.connect_local();
+    for (at, expected) in [(1, "first"), (2, "SECOND"), (3, "tECOND")] {
+        assert_eq!(content(&mut connection, at).await.unwrap(), expected.as_bytes(), "checkpoint {at}");
+    }
+    drop((agent, connection, replayer));
+    let report = bfs_agent::backup::check::check(&store, true, &[]).unwrap();
+    assert!(report.problems.is_empty(), "{:?}", report.problems);
 }
 
 /// Asks about what changed; the lines in short.
@@ -387,7 +435,6 @@ async fn what_changed_is_told_by_path() {
     agent.entry(1, "e", 3);
     agent.checkpoint().await;
     agent.delete(3, "b");
-    agent.put(Record::Forget { object: ObjectId(4) }, b"");
     agent.checkpoint().await;
 
     assert_eq!(differences(&replayer, 1, 2).await, ["/data/app/a /data/app/a [Content] 1"]);

@@ -280,8 +280,10 @@ impl<B: Base> Planner<'_, B> {
         }
         let attach: Vec<_> = self.plan.attach.iter().map(|(p, o)| (p.clone(), *o)).collect();
         for (place, object) in attach {
-            if let Some(Touched { after: Some(after), .. }) = self.touch(object)? {
+            if let Some(Touched { before, after: Some(after), loose, .. }) = self.touch(object)? {
                 after.places.push(place.clone());
+                // It stands aside, and is found there until it has its place.
+                *loose |= before.as_ref().is_some_and(|before| before.places.is_empty());
             }
             self.entries_change(&place)?;
         }

@@ -178,6 +178,9 @@ impl Model {
                 object.links.add(directory, name);
             }
         }
+        // The agent before did not come to say that they are gone.
+        let nameless = model.objects.keys().filter(|object| !model.is_linked(**object));
+        model.orphans = nameless.copied().collect();
         model
     }
 
