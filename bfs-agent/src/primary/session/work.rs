@@ -50,7 +50,7 @@ const LOOK_MIN: Duration = Duration::from_millis(1);
 /// A ring that is smaller than this is small.
 const SMALL_RING: u64 = 16 << 20;
 /// See [`LOOK_MIN`]; when nothing happens for long. Each look costs some 100 us, nearly all of it for waking up: 25 ms leave
-/// an idle agent below half a percent of a CPU, and in 25 ms no program fills a ring of the usual size. A command does not
+/// an idle agent at about half a percent of a CPU, and in 25 ms no program fills a ring of the usual size. A command does not
 /// wait for it.
 const LOOK_MAX: Duration = Duration::from_millis(25);
 /// The same for a small ring, and while somebody waits for a checkpoint.
