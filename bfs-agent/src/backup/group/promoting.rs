@@ -165,34 +165,28 @@ impl Group {
         }
         let at = self.progress.borrow().confirmed;
         let (group, wanted) = (self.clone(), by.clone());
-        let why = match blocking(move || group.begin_history(at, wanted)).await {
-            Ok(Ok(row)) => {
+        let begun = blocking(move || group.begin_history(at, wanted)).await;
+        let begun = begun.and_then(|begun| begun.map_err(|error| Refusal::Store(error.to_string())));
+        let why = match begun {
+            Ok(row) => {
                 self.state().end_promoting_with(&row, before);
                 Refusal::Store("the index has not what was just written".into())
             }
-            Ok(Err(error)) if mutant::is(Mutant::ForgetsDoubt) => {
+            Err(why) if mutant::is(Mutant::ForgetsDoubt) => {
                 self.state().end_promoting(before, false);
-                Refusal::Store(error.to_string())
+                why
             }
-            Ok(Err(error)) => {
-                self.is_in_doubt(before).await?;
-                Refusal::Store(error.to_string())
-            }
-            Err(refusal) => {
-                self.is_in_doubt(before).await?;
-                refusal
+            Err(why) => {
+                // It may stand all the same.
+                self.state().promoting = Promoting::InDoubt(before);
+                let group = self.clone();
+                blocking(move || group.settle()).await??;
+                why
             }
         };
         self.slot_free.notify_waiters();
         let state = self.state();
         self.begun(&state, &by).map_or(Err(why), |history| Ok(promoted(&state, history)))
-    }
-
-    /// A promotion failed: finds out whether it stands all the same.
-    async fn is_in_doubt(self: &Arc<Self>, before: Option<Slot>) -> Result<(), Refusal> {
-        self.state().promoting = Promoting::InDoubt(before);
-        let group = self.clone();
-        blocking(move || group.settle()).await?
     }
 
     /// The newest promotion, if it is this one, and nothing was written or confirmed since.
@@ -215,12 +209,10 @@ impl Group {
             Refusal::Store(format!("{error}; until it is known whether it was promoted, nobody writes"))
         })?;
         let mut state = self.state();
-        // Somebody else found out meanwhile, and another one may be on its way.
-        if !matches!(state.promoting, Promoting::InDoubt(_)) {
-            return Ok(());
-        }
-        if let Promoting::InDoubt(before) = std::mem::replace(&mut state.promoting, Promoting::No) {
-            state.end_promoting_with(&row, before);
+        match std::mem::replace(&mut state.promoting, Promoting::No) {
+            Promoting::InDoubt(before) => state.end_promoting_with(&row, before),
+            // Somebody else found out meanwhile, and another one may be on its way.
+            other => state.promoting = other,
         }
         drop(state);
         self.slot_free.notify_waiters();

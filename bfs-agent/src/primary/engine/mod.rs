@@ -419,7 +419,15 @@ impl Engine {
     /// are read and are there already are not sent.
     pub fn compare_blocks(&mut self, bytes: u64) {
         self.block = bytes;
-        self.model.same = Some(Same::new(bytes));
+        self.compare();
+    }
+
+    /// From here on what is read is compared with what the destination has as of the last record.
+    fn compare(&mut self) {
+        let mut same = Same::new(self.block);
+        self.owed.iter().for_each(|object| same.put(*object, Vec::new()));
+        self.model.same = Some(same);
+        self.ask = Some((self.out.last(), self.model.highest()));
     }
 
     /// Everything in the group is suspect: it is all read before the next checkpoint.
@@ -430,10 +438,7 @@ impl Engine {
         self.named.clear();
         if self.model.same.is_none() && self.last_checkpoint > CheckpointId(0) {
             // Most of what is going to be read did not change, and is there.
-            let mut same = Same::new(self.block);
-            self.owed.iter().for_each(|object| same.put(*object, Vec::new()));
-            self.model.same = Some(same);
-            self.ask = Some((self.out.last(), self.model.highest()));
+            self.compare();
         }
         let ids = self.dirty.all_but().unwrap_or_else(|| self.model.ids().collect());
         for object in ids {

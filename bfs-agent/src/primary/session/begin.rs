@@ -8,7 +8,6 @@ use bfs_common::abi::counter;
 use bfs_common::record::CheckpointId;
 use bfs_common::wire::DIGEST_BLOCK;
 
-use super::known::Answers;
 use super::state::{self, State};
 use super::work::{Beside, Work};
 use super::{SessionOptions, left, link, rollback};
@@ -278,12 +277,8 @@ impl Ground {
             && welcome.highest_object.0 > 0;
         let out = Outbox::new(welcome.position.sequence, welcome.position.chain);
         let mut engine = Engine::new(model, out, welcome.confirmed);
-        let mut answers = None;
         if !complete && welcome.highest_object.0 > 0 {
             engine.compare_blocks(DIGEST_BLOCK);
-            let connect = shipper.remote().connector();
-            let position = welcome.position.sequence;
-            answers = Some(Answers::ask(connect, &options.group, position, welcome.highest_object));
         }
         let now = monotonic_ns();
         engine.set_foreign(options.foreign);
@@ -308,7 +303,6 @@ impl Ground {
         engine.suspect_events_before(now);
         state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;
         let mut link = link::Link::new((&options.group, place), probes, reader, shipper, stopper);
-        link.answers = answers;
         link.confirm = options.confirm.clone();
         for place in further {
             link.add_further(&options, engine.roots(), place)?;

@@ -59,7 +59,7 @@ pub struct Link {
     /// Why the last stop ended too early, if it did.
     pub let_go: Option<String>,
     /// What the destination has, if it was asked.
-    pub answers: Option<Answers>,
+    answers: Option<Answers>,
     /// Who wants to know that the work goes on.
     pub service: Service,
     /// Errors of the disk that selected processes saw, and nobody has looked at yet.

@@ -41,7 +41,6 @@ fn begin(
     let base = world.fs.clone();
     world.done.clear();
     world.base = backup.clone();
-    world.known = backup.objects.iter().map(|(object, inode)| (*object, inode.data.clone())).collect();
     let mut file_systems = FileSystems::default();
     file_systems.add(8, 8, 0);
     let roots = [(PathBytes::new(Path::new("/r")), backup.root)];
