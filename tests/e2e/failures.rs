@@ -46,11 +46,7 @@ fn is_found_after_a_power_cut() -> bool {
         head -c 300000 /dev/zero | dd of=\"$1/f\" bs=4096 seek=50 conv=notrunc iflag=fullblock status=none
         dd if=/dev/zero of=\"$1/g\" bs=1 count=1 conv=fsync status=none
         : > \"$2/done\"; while [ ! -e \"$2/stop\" ]; do sleep 0.01; done";
-    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
-    let line = |script: &str| -> Vec<String> {
-        ["/bin/sh", "-c", script, "sh"].map(str::to_owned).into_iter().chain(places.clone()).collect()
-    };
-    world.run(&line(script)).unwrap();
+    world.run(&world.script(script)).unwrap();
     fs::write(world.place.aux.join("go"), "").unwrap();
     let done = world.place.aux.join("done");
     until("the writes", SOON, || done.exists().then_some(())).unwrap();
@@ -65,7 +61,7 @@ fn is_found_after_a_power_cut() -> bool {
     let times = |m: &fs::Metadata| (m.size(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec(), m.ino());
     assert_eq!(times(&after), times(&before), "the cut left the new times");
     let old_bytes = fs::read(&file).unwrap() == old;
-    world.run(&line(": > \"$2/ready\"; while [ ! -e \"$2/stop\" ]; do sleep 0.01; done")).unwrap();
+    world.run(&world.script(": > \"$2/ready\"; while [ ! -e \"$2/stop\" ]; do sleep 0.01; done")).unwrap();
     world.checkpoint().unwrap();
     exercise::equal(&world).unwrap();
     assert!(world.finish().unwrap().success());

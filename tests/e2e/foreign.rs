@@ -23,9 +23,7 @@ const IDLE: &str = ": > \"$2/ready\"; while [ ! -e \"$2/stop\" ]; do sleep 0.02;
 
 fn start(world: &mut World, script: &str) {
     world.start_replayer().unwrap();
-    let (data, aux) = (world.place.data.display().to_string(), world.place.aux.display().to_string());
-    let line = ["/bin/sh", "-c", script, "sh", &data, &aux].map(str::to_owned);
-    world.run(&line).unwrap();
+    world.run(&world.script(script)).unwrap();
     let ready = world.place.aux.join("ready");
     until("the program", SOON, || ready.exists().then_some(())).unwrap();
 }

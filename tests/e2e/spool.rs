@@ -20,11 +20,6 @@ const BUSY: &str = ": > \"$2/ready\"; i=0
         echo \"$i\" >> \"$1/list\"; sleep 0.02
     done";
 
-fn shell(world: &World, script: &str) -> Vec<String> {
-    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
-    ["/bin/sh", "-c", script, "sh"].map(str::to_owned).into_iter().chain(places).collect()
-}
-
 fn spool_of(world: &World) -> Value {
     world.status().unwrap()["spool"].clone()
 }
@@ -102,7 +97,7 @@ fn a_run_that_ends_without_its_backup_says_how_to_send_the_rest() {
     let mut world = World::new("spool-end", Transport::Tcp).unwrap();
     world.agent_options(&["--final-wait", "1s"]);
     world.start_replayer().unwrap();
-    world.run(&shell(&world, BUSY)).unwrap();
+    world.run(&world.script(BUSY)).unwrap();
     world.checkpoint().unwrap();
     world.kill_replayer().unwrap();
     let sealed = world.checkpoint_until("sealed").unwrap();
@@ -136,7 +131,7 @@ fn the_next_run_sends_what_the_last_one_left() {
     let mut world = World::new("spool-next", Transport::Unix).unwrap();
     world.agent_options(&["--final-wait", "1s"]);
     world.start_replayer().unwrap();
-    world.run(&shell(&world, BUSY)).unwrap();
+    world.run(&world.script(BUSY)).unwrap();
     world.checkpoint().unwrap();
     world.kill_replayer().unwrap();
     let sealed = world.checkpoint_until("sealed").unwrap();
@@ -145,7 +140,7 @@ fn the_next_run_sends_what_the_last_one_left() {
     for file in ["stop", "ready"] {
         fs::remove_file(world.place.aux.join(file)).unwrap();
     }
-    world.run(&shell(&world, BUSY)).unwrap();
+    world.run(&world.script(BUSY)).unwrap();
     assert!(world.checkpoint().unwrap() > sealed + 1);
     assert!(kept(&world).contains(&sealed));
     assert!(world.finish().unwrap().success());
@@ -216,7 +211,7 @@ fn a_spool_on_a_full_disk() {
     world.mount_spool(4).unwrap();
     let expected = "No space left on device";
     world.start_replayer().unwrap();
-    world.run(&shell(&world, BUSY)).unwrap();
+    world.run(&world.script(BUSY)).unwrap();
     world.checkpoint().unwrap();
     world.kill_replayer().unwrap();
     let said = until("the spool to be full", SOON, || {

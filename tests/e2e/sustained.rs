@@ -37,10 +37,8 @@ dd if=/dev/zero of=\"$1/small\" bs=4k count=50000 status=none
 dd if=/dev/zero of=\"$1/tiny\" bs=128 count=200000 status=none
 : > \"$2/written\"
 while [ ! -e \"$2/stop\" ]; do sleep 0.05; done";
-    let place = [&world.place.data, &world.place.aux].map(|p| p.display().to_string());
-    let line = ["/bin/sh", "-c", script, "sh"].map(str::to_owned);
     world.start_replayer().unwrap();
-    world.run(&line.into_iter().chain(place).collect::<Vec<_>>()).unwrap();
+    world.run(&world.script(script)).unwrap();
     let written = world.place.aux.join("written");
     until("dd to be done", SOON, || written.exists().then_some(())).unwrap();
     world.checkpoint().unwrap();
@@ -63,10 +61,8 @@ printf x | dd of=\"$1/large\" bs=1 seek=20000001 conv=notrunc status=none
 i=0; while [ $i -lt 20000 ]; do : > \"$1/f$i\"; i=$((i + 1)); done
 : > \"$2/written\"
 while [ ! -e \"$2/stop\" ]; do sleep 0.05; done";
-    let place = [&world.place.data, &world.place.aux].map(|p| p.display().to_string());
-    let line = ["/bin/sh", "-c", script, "sh"].map(str::to_owned);
     world.start_replayer().unwrap();
-    world.run(&line.into_iter().chain(place).collect::<Vec<_>>()).unwrap();
+    world.run(&world.script(script)).unwrap();
     world.checkpoint().unwrap();
     let number = |what: &[&str]| world.status_number(what).unwrap();
     let (sent, suspect) = (number(&["stream_bytes"]), number(&["counters", "everything_suspect"]));

@@ -161,6 +161,13 @@ impl World {
         self.checkpoint_until("applied")
     }
 
+    /// The command that runs a script of the shell, with what is replicated as `$1` and what lies beside it as `$2`.
+    #[must_use]
+    pub fn script(&self, script: &str) -> Vec<String> {
+        let [data, aux] = [&self.place.data, &self.place.aux].map(|place| place.display().to_string());
+        ["/bin/sh", "-c", script, "sh", &data, &aux].map(str::to_owned).to_vec()
+    }
+
     /// Takes a checkpoint and waits until it is `sealed`, `confirmed` or `applied`; its number.
     ///
     /// # Errors

@@ -149,12 +149,6 @@ struct NewFiles {
     cpu: [f64; 2],
 }
 
-fn shell(world: &mut World, script: &str) -> Result<()> {
-    let places = [&world.place.data, &world.place.aux].map(|p| p.display().to_string());
-    let line = ["/bin/sh", "-c", script, "sh"].map(str::to_owned);
-    world.run(&line.into_iter().chain(places).collect::<Vec<_>>())
-}
-
 /// Bytes that are no zeros, for the program to copy.
 fn source(world: &World, len: u64) -> Result<()> {
     let mut random = Random::new(len);
@@ -181,7 +175,7 @@ fn new_files(transport: Transport, bytes: u64) -> Result<NewFiles> {
             dd if=\"$2/src\" of=\"$1/file$i\" bs=1M status=none; i=$((i + 1))
         done {DONE}"
     );
-    shell(&mut world, &script)?;
+    world.run(&world.script(&script))?;
     world.checkpoint()?;
     let (stream, disk) = (stream_bytes(&world)?, disk_bytes(&world)?);
     let daemons = [world.agent_pid()?, world.replayer_pid()];
@@ -210,11 +204,10 @@ fn new_files(transport: Transport, bytes: u64) -> Result<NewFiles> {
 fn latency(count: usize) -> Result<Vec<f64>> {
     let mut world = World::new("pipeline-latency", Transport::Unix)?;
     world.start_replayer()?;
-    shell(
-        &mut world,
+    world.run(&world.script(
         "exec 5> \"$1/file\"; : > \"$2/ready\"
         while [ ! -e \"$2/stop\" ]; do echo one more >&5; sleep 0.005; done",
-    )?;
+    ))?;
     world.checkpoint()?;
     let mut all = Vec::new();
     for _ in 0..count {
@@ -256,7 +249,7 @@ fn compile() -> Result<Compile> {
             i=$((i + 1))
         done {DONE}"
     );
-    shell(&mut world, &script)?;
+    world.run(&world.script(&script))?;
     world.checkpoint()?;
     let (stream, disk) = (stream_bytes(&world)?, disk_bytes(&world)?);
     go(&world)?;

@@ -101,10 +101,9 @@ fn measure(settings: &Settings, files: u64) -> Result<Vec<Row>> {
 
 /// A program that does nothing but put into a file what it is given.
 fn waiting(world: &World) -> Vec<String> {
-    let [data, aux] = [&world.place.data, &world.place.aux].map(|path| path.display().to_string());
     let script = "mkfifo \"$2/touch\"; : > \"$2/ready\"
         while read -r line < \"$2/touch\" && [ \"$line\" != end ]; do echo \"$line\" > \"$1/one\"; done";
-    ["/bin/sh", "-c", script, "sh", &data, &aux].map(str::to_owned).to_vec()
+    world.script(script)
 }
 
 /// Seconds in which find(1) tells all attributes.
