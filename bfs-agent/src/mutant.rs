@@ -17,6 +17,8 @@ pub enum Mutant {
     AdmitsFenced,
     /// A promotion that was said to have failed counts as one that never was.
     ForgetsDoubt,
+    /// Further destinations get checkpoints that the first one may never have.
+    SendsUnsealed,
 }
 
 #[cfg(test)]

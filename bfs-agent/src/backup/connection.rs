@@ -585,8 +585,10 @@ impl Session {
 
     /// Takes in more of a stream; with its last bytes it becomes a checkpoint.
     async fn receive(&mut self, group: Option<String>, body: &Bytes, last: bool) -> Result<(), Refusal> {
-        let receiver = self.receiver.take();
-        let mut receiver = receiver.unwrap_or_else(|| Receiver::new(self.shared.clone(), group));
+        let mut receiver = match self.receiver.take() {
+            Some(receiver) => receiver,
+            None => Receiver::begin(self.shared.clone(), group).await,
+        };
         let body = body.clone();
         let fed = tokio::task::spawn_blocking(move || {
             receiver.feed(&body)?;

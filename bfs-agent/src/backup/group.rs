@@ -578,6 +578,11 @@ impl Group {
         Ok(all.into_iter().map(line).collect())
     }
 
+    /// Whether its log takes nothing before it was opened again.
+    pub fn is_troubled(&self) -> bool {
+        self.state().log_trouble.is_some()
+    }
+
     /// Grants the next epoch, durably. Blocks on the disk.
     ///
     /// # Errors

@@ -30,6 +30,7 @@ use super::room::{Disk, Disks, Room};
 use super::store::Store;
 use super::transfer::{Busy, Incoming, finish_all};
 use crate::keys::Folder;
+use crate::log::writer::SEGMENT_BYTES;
 use crate::net::{Connection, Destination, destination, listen_unix, store_socket};
 
 /// Groups of one store.
@@ -83,6 +84,8 @@ pub struct Shared {
     limits: AllLimits,
     room: Arc<Room>,
     receiving: Busy,
+    /// Longest segments of what is taken in, in bytes.
+    segments_max: u64,
     /// True when the replayer ends.
     pub(super) stop: watch::Sender<bool>,
     connections: AtomicU64,
@@ -135,11 +138,37 @@ impl Shared {
             limits,
             room,
             receiving: Busy::default(),
+            segments_max: SEGMENT_BYTES,
             stop: watch::Sender::new(false),
             connections: AtomicU64::new(0),
             door: Door::default(),
             access,
         })
+    }
+
+    /// One with this group, whose threads are the simulation's.
+    #[cfg(test)]
+    pub(super) fn simulated(
+        store: Store,
+        index: Arc<Index>,
+        (name, group): (&str, &Arc<Group>),
+        segments_max: u64,
+    ) -> Self {
+        let (retention, retention_of) = (Retention::last(1, 1), BTreeMap::new());
+        Self {
+            store,
+            index,
+            groups: Mutex::new(BTreeMap::from([(name.to_owned(), Arc::clone(group))])),
+            allowed: Vec::new(),
+            limits: AllLimits { pending_max: u64::MAX, retention, retention_of },
+            room: Arc::new(Room::default()),
+            receiving: Busy::default(),
+            segments_max,
+            stop: watch::Sender::new(false),
+            connections: AtomicU64::new(0),
+            door: Door::default(),
+            access: None,
+        }
     }
 
     /// A group by name.
@@ -205,9 +234,25 @@ impl Shared {
         Ok(group)
     }
 
+    /// Opens logs again that had failed, as an agent's Hello does. Trouble that does not go away stays with the group.
+    pub(super) async fn open_logs_again(&self) {
+        let troubled: Vec<_> = {
+            let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+            groups.values().filter(|group| group.is_troubled()).cloned().collect()
+        };
+        for group in troubled {
+            let _ = group.drain().await;
+        }
+    }
+
     /// Groups that a stream is being taken in for.
     pub(super) fn receiving(&self) -> &Busy {
         &self.receiving
+    }
+
+    /// Longest segments of what is taken in, in bytes.
+    pub(super) const fn segments_max(&self) -> u64 {
+        self.segments_max
     }
 
     /// A folder of the store.

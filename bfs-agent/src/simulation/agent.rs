@@ -2,12 +2,13 @@
 //! is done step by step.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bfs_common::record::*;
 use bfs_common::wire::{Position, Refusal};
 
+use super::couriers::Couriers;
 use super::primary::Primary;
 use super::stream::{Line, touched};
 use super::world::Up;
@@ -51,13 +52,19 @@ pub struct Agent {
     everything: bool,
     /// The last operation that is in the stream, or named there.
     consumed: u64,
+    /// How many further destinations there are, where their records stand, and their most bytes.
+    further: (usize, PathBuf, u64),
+    /// While it tells what happens, where there are further destinations.
+    pub couriers: Option<Couriers>,
+    /// What the first destination has applied.
+    pub first_applied: CheckpointId,
 }
 
 impl Agent {
     /// Begins as a process does; `None` when the host fails meanwhile.
     pub fn start(
         (id, disk): (GroupId, usize),
-        folder: &Path,
+        (folder, further): (&Path, usize),
         boot: u8,
         bytes_max: u64,
         time_max: Duration,
@@ -93,6 +100,9 @@ impl Agent {
             dirty: BTreeSet::new(),
             everything: false,
             consumed: 0,
+            further: (further, folder.into(), bytes_max),
+            couriers: None,
+            first_applied: CheckpointId(0),
         })
     }
 
@@ -137,6 +147,11 @@ impl Agent {
                 self.queue = Queue::new(Position::START, MEMORY);
                 self.queue.begin(position, epoch);
                 self.stage = Stage::Live;
+                primary.stream.cut(position.sequence);
+                let (further, folder, bytes_max) = &self.further;
+                if *further > 0 {
+                    self.couriers = Some(Couriers::new(folder, *bytes_max, &primary.stream, *further));
+                }
                 self.take_over(primary, epoch, position, gaps);
             }
             _ => self.queue.reconnected(position)?,
@@ -154,7 +169,6 @@ impl Agent {
             primary.sealed,
             position.sequence
         );
-        primary.stream.cut(position.sequence);
         let complete = !primary.has_lost();
         self.everything = !complete || gaps.contains(&GapScope::Everything);
         let mut lines =
@@ -185,9 +199,13 @@ impl Agent {
     /// What is held goes into the queue, as far as that takes it.
     pub fn push(&mut self) {
         while let Some(batch) = self.held.pop_front() {
+            let kept = self.couriers.as_ref().map(|_| batch.clone());
             if let Err(batch) = self.queue.push(batch, false) {
                 self.held.push_front(batch);
                 return;
+            }
+            if let (Some(couriers), Some(batch)) = (&mut self.couriers, &kept) {
+                couriers.take(batch, self.first_applied);
             }
         }
     }

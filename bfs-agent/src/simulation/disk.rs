@@ -11,7 +11,7 @@
 //! The index counts as durable with each transaction: that is redb's, and cuts of a real disk are tested elsewhere
 //! (`tests/e2e/power.rs`). A batch grows on the disk from its beginning to its end.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io;
@@ -24,10 +24,15 @@ use bfs_tests::random::Random;
 
 thread_local! {
     static DISKS: RefCell<Vec<Disk>> = const { RefCell::new(Vec::new()) };
+    /// The one that the applier works on.
+    static APPLIER: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Folders that only `syncfs` makes durable, and in which inodes count.
 const MOVING: [&str; 4] = ["tree", "stage", "aside", "kept"];
+/// Where what comes in of another store stands, until it is moved to its log.
+const INCOMING: &str = "receive/g/log";
+const LOG: &str = "log/g";
 /// Bytes that are written together.
 const SECTOR: usize = 64;
 /// The first bytes of a segment: written in place, unlike the rest.
@@ -93,6 +98,21 @@ pub fn install(root: &Path, seed: u64) -> usize {
 /// There are no simulated disks any more.
 pub fn remove_all() {
     DISKS.with_borrow_mut(Vec::clear);
+    APPLIER.set(0);
+}
+
+/// From now on the applier works on this disk: at first on the first one.
+pub fn works_on(disk: usize) {
+    APPLIER.set(disk);
+}
+
+/// Its folder was emptied, by whoever has it.
+pub fn begin_again(disk: usize) {
+    DISKS.with_borrow_mut(|disks| {
+        let disk = &mut disks[disk];
+        (disk.left, disk.middle, disk.failed) = (None, None, None);
+        disk.synced = Snapshot::of(&disk.root);
+    });
 }
 
 /// The host fails at the event with this number from now, counted from 0.
@@ -185,10 +205,10 @@ pub fn sync_all(fd: &OwnedFd) -> io::Result<()> {
     })
 }
 
-/// The applier is going to change something. It works on the first disk.
+/// The applier is going to change something.
 pub fn change() -> io::Result<()> {
     DISKS.with_borrow_mut(|disks| {
-        let Some(disk) = disks.first_mut() else { return Ok(()) };
+        let Some(disk) = disks.get_mut(APPLIER.get()) else { return Ok(()) };
         disk.event()?;
         if matches!(disk.left, Some((_, Failure::Power))) && (disk.middle.is_none() || disk.random.chance(20))
         {
@@ -217,6 +237,12 @@ impl Node {
         let time = UNIX_EPOCH + Duration::new(self.mtime.0 as u64, self.mtime.1 as u32);
         File::open(path).unwrap().set_modified(SystemTime::max(time, UNIX_EPOCH)).unwrap();
     }
+}
+
+/// The inodes of the files right in a folder.
+fn inodes_in(chosen: &BTreeMap<&PathBuf, &Node>, folder: &Path) -> BTreeSet<u64> {
+    let inside = chosen.iter().filter(|(path, _)| path.parent() == Some(folder));
+    inside.map(|(_, node)| node.ino).collect()
 }
 
 impl Snapshot {
@@ -275,12 +301,37 @@ impl Disk {
         self.left = None;
         if how == Failure::Power {
             self.lose(&now);
+        } else {
+            self.untidy(&now);
         }
         self.middle = None;
         if how == Failure::Power {
             self.synced = Snapshot::of(&self.root);
         }
         Some(how)
+    }
+
+    /// Whoever failed may have tidied up what came in before it was gone: that is there again.
+    fn untidy(&mut self, now: &Snapshot) {
+        for (path, node) in now.names.iter().filter(|(path, _)| path.starts_with("receive")) {
+            let whole = self.root.join(path);
+            if whole.exists() {
+                continue;
+            }
+            if node.directory {
+                fs::create_dir(&whole).unwrap();
+                continue;
+            }
+            fs::write(&whole, now.bytes.get(&node.ino).map_or(&[][..], Vec::as_slice)).unwrap();
+            // Another inode, of which the same is synced.
+            let ino = fs::metadata(&whole).unwrap().ino();
+            if let Some(bytes) = self.synced.bytes.get(&node.ino).cloned() {
+                self.synced.bytes.insert(ino, bytes);
+            }
+            if let Some(known) = self.synced.names.get_mut(path).filter(|known| known.ino == node.ino) {
+                known.ino = ino;
+            }
+        }
     }
 
     /// Gives the folder what a disk without power has of it.
@@ -319,11 +370,17 @@ impl Disk {
         for path in synced.keys().chain(now.keys()).collect::<BTreeSet<_>>() {
             let Some(folder) = path.parent().filter(|_| !is_moving(path)) else { continue };
             let random = &mut self.random;
-            let old = *folders.entry(folder).or_insert_with(|| random.chance(50));
+            // A file that is moved between these two is in one of them.
+            let joined = if folder == Path::new(INCOMING) { Path::new(LOG) } else { folder };
+            let old = *folders.entry(joined).or_insert_with(|| random.chance(50));
             if let Some(node) = if old { synced.get(path) } else { now.get(path) } {
                 chosen.insert(path, node);
             }
         }
+        let in_log: BTreeSet<u64> = inodes_in(&chosen, Path::new(LOG));
+        chosen.retain(|path, node: &mut &Node| {
+            path.parent() != Some(Path::new(INCOMING)) || !in_log.contains(&node.ino)
+        });
         for path in now.keys().rev().filter(|path| !is_moving(path)) {
             let whole = self.root.join(path);
             if now[path].directory {

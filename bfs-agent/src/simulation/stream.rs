@@ -50,6 +50,24 @@ impl Stream {
         self.markers.values().find(|(checkpoint, _)| *checkpoint == of).map(|(_, model)| model)
     }
 
+    /// The label of a checkpoint.
+    pub fn label(&self, of: CheckpointId) -> Option<&CheckpointLabel> {
+        let (at, _) = self.markers.iter().find(|(_, (checkpoint, _))| *checkpoint == of)?;
+        match &self.lines.get(*at as usize - 1)?.0.0 {
+            Record::Checkpoint { label, .. } => Some(label),
+            _ => None,
+        }
+    }
+
+    /// The roots at its end.
+    pub fn roots(&self) -> Vec<(PathBytes, ObjectId)> {
+        let all = self.lines.iter().rev().find_map(|((record, _), _)| match record {
+            Record::Roots { roots } => Some(roots.clone()),
+            _ => None,
+        });
+        all.unwrap_or_default()
+    }
+
     /// The last marker up to a record.
     pub fn confirmed(&self, durable: Sequence) -> CheckpointId {
         self.markers

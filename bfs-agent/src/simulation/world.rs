@@ -2,10 +2,11 @@
 //! what was acknowledged is always there, and in the end the backup is the primary. Where another host is promoted:
 //! nothing that was acknowledged is lost with that, and nothing comes of who was fenced.
 
+mod further;
 mod promoting;
 
-use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bfs_common::record::*;
@@ -18,8 +19,9 @@ use super::disk::{self, Failure};
 use super::primary::Primary;
 use super::stream::Stream;
 use crate::backup::group::simulated::Simulated;
-use crate::backup::model::{May, TOP};
+use crate::backup::model::{May, Model, TOP};
 use crate::backup::retention::Retention;
+use further::Further;
 
 /// The backup's disk: the applier works on the first one.
 pub const BACKUP: usize = 0;
@@ -72,6 +74,22 @@ pub struct Seen {
     pub late_promotions: u64,
     /// That came all the same, and were refused.
     pub fenced: u64,
+    /// Streams for further destinations: out of the kept records, and from another destination.
+    pub steps: u64,
+    pub carried: u64,
+    /// Further destinations that had to begin with an empty store.
+    pub begun_again: u64,
+    /// Checkpoints that they gave out.
+    pub applied_further: u64,
+}
+
+/// What there is beside a primary, its destination and the network.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Beside {
+    /// Another host, and they are promoted.
+    pub promotes: bool,
+    /// Further destinations.
+    pub further: bool,
 }
 
 /// A host with the program.
@@ -100,6 +118,9 @@ pub struct World {
     at: usize,
     /// Others are promoted.
     promotes: bool,
+    further: Vec<Further>,
+    /// What the primary was, by the number and the time of a checkpoint; where there are further destinations.
+    states: BTreeMap<(CheckpointId, i64), Model>,
     /// A promotion that is not finished.
     promoted: Option<History>,
     /// That was to be noted; where it failed it may stand all the same.
@@ -121,7 +142,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64, folder: PathBuf, promotes: bool) -> Self {
+    pub fn new(seed: u64, folder: PathBuf, beside: Beside) -> Self {
         let mut random = Random::new(seed);
         for (disk, name) in ["backup"].into_iter().chain(NAMES).enumerate() {
             std::fs::create_dir(folder.join(name)).unwrap();
@@ -129,13 +150,18 @@ impl World {
             assert_eq!(disk::install(&folder.join(name), seed), disk);
         }
         let retention = Retention::last(2 + random.below(4) as u32, 1);
+        let count = if beside.further { 1 + random.below(2) } else { 0 };
+        let further = (0..count).map(|at| Further::new(folder.join(format!("further{at}")), random.next()));
+        let further = further.collect();
         Self {
             random,
             folder,
             hosts: vec![Host { primary: Primary::new(1), agent: None }],
             writer: 0,
             at: 0,
-            promotes,
+            promotes: beside.promotes,
+            further,
+            states: BTreeMap::new(),
             promoted: None,
             finishing: false,
             asked: None,
@@ -158,6 +184,7 @@ impl World {
         }
         self.come_to_rest();
         self.check_given_out(true);
+        (0..self.further.len()).for_each(|of| self.check_further(of, true));
     }
 
     /// Nothing fails any more, until the backup has everything.
@@ -184,6 +211,7 @@ impl World {
             && primary.stream.confirmed(primary.stream.end()) == last
             && replayer.progress().applied == last
             && primary.stream.state(last).is_some_and(|then| then.is(&primary.model))
+            && self.further.iter().all(|further| further.is_at(last))
     }
 
     /// For the message of a run that goes wrong.
@@ -204,7 +232,9 @@ impl World {
         });
         let replayer = self.replayer.as_ref().map(|replayer| (replayer.progress(), replayer.group.status()));
         let stream = (primary.stream.end(), primary.stream.checkpoint());
-        format!("host {}, stream {stream:?}, {agent:?}, {replayer:?}, {:?}", self.writer, self.promoted)
+        let further: Vec<_> = self.further.iter().map(Further::stands).collect();
+        let (host, promoted) = (self.writer, &self.promoted);
+        format!("host {host}, stream {stream:?}, {agent:?}, {replayer:?}, {promoted:?}, {further:?}")
     }
 
     fn turn(&mut self) {
@@ -219,6 +249,9 @@ impl World {
             self.finish_promotion();
         }
         self.start_hosts();
+        if !self.further.is_empty() && self.random.chance(30) {
+            return self.further_turn();
+        }
         match self.random.below(100) {
             0..16 if !self.calm => {
                 let op = self.random.next().to_le_bytes();
@@ -281,7 +314,8 @@ impl World {
             let folder = self.folder.join(NAMES[self.at]);
             let host = &mut self.hosts[self.at];
             let who = (writer(self.at), disk_of(self.at));
-            host.agent = Agent::start(who, &folder, host.primary.boot, bytes_max, time_max);
+            let folder = (&*folder, self.further.len());
+            host.agent = Agent::start(who, folder, host.primary.boot, bytes_max, time_max);
             self.seen.agents += u64::from(host.agent.is_some());
         }
     }
@@ -332,8 +366,16 @@ impl World {
         host.primary.wall_ns = self.random.next() as i64 >> 2;
         let Some(agent) = &mut host.agent else { return };
         // One that is wrong must be told at once: it is not for the spool.
-        let wrong = wrong && agent.has_gaps() && agent.is_welcome && agent.queue.in_spool().0 == 0;
+        let told = self.further.is_empty() && agent.is_welcome && agent.queue.in_spool().0 == 0;
+        let wrong = wrong && agent.has_gaps() && told;
+        let before = host.primary.stream.end();
         agent.checkpoint(&mut host.primary, !wrong);
+        let Primary { stream, wall_ns, .. } = &host.primary;
+        if !self.further.is_empty() && stream.end() > before {
+            let checkpoint = stream.checkpoint();
+            let state = stream.state(checkpoint).expect("the last one").clone();
+            self.states.insert((checkpoint, *wall_ns), state);
+        }
     }
 
     fn send(&mut self) {
@@ -564,7 +606,8 @@ impl World {
     /// What the agent may count on, and the ring is released for.
     fn note(&mut self) {
         let Host { primary, agent } = &mut self.hosts[self.at];
-        let Some(agent) = agent.as_ref().filter(|agent| agent.is_live()) else { return };
+        let Some(agent) = agent.as_mut().filter(|agent| agent.is_live()) else { return };
+        agent.first_applied = self.acknowledged.2;
         primary.sealed = primary.sealed.max(agent.queue.sealed());
         if let Some(released) = agent.queue.released() {
             primary.released(released);
@@ -603,16 +646,22 @@ impl World {
         assert!(applied <= self.stream().confirmed(durable), "{applied} is not confirmed");
         let stream = &self.hosts[self.writer].primary.stream;
         let state = |of| stream.state(of).unwrap_or_else(|| panic!("{of} is of nobody"));
-        state(applied).compare(TOP, &self.folder.join("backup/tree/g/r"));
         if !all {
             kept = vec![*self.random.of(&kept)];
         }
-        for checkpoint in kept {
-            let read = replayer.read(checkpoint, |past| {
-                state(checkpoint).compare_past(past, May::Nothing);
-                Ok(())
-            });
-            read.unwrap_or_else(|error| panic!("generation {checkpoint}: {error}"));
-        }
+        let kept: Vec<_> = kept.into_iter().map(|of| (of, state(of))).collect();
+        compare(replayer, &self.folder.join("backup/tree/g/r"), state(applied), &kept);
+    }
+}
+
+/// A tree is this state, and generations are these.
+fn compare(replayer: &Simulated, tree: &Path, applied: &Model, kept: &[(CheckpointId, &Model)]) {
+    applied.compare(TOP, tree);
+    for (checkpoint, state) in kept {
+        let read = replayer.read(*checkpoint, |past| {
+            state.compare_past(past, May::Nothing);
+            Ok(())
+        });
+        read.unwrap_or_else(|error| panic!("generation {checkpoint}: {error}"));
     }
 }

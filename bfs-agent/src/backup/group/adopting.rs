@@ -9,6 +9,7 @@ use super::super::error::BackupError;
 use super::super::gate::Gate;
 use super::super::index::GroupRow;
 use super::super::transfer::{Whole, follows, moment_of};
+use super::promoting::blocking;
 use super::{Group, Slot, ToLog, gate_at, locked};
 use crate::log::writer::LogWriter;
 use crate::transfer::Head;
@@ -109,10 +110,8 @@ impl Group {
     ) -> Result<CheckpointId, Refusal> {
         let closed = || Refusal::Store("it is being closed".into());
         let group = self.clone();
-        let epoch: Epoch = tokio::task::spawn_blocking(move || group.grant())
-            .await
-            .map_err(|e| Refusal::Store(e.to_string()))?
-            .map_err(|e| Refusal::Store(e.to_string()))?;
+        let epoch: Epoch =
+            blocking(move || group.grant()).await?.map_err(|e| Refusal::Store(e.to_string()))?;
         if epoch != whole.epoch {
             let why =
                 format!("an agent wrote to group {:?} meanwhile: nothing was taken, try again", self.name);

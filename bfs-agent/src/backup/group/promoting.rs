@@ -324,13 +324,15 @@ impl State {
 
 /// Does what waits for the disk in a thread of its own.
 #[cfg(not(test))]
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Refusal> {
     tokio::task::spawn_blocking(work).await.map_err(|e| Refusal::Store(e.to_string()))
 }
 
 /// Does it here: the simulation's disks are those of its thread.
 #[cfg(test)]
-async fn blocking<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
+pub(super) async fn blocking<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
     std::future::ready(Ok(work())).await
 }
 

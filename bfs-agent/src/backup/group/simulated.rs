@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bfs_common::record::{CheckpointId, Epoch, GroupId, Sequence};
-use bfs_common::wire::{Frame, History, PromoteStage, Promoter, Refusal};
+use bfs_common::wire::{Frame, GenerationLine, History, PromoteStage, Promoter, Refusal};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
@@ -14,8 +14,9 @@ use super::super::index::{GroupRow, Index};
 use super::super::past::Past;
 use super::super::retention::Retention;
 use super::super::room::Room;
+use super::super::serve::Shared;
 use super::super::store::Store;
-use super::super::transfer::Incoming;
+use super::super::transfer::{Incoming, Receiver, finish_all, send};
 use super::{Group, Limits, Progress, QUEUE, Slot, ToLog, locked};
 use crate::log::writer::LogWriter;
 
@@ -31,8 +32,11 @@ pub(crate) struct Simulated {
     /// Of the last connection that wrote, which lives until the next.
     slot: Option<Slot>,
     runtime: tokio::runtime::Runtime,
-    _store: Store,
+    shared: Arc<Shared>,
 }
+
+/// Bytes of a segment of its log.
+const SEGMENT: u64 = 2048;
 
 impl Simulated {
     /// Opens or makes a store with its group, as a replayer that starts.
@@ -52,16 +56,26 @@ impl Simulated {
         };
         let area = Area::open(&store, NAME, &[], &[])?;
         let log = store.group_dir("log", NAME)?;
-        let incoming = Incoming::of(&store.path().join("receive"), NAME);
+        let receive = store.path().join("receive");
+        finish_all(&receive, |name| Ok((name == NAME).then(|| (log.clone(), row.id))))?;
+        let incoming = Incoming::of(&receive, NAME);
         let limits = Limits { pending_max: u64::MAX, retention };
-        let (group, mut writer, from_group) =
-            Group::assemble(NAME, row, index, area, (log, incoming), limits, Arc::new(Room::default()))?;
-        writer.limit_segments(2048);
+        let (group, mut writer, from_group) = Group::assemble(
+            NAME,
+            row,
+            index.clone(),
+            area,
+            (log, incoming),
+            limits,
+            Arc::new(Room::default()),
+        )?;
+        writer.limit_segments(SEGMENT);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .build()
             .map_err(BackupError::io("start", "an event loop"))?;
-        Ok(Self { group, log: writer, from_group, failed: false, slot: None, runtime, _store: store })
+        let shared = Arc::new(Shared::simulated(store, index, (NAME, &group), SEGMENT));
+        Ok(Self { group, log: writer, from_group, failed: false, slot: None, runtime, shared })
     }
 
     /// What the session of a connection does at a Hello of this writer; without an epoch a new one is granted.
@@ -134,6 +148,26 @@ impl Simulated {
         self.runtime.block_on(self.group.take(connection, epoch, first, count, body))
     }
 
+    /// What the session of a connection does with a stream of another store, or with as much of it as came.
+    pub fn receive(&mut self, connection: u64, stream: &[Bytes]) -> Result<CheckpointId, Refusal> {
+        let begins = Receiver::begin(self.shared.clone(), None);
+        let mut receiver = self.beside_log(begins);
+        stream.iter().try_for_each(|piece| receiver.feed(piece))?;
+        let whole = receiver.finish()?;
+        let group = self.group.clone();
+        self.beside_log(group.adopt(connection, &whole))
+    }
+
+    /// The stream that another store gets of a checkpoint, as the difference to an older one or whole.
+    pub fn send(&self, from: Option<CheckpointId>, to: CheckpointId) -> Result<Vec<Bytes>, BackupError> {
+        let mut pieces = Vec::new();
+        send(self.group.source(), from, to, &mut |piece| {
+            pieces.push(piece);
+            true
+        })?;
+        Ok(pieces)
+    }
+
     /// The log thread's turn.
     pub fn log(&mut self) {
         if let Ok(first) = self.from_group.try_recv() {
@@ -178,6 +212,11 @@ impl Simulated {
         let row = self.group.index.group(NAME)?;
         let kept = self.group.index.generations(row.number)?;
         Ok((row.checkpoint, kept.into_iter().map(|(checkpoint, _)| checkpoint).collect()))
+    }
+
+    /// What others are told of those.
+    pub fn lines(&self) -> Result<Vec<GenerationLine>, BackupError> {
+        self.group.generations()
     }
 
     /// Reads a generation.

@@ -248,8 +248,8 @@ fn failed(error: impl Into<BackupError>) -> Refusal {
 
 impl Receiver {
     /// For the group that the stream names, or another one.
-    #[must_use]
-    pub fn new(shared: Arc<Shared>, name: Option<String>) -> Self {
+    pub async fn begin(shared: Arc<Shared>, name: Option<String>) -> Self {
+        shared.open_logs_again().await;
         Self { shared, name, reader: Reader::default(), taking: None }
     }
 
@@ -316,7 +316,7 @@ impl Taking {
         };
         let disks = Disks { store: disk()?, tree: disk()?, images: disk()? };
         let all = disks.store.size().unwrap_or(u64::MAX);
-        log.limit_segments((all / 64).clamp(1 << 20, SEGMENT_BYTES));
+        log.limit_segments((all / 64).clamp(1 << 20, SEGMENT_BYTES).min(shared.segments_max()));
         let mut taking = Self {
             head,
             row,

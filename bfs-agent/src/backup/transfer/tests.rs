@@ -55,6 +55,12 @@ pub(super) fn some() -> Vec<(Record, Vec<u8>)> {
     ]
 }
 
+/// What takes in a stream.
+fn begin_receiving(target: &ReplayerHandle) -> Receiver {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(Receiver::begin(target.shared().clone(), None))
+}
+
 /// All items of a stream that comes in pieces.
 fn read(bytes: &[u8], piece: usize) -> Result<Vec<Item>, StreamError> {
     let mut reader = Reader::default();
@@ -469,7 +475,7 @@ fn whole_is_finished(with_tail: bool) {
         let options =
             ServeOptions { store: second.clone(), retention: Retention::everything(1), ..Default::default() };
         let target = Replayer::start(options).unwrap();
-        let mut receiver = Receiver::new(target.shared().clone(), None);
+        let mut receiver = begin_receiving(&target);
         stream.chunks(50_000).for_each(|piece| receiver.feed(piece).unwrap());
         let whole = receiver.finish().unwrap();
         if moved > 0 {
@@ -511,7 +517,7 @@ fn what_the_log_went_on_without_is_thrown_away() {
     let primary = four(&source);
     let target = start(&second);
     assert_eq!(received(&target, &sent(&source, None, 2)), Ok(2));
-    let mut receiver = Receiver::new(target.shared().clone(), None);
+    let mut receiver = begin_receiving(&target);
     receiver.feed(&sent(&source, Some(2), 4)).unwrap();
     let whole = receiver.finish().unwrap();
     whole.incoming.mark().unwrap();

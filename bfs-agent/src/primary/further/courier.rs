@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use bfs_common::record::{CheckpointId, GroupId};
 use bfs_common::wire::{GenerationLine, Refusal};
 
-use super::steps::{Mark, StepError, View};
-use super::{Place, Shared};
+use super::steps::{Mark, StepError};
+use super::{Place, Shared, View};
 use crate::generation::next::{Apart, Step, carry, kept, next, pour};
 use crate::generation::{Client, OpenError, ReadError};
 use crate::net::{AskError, ConnectError};
 use crate::primary::control::Standing;
 use crate::primary::ship::{Limit, Sends};
-use crate::transfer::{Head, Moment, Writer};
+use crate::transfer::Moment;
 
 /// How often a destination is asked how it stands, when there is nothing for it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -77,7 +77,7 @@ impl From<Apart> for Trouble {
 
 /// What a destination gets next.
 #[derive(Debug, PartialEq, Eq)]
-enum Way {
+pub(crate) enum Way {
     /// Nothing: it has the newest.
     Here,
     /// What lies between these two of the kept ones.
@@ -87,7 +87,7 @@ enum Way {
 }
 
 /// Decides by the newest checkpoint there and the kept ones.
-fn way(newest: Option<&GenerationLine>, marks: &[Mark]) -> Result<Way, Apart> {
+pub(crate) fn way(newest: Option<&GenerationLine>, marks: &[Mark]) -> Result<Way, Apart> {
     let (Some(newest), Some(last)) = (newest, marks.len().checked_sub(1)) else { return Ok(Way::Elsewhere) };
     let Some(at) = marks.iter().position(|mark| mark.moment.checkpoint == newest.checkpoint) else {
         return Ok(Way::Elsewhere);
@@ -96,6 +96,21 @@ fn way(newest: Option<&GenerationLine>, marks: &[Mark]) -> Result<Way, Apart> {
         return Err(Apart::Another(newest.checkpoint));
     }
     Ok(if at == last { Way::Here } else { Way::Step(at, last) })
+}
+
+/// Decides what another destination can give, by what both keep. Only of the first one it matters that it can give
+/// nothing: each of the others stands somewhere, too. And what the first one does not have yet stands in the spool, or waits
+/// to be applied.
+pub(crate) fn from_another(
+    ours: &[GenerationLine],
+    theirs: &[GenerationLine],
+    is_first: bool,
+) -> Result<Step, Apart> {
+    match next(ours, theirs) {
+        Ok(Step::Done(_)) | Err(_) if !is_first => Ok(Step::Wait),
+        Err(Apart::Behind { .. }) => Ok(Step::Wait),
+        decided => decided,
+    }
 }
 
 /// What is to be done after a round.
@@ -263,17 +278,11 @@ impl Courier<'_> {
         client: &mut Client,
         id: GroupId,
         view: &View,
-        (from, to): (usize, usize),
+        step: (usize, usize),
     ) -> Result<(), Trouble> {
-        let options = &self.shared.options;
-        let (from, to) = (&view.marks[from], &view.marks[to]);
-        let head =
-            Head { group: options.group.clone(), id, from: Some(from.moment.clone()), to: to.moment.clone() };
-        pour(client, &options.group, &mut |bytes| self.may_send(bytes), |sink| {
-            let mut writer = Writer::begin(&head, sink);
-            view.write(from, to, &mut writer)?;
-            writer.end();
-            Ok(())
+        let group = &self.shared.options.group;
+        pour(client, group, &mut |bytes| self.may_send(bytes), |sink| {
+            Ok(view.stream((group, id), step, sink)?)
         })
     }
 
@@ -282,7 +291,7 @@ impl Courier<'_> {
         let group = self.shared.options.group.clone();
         let ours: Vec<_> = self.newest.clone().into_iter().collect();
         let (mut apart, mut away) = (None, None);
-        for place in self.others() {
+        for (at, place) in self.others().into_iter().enumerate() {
             let theirs = || -> Result<_, Trouble> {
                 let mut there = Client::open((place.connect)())?;
                 let theirs = kept(&mut there, &group)?;
@@ -295,7 +304,7 @@ impl Courier<'_> {
                     continue;
                 }
             };
-            match next(&ours, &theirs) {
+            match from_another(&ours, &theirs, at == 0) {
                 Ok(Step::Wait) => {}
                 // It has what there is; what the primary makes next comes by the same way.
                 Ok(Step::Done(_)) => {
@@ -320,7 +329,9 @@ impl Courier<'_> {
         if let Some(apart) = apart {
             return Err(apart.into());
         }
-        let why = away.unwrap_or_else(|| "no other destination has a checkpoint yet".into());
+        let why = away.unwrap_or_else(|| {
+            "no other destination has applied a checkpoint yet that goes on from what is there".into()
+        });
         self.leg(|leg| leg.stands(Standing::Lagging, Some(why)));
         Ok(Then::Wait(LOOK_EVERY))
     }
@@ -373,6 +384,27 @@ mod tests {
             changed: 0,
             bytes: 0,
             process: None,
+        }
+    }
+
+    #[test]
+    fn whether_there_is_a_way_only_the_first_says() {
+        let n = CheckpointId;
+        let step = || Ok(Step::Take { older: Some(n(2)), newest: n(4) });
+        let theirs = [line(2, 2), line(4, 4)];
+        for is_first in [false, true] {
+            assert_eq!(from_another(&[line(2, 2)], &theirs, is_first), step());
+            // The first one has it in its log, or gets it out of the spool.
+            assert_eq!(from_another(&[line(7, 7)], &theirs, is_first), Ok(Step::Wait));
+            assert_eq!(from_another(&[line(7, 7)], &[], is_first), Ok(Step::Wait));
+        }
+        for (ours, decided) in [
+            (line(4, 4), Ok(Step::Done(n(4)))),
+            (line(3, 3), Err(Apart::Merged(n(3)))),
+            (line(2, 9), Err(Apart::Another(n(2)))),
+        ] {
+            assert_eq!(from_another(std::slice::from_ref(&ours), &theirs, false), Ok(Step::Wait));
+            assert_eq!(from_another(&[ours], &theirs, true), decided);
         }
     }
 

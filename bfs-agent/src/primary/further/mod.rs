@@ -35,7 +35,9 @@ use super::ship::Connect;
 use crate::generation::wall_ns;
 
 pub use confirm::{At, Confirm};
-use steps::{Steps, View};
+#[cfg(test)]
+pub(crate) use courier::{Way, from_another, way};
+pub(crate) use steps::{Steps, View};
 
 /// Batches that wait for the keeper; each has about 1 MiB at most.
 const QUEUE: usize = 64;
@@ -163,9 +165,7 @@ struct State {
 impl State {
     /// The kept checkpoints that are sealed.
     fn sealed_view(&self) -> Option<View> {
-        let mut view = self.view.clone()?;
-        view.marks.retain(|mark| mark.sequence <= self.sealed);
-        Some(view)
+        Some(self.view.clone()?.sealed(self.sealed))
     }
 
     /// Looks which checkpoint is sealed; true when it is another one than before.

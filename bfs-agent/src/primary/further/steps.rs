@@ -15,12 +15,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bfs_common::codec::{self, CodecError};
-use bfs_common::record::{CheckpointId, ObjectId, PathBytes, Record, Sequence};
+use bfs_common::record::{CheckpointId, GroupId, ObjectId, PathBytes, Record, Sequence};
 use bytes::{Bytes, BytesMut};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 
+use crate::mutant::{self, Mutant};
 use crate::primary::engine::outbox::Batch;
-use crate::transfer::{Moment, Writer, leads_on};
+use crate::transfer::{Head, Moment, Sink, Writer, leads_on};
 
 /// Bytes that are read at once.
 const PIECE: u64 = 1 << 20;
@@ -182,11 +183,36 @@ impl Steps {
 }
 
 impl View {
-    /// Writes what lies between two marks as a stream: all that changes a file, and at its end the later marker.
+    /// What of it may go out, where so much of the stream is sealed.
+    #[must_use]
+    pub fn sealed(mut self, sealed: Sequence) -> Self {
+        if !mutant::is(Mutant::SendsUnsealed) {
+            self.marks.retain(|mark| mark.sequence <= sealed);
+        }
+        self
+    }
+
+    /// Hands on what lies between two marks as a stream of a group: all that changes a file, and at its end the later
+    /// marker.
     ///
     /// # Errors
-    /// [`StepError`]; what was written then is no whole stream.
-    pub fn write(&self, from: &Mark, to: &Mark, writer: &mut Writer<'_>) -> Result<(), StepError> {
+    /// [`StepError`]; what was handed on then is no whole stream.
+    pub fn stream(
+        &self,
+        (group, id): (&str, GroupId),
+        (from, to): (usize, usize),
+        sink: Sink<'_>,
+    ) -> Result<(), StepError> {
+        let (from, to) = (&self.marks[from], &self.marks[to]);
+        let head =
+            Head { group: group.to_owned(), id, from: Some(from.moment.clone()), to: to.moment.clone() };
+        let mut writer = Writer::begin(&head, sink);
+        self.write(from, to, &mut writer)?;
+        writer.end();
+        Ok(())
+    }
+
+    fn write(&self, from: &Mark, to: &Mark, writer: &mut Writer<'_>) -> Result<(), StepError> {
         let (mut at, mut buffer) = (from.end, BytesMut::new());
         while at < to.end || !buffer.is_empty() {
             if writer.is_ended() {
@@ -243,10 +269,10 @@ fn unnamed(folder: &Path) -> io::Result<Arc<File>> {
 
 #[cfg(test)]
 mod tests {
-    use bfs_common::record::{ChainHash, CheckpointLabel, GroupId};
+    use bfs_common::record::{ChainHash, CheckpointLabel};
 
     use super::*;
-    use crate::transfer::{Head, Item, Reader};
+    use crate::transfer::{Item, Reader};
 
     fn checkpoint(number: u64) -> (Record, Vec<u8>) {
         let label = CheckpointLabel { wall_ns: number as i64, ..CheckpointLabel::default() };
@@ -283,27 +309,19 @@ mod tests {
 
     /// The records of a step, as who takes it in reads them.
     fn step(view: &View, from: usize, to: usize) -> Vec<(Record, Vec<u8>)> {
-        let (from, to) = (&view.marks[from], &view.marks[to]);
         let mut all = Vec::new();
         let mut sink = |piece: Bytes| {
             all.extend_from_slice(&piece);
             true
         };
-        let head = Head {
-            group: "g".into(),
-            id: GroupId([1; 16]),
-            from: Some(from.moment.clone()),
-            to: to.moment.clone(),
-        };
-        let mut writer = Writer::begin(&head, &mut sink);
-        view.write(from, to, &mut writer).unwrap();
-        writer.end();
+        view.stream(("g", GroupId([1; 16])), (from, to), &mut sink).unwrap();
+        let (from, to) = (&view.marks[from].moment, &view.marks[to].moment);
         let mut reader = Reader::default();
         reader.feed(&all);
         let mut found = Vec::new();
         while let Some(item) = reader.next_item().unwrap() {
             match item {
-                Item::Head(read) => assert_eq!(*read, head),
+                Item::Head(read) => assert_eq!((read.from.as_ref(), &read.to), (Some(from), to)),
                 Item::Record(record, payload) => found.push((*record, payload.to_vec())),
                 Item::End => {}
             }
@@ -374,11 +392,7 @@ mod tests {
         assert_eq!(numbers(&steps), [3, 4, 5]);
         assert_eq!(step(&steps.view(), 0, 2).len(), 3);
         // Who still reads what went is told.
-        let mut sink = |_| true;
-        let head =
-            Head { group: "g".into(), id: GroupId([1; 16]), from: None, to: view.marks[1].moment.clone() };
-        let mut writer = Writer::begin(&head, &mut sink);
-        view.write(&view.marks[0], &view.marks[1], &mut writer).unwrap_err();
+        view.stream(("g", GroupId([1; 16])), (0, 1), &mut |_| true).unwrap_err();
         steps.trim(CheckpointId(99));
         assert_eq!((numbers(&steps), steps.bytes()), (vec![5], 0));
     }
