@@ -123,6 +123,29 @@ fn what_is_left_out_travels_not_and_its_border_is_crossed_by_moves() {
     equal_to_the_border(&world);
 }
 
+/// A file is changed by a name outside, which is gone at once; only the agent before saw how it was made.
+#[test]
+fn a_name_outside_is_known_to_the_next_agent() {
+    let mut world = World::new("name-outside", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    let script = "echo one > \"$1/file\"; ln \"$1/file\" \"$2/name\"; : > \"$2/ready\"
+        while [ ! -e \"$2/go\" ]; do sleep 0.02; done
+        chmod 601 \"$2/name\"; rm \"$2/name\"; : > \"$2/changed\"
+        while [ ! -e \"$2/stop\" ]; do sleep 0.02; done";
+    world.run(&world.script(script)).unwrap();
+    world.checkpoint().unwrap();
+    world.kill_agent().unwrap();
+    world.resume().unwrap();
+    world.checkpoint().unwrap();
+    fs::write(world.place.aux.join("go"), "").unwrap();
+    let changed = world.place.aux.join("changed");
+    until("the program", SOON, || changed.exists().then_some(())).unwrap();
+    world.checkpoint().unwrap();
+    exercise::equal(&world).unwrap();
+    assert!(world.finish().unwrap().success());
+    exercise::equal(&world).unwrap();
+}
+
 /// Runs `bfs-agent path WORDS`: its status, and what it says.
 fn path(world: &World, words: &[&str]) -> (Option<i32>, String) {
     let done = world.agent_command(&[&["path"], words].concat(), SOON).unwrap();

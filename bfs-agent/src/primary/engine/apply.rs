@@ -282,33 +282,6 @@ impl Engine {
         self.saw(object, stat.meta, stat.size, read_ns);
     }
 
-    fn note_links(&mut self, object: ObjectId, links: u32) {
-        if links > 1 && self.model.get(object).is_some_and(|o| o.kind != FileKind::Directory) {
-            self.multiple.insert(object);
-        }
-    }
-
-    /// The other call may have changed another object by this name than was believed. What the name leads to is read
-    /// when the entry is settled; but the one that was believed can live on under another name.
-    fn suspect_named(&mut self, entry: &Thing, end_ns: u64) {
-        if let Thing::Entry(directory, name) = entry
-            && let Some(object) = self.model.entry(*directory, name)
-            && self.multiple.contains(&object)
-        {
-            self.suspect_object(object, end_ns);
-        }
-    }
-
-    /// A call changed an object by a name of which the model does not know for sure what it
-    /// names. What the name names is read when the entry is settled; but should the name be gone
-    /// by then, the object may live on under another one.
-    pub(super) fn suspect_multiple(&mut self, end_ns: u64) {
-        let multiple: Vec<_> = self.multiple.iter().copied().collect();
-        for object in multiple {
-            self.suspect_object(object, end_ns);
-        }
-    }
-
     /// Attributes were seen at `end_ns`; the latest look counts (every call that started before
     /// it and ends after it brings a later one, or makes them dirty).
     fn saw(&mut self, object: ObjectId, meta: Meta, size: u64, end_ns: u64) {
@@ -511,7 +484,9 @@ impl Engine {
                 self.make(&place, ambiguous, span, host);
             }
             Act::Link { object, source, looked, place, parent_attr } => {
-                self.multiple.extend(object);
+                if let Some(object) = object {
+                    self.multiple.insert(object);
+                }
                 // Who changed something by this name, or a name outside, just then may have changed this one by it.
                 let aside =
                     place.is_outside(&self.model) && self.aside_ns >= span.start_ns.saturating_sub(SLACK_NS);

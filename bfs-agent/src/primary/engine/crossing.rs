@@ -139,7 +139,7 @@ impl Engine {
     fn is_multiple(&self, thing: &Thing) -> bool {
         match thing {
             Thing::Data(object, _) | Thing::Meta(object) | Thing::Xattrs(object) => {
-                self.multiple.contains(object)
+                self.multiple.contains(*object)
             }
             _ => false,
         }

@@ -595,11 +595,13 @@ impl Engine {
             self.suspect_events_before(host.now());
         }
         self.out.close(self.position);
-        match host.ship(self.out.take()) {
+        let batches = self.out.take();
+        match self.hand_over(batches, host) {
             // The marker was taken; what comes next hears of it again.
             Ok(()) | Err(HostError::NoRoom(_)) => {}
             Err(e) => return Err(e.into()),
         }
+        self.let_go_of_unmapped(sequence, host);
         self.suspect_unfollowed(host.now());
         Ok(Taken {
             checkpoint,

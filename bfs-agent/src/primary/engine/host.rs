@@ -288,11 +288,13 @@ pub trait Host {
     /// [`HostError::Probes`].
     fn follow_mapped(&mut self, inode: InodeId, pages: bool) -> Result<bool, HostError>;
 
-    /// The file is not mapped any more.
-    ///
-    /// # Errors
-    /// [`HostError::Probes`].
-    fn forget_mapped(&mut self, inode: InodeId) -> Result<(), HostError>;
+    /// These objects have several names, of which some may lie outside. A successor that goes on with the ring has to know,
+    /// before the host releases what is shipped from now on.
+    fn keep_multiple(&mut self, objects: &[ObjectId]);
+
+    /// These files are not mapped any more. Until the stream is durable up to `sealed` a successor has to find them all the
+    /// same: it would not know that they have to be read. What is followed again meanwhile stays.
+    fn forget_mapped(&mut self, files: Vec<InodeId>, sealed: Sequence);
 
     /// How many shared mappings there are, in whatever process, that may be made writable; 0 when the inode is
     /// gone, `None` when that cannot be told: on tmpfs, before the inode was looked up by a name.

@@ -17,7 +17,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use bfs_common::abi::{Event, InodeId, kind};
-use bfs_common::record::{FileKind, ObjectId};
+use bfs_common::record::{FileKind, ObjectId, Sequence};
 
 use super::Engine;
 use super::host::{Host, HostError};
@@ -119,6 +119,8 @@ pub(super) struct Mapped {
     /// Files that were mapped before they were in the model, or after they left it; and whether the kernel
     /// writes to them without a mapping.
     strange: HashMap<InodeId, bool>,
+    /// Files that nobody maps any more: a successor need not find them once what was read of them is durable.
+    gone: HashSet<InodeId>,
     /// There were too many of these: all that enter the model count as mapped.
     unknown: bool,
     /// Processes that mapped something with such a call of which no record tells what, and what they forked:
@@ -225,6 +227,7 @@ impl Engine {
     /// [`HostError`].
     pub fn note_mapped(&mut self, inode: InodeId, host: &mut dyn Host) -> Result<(), HostError> {
         let known = self.model.find(inode);
+        self.mapped.gone.remove(&inode);
         let followed = host.follow_mapped(inode, known.is_some())?;
         match known {
             Some(object) => self.mapped_now(object, inode, followed, host.now()),
@@ -364,7 +367,7 @@ impl Engine {
             let file = &self.mapped.files[&object];
             if !file.followed || file.unmapped_ns.is_some_and(|since| now > since + LINGER_NS) {
                 self.mapped.files.remove(&object);
-                host.forget_mapped(inode)?;
+                self.mapped.gone.insert(inode);
             }
         }
         // These are few: files that were unlinked, and such as lie outside of the subtrees.
@@ -376,7 +379,7 @@ impl Engine {
                 mappings => {
                     self.mapped.unknown |= mappings.is_none();
                     self.mapped.strange.remove(&inode);
-                    host.forget_mapped(inode)?;
+                    self.mapped.gone.insert(inode);
                 }
             }
         }
@@ -459,6 +462,13 @@ impl Engine {
             self.stain_range(object, range);
         }
         self.dirty.meta(object, now);
+    }
+
+    /// Behind the marker with this number: what nobody maps any more was read before it.
+    pub(super) fn let_go_of_unmapped(&mut self, marker: Sequence, host: &mut dyn Host) {
+        if !self.mapped.gone.is_empty() {
+            host.forget_mapped(self.mapped.gone.drain().collect(), marker);
+        }
     }
 
     /// Behind a marker: stores into what the host does not follow can come at any moment, and a successor has to

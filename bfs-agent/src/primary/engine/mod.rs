@@ -24,6 +24,7 @@ pub mod interpret;
 pub mod links;
 mod mapped;
 pub mod model;
+mod multiple;
 mod named;
 pub mod outbox;
 pub mod ranges;
@@ -55,6 +56,7 @@ use host::{Host, HostError, OwnedEvent, Stat};
 use interpret::Thing;
 use mapped::Mapped;
 use model::{Model, NewObject};
+use multiple::Multiple;
 use named::Named;
 use outbox::Outbox;
 use recent::{CLOCK_SLACK_NS, Recent, SLACK_NS, Span};
@@ -262,7 +264,7 @@ pub struct Engine {
     /// The processes stand for a checkpoint.
     standing: bool,
     /// Objects that were seen with more than one name.
-    multiple: HashSet<ObjectId>,
+    multiple: Multiple,
     /// When the last call ended that changed something by a name outside.
     aside_ns: u64,
     begun: begun::Begun,
@@ -294,7 +296,7 @@ impl Engine {
     /// An engine over a model and a place in the stream.
     #[must_use]
     pub fn new(model: Model, out: Outbox, last_checkpoint: CheckpointId) -> Self {
-        let multiple = model.ids().filter(|o| model.get(*o).is_some_and(|o| o.links.len() > 1)).collect();
+        let multiple = Multiple::of(&model);
         Self {
             model,
             out,
@@ -462,6 +464,9 @@ impl Engine {
     /// they touch is read.
     pub fn suspect_events_before(&mut self, t: u64) {
         self.reads.everything = t;
+        // What happened to an inode before the record of its creation an agent that died may have taken in.
+        self.strangers.floor = self.strangers.floor.max(t);
+        self.aside_ns = self.aside_ns.max(t);
     }
 
     /// Asynchronous operations may be in flight that began before anybody followed the processes:
@@ -620,7 +625,8 @@ impl Engine {
             self.out.push(&Record::Gap { scope }, b"");
         }
         self.out.close(self.position);
-        host.ship(self.out.take())?;
+        let batches = self.out.take();
+        self.hand_over(batches, host)?;
         // Also events that left nothing in the stream give their room back.
         if let Some(position) = self.position {
             host.ship_position(position);
@@ -634,7 +640,7 @@ impl Engine {
             self.dirty.forget(object);
             self.snapshots.remove(&object);
             self.forget_mapped(object);
-            self.multiple.remove(&object);
+            self.multiple.remove(object);
         }
     }
 
@@ -662,7 +668,7 @@ impl Engine {
     /// [`HostError::Detached`].
     fn ship_full(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
         let batches = self.out.take();
-        if batches.is_empty() { Ok(()) } else { host.ship(batches) }
+        if batches.is_empty() { Ok(()) } else { self.hand_over(batches, host) }
     }
 
     /// Attributes that the stream does not have are suspect; a later look makes them exact again.

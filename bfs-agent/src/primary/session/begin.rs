@@ -8,6 +8,7 @@ use bfs_common::abi::counter;
 use bfs_common::record::CheckpointId;
 use bfs_common::wire::DIGEST_BLOCK;
 
+use super::multiple::Multiple;
 use super::state::{self, State};
 use super::work::{Beside, Work};
 use super::{SessionOptions, left, link, rollback};
@@ -222,6 +223,10 @@ impl Ground {
                 "use a kernel >= 6.13, or leave --foreign out",
             ));
         }
+        // Without it a successor reads everything.
+        if let Err(e) = Multiple::begin(&self.options.group) {
+            tracing::warn!("cannot begin a list in /run/bfs: {e}");
+        }
         Ok(probes)
     }
 
@@ -266,10 +271,12 @@ impl Ground {
         model.filter = options.filter.clone();
         // The suspects that probes named are taken out of their map when they are read, which may be before their
         // gap is durable: whoever comes next does not know which there were.
+        let (multiple, known_multiple) = Multiple::open(&options.group);
         let named = complete && probes.counters()?.get(counter::RESERVE_FAILED) > 0;
         // No probe saw what was brought back.
         let complete = complete
             && !named
+            && known_multiple.is_some()
             && self.rolled_back.is_none()
             && !self.spool_lost
             && welcome.adopt.is_none()
@@ -291,6 +298,7 @@ impl Ground {
         }
         engine.set_roots(roots);
         if complete {
+            engine.adopt_multiple(&known_multiple.unwrap_or_default());
             engine.adopt_gaps(&welcome.gaps, now);
         } else {
             // Once more, with the roots.
@@ -302,7 +310,7 @@ impl Ground {
         // What stands in the ring by now is in what was read or in the catalogue, or not.
         engine.suspect_events_before(now);
         state.write(&options.group).map_err(|e| other("cannot write the state file in /run/bfs", e))?;
-        let mut link = link::Link::new((&options.group, place), probes, reader, shipper, stopper);
+        let mut link = link::Link::new((&options.group, place), probes, reader, shipper, stopper, multiple);
         link.confirm = options.confirm.clone();
         for place in further {
             link.add_further(&options, engine.roots(), place)?;

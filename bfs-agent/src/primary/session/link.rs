@@ -1,6 +1,7 @@
 //! The engine's outside world, for real: probes, file systems, shipper, stopper.
 
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use bfs_common::abi::{FailedEvent, InodeId, RunEvent, TASKS_MAX, counter};
 use bfs_common::record::{CheckpointId, Name, ObjectId, Sequence};
 
 use super::known::Answers;
+use super::multiple::Multiple;
 use super::state;
 use crate::primary::capture::Probes;
 use crate::primary::capture::probes::Counters;
@@ -76,6 +78,10 @@ pub struct Link {
     seen: Counters,
     seen_misses: u64,
     released: u64,
+    /// Files that nobody maps any more, each with the record that has to be durable before the probes let go of it.
+    unmapped: VecDeque<(Sequence, InodeId)>,
+    /// Which objects have several names.
+    multiple: Multiple,
 }
 
 impl Link {
@@ -86,6 +92,7 @@ impl Link {
         reader: Reader,
         shipper: Shipper,
         stopper: Option<Box<dyn Stopper>>,
+        multiple: Multiple,
     ) -> Self {
         Self {
             failed: Vec::new(),
@@ -109,6 +116,8 @@ impl Link {
             seen: Counters::default(),
             seen_misses: 0,
             released: 0,
+            unmapped: VecDeque::new(),
+            multiple,
         }
     }
 
@@ -143,6 +152,12 @@ impl Link {
         let progress = self.shipper.progress();
         if let Some(further) = &self.further {
             further.first_has(progress.sealed, progress.applied);
+        }
+        while let Some((_, file)) = self.unmapped.pop_front_if(|(sealed, _)| *sealed <= progress.sealed) {
+            // A file too many is looked at once more by whoever finds it.
+            if let Err(e) = self.probes.mapped().forget(file) {
+                tracing::warn!("{e}");
+            }
         }
         let spooled = progress.spool.records > 0;
         if spooled != self.relies_on_spool {
@@ -347,12 +362,17 @@ impl Host for Link {
     }
 
     fn follow_mapped(&mut self, inode: InodeId, pages: bool) -> Result<bool, HostError> {
+        self.unmapped.retain(|(_, unmapped)| *unmapped != inode);
         let pages = pages && self.probes.mapped().records_pages() && self.reader.tells_stores(inode)?;
         Ok(self.probes.mapped().follow(inode, pages).map_err(probes_failed)? && pages)
     }
 
-    fn forget_mapped(&mut self, inode: InodeId) -> Result<(), HostError> {
-        self.probes.mapped().forget(inode).map_err(probes_failed)
+    fn keep_multiple(&mut self, objects: &[ObjectId]) {
+        self.multiple.keep(objects);
+    }
+
+    fn forget_mapped(&mut self, files: Vec<InodeId>, sealed: Sequence) {
+        self.unmapped.extend(files.into_iter().map(|file| (sealed, file)));
     }
 
     fn writable_mappings(&mut self, inode: InodeId) -> Result<Option<u32>, HostError> {

@@ -12,6 +12,7 @@ mod left;
 mod link;
 mod mapped;
 mod mending;
+mod multiple;
 mod notes;
 mod paths;
 mod policies;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::SessionOptions;
 use super::alerts::AlertOptions;
 use super::hooks::{HookOptions, Owed};
+use super::multiple::Multiple;
 use super::policies::PolicyOptions;
 use crate::keys::Folder;
 use crate::net::Destination;
@@ -23,7 +24,7 @@ use crate::primary::ship::Sending;
 use crate::primary::spool::SpoolOptions;
 
 /// Where the state files lie: gone with the boot, like the probes that they describe.
-const DIRECTORY: &str = "/run/bfs";
+pub(super) const DIRECTORY: &str = "/run/bfs";
 
 /// How a group came to its processes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,6 +187,7 @@ impl State {
     pub fn remove(group: &str) {
         let _ = fs::remove_file(path(group));
         let _ = fs::remove_file(relies(group));
+        Multiple::remove(group);
     }
 }
 

@@ -1,9 +1,9 @@
 //! What the records of the stream say: the simplest possible replayer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bfs_common::codec::take;
-use bfs_common::record::{CheckpointId, Identity, Meta, Name, ObjectId, Record, Sequence};
+use bfs_common::record::{CheckpointId, GapScope, Identity, Meta, Name, ObjectId, Record, Sequence};
 use bfs_common::wire::CatalogObject;
 
 use super::fs::{Fs, Inode, ROOT};
@@ -17,6 +17,15 @@ pub(super) fn records(batch: &Batch) -> Vec<Record> {
     std::iter::from_fn(next).collect()
 }
 
+/// Whether what was repaired is all that a gap names.
+fn closes(repaired: &GapScope, open: &GapScope) -> bool {
+    match (repaired, open) {
+        (GapScope::Everything, _) => true,
+        (GapScope::Object(a), GapScope::Range(b, ..)) => a == b,
+        _ => repaired == open,
+    }
+}
+
 /// The state that records say.
 #[derive(Clone, Default)]
 pub(super) struct Backup {
@@ -24,7 +33,7 @@ pub(super) struct Backup {
     pub(super) entries: BTreeMap<(ObjectId, Vec<u8>), ObjectId>,
     pub(super) root: ObjectId,
     pub(super) next: u64,
-    pub(super) gaps: usize,
+    pub(super) gaps: Vec<GapScope>,
     identities: BTreeMap<ObjectId, Identity>,
     /// Bytes of files that came.
     pub(super) written: usize,
@@ -91,16 +100,24 @@ impl Backup {
                     inode.mode = meta.permissions;
                     inode.mtime = meta.mtime_sec.cast_unsigned();
                 }
-                Record::Gap { .. } => self.gaps += 1,
-                Record::Repaired { .. } => self.gaps = 0,
+                Record::Gap { scope } => self.gaps.push(scope),
+                Record::Repaired { scope } => self.gaps.retain(|open| !closes(&scope, open)),
                 Record::Checkpoint { checkpoint: number, .. } => {
-                    assert_eq!(self.gaps, 0, "no marker over an open gap");
+                    assert_eq!(self.gaps, [], "no marker over an open gap");
+                    self.check_names();
                     checkpoint = Some(number);
                 }
                 _ => {}
             }
         }
         checkpoint
+    }
+
+    /// At a checkpoint nothing is there that has no name.
+    fn check_names(&self) {
+        let named: BTreeSet<_> = self.entries.values().chain([&self.root]).collect();
+        let nameless: Vec<_> = self.objects.keys().filter(|object| !named.contains(object)).collect();
+        assert_eq!(nameless, Vec::<&ObjectId>::new(), "objects without a name");
     }
 
     /// The highest number of an object that there ever was.

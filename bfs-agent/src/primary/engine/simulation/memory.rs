@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use bfs_common::abi::{DirtyEvent, EventHeader, InodeId, kind};
+use bfs_common::record::Sequence;
 
 use super::fs::{Call, Done};
 use super::world::{World, inode_id, pack};
@@ -20,8 +21,10 @@ pub(super) struct Memory {
     pub(super) maps: BTreeMap<u64, u32>,
     /// Dirty pages.
     pub(super) dirty: BTreeSet<(u64, u64)>,
-    /// Files whose pages are followed.
-    pub(super) followed: BTreeSet<u64>,
+    /// Files that are known to be mapped; of those with true the pages that become dirty are recorded.
+    pub(super) followed: BTreeMap<u64, bool>,
+    /// Files that are none of these any more once so much of the stream is durable.
+    pub(super) forgetting: Vec<(Sequence, u64)>,
     /// Whether the file system tells of stores.
     pub(super) tells: bool,
     /// Whether the kernel tells what is clean.
@@ -84,7 +87,7 @@ impl World {
                 continue;
             }
             any = true;
-            if !self.memory.tells || !self.memory.followed.contains(&file) {
+            if self.memory.followed.get(&file) != Some(&true) {
                 continue;
             }
             let header = EventHeader {
@@ -104,13 +107,21 @@ impl World {
         any
     }
 
-    pub(super) fn follow(&mut self, inode: InodeId) -> bool {
-        self.memory.followed.insert(inode.ino);
-        self.memory.tells
+    pub(super) fn follow(&mut self, inode: InodeId, pages: bool) -> bool {
+        self.memory.forgetting.retain(|(_, file)| *file != inode.ino);
+        let pages = pages && self.memory.tells;
+        self.memory.followed.insert(inode.ino, pages);
+        pages
     }
 
-    pub(super) fn forget(&mut self, inode: InodeId) {
-        self.memory.followed.remove(&inode.ino);
+    /// So much of the stream is durable.
+    pub(super) fn forget_mapped_up_to(&mut self, durable: Sequence) {
+        let (gone, stay) = self.memory.forgetting.drain(..).partition(|(sealed, _)| *sealed <= durable);
+        self.memory.forgetting = stay;
+        let gone: Vec<(Sequence, u64)> = gone;
+        for (_, file) in gone {
+            self.memory.followed.remove(&file);
+        }
     }
 
     /// Cleans page after page, and time passes between.

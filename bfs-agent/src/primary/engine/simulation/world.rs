@@ -1,6 +1,6 @@
 //! The simulated kernel: tasks in calls, the ring, and what the engine reads.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -39,6 +39,7 @@ pub(super) struct Running {
 }
 
 pub(super) struct World {
+    pub(super) seed: u64,
     pub(super) random: Random,
     pub(super) clock: u64,
     pub(super) fs: Fs,
@@ -48,6 +49,12 @@ pub(super) struct World {
     pub(super) parted: bool,
     pub(super) ring: VecDeque<OwnedEvent>,
     pub(super) ring_position: u64,
+    /// Records that an agent has read, and that are not given back yet.
+    pub(super) unreleased: VecDeque<OwnedEvent>,
+    /// Up to where they are.
+    pub(super) released: u64,
+    /// What an agent keeps for the next one.
+    pub(super) multiple: BTreeSet<ObjectId>,
     pub(super) done: Vec<Done>,
     pub(super) fresh: u64,
     /// Each with how many calls had had their effect when it was shipped.
@@ -77,6 +84,7 @@ pub(super) fn inode_id(ino: u64) -> InodeId {
 impl World {
     pub(super) fn new(seed: u64, tasks: usize, calls: u64) -> Self {
         Self {
+            seed,
             random: Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1),
             clock: 1_000_000_000,
             fs: Fs::new(),
@@ -85,6 +93,9 @@ impl World {
             parted: false,
             ring: VecDeque::new(),
             ring_position: 0,
+            unreleased: VecDeque::new(),
+            released: 0,
+            multiple: BTreeSet::new(),
             done: Vec::new(),
             fresh: ROOT,
             shipped: Vec::new(),
@@ -546,6 +557,7 @@ impl Host for World {
     fn next_event(&mut self, event: &mut OwnedEvent) -> Result<bool, HostError> {
         let next = self.ring.pop_front();
         let there = next.is_some();
+        self.unreleased.extend(next.clone());
         *event = next.unwrap_or_default();
         Ok(there)
     }
@@ -569,12 +581,15 @@ impl Host for World {
 
     fn follow_mapped(&mut self, inode: InodeId, pages: bool) -> Result<bool, HostError> {
         self.step();
-        Ok(pages && self.follow(inode))
+        Ok(self.follow(inode, pages))
     }
 
-    fn forget_mapped(&mut self, inode: InodeId) -> Result<(), HostError> {
-        self.forget(inode);
-        Ok(())
+    fn keep_multiple(&mut self, objects: &[ObjectId]) {
+        self.multiple.extend(objects);
+    }
+
+    fn forget_mapped(&mut self, files: Vec<InodeId>, sealed: Sequence) {
+        self.memory.forgetting.extend(files.into_iter().map(|file| (sealed, file.ino)));
     }
 
     fn writable_mappings(&mut self, inode: InodeId) -> Result<Option<u32>, HostError> {
@@ -612,7 +627,12 @@ impl Host for World {
         Ok(())
     }
 
-    fn ship_position(&mut self, _position: u64) {}
+    fn ship_position(&mut self, position: u64) {
+        match self.shipped.last_mut() {
+            Some((last, _)) => last.ring_position = last.ring_position.max(Some(position)),
+            None => self.released = position,
+        }
+    }
 
     fn stop(&mut self) -> Result<(), HostError> {
         self.stops += 1;

@@ -1,0 +1,90 @@
+//! What becomes durable of what an agent ships, its end, and what the next one finds.
+
+use bfs_common::record::{CheckpointId, Sequence};
+
+use super::super::{Engine, Request, Stop, Taken};
+use super::backup::Backup;
+use super::border::Border;
+use super::expected;
+use super::fs::Fs;
+use super::world::World;
+
+/// All that was shipped is durable at the backup; whether the marker is among it, where the backup has to be what the
+/// calls up to it made.
+pub(super) fn durable(
+    world: &mut World,
+    backup: &mut Backup,
+    base: &Fs,
+    taken: &Taken,
+    border: Border,
+) -> bool {
+    let mut marked = false;
+    for (batch, done) in std::mem::take(&mut world.shipped) {
+        world.released = batch.ring_position.unwrap_or(world.released);
+        let Some(number) = backup.apply(&batch) else { continue };
+        assert_eq!(number, taken.checkpoint);
+        marked = true;
+        let (got, want) = (backup.dump(), expected(base, &world.done[..done], taken.at_ns, border));
+        let differ = |a: &[String], b: &[String]| -> Vec<String> {
+            a.iter().filter(|l| !b.contains(l)).cloned().collect()
+        };
+        assert!(
+            got == want,
+            "seed {}, checkpoint {} at {}, stop {}\nonly on the backup: {:#?}\nonly on the primary: {:#?}\nlast calls: {}",
+            world.seed,
+            taken.checkpoint,
+            taken.at_ns,
+            taken.stopped,
+            differ(&got, &want),
+            differ(&want, &got),
+            world.done.iter().rev().take(24).map(|d| format!("\n  {d:?}")).collect::<String>()
+        );
+    }
+    world.base = backup.clone();
+    let released = world.released;
+    world.unreleased.retain(|event| event.ring_position > released);
+    world.forget_mapped_up_to(Sequence(backup.next));
+    marked
+}
+
+/// The agent dies at some moment behind a checkpoint, perhaps within the next one. Of what it shipped the beginning is
+/// durable. Gives the last checkpoint.
+pub(super) fn dies(
+    world: &mut World,
+    engine: &mut Engine,
+    (backup, base): (&mut Backup, &Fs),
+    before: &Taken,
+    border: Border,
+) -> CheckpointId {
+    for _ in 0..world.random.next(100) {
+        world.step();
+    }
+    let mut taken = before.clone();
+    match world.random.next(4) {
+        0 => {}
+        1 => {
+            engine.drain(world).unwrap();
+            engine.flush(world).unwrap();
+        }
+        _ => {
+            engine.drain(world).unwrap();
+            engine.flush(world).unwrap();
+            for _ in 0..world.random.next(20) {
+                world.step();
+            }
+            let request = Request { tag: String::new(), trigger: "manual", wall_ns: 0, stop: Stop::IfNeeded };
+            taken = engine.checkpoint(world, &request).unwrap();
+        }
+    }
+    let keeps = world.random.next(world.shipped.len() as u64 + 1) as usize;
+    world.shipped.truncate(keeps);
+    if durable(world, backup, base, &taken, border) { taken.checkpoint } else { before.checkpoint }
+}
+
+impl World {
+    /// What an agent read that is not durable stands in the ring.
+    pub(super) fn give_back(&mut self) {
+        let read = std::mem::take(&mut self.unreleased);
+        read.into_iter().rev().for_each(|event| self.ring.push_front(event));
+    }
+}
