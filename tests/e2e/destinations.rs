@@ -241,6 +241,41 @@ fn nobody_is_ahead_of_what_the_first_comes_to_have() {
     }
 }
 
+/// What both of them have the first one keeps no longer: each says so, and neither takes the other for one that has what there is.
+#[test]
+fn two_that_were_away_for_too_long_are_told_so() {
+    let mut world = World::new("dest-merged", Transport::Unix).unwrap();
+    let others = [Other::new(&world, "second"), Other::new(&world, "third")];
+    let backups: Vec<&str> = others.iter().flat_map(|other| ["--backup", other.listen.as_str()]).collect();
+    world.agent_options(&backups);
+    world.replayer_options(&["--keep", "last=1", "--keep-min", "1"]);
+    world.start_replayer().unwrap();
+    world.rest().unwrap();
+    let number = world.checkpoint().unwrap();
+    for (at, other) in others.iter().enumerate() {
+        has(&world, at + 1, number);
+        dest(&world, &["pause", &other.listen]).unwrap();
+    }
+    let changed = world.place.data.join("changed");
+    for text in ["one", "two", "three"] {
+        fs::write(&changed, text).unwrap();
+        world.checkpoint().unwrap();
+    }
+    // What was kept for them, and that they are paused, ends with the agent.
+    world.kill_agent().unwrap();
+    world.resume().unwrap();
+    fs::write(&changed, "four").unwrap();
+    world.checkpoint().unwrap();
+    let told = (number, "diverged".to_owned());
+    for at in [1, 2] {
+        until("it to be told", SOON, || (stands(&world, at) == told).then_some(())).unwrap();
+    }
+    // Each looks again now and then, also just when the other one does.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!([1, 2].map(|at| stands(&world, at)), [told.clone(), told]);
+    assert!(world.finish().unwrap().success());
+}
+
 /// Added while a program works, paused, resumed, looked at anew, removed; a successor has the same ones.
 #[test]
 fn destinations_are_changed_while_a_program_works() {
