@@ -15,14 +15,14 @@ pub(super) fn durable(
     world: &mut World,
     backup: &mut Backup,
     base: &Fs,
-    taken: &Taken,
+    taken: Option<&Taken>,
     border: Border,
 ) -> bool {
     let mut marked = false;
     for (batch, done) in std::mem::take(&mut world.shipped) {
         world.released = batch.ring_position.unwrap_or(world.released);
         let Some(number) = backup.apply(&batch) else { continue };
-        assert_eq!(number, taken.checkpoint);
+        let taken = taken.filter(|taken| taken.checkpoint == number).expect("the marker of the checkpoint");
         marked = true;
         let (got, want) = (backup.dump(), expected(base, &world.done[..done], taken.at_ns, border));
         let differ = |a: &[String], b: &[String]| -> Vec<String> {
@@ -53,32 +53,28 @@ pub(super) fn dies(
     world: &mut World,
     engine: &mut Engine,
     (backup, base): (&mut Backup, &Fs),
-    before: &Taken,
+    last: CheckpointId,
     border: Border,
 ) -> CheckpointId {
     for _ in 0..world.random.next(100) {
         world.step();
     }
-    let mut taken = before.clone();
-    match world.random.next(4) {
-        0 => {}
-        1 => {
-            engine.drain(world).unwrap();
-            engine.flush(world).unwrap();
-        }
-        _ => {
-            engine.drain(world).unwrap();
-            engine.flush(world).unwrap();
-            for _ in 0..world.random.next(20) {
-                world.step();
-            }
-            let request = Request { tag: String::new(), trigger: "manual", wall_ns: 0, stop: Stop::IfNeeded };
-            taken = engine.checkpoint(world, &request).unwrap();
-        }
+    let way = world.random.next(4);
+    if way > 0 {
+        engine.drain(world).unwrap();
+        engine.flush(world).unwrap();
     }
+    let taken = (way > 1).then(|| {
+        for _ in 0..world.random.next(20) {
+            world.step();
+        }
+        let request = Request { tag: String::new(), trigger: "manual", wall_ns: 0, stop: Stop::IfNeeded };
+        engine.checkpoint(world, &request).unwrap()
+    });
     let keeps = world.random.next(world.shipped.len() as u64 + 1) as usize;
     world.shipped.truncate(keeps);
-    if durable(world, backup, base, &taken, border) { taken.checkpoint } else { before.checkpoint }
+    let marked = durable(world, backup, base, taken.as_ref(), border);
+    taken.filter(|_| marked).map_or(last, |taken| taken.checkpoint)
 }
 
 impl World {

@@ -204,7 +204,7 @@ fn run(seed: u64) -> (u32, u32) {
     engine.set_policies(&policies, true);
     world.stops = 0;
     world.asynchronous = seed.is_multiple_of(3);
-    let mut checkpoints = 0;
+    let (mut checkpoints, mut afresh) = (0, 0);
     while world.calls_left > 0 || checkpoints < 2 {
         for _ in 0..world.random.next(60) {
             world.step();
@@ -242,19 +242,26 @@ fn run(seed: u64) -> (u32, u32) {
             world.go();
         }
         checkpoints += 1;
-        assert!(durable(&mut world, &mut backup, &base, &taken, border), "the marker was shipped");
-        // The agent dies, and another begins, while the program goes on.
-        if checkpoints == 2 && !world.asynchronous && seed.is_multiple_of(2) {
-            let last = dies(&mut world, &mut engine, (&mut backup, &base), &taken, border);
-            let begins = match seed / 2 % 4 {
+        assert!(durable(&mut world, &mut backup, &base, Some(&taken), border), "the marker was shipped");
+        // The agent dies, and another begins, while the program goes on; perhaps more than once.
+        let mut last = taken.checkpoint;
+        while checkpoints >= 2 && seed.is_multiple_of(2) && world.random.next(2) == 0 {
+            last = dies(&mut world, &mut engine, (&mut backup, &base), last, border);
+            let begins = match world.random.next(4) {
+                _ if world.asynchronous => Begins::GoingOn,
                 0 => Begins::Adopting,
+                // That the one before began afresh is nowhere but in its records.
+                _ if backup.next == afresh => Begins::Afresh,
                 1 => Begins::Afresh,
                 _ => Begins::GoingOn,
             };
             let (next, stands) = begin(&mut world, border, &backup, last, begins);
             engine = next;
             if begins != Begins::GoingOn {
-                base = stands;
+                (base, afresh) = (stands, backup.next);
+            }
+            if world.asynchronous {
+                engine.expect_asynchronous();
             }
             engine.set_policies(&policies, true);
         }
