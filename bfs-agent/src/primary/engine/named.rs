@@ -61,6 +61,21 @@ impl Named {
         self.looked.remove(entry).is_some_and(|at| came_before(start_ns, at))
     }
 
+    /// What stands there was read once more: what is known of it is of that moment, and where it is another thing (`changed`)
+    /// the call that put it there comes later.
+    pub(super) fn read_again(&mut self, directory: ObjectId, name: Name, now: u64, changed: bool) {
+        if self.looked.is_empty() && (self.solid.is_empty() || !changed) {
+            return;
+        }
+        let entry = (directory, name);
+        if let Some(at) = self.looked.get_mut(&entry) {
+            *at = now;
+        }
+        if changed {
+            self.solid.remove(&entry);
+        }
+    }
+
     /// Whether no symlink stood there when a call began that comes behind the one that put there what it is.
     fn is_solid(&self, entry: &Entry, span: Span) -> bool {
         self.solid.get(entry).is_some_and(|by| !by.may_overlap(&span))

@@ -242,8 +242,11 @@ impl Engine {
                 continue;
             }
             let found = host.child(inode, &name)?;
-            self.reads.entry(object, &name, host.now());
+            let (before, now) = (self.model.entry(object, &name), host.now());
+            self.reads.entry(object, &name, now);
             self.settle_entry(object, &name, found, deep);
+            let changed = self.model.entry(object, &name) != before;
+            self.named.read_again(object, name, now, changed);
         }
         if dirty.whole || dirty.meta_since.is_some() {
             let Some(stat) = host.stat(inode)? else { return Ok(false) };

@@ -269,6 +269,9 @@ fn run(seed: u64) -> (u32, u32) {
     (checkpoints, world.stops)
 }
 
+/// Seeds that went wrong once: what stood at a name was read again, and counted as of the look before.
+const ONCE_WRONG: [u64; 1] = [238_156];
+
 #[test]
 fn every_checkpoint_is_the_state_that_its_calls_made() {
     // A failing seed reproduces with BFS_SEED, BFS_SEEDS is how many are tried; BFS_LONG is set by `cargo xtask test --long`.
@@ -283,8 +286,9 @@ fn every_checkpoint_is_the_state_that_its_calls_made() {
         (Some(first), many) => first..first + many.unwrap_or(1),
         (None, tried) => 1..tried.unwrap_or(many),
     };
+    let once_wrong = ONCE_WRONG.into_iter().filter(|_| one.is_none());
     let (mut checkpoints, mut stops) = (0, 0);
-    for seed in seeds {
+    for seed in seeds.chain(once_wrong) {
         let (c, s) = run(seed);
         checkpoints += c;
         stops += s;
