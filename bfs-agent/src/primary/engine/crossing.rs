@@ -62,18 +62,25 @@ impl Engine {
             {
                 lists.entry(object).or_default().note(index, span.start_ns);
             }
+            let mut takes_out = false;
             for (place, object) in act.changes(&self.model) {
                 if object.is_none_or(|kind| matches!(kind, FileKind::Directory | FileKind::Symlink)) {
                     directories_changed.note(index, span.start_ns);
                 }
                 if object.is_some() && place.is_outside(&self.model) {
                     taken_out.note(index, span.start_ns);
+                    takes_out = true;
                 }
                 if let Some(entry) = place.entry() {
                     changed.entry(entry).or_default().note(index, span.start_ns);
                 }
             }
-            all.push((span, self.cut_touches(&act, &way), Some((act, way))));
+            let mut touches = self.cut_touches(&act, &way);
+            if takes_out {
+                // What came outside by it a covered call may have reached there.
+                touches.push(Thing::Aside);
+            }
+            all.push((span, touches, Some((act, way))));
         }
         // What was read since the call began may be what it left behind: led by that, its path leads elsewhere.
         let read_since = |entry: &(ObjectId, Name), span: Span| {

@@ -269,8 +269,9 @@ fn run(seed: u64) -> (u32, u32) {
     (checkpoints, world.stops)
 }
 
-/// Seeds that went wrong once: what stood at a name was read again, and counted as of the look before.
-const ONCE_WRONG: [u64; 1] = [238_156];
+/// Seeds that went wrong once: what stood at a name was read again, and counted as of the look before; a covered call reached by a
+/// name outside what one that is not covered had moved there.
+const ONCE_WRONG: [u64; 2] = [238_156, 438_745];
 
 #[test]
 fn every_checkpoint_is_the_state_that_its_calls_made() {
