@@ -16,6 +16,7 @@
 
 use bfs_common::codec::{self, CodecError, HEAD_MAX, PAYLOAD_MAX, PREFIX};
 use bfs_common::record::{CheckpointId, CheckpointLabel, GroupId, ObjectId, PathBytes, Record, Sequence};
+use bfs_common::wire::GenerationLine;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
@@ -78,6 +79,15 @@ pub struct Moment {
     pub label: CheckpointLabel,
     /// Its roots.
     pub roots: Vec<(PathBytes, ObjectId)>,
+}
+
+impl Moment {
+    /// The line that a store has of it once it has it. (What changed with it only that store knows.)
+    #[must_use]
+    pub fn line(&self) -> GenerationLine {
+        let (checkpoint, label) = (self.checkpoint, self.label.clone());
+        GenerationLine { checkpoint, label, changed: 0, bytes: 0, process: None }
+    }
 }
 
 /// What a stream is.

@@ -11,13 +11,6 @@ use bfs_tests::random::printed_seed;
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{FileSystem, How, Transport, World, rounds};
 
-/// The words of a shell that runs a script with the directories of the world, as `World::spawn_shell` has them.
-fn shell(world: &World, script: &str) -> Vec<String> {
-    let words = ["/bin/sh", "-c", script, "sh"].map(str::to_owned).to_vec();
-    let place = [&world.place.data, &world.place.aux].map(|p| p.display().to_string());
-    words.into_iter().chain(place).collect()
-}
-
 fn last(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
@@ -102,7 +95,7 @@ fn what_is_left_out_travels_not_and_its_border_is_crossed_by_moves() {
     fs::write(world.place.data.join("before.tmp"), "x").unwrap();
     fs::write(world.place.data.join("before"), "x").unwrap();
     world.start_replayer().unwrap();
-    world.run(&shell(&world, BORDER)).unwrap();
+    world.run(&world.script(BORDER)).unwrap();
     world.checkpoint().unwrap();
     equal_to_the_border(&world);
     let bytes = || world.status_number(&["stream_bytes"]).unwrap();
@@ -201,7 +194,7 @@ fn a_directory_of_another_file_system_is_added_and_removed() {
 
 fn added_and_removed(mut world: World, more: &Path, script: &str) {
     world.start_replayer().unwrap();
-    let mut line = shell(&world, script);
+    let mut line = world.script(script);
     line.push(more.display().to_string());
     world.run(&line).unwrap();
     world.checkpoint().unwrap();
@@ -257,7 +250,7 @@ fn directories_that_cannot_be_added_or_removed_are_refused() {
     let mut world = World::new("paths-refused", Transport::Unix).unwrap();
     world.start_replayer().unwrap();
     let script = "mkdir \"$1/in\"; : > \"$2/ready\"; while [ ! -e \"$2/stop\" ]; do sleep 0.01; done";
-    world.run(&shell(&world, script)).unwrap();
+    world.run(&world.script(script)).unwrap();
     world.checkpoint().unwrap();
     let own = world.place.data.display().to_string();
     let inside = world.place.data.join("in").display().to_string();

@@ -18,8 +18,7 @@ fn on_demand(world: &World, script: &str) -> Vec<String> {
             if [ -e \"$2/go-$n\" ]; then {script}; : > \"$2/done-$n\"; n=$((n + 1)); fi; sleep 0.02
         done"
     );
-    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
-    ["/bin/sh".into(), "-c".into(), script, "sh".into()].into_iter().chain(places).collect()
+    world.script(&script)
 }
 
 /// Has it run the script once; how long that took it.

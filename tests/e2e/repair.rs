@@ -13,10 +13,8 @@ use bfs_tests::world::{Transport, World};
 /// A shell script in the directory `$1`, with `$2` for what is not replicated; it ends when it is told so.
 fn started(world: &mut World, script: &str) {
     world.start_replayer().unwrap();
-    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
     let script = format!(": > \"$2/ready\"; {script}; while [ ! -e \"$2/stop\" ]; do sleep 0.02; done");
-    let line = ["/bin/sh", "-c", &script, "sh"].map(str::to_owned);
-    world.run(&line.into_iter().chain(places).collect::<Vec<_>>()).unwrap();
+    world.run(&world.script(&script)).unwrap();
 }
 
 fn text(output: &Output) -> String {

@@ -293,7 +293,7 @@ impl Gate {
 }
 
 /// Whether a repair of `repaired` closes the gap `open`.
-fn closes(repaired: &GapScope, open: &GapScope) -> bool {
+pub(crate) fn closes(repaired: &GapScope, open: &GapScope) -> bool {
     match (repaired, open) {
         (GapScope::Everything, _) => true,
         (GapScope::Object(a), GapScope::Range(b, ..)) => a == b,

@@ -152,6 +152,7 @@ impl Shared {
         store: Store,
         index: Arc<Index>,
         (name, group): (&str, &Arc<Group>),
+        room: Arc<Room>,
         segments_max: u64,
     ) -> Self {
         let (retention, retention_of) = (Retention::last(1, 1), BTreeMap::new());
@@ -161,7 +162,7 @@ impl Shared {
             groups: Mutex::new(BTreeMap::from([(name.to_owned(), Arc::clone(group))])),
             allowed: Vec::new(),
             limits: AllLimits { pending_max: u64::MAX, retention, retention_of },
-            room: Arc::new(Room::default()),
+            room,
             receiving: Busy::default(),
             segments_max,
             stop: watch::Sender::new(false),

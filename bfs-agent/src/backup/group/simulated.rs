@@ -60,21 +60,15 @@ impl Simulated {
         finish_all(&receive, |name| Ok((name == NAME).then(|| (log.clone(), row.id))))?;
         let incoming = Incoming::of(&receive, NAME);
         let limits = Limits { pending_max: u64::MAX, retention };
-        let (group, mut writer, from_group) = Group::assemble(
-            NAME,
-            row,
-            index.clone(),
-            area,
-            (log, incoming),
-            limits,
-            Arc::new(Room::default()),
-        )?;
+        let room = Arc::new(Room::default());
+        let (group, mut writer, from_group) =
+            Group::assemble(NAME, row, index.clone(), area, (log, incoming), limits, room.clone())?;
         writer.limit_segments(SEGMENT);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .build()
             .map_err(BackupError::io("start", "an event loop"))?;
-        let shared = Arc::new(Shared::simulated(store, index, (NAME, &group), SEGMENT));
+        let shared = Arc::new(Shared::simulated(store, index, (NAME, &group), room, SEGMENT));
         Ok(Self { group, log: writer, from_group, failed: false, slot: None, runtime, shared })
     }
 

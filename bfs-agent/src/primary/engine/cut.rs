@@ -595,8 +595,7 @@ impl Engine {
             self.suspect_events_before(host.now());
         }
         self.out.close(self.position);
-        let batches = self.out.take();
-        match self.hand_over(batches, host) {
+        match self.hand_over(host) {
             // The marker was taken; what comes next hears of it again.
             Ok(()) | Err(HostError::NoRoom(_)) => {}
             Err(e) => return Err(e.into()),

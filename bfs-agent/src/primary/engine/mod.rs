@@ -625,8 +625,7 @@ impl Engine {
             self.out.push(&Record::Gap { scope }, b"");
         }
         self.out.close(self.position);
-        let batches = self.out.take();
-        self.hand_over(batches, host)?;
+        self.hand_over(host)?;
         // Also events that left nothing in the stream give their room back.
         if let Some(position) = self.position {
             host.ship_position(position);
@@ -667,8 +666,7 @@ impl Engine {
     /// # Errors
     /// [`HostError::Detached`].
     fn ship_full(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
-        let batches = self.out.take();
-        if batches.is_empty() { Ok(()) } else { self.hand_over(batches, host) }
+        if self.out.has_closed() { self.hand_over(host) } else { Ok(()) }
     }
 
     /// Attributes that the stream does not have are suspect; a later look makes them exact again.

@@ -8,7 +8,6 @@ use super::Engine;
 use super::host::{Host, HostError};
 use super::interpret::Thing;
 use super::model::Model;
-use super::outbox::Batch;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -47,12 +46,12 @@ impl Engine {
         self.multiple.all.extend(known);
     }
 
-    /// Ships batches, which lets the ring be released: what a successor would have known by it is kept before.
-    pub(super) fn hand_over(&mut self, batches: Vec<Batch>, host: &mut dyn Host) -> Result<(), HostError> {
+    /// Ships the closed batches, which lets the ring be released: what a successor would have known by it is kept before.
+    pub(super) fn hand_over(&mut self, host: &mut dyn Host) -> Result<(), HostError> {
         if !self.multiple.fresh.is_empty() {
             host.keep_multiple(&std::mem::take(&mut self.multiple.fresh));
         }
-        host.ship(batches)
+        host.ship(self.out.take())
     }
 
     pub(super) fn note_links(&mut self, object: ObjectId, links: u32) {

@@ -13,7 +13,7 @@ use bfs_common::record::{FileKind, Name, ObjectId};
 use foldhash::{HashMap, HashSet, HashSetExt};
 
 use super::Engine;
-use super::host::Host;
+use super::host::{Host, Stat};
 use super::interpret::{Act, interpret, is_open};
 use super::recent::{CLOCK_SLACK_NS, Recent, Span};
 use super::resolve::{Place, Way};
@@ -59,21 +59,6 @@ impl Named {
     fn changed(&mut self, entry: &Entry, start_ns: u64) -> bool {
         self.solid.remove(entry);
         self.looked.remove(entry).is_some_and(|at| came_before(start_ns, at))
-    }
-
-    /// What stands there was read once more: what is known of it is of that moment, and where it is another thing (`changed`)
-    /// the call that put it there comes later.
-    pub(super) fn read_again(&mut self, directory: ObjectId, name: Name, now: u64, changed: bool) {
-        if self.looked.is_empty() && (self.solid.is_empty() || !changed) {
-            return;
-        }
-        let entry = (directory, name);
-        if let Some(at) = self.looked.get_mut(&entry) {
-            *at = now;
-        }
-        if changed {
-            self.solid.remove(&entry);
-        }
     }
 
     /// Whether no symlink stood there when a call began that comes behind the one that put there what it is.
@@ -138,6 +123,23 @@ impl Engine {
     /// Whether the model may be wrong about what a call met at an entry.
     pub(super) fn is_unsure(&self, entry: &Entry, span: Span) -> bool {
         !self.named.looked.contains_key(entry) && self.doubtful_entry(entry.0, &entry.1, span)
+    }
+
+    /// What stands at an entry was read: what is known of it is of that moment, and where it is another thing than before the
+    /// call that put it there comes later.
+    pub(super) fn settle_again(&mut self, entry: Entry, found: Option<Stat>, deep: bool, now: u64) {
+        // As nearly always.
+        if self.named.looked.is_empty() && self.named.solid.is_empty() {
+            return self.settle_entry(entry.0, &entry.1, found, deep);
+        }
+        let before = self.model.entry(entry.0, &entry.1);
+        self.settle_entry(entry.0, &entry.1, found, deep);
+        if let Some(at) = self.named.looked.get_mut(&entry) {
+            *at = now;
+        }
+        if self.model.entry(entry.0, &entry.1) != before {
+            self.named.solid.remove(&entry);
+        }
     }
 
     /// Looks at an entry. `false` when nobody can tell any more what stood there.

@@ -160,6 +160,12 @@ impl Outbox {
         self.first = self.next;
     }
 
+    /// Whether there are closed batches.
+    #[must_use]
+    pub fn has_closed(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
     /// Takes the closed batches, oldest first.
     pub fn take(&mut self) -> Vec<Batch> {
         std::mem::take(&mut self.ready)

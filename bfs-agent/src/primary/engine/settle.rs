@@ -242,11 +242,9 @@ impl Engine {
                 continue;
             }
             let found = host.child(inode, &name)?;
-            let (before, now) = (self.model.entry(object, &name), host.now());
+            let now = host.now();
             self.reads.entry(object, &name, now);
-            self.settle_entry(object, &name, found, deep);
-            let changed = self.model.entry(object, &name) != before;
-            self.named.read_again(object, name, now, changed);
+            self.settle_again((object, name), found, deep, now);
         }
         if dirty.whole || dirty.meta_since.is_some() {
             let Some(stat) = host.stat(inode)? else { return Ok(false) };

@@ -13,7 +13,6 @@ use crate::generation::{Client, OpenError, ReadError};
 use crate::net::{AskError, ConnectError};
 use crate::primary::control::Standing;
 use crate::primary::ship::{Limit, Sends};
-use crate::transfer::Moment;
 
 /// How often a destination is asked how it stands, when there is nothing for it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -242,10 +241,10 @@ impl Courier<'_> {
         match (way, view) {
             (Way::Step(from, to), Some(view)) => {
                 self.attached();
-                let moment = view.marks[to].moment.clone();
+                let newest = view.marks[to].moment.line();
                 let id = status.map(|status| status.id).unwrap_or_default();
                 self.step(client, id, &view, (from, to))?;
-                self.has(&moment);
+                self.has(newest);
                 Ok(Then::GoOn)
             }
             (Way::Elsewhere, _) => self.take_from_another(client),
@@ -261,9 +260,9 @@ impl Courier<'_> {
         self.leg(|leg| leg.stands(Standing::Attached, None));
     }
 
-    fn has(&mut self, moment: &Moment) {
-        let (checkpoint, label) = (moment.checkpoint, moment.label.clone());
-        self.newest = Some(GenerationLine { checkpoint, label, changed: 0, bytes: 0, process: None });
+    fn has(&mut self, newest: GenerationLine) {
+        let checkpoint = newest.checkpoint;
+        self.newest = Some(newest);
         // The session may wait for that.
         self.shared.changes(|state| {
             if let Some(leg) = state.legs.iter_mut().find(|leg| leg.0 == self.id) {
@@ -318,8 +317,7 @@ impl Courier<'_> {
                     self.leg(|leg| leg.stands(Standing::Lagging, Some(why)));
                     carry(&mut there, client, &group, (older, newest), &mut |bytes| self.may_send(bytes))?;
                     if let Some(line) = theirs.into_iter().find(|line| line.checkpoint == newest) {
-                        let GenerationLine { checkpoint, label, .. } = line;
-                        self.has(&Moment { checkpoint, label, roots: Vec::new() });
+                        self.has(line);
                     }
                     return Ok(Then::GoOn);
                 }
@@ -366,6 +364,7 @@ mod tests {
     use bfs_common::record::{CheckpointLabel, Sequence};
 
     use super::*;
+    use crate::transfer::Moment;
 
     fn label(wall_ns: i64) -> CheckpointLabel {
         CheckpointLabel { wall_ns, ..CheckpointLabel::default() }

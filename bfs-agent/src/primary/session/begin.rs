@@ -269,9 +269,9 @@ impl Ground {
             Model::from_catalog(welcome.highest_object, file_systems, &welcome.roots, catalog)
         };
         model.filter = options.filter.clone();
+        let (multiple, known_multiple) = Multiple::open(&options.group);
         // The suspects that probes named are taken out of their map when they are read, which may be before their
         // gap is durable: whoever comes next does not know which there were.
-        let (multiple, known_multiple) = Multiple::open(&options.group);
         let named = complete && probes.counters()?.get(counter::RESERVE_FAILED) > 0;
         // No probe saw what was brought back.
         let complete = complete

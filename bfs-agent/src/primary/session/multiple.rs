@@ -2,14 +2,14 @@
 //! little-endian. It may have too many, and is written before the ring space is released by which a successor would have
 //! known of them. Where it is missing a successor does not know, and everything is read.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bfs_common::record::ObjectId;
 
-use super::state::DIRECTORY;
+use super::state::{DIRECTORY, make_directory};
 
 fn path(group: &str) -> PathBuf {
     Path::new(DIRECTORY).join(format!("multiple-{group}"))
@@ -29,7 +29,7 @@ impl Multiple {
     /// # Errors
     /// What the system says.
     pub(super) fn begin(group: &str) -> io::Result<()> {
-        DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
+        make_directory()?;
         Self::remove(group);
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(path(group)).map(drop)
     }

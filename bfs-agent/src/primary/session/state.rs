@@ -195,9 +195,14 @@ fn destination(text: &str) -> Result<Destination, String> {
     text.parse().map_err(|e| format!("{text}: {e}"))
 }
 
+/// Makes the folder of the state files, where it is not there yet.
+pub(super) fn make_directory() -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)
+}
+
 /// Writes a file whole or not at all.
 fn write_whole(path: &Path, what: &impl Serialize) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
+    make_directory()?;
     let new = path.with_extension("new");
     let _ = fs::remove_file(&new);
     let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
@@ -253,7 +258,7 @@ pub fn relies_on_spool(group: &str) -> bool {
 /// What the system says.
 pub fn rely_on_spool(group: &str, relied: bool) -> io::Result<()> {
     if relied {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
+        make_directory()?;
         fs::OpenOptions::new()
             .write(true)
             .create(true)

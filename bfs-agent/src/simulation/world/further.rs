@@ -11,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use super::{Host, World, compare, writer};
 use crate::backup::group::simulated::{NAME, Simulated};
 use crate::generation::next::{Apart, Step};
-use crate::primary::further::{View, Way, from_another, way};
+use crate::primary::further::{Way, from_another, way};
 use crate::simulation::disk::{self, Failure};
 
 /// Bytes that come together.
@@ -111,7 +111,7 @@ impl World {
         let found = match (way, view) {
             (Way::Step(from, to), Some(view)) => {
                 self.seen.steps += 1;
-                let line = line_of(&view, to);
+                let line = view.marks[to].moment.line();
                 let mut pieces = Vec::new();
                 let mut sink = |piece| {
                     pieces.push(piece);
@@ -243,10 +243,4 @@ impl World {
         let kept: Vec<_> = lines.iter().map(|line| (line.checkpoint, state(line))).collect();
         compare(replayer, &folder.join("tree/g/r"), state(&newest), &kept);
     }
-}
-
-fn line_of(view: &View, at: usize) -> GenerationLine {
-    let moment = &view.marks[at].moment;
-    let (checkpoint, label) = (moment.checkpoint, moment.label.clone());
-    GenerationLine { checkpoint, label, changed: 0, bytes: 0, process: None }
 }

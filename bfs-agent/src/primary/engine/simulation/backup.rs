@@ -7,6 +7,7 @@ use bfs_common::record::{CheckpointId, GapScope, Identity, Meta, Name, ObjectId,
 use bfs_common::wire::CatalogObject;
 
 use super::fs::{Fs, Inode, ROOT};
+use crate::backup::gate::closes;
 use crate::primary::engine::outbox::Batch;
 
 /// The records of a batch.
@@ -15,15 +16,6 @@ pub(super) fn records(batch: &Batch) -> Vec<Record> {
     let next =
         || take(&mut bytes).expect("sound records").map(|encoded| encoded.decode().expect("records").0);
     std::iter::from_fn(next).collect()
-}
-
-/// Whether what was repaired is all that a gap names.
-fn closes(repaired: &GapScope, open: &GapScope) -> bool {
-    match (repaired, open) {
-        (GapScope::Everything, _) => true,
-        (GapScope::Object(a), GapScope::Range(b, ..)) => a == b,
-        _ => repaired == open,
-    }
 }
 
 /// The state that records say.

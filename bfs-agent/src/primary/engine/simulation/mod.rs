@@ -56,8 +56,8 @@ fn begin(
         world.forget_runs();
         world.go();
         world.done.clear();
+        world.unreleased.clear();
     }
-    world.unreleased.clear();
     world.memory.forgetting.clear();
     let base = world.fs.clone();
     world.base = backup.clone();
