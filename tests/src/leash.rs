@@ -39,7 +39,8 @@ while [ $tries -lt 100 ] && ! grep -q 'populated 0' \"$1/cgroup.events\"; do
     tries=$((tries + 1)); sleep 0.1
 done
 find \"$1\" -depth -type d -exec rmdir {} \\; 2> /dev/null
-[ -z \"$2\" ] || rm -rf \"/sys/fs/bpf/bfs/$2\" /run/bfs/*\"$2\".*
+[ -z \"$2\" ] || rm -rf \"/sys/fs/bpf/bfs/$2\" /sys/fs/bpf/bfs/\"$2\"-* \
+    /run/bfs/*-\"$2\" /run/bfs/*-\"$2\"[.-]*
 [ -n \"$3\" ] || exit 0
 cut -d' ' -f2 /proc/self/mounts | while read -r at; do
     case \"$at\" in \"$3\"/*) umount -l \"$at\" ;; esac
@@ -122,10 +123,10 @@ impl Drop for Leash {
         self.kill();
         remove_cgroup(&self.cgroup);
         if let Some(group) = &self.group {
-            let _ = fs::remove_dir_all(Path::new(PINS).join(group));
-            for entry in fs::read_dir(STATE).into_iter().flatten().flatten() {
-                if entry.file_name().to_string_lossy().contains(&format!("{group}.")) {
-                    let _ = fs::remove_file(entry.path());
+            for entry in [PINS, STATE].into_iter().filter_map(|at| fs::read_dir(at).ok()).flatten().flatten()
+            {
+                if is_of(group, &entry.file_name().to_string_lossy()) {
+                    let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
                 }
             }
         }
@@ -134,6 +135,13 @@ impl Drop for Leash {
         }
         let _ = self.reaper.wait();
     }
+}
+
+/// Whether a file or folder has the name of this group, or of one that a configuration named after it.
+fn is_of(group: &str, name: &str) -> bool {
+    name.split_once(group).is_some_and(|(before, after)| {
+        (before.is_empty() || before.ends_with('-')) && (after.is_empty() || after.starts_with(['-', '.']))
+    })
 }
 
 /// The cgroup of this process, as a directory.
@@ -199,6 +207,23 @@ mod tests {
         assert!(left_behind(&format!("{PREFIX}4194305-0")));
         for other in ["bfs-test", "bfs-test-x-0", "bfs-group-4194305", "user.slice"] {
             assert!(!left_behind(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn the_files_of_a_group_are_known_by_their_names() {
+        let of = |name| is_of("config-17", name);
+        for name in [
+            "config-17",
+            "config-17-one",
+            "multiple-config-17",
+            "agent-config-17-one.sock.lock",
+            "state-config-17.json",
+        ] {
+            assert!(of(name), "{name}");
+        }
+        for name in ["config-170", "config-1", "multiple-config-171", "myconfig-17", "state-config-1.json"] {
+            assert!(!of(name), "{name}");
         }
     }
 }

@@ -601,6 +601,7 @@ impl Engine {
             Err(e) => return Err(e.into()),
         }
         self.let_go_of_unmapped(sequence, host);
+        self.forget_multiple(sequence, host);
         self.suspect_unfollowed(host.now());
         Ok(Taken {
             checkpoint,

@@ -292,6 +292,10 @@ pub trait Host {
     /// before the host releases what is shipped from now on.
     fn keep_multiple(&mut self, objects: &[ObjectId]);
 
+    /// These objects are gone. Until the stream is durable up to `sealed` a successor may still have them. What is kept
+    /// again meanwhile stays.
+    fn forget_multiple(&mut self, objects: Vec<ObjectId>, sealed: Sequence);
+
     /// These files are not mapped any more. Until the stream is durable up to `sealed` a successor has to find them all the
     /// same: it would not know that they have to be read. What is followed again meanwhile stays.
     fn forget_mapped(&mut self, files: Vec<InodeId>, sealed: Sequence);

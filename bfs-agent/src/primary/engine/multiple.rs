@@ -1,7 +1,7 @@
 //! Files with several names, of which some may lie outside of what is taken: who changes something by a name that the
 //! model does not have may have changed any of them.
 
-use bfs_common::record::{FileKind, ObjectId};
+use bfs_common::record::{FileKind, ObjectId, Sequence};
 use foldhash::HashSet;
 
 use super::Engine;
@@ -15,23 +15,28 @@ pub(super) struct Multiple {
     all: HashSet<ObjectId>,
     /// Which of them a successor cannot know: neither the catalogue nor the host has them.
     fresh: Vec<ObjectId>,
+    /// What is none of them any more, but the host may still have.
+    gone: HashSet<ObjectId>,
 }
 
 impl Multiple {
     /// Those that a model has by several names.
     pub(super) fn of(model: &Model) -> Self {
         let linked = |object: &ObjectId| model.get(*object).is_some_and(|known| known.links.len() > 1);
-        Self { all: model.ids().filter(linked).collect(), fresh: Vec::new() }
+        Self { all: model.ids().filter(linked).collect(), ..Self::default() }
     }
 
     pub(super) fn insert(&mut self, object: ObjectId) {
         if self.all.insert(object) {
             self.fresh.push(object);
+            self.gone.remove(&object);
         }
     }
 
     pub(super) fn remove(&mut self, object: ObjectId) {
-        self.all.remove(&object);
+        if self.all.remove(&object) {
+            self.gone.insert(object);
+        }
     }
 
     pub(super) fn contains(&self, object: ObjectId) -> bool {
@@ -42,8 +47,17 @@ impl Multiple {
 impl Engine {
     /// What the agent before knew of; the host has it.
     pub fn adopt_multiple(&mut self, known: &[ObjectId]) {
-        let known = known.iter().filter(|object| self.model.get(**object).is_some());
+        let (known, gone): (Vec<ObjectId>, Vec<ObjectId>) =
+            known.iter().partition(|object| self.model.get(**object).is_some());
         self.multiple.all.extend(known);
+        self.multiple.gone.extend(gone);
+    }
+
+    /// Behind the marker with this number: a successor that finds it does not have these objects.
+    pub(super) fn forget_multiple(&mut self, marker: Sequence, host: &mut dyn Host) {
+        if !self.multiple.gone.is_empty() {
+            host.forget_multiple(self.multiple.gone.drain().collect(), marker);
+        }
     }
 
     /// Ships the closed batches, which lets the ring be released: what a successor would have known by it is kept before.

@@ -159,6 +159,7 @@ impl Link {
                 tracing::warn!("{e}");
             }
         }
+        self.multiple.sealed(progress.sealed);
         let spooled = progress.spool.records > 0;
         if spooled != self.relies_on_spool {
             match state::rely_on_spool(&self.group, spooled) {
@@ -369,6 +370,10 @@ impl Host for Link {
 
     fn keep_multiple(&mut self, objects: &[ObjectId]) {
         self.multiple.keep(objects);
+    }
+
+    fn forget_multiple(&mut self, objects: Vec<ObjectId>, sealed: Sequence) {
+        self.multiple.forget(objects, sealed);
     }
 
     fn forget_mapped(&mut self, files: Vec<InodeId>, sealed: Sequence) {

@@ -43,7 +43,7 @@ pub(super) fn durable(
     world.base = backup.clone();
     let released = world.released;
     world.unreleased.retain(|event| event.ring_position > released);
-    world.forget_mapped_up_to(Sequence(backup.next));
+    world.forget_up_to(Sequence(backup.next));
     marked
 }
 

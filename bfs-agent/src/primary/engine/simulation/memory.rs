@@ -115,7 +115,8 @@ impl World {
     }
 
     /// So much of the stream is durable.
-    pub(super) fn forget_mapped_up_to(&mut self, durable: Sequence) {
+    pub(super) fn forget_up_to(&mut self, durable: Sequence) {
+        self.multiple.retain(|_, until| *until > durable);
         let (gone, stay) = self.memory.forgetting.drain(..).partition(|(sealed, _)| *sealed <= durable);
         self.memory.forgetting = stay;
         let gone: Vec<(Sequence, u64)> = gone;

@@ -59,6 +59,7 @@ fn begin(
         world.unreleased.clear();
     }
     world.memory.forgetting.clear();
+    world.multiple.values_mut().for_each(|until| *until = world::STAYS);
     let base = world.fs.clone();
     world.base = backup.clone();
     let mut file_systems = FileSystems::default();
@@ -79,7 +80,7 @@ fn begin(
     }
     engine.set_roots(roots);
     if goes_on {
-        engine.adopt_multiple(&world.multiple.iter().copied().collect::<Vec<_>>());
+        engine.adopt_multiple(&world.multiple.keys().copied().collect::<Vec<_>>());
         engine.adopt_gaps(&backup.gaps, world.now());
     } else {
         engine.suspect_everything(world.now());

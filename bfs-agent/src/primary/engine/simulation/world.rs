@@ -1,6 +1,6 @@
 //! The simulated kernel: tasks in calls, the ring, and what the engine reads.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -53,8 +53,8 @@ pub(super) struct World {
     pub(super) unreleased: VecDeque<OwnedEvent>,
     /// Up to where they are.
     pub(super) released: u64,
-    /// What an agent keeps for the next one.
-    pub(super) multiple: BTreeSet<ObjectId>,
+    /// What an agent keeps for the next one, and from where in the stream on it does not any more.
+    pub(super) multiple: BTreeMap<ObjectId, Sequence>,
     pub(super) done: Vec<Done>,
     pub(super) fresh: u64,
     /// Each with how many calls had had their effect when it was shipped.
@@ -77,6 +77,9 @@ pub(super) struct World {
 /// Bytes of a block that has a digest of its own.
 pub(super) const BLOCK: u64 = 4;
 
+/// From nowhere in the stream on.
+pub(super) const STAYS: Sequence = Sequence(u64::MAX);
+
 pub(super) fn inode_id(ino: u64) -> InodeId {
     InodeId { ino, dev: 8, generation: ino as u32 }
 }
@@ -95,7 +98,7 @@ impl World {
             ring_position: 0,
             unreleased: VecDeque::new(),
             released: 0,
-            multiple: BTreeSet::new(),
+            multiple: BTreeMap::new(),
             done: Vec::new(),
             fresh: ROOT,
             shipped: Vec::new(),
@@ -585,7 +588,13 @@ impl Host for World {
     }
 
     fn keep_multiple(&mut self, objects: &[ObjectId]) {
-        self.multiple.extend(objects);
+        self.multiple.extend(objects.iter().map(|object| (*object, STAYS)));
+    }
+
+    fn forget_multiple(&mut self, objects: Vec<ObjectId>, sealed: Sequence) {
+        for object in objects {
+            self.multiple.entry(object).and_modify(|until| *until = sealed);
+        }
     }
 
     fn forget_mapped(&mut self, files: Vec<InodeId>, sealed: Sequence) {
