@@ -192,6 +192,64 @@ fn a_directory_of_another_file_system_is_added_and_removed() {
     added_and_removed(world, &more, TWO_FILE_SYSTEMS);
 }
 
+/// Who mounts something below or beside the tree, works there and leaves, can unmount it.
+const MOUNTS: &str = "\
+mkdir \"$1/below\" \"$2/beside\"; : > \"$2/ready\"; i=0
+while [ $i -lt 30 ]; do
+    i=$((i + 1))
+    for at in \"$1/below\" \"$2/beside\"; do
+        mount -t tmpfs none \"$at\" || exit 8
+        (cd \"$at\" && mkdir -p a/b && echo $i > a/f && mv a/f a/b/g && echo $i >> \"$1/log\" && rm -r a) || exit 9
+    done
+    : > \"$2/mounted-$i\"; while [ ! -e \"$2/go-$i\" ]; do sleep 0.01; done
+    umount \"$1/below\" \"$2/beside\" || exit 10
+done";
+
+#[test]
+fn what_a_program_mounts_it_can_unmount() {
+    let mut world = World::new("mounted", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    world.run(&world.script(MOUNTS)).unwrap();
+    for index in 1..=30 {
+        let mounted = world.place.aux.join(format!("mounted-{index}"));
+        until("mounts", SOON, || (mounted.exists() || !world.program_runs()).then_some(())).unwrap();
+        // What was done there has been taken in.
+        if index <= 10 {
+            world.checkpoint().unwrap();
+        }
+        fs::write(world.place.aux.join(format!("go-{index}")), "").unwrap();
+    }
+    assert!(world.finish().unwrap().success());
+    let differences = oracle::compare(&world.place.data, &world.backup()).unwrap();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+/// A file system whose directory was taken out of the group can be unmounted, while the agent works.
+#[test]
+fn what_was_taken_out_can_be_unmounted() {
+    let mut world = World::new("taken-out", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    let more = world.root().join("more");
+    fs::create_dir(&more).unwrap();
+    let mount = |verb: &str, words: &[&str]| {
+        std::process::Command::new(verb).args(words).arg(&more).output().unwrap().status.success()
+    };
+    assert!(mount("mount", &["-t", "tmpfs", "none"]));
+    world.run(&world.script(": > \"$2/ready\"; while [ ! -e \"$2/stop\" ]; do sleep 0.05; done")).unwrap();
+    let shown = more.display().to_string();
+    for _ in 0..2 {
+        fs::write(more.join("file"), "content").unwrap();
+        assert_eq!(path(&world, &["add", &shown]).0, Some(0));
+        world.checkpoint().unwrap();
+        assert!(!mount("umount", &[]), "it is replicated");
+        assert_eq!(path(&world, &["remove", &shown]).0, Some(0));
+        assert!(mount("umount", &[]), "nobody holds it");
+        assert!(mount("mount", &["-t", "tmpfs", "none"]));
+    }
+    assert!(mount("umount", &[]));
+    assert!(world.finish().unwrap().success());
+}
+
 fn added_and_removed(mut world: World, more: &Path, script: &str) {
     world.start_replayer().unwrap();
     let mut line = world.script(script);

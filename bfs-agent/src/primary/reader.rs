@@ -7,13 +7,15 @@
 //! which inode it names. The form in use is taken from the handle of the root directory and
 //! checked against it; a file system with another form is refused by name.
 
+mod handles;
+mod others;
+mod outside;
 mod pages;
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use bfs_common::abi::InodeId;
@@ -24,55 +26,24 @@ use rustix::io::Errno;
 use super::engine::host::{HostError, Segment, Stat};
 use crate::tree::{self, Xattrs};
 
-mod others;
-mod outside;
-
+use handles::{FileHandle, Form, Handles};
 use outside::Outside;
 
 /// Bytes read at a time.
 const BUFFER: usize = 1 << 20;
 
-/// How often an inode number that is just being given away is tried again.
-const CREATING_MAX: u32 = 100_000;
-
 /// No hole is shorter: it is a block of a file system.
 const HOLE_MIN: usize = 512;
 
-/// Longest handle (`MAX_HANDLE_SZ`, include/uapi/linux/fcntl.h).
-const HANDLE_MAX: usize = 128;
-
-#[repr(C)]
-struct FileHandle {
-    bytes: u32,
-    kind: i32,
-    data: [u8; HANDLE_MAX],
-}
-
-/// How a file system puts inode number and generation into a handle.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
-    /// u32 number, u32 generation (ext4, xfs with small numbers).
-    Ino32Gen,
-    /// u64 number, u32 generation (xfs).
-    Ino64Gen,
-    /// u32 generation, u32 low and high half of the number (tmpfs).
-    GenIno64,
-    /// u64 number, u64 subvolume, u32 generation (btrfs).
-    Btrfs,
-}
-
 #[derive(Debug)]
 struct Mount {
-    dev: u32,
+    handles: Handles,
     /// On a copy of the mount that nothing is mounted over: what is mounted inside is not in the way.
     fd: OwnedFd,
     /// On the mount itself, which has paths.
     attached: OwnedFd,
     /// Number of the mount (statx(2)).
     mount_id: u64,
-    form: Form,
-    kind: i32,
-    subvolume: u64,
 }
 
 /// A subtree cannot be replicated.
@@ -148,58 +119,39 @@ impl Reader {
                 magic: magic_of(fd.as_fd()),
             })?;
             self.mounts.push(mount);
+            self.outside.forget_table();
         }
-        let subvolume = self.mount(dev).map_or(0, |m| m.subvolume);
+        let subvolume = self.mount(dev).map_or(0, |m| m.handles.subvolume);
         let stat = self.stat_of(fd.as_fd()).map_err(fail)?.ok_or_else(|| fail(Errno::XDEV.into()))?;
         Ok(Root { path: path.to_path_buf(), stat, file_system, subvolume })
+    }
+
+    /// Lets go of the file systems that no subtree lies on any more, so that they can be unmounted.
+    pub fn keep(&mut self, of_roots: impl Fn(u32) -> bool) {
+        self.mounts.retain(|mount| of_roots(mount.handles.dev));
     }
 
     /// The devices of the subtrees, as the kernel numbers them.
     #[must_use]
     pub fn devices(&self) -> Vec<u32> {
-        self.mounts.iter().map(|m| m.dev).collect()
+        self.mounts.iter().map(|m| m.handles.dev).collect()
     }
 
     fn mount(&self, dev: u32) -> Option<&Mount> {
-        self.mounts.iter().find(|m| m.dev == dev)
+        self.mounts.iter().find(|m| m.handles.dev == dev)
     }
 
     fn open(&self, inode: InodeId, flags: OFlags) -> io::Result<Option<OwnedFd>> {
         let Some(mount) = self.mount(inode.dev) else { return Ok(None) };
-        self.open_on(mount, mount.fd.as_fd(), inode, flags)
-    }
-
-    fn open_on(
-        &self,
-        mount: &Mount,
-        at: BorrowedFd<'_>,
-        inode: InodeId,
-        flags: OFlags,
-    ) -> io::Result<Option<OwnedFd>> {
-        let handle = mount.handle(inode);
-        let mut creating = 0;
-        loop {
-            match open_handle(at, &handle, flags) {
-                Ok(fd) => return Ok(Some(fd)),
-                Err(e) if gone(&e) => return Ok(None),
-                // The number is just being given to a new inode (I_CREATING: iget_locked() in
-                // fs/inode.c has nothing to return, and ext4_iget() calls that ENOMEM). When that
-                // is done the generation tells that ours is gone.
-                Err(e) if e.raw_os_error() == Some(libc::ENOMEM) && creating < CREATING_MAX => {
-                    creating += 1;
-                    std::thread::yield_now();
-                }
-                Err(e) => return Err(e),
-            }
-        }
+        mount.handles.open(mount.fd.as_fd(), inode, flags)
     }
 
     /// The inode and attributes behind a descriptor; `None` on a file system that is not known.
     fn stat_of(&self, fd: BorrowedFd<'_>) -> io::Result<Option<Stat>> {
         let stat = tree::stat_fd(fd)?;
         let Some(mount) = self.mount(kernel_dev(stat.on_device)) else { return Ok(None) };
-        let handle = handle_of(fd)?;
-        let Some(inode) = mount.inode(&handle) else { return Ok(None) };
+        let handle = FileHandle::of(fd)?;
+        let Some(inode) = mount.handles.inode(&handle) else { return Ok(None) };
         let target = match stat.kind {
             FileKind::Symlink => rustix::fs::readlinkat(fd, c"", Vec::new())?.into_bytes(),
             _ => Vec::new(),
@@ -360,72 +312,6 @@ impl Reader {
     }
 }
 
-impl Mount {
-    fn handle(&self, inode: InodeId) -> FileHandle {
-        let mut data = [0; HANDLE_MAX];
-        let mut len = 0;
-        let mut put = |bytes: &[u8]| {
-            data[len..len + bytes.len()].copy_from_slice(bytes);
-            len += bytes.len();
-        };
-        let generation = inode.generation.to_ne_bytes();
-        match self.form {
-            Form::Ino32Gen => {
-                put(&(inode.ino as u32).to_ne_bytes());
-                put(&generation);
-            }
-            Form::Ino64Gen => {
-                put(&inode.ino.to_ne_bytes());
-                put(&generation);
-            }
-            Form::GenIno64 => {
-                put(&generation);
-                put(&(inode.ino as u32).to_ne_bytes());
-                put(&((inode.ino >> 32) as u32).to_ne_bytes());
-            }
-            Form::Btrfs => {
-                put(&inode.ino.to_ne_bytes());
-                put(&self.subvolume.to_ne_bytes());
-                put(&generation);
-            }
-        }
-        FileHandle { bytes: len as u32, kind: self.kind, data }
-    }
-
-    fn inode(&self, handle: &FileHandle) -> Option<InodeId> {
-        if handle.kind != self.kind {
-            return None;
-        }
-        let u32_at = |at: usize| Some(u32::from_ne_bytes(handle.data.get(at..at + 4)?.try_into().ok()?));
-        let u64_at = |at: usize| Some(u64::from_ne_bytes(handle.data.get(at..at + 8)?.try_into().ok()?));
-        let (ino, generation) = match self.form {
-            Form::Ino32Gen => (u64::from(u32_at(0)?), u32_at(4)?),
-            Form::Ino64Gen => (u64_at(0)?, u32_at(8)?),
-            Form::GenIno64 => (u64::from(u32_at(4)?) | u64::from(u32_at(8)?) << 32, u32_at(0)?),
-            Form::Btrfs => (u64_at(0)?, u32_at(16)?),
-        };
-        Some(InodeId { ino, dev: self.dev, generation })
-    }
-}
-
-fn open_handle(mount: BorrowedFd<'_>, handle: &FileHandle, flags: OFlags) -> io::Result<OwnedFd> {
-    let flags = flags | OFlags::CLOEXEC;
-    // SAFETY: the handle is a valid struct file_handle whose length field fits its data.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_open_by_handle_at,
-            mount.as_raw_fd(),
-            std::ptr::from_ref(handle),
-            flags.bits(),
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
 fn gone(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESTALE))
 }
@@ -445,24 +331,6 @@ fn magic_of(fd: BorrowedFd<'_>) -> u64 {
     rustix::fs::fstatfs(fd).map_or(0, |s| s.f_type.cast_unsigned())
 }
 
-fn handle_of(fd: BorrowedFd<'_>) -> io::Result<FileHandle> {
-    let mut handle = FileHandle { bytes: HANDLE_MAX as u32, kind: 0, data: [0; HANDLE_MAX] };
-    let mut mount_id = 0i32;
-    let empty: &CStr = c"";
-    // SAFETY: the handle has room for the HANDLE_MAX bytes that its length field promises.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_name_to_handle_at,
-            fd.as_raw_fd(),
-            empty.as_ptr(),
-            std::ptr::from_mut(&mut handle),
-            std::ptr::from_mut(&mut mount_id),
-            libc::AT_EMPTY_PATH,
-        )
-    };
-    if result == 0 { Ok(handle) } else { Err(io::Error::last_os_error()) }
-}
-
 /// The same directory on a private copy of its mount, without what is mounted below (open_tree(2)).
 fn uncovered(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     use rustix::mount::{OpenTreeFlags, open_tree};
@@ -474,33 +342,11 @@ fn uncovered(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat(&copy, c".", flags, Mode::empty())?)
 }
 
-/// The form of a file system's handles, from the handle of a directory on it; `None` if it is
-/// not understood.
+/// The mount that a directory lies on; `None` if its file system's handles are not understood.
 fn mount_of(fd: &OwnedFd, dev: u32) -> io::Result<Option<Mount>> {
-    let handle = match handle_of(fd.as_fd()) {
-        Ok(handle) => handle,
-        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(None),
-        Err(e) => return Err(e),
-    };
-    let ino = rustix::fs::fstat(fd)?.st_ino;
-    let form = match (magic_of(fd.as_fd()), handle.bytes) {
-        (0xEF53 | 0x5846_5342, 8) => Form::Ino32Gen,
-        (0x5846_5342, 12) => Form::Ino64Gen,
-        (0x0102_1994, 12) => Form::GenIno64,
-        (0x9123_683E, 20) => Form::Btrfs,
-        _ => return Ok(None),
-    };
-    let subvolume = match form {
-        Form::Btrfs => u64::from_ne_bytes(handle.data[8..16].try_into().unwrap_or([0; 8])),
-        _ => 0,
-    };
-    let attached = fd.try_clone()?;
-    let statx = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
-    let uncovered = uncovered(fd.as_fd())?;
-    let kind = handle.kind;
-    let mount_id = statx.stx_mnt_id;
-    let mount = Mount { dev, fd: uncovered, attached, mount_id, form, kind, subvolume };
-    Ok(mount.inode(&handle).is_some_and(|i| i.ino == ino).then_some(mount))
+    let Some(handles) = Handles::of(fd.as_fd(), dev)? else { return Ok(None) };
+    let mount_id = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
+    Ok(Some(Mount { handles, fd: uncovered(fd.as_fd())?, attached: fd.try_clone()?, mount_id }))
 }
 
 /// UUID of the file system, or what `statfs` gives as its id where the kernel tells none

@@ -19,7 +19,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, Statx, StatxFlags, StatxTimestamp};
 use rustix::io::Errno;
 
-use super::{Reader, kernel_dev, mount_of, open_directory};
+use super::handles::Handles;
+use super::{Reader, kernel_dev, open_directory};
 use crate::generation::wall_ns;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::engine::host::Seen;
@@ -31,9 +32,10 @@ use crate::tree;
 pub(super) struct Outside {
     root: InodeId,
     mount_namespace: u32,
-    /// The table of mounts, and the roots of bind mounts as it had them last.
+    /// The table of mounts, and as it had them last the roots of bind mounts and where each file system is mounted.
     table: Option<File>,
     bound: HashSet<(u32, u64)>,
+    points: HashMap<u32, Vec<PathBuf>>,
     looks: Looks<PathBuf, Seen>,
     paths: Looks<(InodeId, u32), Option<PathBuf>>,
 }
@@ -76,9 +78,15 @@ impl Outside {
             mount_namespace,
             table: None,
             bound: HashSet::new(),
+            points: HashMap::new(),
             looks: Looks(HashMap::new()),
             paths: Looks(HashMap::new()),
         }
+    }
+
+    /// It is read again, whether it changes or not.
+    pub(super) fn forget_table(&mut self) {
+        self.table = None;
     }
 
     /// Whether the table of mounts is another one than when it was read last.
@@ -129,15 +137,15 @@ impl Reader {
             return path;
         }
         let now = monotonic_ns();
-        if self.mount(directory.dev).is_none() {
-            self.learn(directory.dev);
-        }
-        let path = self.real_path(directory).or_else(|| {
-            ["cwd", "root"].into_iter().find_map(|what| {
-                let link = PathBuf::from(format!("/proc/{}/{what}", start.tgid));
-                if is_inode(&link, directory) { std::fs::read_link(&link).ok() } else { None }
+        let path = self
+            .real_path(directory)
+            .or_else(|| {
+                ["cwd", "root"].into_iter().find_map(|what| {
+                    let link = PathBuf::from(format!("/proc/{}/{what}", start.tgid));
+                    if is_inode(&link, directory) { std::fs::read_link(&link).ok() } else { None }
+                })
             })
-        });
+            .or_else(|| self.path_elsewhere(directory));
         self.outside.paths.keep(key, now, path.clone());
         path
     }
@@ -147,7 +155,7 @@ impl Reader {
     pub fn real_path(&self, directory: InodeId) -> Option<PathBuf> {
         let mount = self.mount(directory.dev)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        let fd = self.open_on(mount, mount.attached.as_fd(), directory, flags).ok()??;
+        let fd = mount.handles.open(mount.attached.as_fd(), directory, flags).ok()??;
         std::fs::read_link(tree::fd_path(fd.as_fd())).ok().filter(|p| p.is_absolute())
     }
 
@@ -218,47 +226,58 @@ impl Reader {
     /// Whether a directory is the root of a bind mount.
     #[must_use]
     pub fn is_bound(&mut self, directory: InodeId) -> bool {
-        if self.outside.table_changed() && !self.read_table() {
+        if !self.knows_table() {
             return true;
         }
         self.outside.bound.contains(&(directory.dev, directory.ino))
     }
 
-    fn read_table(&mut self) -> bool {
+    /// Reads the table of mounts where it changed; `false` when it cannot be read.
+    fn knows_table(&mut self) -> bool {
+        if !self.outside.table_changed() {
+            return true;
+        }
         let mut text = String::new();
         let Some(table) = &mut self.outside.table else { return false };
         if table.seek(SeekFrom::Start(0)).and_then(|_| table.read_to_string(&mut text)).is_err() {
+            self.outside.forget_table();
             return false;
         }
-        let devices: Vec<String> =
-            self.mounts.iter().map(|m| format!("{}:{}", m.dev >> 20, m.dev & 0xf_ffff)).collect();
-        self.outside.bound = text
-            .lines()
-            .filter_map(|line| {
-                // id, parent, major:minor, root, mount point (proc_pid_mountinfo(5)).
-                let mut fields = line.split(' ').skip(2);
-                let (device, root, point) = (fields.next()?, fields.next()?, fields.next()?);
-                // On btrfs the number is not the subvolume's: all of them are looked at.
-                let ours = root != "/" && (device.starts_with("0:") || devices.iter().any(|d| d == device));
-                let stat = if ours { rustix::fs::stat(unescaped(point)).ok()? } else { return None };
-                Some((kernel_dev(stat.st_dev), stat.st_ino))
-            })
-            .collect();
+        let ours: Vec<u32> = self.mounts.iter().map(|m| m.handles.dev).collect();
+        self.outside.bound.clear();
+        self.outside.points.clear();
+        for (dev, root, point) in text.lines().filter_map(mount_line) {
+            // On btrfs the number is not the subvolume's: all of them are looked at.
+            if root != "/"
+                && (dev >> 20 == 0 || ours.contains(&dev))
+                && let Ok(stat) = rustix::fs::stat(&point)
+            {
+                self.outside.bound.insert((kernel_dev(stat.st_dev), stat.st_ino));
+            }
+            self.outside.points.entry(dev).or_default().push(point);
+        }
         true
     }
 
-    /// Looks for a mounted file system that directories outside the set lie on.
-    fn learn(&mut self, dev: u32) {
-        let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
-        let numbers = format!("{}:{}", dev >> 20, dev & 0xf_ffff);
-        let point = table.lines().find_map(|line| {
-            let mut fields = line.split(' ').skip(2);
-            (fields.next()? == numbers).then(|| fields.nth(1)).flatten()
-        });
-        let found = point
-            .and_then(|p| open_directory(&unescaped(p)).ok())
-            .and_then(|fd| mount_of(&fd, dev).ok().flatten());
-        self.mounts.extend(found);
+    /// The absolute path of a directory on a file system that no subtree lies on. Nothing there stays open: who mounted it
+    /// has to be able to unmount it.
+    fn path_elsewhere(&mut self, directory: InodeId) -> Option<PathBuf> {
+        if self.mount(directory.dev).is_some() || !self.knows_table() {
+            return None;
+        }
+        self.outside.points.get(&directory.dev)?.iter().find_map(|point| {
+            let there = open_directory(point).ok()?;
+            // It may be hidden by another mount.
+            if kernel_dev(rustix::fs::fstat(&there).ok()?.st_dev) != directory.dev {
+                return None;
+            }
+            let handles = Handles::of(there.as_fd(), directory.dev).ok()??;
+            let flags = OFlags::PATH | OFlags::DIRECTORY;
+            let fd = handles.open(there.as_fd(), directory, flags).ok()??;
+            let path = std::fs::read_link(tree::fd_path(fd.as_fd())).ok()?;
+            // Through a bind mount not every directory of the file system has a path.
+            is_inode(&path, directory).then_some(path)
+        })
     }
 }
 
@@ -269,6 +288,14 @@ fn dev_of(statx: &Statx) -> u32 {
 fn is_inode(path: &Path, inode: InodeId) -> bool {
     let Ok(stat) = rustix::fs::stat(path) else { return false };
     stat.st_ino == inode.ino && kernel_dev(stat.st_dev) == inode.dev
+}
+
+/// Device, root and mount point of a line: id, parent, major:minor, root, mount point (proc_pid_mountinfo(5)).
+fn mount_line(line: &str) -> Option<(u32, &str, PathBuf)> {
+    let mut fields = line.split(' ').skip(2);
+    let (major, minor) = fields.next()?.split_once(':')?;
+    let dev = major.parse::<u32>().ok()? << 20 | minor.parse::<u32>().ok()?;
+    Some((dev, fields.next()?, unescaped(fields.next()?)))
 }
 
 /// A path of the table of mounts: blanks and the like stand there as octal numbers.

@@ -31,7 +31,7 @@ impl Reader {
     /// that is what puts it into the table (shmem_encode_fh() in mm/shmem.c).
     #[must_use]
     pub fn finds_by_number(&self, inode: InodeId) -> bool {
-        self.mount(inode.dev).is_none_or(|m| m.form != Form::GenIno64)
+        self.mount(inode.dev).is_none_or(|m| m.handles.form != Form::GenIno64)
     }
 
     /// The inode behind a descriptor, if it lies on a file system that is known.
@@ -48,7 +48,7 @@ impl Reader {
     /// # Errors
     /// [`HostError::Read`].
     pub fn tells_stores(&self, inode: InodeId) -> Result<bool, HostError> {
-        if self.mount(inode.dev).is_none_or(|m| m.form == Form::GenIno64) {
+        if self.mount(inode.dev).is_none_or(|m| m.handles.form == Form::GenIno64) {
             return Ok(false);
         }
         let Some(fd) = self.descriptor(inode)? else { return Ok(false) };
@@ -73,7 +73,7 @@ impl Reader {
         let hull = first.start..last.end;
         // btrfs compresses on a thread of its own: the second call waits for what that began
         // (btrfs_fdatawrite_range() in fs/btrfs/file.c).
-        let btrfs = self.mount(inode.dev).is_some_and(|m| m.form == Form::Btrfs);
+        let btrfs = self.mount(inode.dev).is_some_and(|m| m.handles.form == Form::Btrfs);
         for _ in 0..1 + u32::from(btrfs) {
             if sync(fd.as_fd(), &hull).is_err() {
                 // Not written, for whatever reason: it stays as it was.

@@ -386,6 +386,7 @@ impl Work {
                     "checkpoint"
                 );
                 self.failing = None;
+                self.link.reader.keep(|dev| self.engine.model().is_device_of_roots(dev));
                 self.tally.taken += 1;
                 self.tally.stopped += u64::from(taken.stopped);
                 self.since.checkpoint(&taken, went_on);
