@@ -11,6 +11,7 @@ pub mod further;
 pub mod images;
 pub mod mend;
 pub mod metrics;
+pub mod mount_table;
 pub mod policies;
 pub mod preflight;
 pub mod process;

@@ -25,6 +25,7 @@ use crate::generation::wall_ns;
 use crate::primary::clock::monotonic_ns;
 use crate::primary::engine::host::Seen;
 use crate::primary::engine::resolve::Start;
+use crate::primary::mount_table::{self, Line};
 use crate::tree;
 
 /// What is known of this process's own view.
@@ -237,18 +238,18 @@ impl Reader {
         if !self.outside.table_changed() {
             return true;
         }
-        let mut text = String::new();
+        let mut text = Vec::new();
         let Some(table) = &mut self.outside.table else { return false };
-        if table.seek(SeekFrom::Start(0)).and_then(|_| table.read_to_string(&mut text)).is_err() {
+        if table.seek(SeekFrom::Start(0)).and_then(|_| table.read_to_end(&mut text)).is_err() {
             self.outside.forget_table();
             return false;
         }
         let ours: Vec<u32> = self.mounts.iter().map(|m| m.handles.dev).collect();
         self.outside.bound.clear();
         self.outside.points.clear();
-        for (dev, root, point) in text.lines().filter_map(mount_line) {
+        for Line { dev, root, point } in mount_table::lines(&text) {
             // On btrfs the number is not the subvolume's: all of them are looked at.
-            if root != "/"
+            if root != Path::new("/")
                 && (dev >> 20 == 0 || ours.contains(&dev))
                 && let Ok(stat) = rustix::fs::stat(&point)
             {
@@ -288,34 +289,6 @@ fn dev_of(statx: &Statx) -> u32 {
 fn is_inode(path: &Path, inode: InodeId) -> bool {
     let Ok(stat) = rustix::fs::stat(path) else { return false };
     stat.st_ino == inode.ino && kernel_dev(stat.st_dev) == inode.dev
-}
-
-/// Device, root and mount point of a line: id, parent, major:minor, root, mount point (proc_pid_mountinfo(5)).
-fn mount_line(line: &str) -> Option<(u32, &str, PathBuf)> {
-    let mut fields = line.split(' ').skip(2);
-    let (major, minor) = fields.next()?.split_once(':')?;
-    let dev = major.parse::<u32>().ok()? << 20 | minor.parse::<u32>().ok()?;
-    Some((dev, fields.next()?, unescaped(fields.next()?)))
-}
-
-/// A path of the table of mounts: blanks and the like stand there as octal numbers.
-fn unescaped(field: &str) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field.as_bytes();
-    while let Some((&first, after)) = rest.split_first() {
-        let number = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match number.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if first == b'\\' => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = after;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsString::from_vec(bytes))
 }
 
 /// A time in an inode by the monotonic clock; 0 for what was before that began.

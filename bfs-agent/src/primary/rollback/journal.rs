@@ -20,6 +20,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::RollbackError;
+use crate::primary::mount_table;
 
 const MAGIC: &[u8; 8] = b"bfsroll1";
 
@@ -111,34 +112,11 @@ fn is_mount(path: &Path) -> bool {
     mounts().iter().any(|mount| mount == path)
 }
 
-/// Where file systems are mounted (proc_pid_mountinfo(5)).
+/// Where file systems are mounted.
 #[must_use]
 pub fn mounts() -> Vec<PathBuf> {
-    use std::os::unix::ffi::OsStringExt;
-    let text = fs::read("/proc/self/mountinfo").unwrap_or_default();
-    let field = |line: &[u8]| line.split(|b| *b == b' ').nth(4).map(unescaped);
-    let place = |bytes| PathBuf::from(std::ffi::OsString::from_vec(bytes));
-    text.split(|b| *b == b'\n').filter_map(field).map(place).collect()
-}
-
-/// Space, tab, newline and backslash are written as `\040` and so on.
-fn unescaped(text: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut rest = text;
-    while let Some((first, more)) = rest.split_first() {
-        let octal = more.get(..3).and_then(|d| u8::from_str_radix(std::str::from_utf8(d).ok()?, 8).ok());
-        match (first, octal) {
-            (b'\\', Some(byte)) => {
-                out.push(byte);
-                rest = &more[3..];
-            }
-            _ => {
-                out.push(*first);
-                rest = more;
-            }
-        }
-    }
-    out
+    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    mount_table::lines(&table).map(|line| line.point).collect()
 }
 
 /// Makes the folders of staging, empty ones.
@@ -267,8 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn mounts_are_unescaped() {
-        assert_eq!(unescaped(br"/a\040b\134c\x"), br"/a b\c\x");
+    fn the_root_is_mounted() {
         assert!(mounts().contains(&PathBuf::from("/")));
     }
 }

@@ -5,13 +5,12 @@
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bfs_common::record::{ObjectId, Sequence};
 use foldhash::HashSet;
 
-use super::state::{DIRECTORY, make_directory};
+use super::state::{DIRECTORY, make_directory, replace};
 
 /// A list that is shorter, in numbers, is not written anew.
 const LEAST: usize = 8192;
@@ -41,8 +40,7 @@ impl Multiple {
     /// What the system says.
     pub(super) fn begin(group: &str) -> io::Result<()> {
         make_directory()?;
-        Self::remove(group);
-        created(&path(group)).map(drop)
+        replace(&path(group), &[]).map(drop)
     }
 
     /// The list, and what is on it; nothing where it was not kept.
@@ -82,7 +80,10 @@ impl Multiple {
 
     /// These are gone once the stream is durable up to `sealed`, unless they are kept again.
     pub(super) fn forget(&mut self, objects: Vec<ObjectId>, sealed: Sequence) {
-        self.forgetting.push_back((sealed, objects.into_iter().collect()));
+        // Without a list there is nothing to leave.
+        if self.file.is_some() {
+            self.forgetting.push_back((sealed, objects.into_iter().collect()));
+        }
     }
 
     /// So much of the stream is durable. When half of the list is gone it is written anew, so that its length follows
@@ -108,18 +109,9 @@ impl Multiple {
         left.retain(|object| !self.forgotten.contains(object));
         left.sort_unstable();
         left.dedup();
-        let beside = self.path.with_added_extension("new");
-        let _ = fs::remove_file(&beside);
-        let mut file = created(&beside)?;
-        file.write_all(&bytes(&left))?;
-        fs::rename(&beside, &self.path)?;
-        (self.file, self.written) = (Some(file), left.len());
+        (self.file, self.written) = (Some(replace(&self.path, &bytes(&left))?), left.len());
         Ok(())
     }
-}
-
-fn created(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create_new(true).mode(0o600).open(path)
 }
 
 fn bytes(objects: &[ObjectId]) -> Vec<u8> {
@@ -146,7 +138,7 @@ mod tests {
     fn what_is_gone_leaves_the_list_once_it_is_durable() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("multiple-x");
-        drop(created(&path).unwrap());
+        drop(replace(&path, &[]).unwrap());
         let (mut list, known) = Multiple::open_at(path.clone());
         assert_eq!(known, Some(Vec::new()));
         let all: Vec<ObjectId> = (0..LEAST as u64).map(ObjectId).collect();
@@ -167,7 +159,7 @@ mod tests {
     fn a_list_that_cannot_be_written_anew_keeps_what_it_has() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("multiple-x");
-        drop(created(&path).unwrap());
+        drop(replace(&path, &[]).unwrap());
         fs::create_dir_all(path.with_added_extension("new")).unwrap();
         let (mut list, _) = Multiple::open_at(path.clone());
         let all: Vec<ObjectId> = (0..LEAST as u64).map(ObjectId).collect();
@@ -176,5 +168,19 @@ mod tests {
         list.sealed(Sequence(1));
         list.keep(&[ObjectId(u64::MAX)]);
         assert_eq!(Multiple::open_at(path).1.unwrap().len(), LEAST + 1);
+    }
+
+    #[test]
+    fn without_a_list_nothing_gathers_and_none_comes_to_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("multiple-x");
+        let (mut list, known) = Multiple::open_at(path.clone());
+        assert_eq!(known, None);
+        let all: Vec<ObjectId> = (0..2 * LEAST as u64).map(ObjectId).collect();
+        list.keep(&all);
+        list.forget(all, Sequence(1));
+        list.sealed(Sequence(1));
+        assert!(list.forgetting.is_empty() && list.forgotten.is_empty());
+        assert!(!path.exists());
     }
 }

@@ -1,7 +1,7 @@
 //! What a successor needs to know: the state file of a group, and the group's identity.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -203,11 +203,17 @@ pub(super) fn make_directory() -> io::Result<()> {
 /// Writes a file whole or not at all.
 fn write_whole(path: &Path, what: &impl Serialize) -> io::Result<()> {
     make_directory()?;
-    let new = path.with_extension("new");
+    replace(path, &serde_json::to_vec(what)?).map(drop)
+}
+
+/// The same of bytes. Gives the file, to be written on.
+pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<fs::File> {
+    let new = path.with_added_extension("new");
     let _ = fs::remove_file(&new);
-    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-    serde_json::to_writer(&file, what)?;
-    fs::rename(&new, path)
+    let mut file = fs::OpenOptions::new().append(true).create_new(true).mode(0o600).open(&new)?;
+    file.write_all(bytes)?;
+    fs::rename(&new, path)?;
+    Ok(file)
 }
 
 fn read_whole<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {

@@ -593,7 +593,9 @@ impl Host for World {
 
     fn forget_multiple(&mut self, objects: Vec<ObjectId>, sealed: Sequence) {
         for object in objects {
-            self.multiple.entry(object).and_modify(|until| *until = sealed);
+            if let Some(until) = self.multiple.get_mut(&object) {
+                *until = sealed;
+            }
         }
     }
 
