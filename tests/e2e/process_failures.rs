@@ -3,48 +3,18 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bfs_tests::exercise;
 use bfs_tests::processes::{
-    counted, counted_loosely, criu, images, kill, on_backup, start, started, started_by, stopped,
+    STANDS, counted, counted_loosely, criu, criu_that, images, kill, on_backup, start, started, started_by,
+    stopped,
 };
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World};
 
 /// A checkpoint was given up: `bfs-agent --help`.
 const GIVEN_UP: i32 = 73;
-/// The command line makes no sense.
-const USAGE: i32 = 64;
-
-/// A CRIU of which each dump begins with these lines of shell; `$folder` has room for marks.
-fn criu_that(folder: &Path, begins: &str) -> PathBuf {
-    let program = folder.join("criu");
-    let text = format!(
-        "#!/bin/sh\ncriu={}\nfolder={}\nif [ \"$1\" = dump ]; then\n{begins}\nfi\nexec $criu \"$@\"\n",
-        criu(),
-        folder.display()
-    );
-    fs::write(&program, text).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    program
-}
-
-/// Once the mark `hold` is there, CRIU stands in the middle of a dump until it is gone.
-const STANDS: &str = "\
-if [ -e $folder/hold ]; then
-    $criu \"$@\" &
-    pid=$!
-    while [ -d /proc/$pid ] && ! ls $folder/../images/*/unfinished/pages-*.img; do :; done
-    kill -STOP $pid
-    touch $folder/held
-    while [ -e $folder/hold ]; do sleep 0.02; done
-    kill -CONT $pid
-    wait $pid
-    exit
-fi";
 
 fn progress(world: &World) {
     let at = counted_loosely(world);
@@ -304,15 +274,4 @@ fn what_is_open_elsewhere_is_told() {
     assert_eq!(world.finish().unwrap().code(), Some(128 + 9));
     counted(&world);
     exercise::equal(&world).unwrap();
-}
-
-#[test]
-fn who_runs_already_is_not_dumped_and_that_is_said() {
-    let world = World::new("process-attach", Transport::Unix).unwrap();
-    let (path, backup) = (world.place.data.display().to_string(), world.destination());
-    let words = ["attach", "--with-process", "--pid", "1", "--path", &path, "--backup", &backup];
-    let done = world.agent_command(&words, SOON).unwrap();
-    let said = String::from_utf8_lossy(&done.stderr).into_owned();
-    assert_eq!(done.status.code(), Some(USAGE), "{said}");
-    assert!(said.contains("PID namespace") && said.contains("bfs-agent run --with-process"), "{said}");
 }

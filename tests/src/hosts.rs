@@ -195,6 +195,16 @@ impl Hosts {
         self.directory.path().join(name)
     }
 
+    /// Makes a cgroup in the one that holds all processes of both.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn cgroup(&self, name: &str) -> Result<PathBuf> {
+        let path = self.leash.cgroup().join(name);
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(path)
+    }
+
     /// One of the two.
     #[must_use]
     pub fn host(&self, name: &str) -> &Host {

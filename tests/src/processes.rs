@@ -1,9 +1,13 @@
-//! Programs whose processes are dumped and restored, under `bfs-agent run --with-process`.
+//! Programs whose processes are dumped and restored, under `bfs-agent run --with-process`, or attached to.
 //!
 //! They count, in memory and in a log: at the end it has each number once, with the sum that only memory knew.
 
 use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::copy;
 use crate::stores;
@@ -21,10 +25,53 @@ pub fn criu() -> String {
     beside.expect("`cargo xtask setup --criu` was run").display().to_string()
 }
 
+/// A CRIU of which each dump begins with these lines of shell; `$folder` has room for marks.
+///
+/// # Panics
+/// When it cannot be written.
+#[must_use]
+pub fn criu_that(folder: &Path, begins: &str) -> PathBuf {
+    let program = folder.join("criu");
+    let text = format!(
+        "#!/bin/sh\ncriu={}\nfolder={}\nif [ \"$1\" = dump ]; then\n{begins}\nfi\nexec $criu \"$@\"\n",
+        criu(),
+        folder.display()
+    );
+    fs::write(&program, text).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    program
+}
+
+/// Once the mark `hold` is there, CRIU stands in the middle of a dump until it is gone.
+pub const STANDS: &str = "\
+if [ -e $folder/hold ]; then
+    $criu \"$@\" &
+    pid=$!
+    while [ -d /proc/$pid ] && ! ls $folder/../images/*/unfinished/pages-*.img; do :; done
+    kill -STOP $pid
+    touch $folder/held
+    while [ -e $folder/hold ]; do sleep 0.02; done
+    kill -CONT $pid
+    wait $pid
+    exit
+fi";
+
 /// One of the programs; argv: data aux.
 #[must_use]
 pub fn script(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("programs/process").join(name)
+}
+
+/// What the command executes has the standard streams only: who runs the tests may have given them more, pipes to others
+/// among it.
+pub fn close_others(command: &mut Command) -> &mut Command {
+    // SAFETY: between fork and exec only close_range(2) is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            let flag = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+            if libc::close_range(3, u32::MAX, flag) == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        })
+    }
 }
 
 /// One of the programs under an agent, with checkpoints by time.
@@ -52,15 +99,47 @@ pub fn started_by(criu: &str, name: &str, program: &str, more: &[&str]) -> World
 /// # Panics
 /// As [`started`].
 pub fn start(world: &mut World, criu: &str, program: &str, more: &[&str]) {
+    prepare(world, criu, more);
+    world.run(&line(world, program)).unwrap();
+}
+
+/// One of the programs, which nobody's agent began: it runs in a cgroup of its own, and half way an agent attaches to that.
+///
+/// # Panics
+/// When something does not come.
+#[must_use]
+pub fn attached(name: &str, program: &str, more: &[&str]) -> (World, PathBuf) {
+    let mut world = World::new(name, Transport::Unix).unwrap();
+    let cgroup = attach(&mut world, &criu(), program, more);
+    (world, cgroup)
+}
+
+/// The same in a world that is there already, with this CRIU.
+///
+/// # Panics
+/// As [`attached`].
+pub fn attach(world: &mut World, criu: &str, program: &str, more: &[&str]) -> PathBuf {
+    let cgroup = world.start_apart(&line(world, program)).unwrap();
+    until("the program half way", SOON, || (counted_loosely(world) > 50).then_some(())).unwrap();
+    prepare(world, criu, more);
+    world.attach_to(&["--cgroup", &cgroup.display().to_string()]).unwrap();
+    cgroup
+}
+
+fn line(world: &World, program: &str) -> Vec<String> {
+    let line = ["python3".to_owned(), script(program).display().to_string()];
+    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
+    line.into_iter().chain(places).collect()
+}
+
+/// Agents have these options from now on, and there is a replayer.
+fn prepare(world: &mut World, criu: &str, more: &[&str]) {
     world.checkpoints("every=150ms");
     let images = world.root().join("images").display().to_string();
     let mut options = vec!["--with-process", "--criu", criu, "--process-dir", &images];
     options.extend(more);
     world.agent_options(&options);
     world.start_replayer().unwrap();
-    let line = ["python3".to_owned(), script(program).display().to_string()];
-    let places = [&world.place.data, &world.place.aux].map(|place| place.display().to_string());
-    world.run(&line.into_iter().chain(places).collect::<Vec<_>>()).unwrap();
 }
 
 /// The log goes from 1 without a gap or a repetition, and what memory knew is right on each line; how many there are.

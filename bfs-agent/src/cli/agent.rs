@@ -134,9 +134,8 @@ enum Command {
         /// longer selected
         #[arg(long, value_name = "DIR", conflicts_with = "pid")]
         cgroup: Option<PathBuf>,
-        /// Not possible: says why
-        #[arg(long, hide = true)]
-        with_process: bool,
+        #[command(flatten)]
+        process: process::Attached,
         /// Where an agent of this group died, go on as `resume` does, with its options: for service managers
         #[arg(long)]
         resume: bool,
@@ -272,8 +271,8 @@ enum Command {
     /// The program must have ended. The present state is kept, too, as a checkpoint of its own; what
     /// is brought back becomes the next one. Also finishes a rollback that was interrupted.
     ///
-    /// Where an agent runs that keeps process state (`run --with-process`), it does this instead: what is left of the
-    /// processes is ended, and they go on as they were at that checkpoint.
+    /// Where an agent runs that keeps process state (`run` or `attach --with-process`), it does this instead: what is left
+    /// of the processes is ended, and they go on as they were at that checkpoint.
     #[command(verbatim_doc_comment)]
     Rollback {
         #[command(flatten)]
@@ -423,7 +422,11 @@ enum Command {
     Guard,
     /// Makes the namespaces of a command that CRIU can restore
     #[command(name = contained::SUBCOMMAND, hide = true)]
-    Contain,
+    Contain {
+        /// None: for the processes of this cgroup
+        #[arg(long, value_name = "DIR")]
+        beside: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

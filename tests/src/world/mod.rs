@@ -645,8 +645,8 @@ impl World {
             return Ok(status);
         }
         until("the program to end", limit, || (!self.program_runs()).then_some(()))?;
-        if self.place.aux.join("resumed").exists() {
-            // A successor is not the program's parent: nobody has its status any more.
+        if ["resumed", "apart"].iter().any(|mark| self.place.aux.join(mark).exists()) {
+            // The agent is not the program's parent: nobody has its status any more.
             self.end_attached()?;
             return Ok(std::os::unix::process::ExitStatusExt::from_raw(0));
         }

@@ -1,12 +1,14 @@
 //! The processes of a world: their numbers, and signals to them.
 
 use std::fs;
-use std::path::Path;
-use std::process::Child;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{FileSystem, World};
+use crate::processes::close_others;
+use crate::watch::{SOON, until};
 
 /// The number here of the process below a cgroup that has this number in a namespace of its own.
 fn outer_number(cgroup: &Path, inner: i32) -> Result<i32> {
@@ -70,10 +72,29 @@ impl World {
         let text = fs::read_to_string(self.place.aux.join("pid")).context("the program was not started")?;
         ensure!(text.ends_with('\n'), "the program's number is not written yet");
         let number = text.trim().parse()?;
-        if self.agent_options.iter().any(|option| option == "--with-process") {
+        let apart = self.place.aux.join("apart").exists();
+        if !apart && self.agent_options.iter().any(|option| option == "--with-process") {
             return outer_number(self.leash.cgroup(), number);
         }
         Ok(number)
+    }
+
+    /// Starts the program in a cgroup of its own, as the leader of a session, by a process that ends at once; gives the cgroup,
+    /// when the program works.
+    ///
+    /// # Errors
+    /// When it does not come.
+    pub fn start_apart(&self, command: &[String]) -> Result<PathBuf> {
+        let cgroup = self.cgroup("apart")?;
+        let mut line = Command::new("setsid");
+        // "0" means the process that writes.
+        line.args(["-f", "sh", "-c", "echo 0 > \"$1\" && echo $$ > \"$2\" && shift 2 && exec \"$@\"", "sh"]);
+        line.arg(cgroup.join("cgroup.procs")).arg(self.place.aux.join("pid")).args(command);
+        line.stdin(Stdio::null()).stdout(self.log("program.log")?).stderr(self.log("program.log")?);
+        ensure!(self.leash.hold(close_others(&mut line))?.status()?.success(), "setsid(1) fails");
+        fs::write(self.place.aux.join("apart"), "")?;
+        until("the program to work", SOON, || self.place.aux.join("ready").exists().then_some(()))?;
+        Ok(cgroup)
     }
 
     /// Whether the program still runs.

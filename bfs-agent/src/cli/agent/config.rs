@@ -86,18 +86,7 @@ const KEYS: [Key; 38] = [
 ];
 
 /// Keys that belong to `run`.
-const OF_RUN: [&str; 10] = [
-    "rollback_on_failure",
-    "kill_descendants",
-    "include_foreign",
-    "with_process",
-    "criu",
-    "restart_on_abort",
-    "process_keep",
-    "process_dir",
-    "process_overrun",
-    "process_failure",
-];
+const OF_RUN: [&str; 4] = ["rollback_on_failure", "kill_descendants", "include_foreign", "restart_on_abort"];
 /// Keys that belong to `attach`.
 const OF_ATTACH: [&str; 4] = ["pid", "cgroup", "everyone", "resume"];
 /// One of them says whom to attach to.
@@ -410,6 +399,16 @@ mod tests {
     }
 
     #[test]
+    fn a_cgroup_has_process_state_too() {
+        let group = "[group.db]\npaths = ['/srv/db']\nbackup = 'dir:/x'\ncgroup = '/c'\n";
+        let words = said(&format!("{group}with_process = true\ncriu = '/c/criu'\nprocess_keep = 5\n"));
+        assert_eq!(words[0], "attach");
+        for word in ["--cgroup=/c", "--with-process", "--criu=/c/criu", "--process-keep=5"] {
+            assert!(words.contains(&word.to_owned()), "{words:?}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_the_nearest_that_is_right() {
         let group = |line: &str| refused(&format!("[group.web]\npaths = ['/a']\nbackup = 'dir:/x'\n{line}"));
         assert_eq!(
@@ -425,6 +424,7 @@ mod tests {
             group("pid = 1\nrollback_on_failure = true"),
             "group \"web\": rollback_on_failure needs run"
         );
+        assert_eq!(group("cgroup = '/c'\nrestart_on_abort = 1"), "group \"web\": restart_on_abort needs run");
         let policy = |line: &str| group(&format!("pid = 1\npolicy = [{{ {line} }}]"));
         let said = policy("match = '/a/b', bakup = 'write'");
         assert_eq!(said, "group \"web\", policy: there is no \"bakup\"; did you mean \"backup\"?");

@@ -1,19 +1,17 @@
 //! From a command line to what does it.
 
-use super::{
-    Command, ConfigCommand, PathCommand, commands, destinations, groups, keys, logging, policies, process,
-};
+use super::{Command, ConfigCommand, PathCommand, commands, destinations, groups, keys, logging, policies};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::process::Inherited;
-use crate::primary::session::{self, GoingBack, SessionOptions, Whom};
+use crate::primary::session::{self, GoingBack, ProcessOptions, SessionOptions, Whom};
 use crate::primary::{contained, preflight, stop::guard};
 
-fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
+fn resume(group: &str, process: Option<ProcessOptions>, inherited: Inherited) -> Result<u8, Failure> {
     logging();
     preflight::check_user()?;
     preflight::check_kernel()?;
     preflight::check_namespace()?;
-    session::resume(group, inherited)
+    session::resume(group, process, inherited)
 }
 
 /// Does what a command line asks; the exit status.
@@ -39,21 +37,20 @@ pub(super) fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Fai
             let going_back = GoingBack { discard: false, include_foreign, end_processes: kill_descendants };
             let process = process.options();
             let options = SessionOptions { rollback_on_failure, going_back, process, ..options.check()? };
-            if let Some(process) = &options.process {
-                options.no_filter("--with-process")?;
-                preflight::check_images(&process.directory, &options.group, &options.roots)?;
-            }
+            options.check_process()?;
             if rollback_on_failure {
                 options.no_filter("--rollback-on-failure")?;
                 options.no_hooks("--rollback-on-failure")?;
             }
             session::run(options, command, inherited)
         }
-        Command::Attach { with_process: true, .. } => Err(process::not_attached()),
-        Command::Attach { options, resume: true, .. } if session::is_left(&options.group.group) => {
-            resume(&options.group.group, inherited)
+        Command::Attach { options, cgroup, process, resume: true, .. }
+            if session::is_left(&options.group.group) =>
+        {
+            resume(&options.group.group, process.options(cgroup.is_some())?, inherited)
         }
-        Command::Attach { options, pid, cgroup, everyone, with_process: _, resume: _ } => {
+        Command::Attach { options, pid, cgroup, everyone, process, resume: _ } => {
+            let process = process.options(cgroup.is_some())?;
             let whom = match cgroup {
                 Some(directory) => Whom::Cgroup(directory),
                 None if everyone => Whom::Everyone,
@@ -66,9 +63,11 @@ pub(super) fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Fai
                 }
                 None => Whom::Processes(pid),
             };
-            session::attach(options.check()?, &whom, &inherited)
+            let options = SessionOptions { process, ..options.check()? };
+            options.check_process()?;
+            session::attach(options, &whom, &inherited)
         }
-        Command::Resume { group } => resume(&group.group, inherited),
+        Command::Resume { group } => resume(&group.group, None, inherited),
         Command::Checkpoint { target, tag, wait, timeout, stopped: false, .. } => {
             asks(inherited)?;
             commands::checkpoint(&target, tag, wait.into(), timeout)
@@ -148,10 +147,10 @@ pub(super) fn dispatch(command: Command, inherited: Inherited) -> Result<u8, Fai
             asks(inherited)?;
             keys::key(&keys.folder(), what)
         }
-        Command::Contain => {
+        Command::Contain { beside } => {
             // The command has the mask that the agent was started with.
             asks(inherited)?;
-            contained::init::serve().map_err(|e| {
+            contained::init::serve(beside).map_err(|e| {
                 Failure::new(Kind::Other, format!("the namespaces of the command cannot be made: {e}"), "")
             })
         }

@@ -10,26 +10,12 @@ use crate::primary::failure::{Failure, Kind};
 use crate::primary::images::DIRECTORY;
 use crate::primary::session::ProcessOptions;
 
-/// Process state in checkpoints.
+/// Process state in checkpoints, whoever began the processes.
 #[derive(Debug, Args)]
-pub(super) struct Process {
-    /// With each checkpoint, dump the command's processes by CRIU: files and memory are of the same instant. The
-    /// command runs in PID and mount namespaces of its own, without a controlling terminal
-    #[arg(long)]
-    with_process: bool,
+pub(super) struct Keeping {
     /// CRIU's program
     #[arg(long, value_name = "PATH", default_value = "criu", requires = "with_process")]
     criu: PathBuf,
-    /// When a signal ends the command that did not come through bfs-agent, bring files and processes back to the
-    /// last checkpoint that has both, and go on from there; so often within an hour
-    #[arg(
-        long,
-        value_name = "TIMES",
-        default_value = "0",
-        hide_default_value = true,
-        requires = "with_process"
-    )]
-    restart_on_abort: u32,
     /// Of how many checkpoints the process state is kept
     #[arg(long, value_name = "NUMBER", default_value = "3", requires = "with_process",
         value_parser = clap::value_parser!(u16).range(1..))]
@@ -44,6 +30,27 @@ pub(super) struct Process {
     /// Where CRIU cannot dump the processes: the checkpoint has `files` only, or there is none (`refuse`) until it can
     #[arg(long, value_enum, value_name = "HOW", default_value = "files", requires = "with_process")]
     process_failure: OnFailure,
+}
+
+/// Process state of the command of `run`.
+#[derive(Debug, Args)]
+pub(super) struct Process {
+    /// With each checkpoint, dump the command's processes by CRIU: files and memory are of the same instant. The
+    /// command runs in PID and mount namespaces of its own, without a controlling terminal
+    #[arg(long)]
+    with_process: bool,
+    #[command(flatten)]
+    keeping: Keeping,
+    /// When a signal ends the command that did not come through bfs-agent, bring files and processes back to the
+    /// last checkpoint that has both, and go on from there; so often within an hour
+    #[arg(
+        long,
+        value_name = "TIMES",
+        default_value = "0",
+        hide_default_value = true,
+        requires = "with_process"
+    )]
+    restart_on_abort: u32,
     /// Instead of a command: the processes whose images stand there, as `bfs-replayer promote --with-process` gives them
     #[arg(long, value_name = "DIR", requires = "with_process", conflicts_with_all = ["command", "rollback_on_failure"])]
     restore: Option<PathBuf>,
@@ -52,16 +59,15 @@ pub(super) struct Process {
     binds: Vec<(PathBuf, PathBuf)>,
 }
 
-/// Why `attach` has no process state.
-pub(super) fn not_attached() -> Failure {
-    Failure::new(
-        Kind::Usage,
-        "attach --with-process is not possible: processes that run already have their numbers in the host's PID \
-         namespace, where others may have taken them when they are to be restored, and parents, sessions and \
-         connections that are not dumped with them; whoever started them would start them once more beside that",
-        "start the command with `bfs-agent run --with-process`, which gives it namespaces of its own; or leave \
-         --with-process out: attach keeps the files",
-    )
+/// Process state of a cgroup that is attached to.
+#[derive(Debug, Args)]
+pub(super) struct Attached {
+    /// With --cgroup: with each checkpoint, dump its processes by CRIU: files and memory are of the same instant. They have to be
+    /// one tree. They go back under their old numbers, so whoever has one of those meanwhile is in the way, and that is said
+    #[arg(long)]
+    with_process: bool,
+    #[command(flatten)]
+    keeping: Keeping,
 }
 
 /// What is done when a dump takes too long.
@@ -82,17 +88,43 @@ enum OnFailure {
     Refuse,
 }
 
-impl Process {
-    pub(super) fn options(self) -> Option<ProcessOptions> {
-        self.with_process.then(|| ProcessOptions {
+impl Keeping {
+    fn options(self) -> ProcessOptions {
+        ProcessOptions {
             criu: self.criu,
             directory: self.process_dir,
             keep: usize::from(self.process_keep),
-            restarts: self.restart_on_abort,
-            restore: self.restore,
-            binds: self.binds,
+            restarts: 0,
+            restore: None,
+            binds: Vec::new(),
             skips: self.process_overrun == Overrun::Skip,
             refuses: self.process_failure == OnFailure::Refuse,
-        })
+        }
+    }
+}
+
+impl Process {
+    pub(super) fn options(self) -> Option<ProcessOptions> {
+        let Self { with_process, keeping, restart_on_abort: restarts, restore, binds } = self;
+        with_process.then(|| ProcessOptions { restarts, restore, binds, ..keeping.options() })
+    }
+}
+
+impl Attached {
+    /// `apart`: those who are followed have a cgroup, so that they can be found.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`].
+    pub(super) fn options(self, apart: bool) -> Result<Option<ProcessOptions>, Failure> {
+        if self.with_process && !apart {
+            return Err(Failure::new(
+                Kind::Usage,
+                "attach --with-process needs --cgroup: CRIU has to find the processes standing in a cgroup of their own",
+                "mkdir a cgroup (such as /sys/fs/cgroup/NAME), write the numbers of the program's processes into its \
+                 cgroup.procs, all of them, and give it with --cgroup; or start the command with `bfs-agent run \
+                 --with-process`; or leave --with-process out: attach keeps the files",
+            ));
+        }
+        Ok(self.with_process.then(|| self.keeping.options()))
     }
 }

@@ -2,7 +2,8 @@
 //! new PID namespace. Both are this program again; neither is in the command's cgroup, and neither is followed.
 //!
 //! They have left the agent's terminal and session: what the user types goes to the agent, which passes it on as
-//! messages. When the agent is gone the command goes on, and they end with it. A tool that is at work then may
+//! messages. For processes that run already there are no namespaces, and one process is both: tools begin in it, and
+//! who is restored becomes its child. When the agent is gone the command goes on, and they end with it. A tool that is at work then may
 //! leave the command's cgroup frozen as it found it (CRIU does, after a dump): the first process thaws it.
 
 use std::ffi::CString;
@@ -18,29 +19,38 @@ use std::process::ExitStatus;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind_recursive, mount_change};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::setsid;
+use rustix::process::{getpid, set_child_subreaper, setsid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use super::messages::{Order, Role, Said, hear, tell};
 use super::{CONTROL, STANDARD};
 use crate::primary::process::exit_status;
 
-/// The outer process: makes the namespaces, and waits for the first process of them.
+/// The outer process: makes the namespaces, and waits for the first process of them. `beside`: there are none, it is the
+/// first process itself, for what is in this cgroup.
 ///
 /// # Errors
 /// What could not be made; nothing of the user's ran then.
-pub fn serve() -> io::Result<u8> {
+pub fn serve(beside: Option<PathBuf>) -> io::Result<u8> {
     // SAFETY: the agent put one end of the pair there; nobody else has it.
     let control = unsafe { OwnedFd::from_raw_fd(CONTROL) };
     rustix::io::fcntl_setfd(&control, rustix::io::FdFlags::CLOEXEC)?;
     // The agent may have started it as the leader of a group.
     let _ = setsid();
+    if beside.is_some() {
+        // What a tool makes again and leaves behind becomes its child (PR_SET_CHILD_SUBREAPER(2const)).
+        set_child_subreaper(Some(getpid()))?;
+        return First::new(control, beside)?.serve();
+    }
     // SAFETY: no thread was started, and no descriptor is shared with one.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID | UnshareFlags::NEWNS)? };
     // SAFETY: this process has one thread.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
-        0 => First::new(control)?.serve(),
+        0 => {
+            see_only_these()?;
+            First::new(control, None)?.serve()
+        }
         first => {
             drop(control);
             let mut status = 0;
@@ -54,6 +64,13 @@ pub fn serve() -> io::Result<u8> {
             Ok(exit_status(ExitStatus::from_raw(status)))
         }
     }
+}
+
+/// `/proc` is that of the new namespace.
+fn see_only_these() -> io::Result<()> {
+    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    Ok(mount("proc", "/proc", "proc", flags, None)?)
 }
 
 /// A child that has not begun.
@@ -73,6 +90,8 @@ struct First {
     held: Option<Held>,
     command: Option<i32>,
     tool: Option<i32>,
+    /// It has namespaces, which end with it; else whoever is left becomes the child of another process.
+    apart: bool,
     /// The command's cgroup, until it was thawed because the agent is gone.
     cgroup: Option<PathBuf>,
     /// How the command ended.
@@ -80,10 +99,7 @@ struct First {
 }
 
 impl First {
-    fn new(control: OwnedFd) -> io::Result<Self> {
-        mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM)?;
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        mount("proc", "/proc", "proc", flags, None)?;
+    fn new(control: OwnedFd, beside: Option<PathBuf>) -> io::Result<Self> {
         let mut only = MaybeUninit::uninit();
         let mut mask = MaybeUninit::uninit();
         // SAFETY: both sets are filled in by the calls that get them first.
@@ -101,8 +117,9 @@ impl First {
         }
         // SAFETY: just made, and owned by nobody else.
         let children = unsafe { OwnedFd::from_raw_fd(children) };
-        let (control, held, cgroup) = (Some(control), None, None);
-        Ok(Self { control, children, mask, held, command: None, tool: None, cgroup, status: 0 })
+        let (control, held, apart) = (Some(control), None, beside.is_none());
+        let (command, tool, cgroup) = (None, None, beside);
+        Ok(Self { control, children, mask, held, command, tool, apart, cgroup, status: 0 })
     }
 
     fn serve(mut self) -> io::Result<u8> {
@@ -111,6 +128,9 @@ impl First {
             let left = self.reap();
             if self.control.is_none() && self.tool.is_none() {
                 self.thaw();
+                if !self.apart {
+                    return Ok(0);
+                }
             }
             if self.control.is_none() && !left {
                 return Ok(exit_status(ExitStatus::from_raw(self.status)));
@@ -141,6 +161,10 @@ impl First {
                     let gone = self.go();
                     self.answer(gone);
                 }
+                Ok(Some(Order::Cancel)) => {
+                    self.held = None;
+                    self.say(&Said::Ready);
+                }
                 Ok(Some(Order::Signal(signal))) => {
                     if let Some(command) = self.command {
                         // SAFETY: a child of ours that was not waited for.
@@ -151,6 +175,10 @@ impl First {
                     // A child that is held ends at the end of its gate.
                     self.held = None;
                     self.control = None;
+                    // Without a tool at work it is frozen only if its owner froze it.
+                    if !self.apart && self.tool.is_none() {
+                        self.cgroup = None;
+                    }
                 }
             }
         }

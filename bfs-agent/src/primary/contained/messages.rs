@@ -40,10 +40,12 @@ pub(super) enum Order {
     },
     /// What is at the first path is at the second one, too, for all in these namespaces.
     Bind(PathBuf, PathBuf),
-    /// The command is going to be restored under this number; no child gets one up to the second before.
+    /// The command is going to be restored under this number; the next child gets one behind the second.
     Expect { command: i32, above: i32 },
     /// The child that is held begins.
     Go,
+    /// It ends, without having begun.
+    Cancel,
     /// The command gets a signal.
     Signal(i32),
     /// Nothing will be asked any more: end when no process is left.

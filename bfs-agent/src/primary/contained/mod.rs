@@ -5,6 +5,9 @@
 //! ([`init`]). That one makes children when it is told to: the command, and what works for the agent in there. Each is
 //! held just before its exec, so that it can be selected first. A terminal does not reach the command as its controlling
 //! one; signals come from the agent.
+//!
+//! What was started by somebody else and is followed in its cgroup has its numbers among all others: there the process
+//! between makes no namespaces ([`Place::Beside`]).
 
 pub mod init;
 mod messages;
@@ -34,6 +37,15 @@ pub const STANDARD: RawFd = 200;
 /// How long an answer takes at most that nobody has to work for.
 const ANSWER: Duration = Duration::from_secs(30);
 
+/// Where the processes are that are made.
+#[derive(Clone, Copy, Debug)]
+pub enum Place<'a> {
+    /// In PID and mount namespaces of their own.
+    Apart,
+    /// Among all others, for those who are in this cgroup already.
+    Beside(&'a Path),
+}
+
 /// A command in namespaces of its own, or what is there before it begins and after it has ended.
 #[derive(Debug)]
 pub struct Contained {
@@ -49,14 +61,17 @@ fn system(call: &str, source: impl Into<io::Error>) -> ProcessError {
 }
 
 impl Contained {
-    /// Makes the namespaces.
+    /// Makes the namespaces, if it is to have any.
     ///
     /// # Errors
     /// [`ProcessError`].
-    pub fn start(inherited: &Inherited) -> Result<Self, ProcessError> {
+    pub fn start(inherited: &Inherited, place: Place<'_>) -> Result<Self, ProcessError> {
         let (control, other) = messages::pair().map_err(|e| system("socketpair", e))?;
         let mut command = Command::new("/proc/self/exe");
         command.arg0("bfs-agent").arg(SUBCOMMAND);
+        if let Place::Beside(cgroup) = place {
+            command.arg("--beside").arg(cgroup);
+        }
         let restore = inherited.clone();
         let other_raw = other.as_raw_fd();
         // SAFETY: only async-signal-safe calls (dup2, signal, sigprocmask) are made, and nothing is allocated.
@@ -69,14 +84,18 @@ impl Contained {
                 Ok(())
             })
         };
-        let outer = command.spawn().map_err(|e| system("start the process of the namespaces", e))?;
+        let outer = command.spawn().map_err(|e| system("start the first process", e))?;
         drop(other);
         let mut contained = Self { control, outer, first: 0, ended: None, tool: None };
-        match contained.answer("make namespaces")? {
+        match contained.answer("start the first process")? {
             Said::Ready => {}
-            other => return Err(system("make namespaces", io::Error::other(format!("{other:?}")))),
+            other => return Err(system("start the first process", io::Error::other(format!("{other:?}")))),
         }
         let outer = contained.outer.id();
+        if matches!(place, Place::Beside(_)) {
+            contained.first = outer;
+            return Ok(contained);
+        }
         let children = fs::read_to_string(format!("/proc/{outer}/task/{outer}/children"))
             .map_err(|e| system("read the children of the process of the namespaces", e))?;
         contained.first = children
@@ -125,7 +144,7 @@ impl Contained {
                 Ok(None)
             }
             Some(said) => Ok(Some(said)),
-            None => Err(io::Error::other("the first process of the namespaces has ended")),
+            None => Err(io::Error::other("the process that makes them has ended")),
         }
     }
 
@@ -145,8 +164,8 @@ impl Contained {
         self.done(&Order::Bind(from.to_owned(), to.to_owned()), "bind")
     }
 
-    /// A command that was dumped elsewhere is going to be restored: `command` is its number, and `above` the highest
-    /// that any of its processes has.
+    /// A command that was dumped elsewhere is going to be restored: `command` is its number, and what works for that gets
+    /// numbers behind `above`.
     ///
     /// # Errors
     /// [`ProcessError`].
@@ -195,6 +214,15 @@ impl Contained {
             }
             Err(e) => Err(e),
         }
+    }
+
+    /// Ends the tool that is held instead.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn cancel(&mut self) -> Result<(), ProcessError> {
+        self.done(&Order::Cancel, "cancel")?;
+        self.tool_ended(Instant::now() + ANSWER).map(drop)
     }
 
     /// How the command ended, if it has.

@@ -5,8 +5,10 @@
 //! They stand under the checkpoint's number only when they are complete; what is half there has another name and goes
 //! with the next dump.
 
+mod beside;
 mod courier;
 pub mod criu;
+mod numbers;
 mod outside;
 mod promoted;
 mod room;
@@ -24,8 +26,9 @@ use std::time::{Duration, Instant};
 use bfs_common::record::{CheckpointId, Epoch};
 
 use super::contained::{Contained, Role};
-use super::process::{ProcessError, tasks_of_cgroup};
+use super::process::{ProcessError, is_of_cgroup, tasks_of_cgroup};
 use super::ship::{Connect, Limit};
+use beside::Conflict;
 use courier::Courier;
 pub use courier::Shipped;
 use criu::{Criu, DUMP_LOG, RESTORE_LOG, reason};
@@ -38,6 +41,9 @@ pub const DIRECTORY: &str = "/var/lib/bfs/process";
 
 /// How long a dump and a restore may take.
 pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// How long it may take until the parents of processes that were ended have waited for them.
+const WAITED_FOR: Duration = Duration::from_secs(5);
 
 /// How long it may take until it is known that a command has ended.
 const REAPED: Duration = Duration::from_millis(30);
@@ -69,6 +75,12 @@ pub enum ImagesError {
     /// Of that checkpoint there is no process state.
     #[error("there is no process state of checkpoint {0}; there is of {1}")]
     None(CheckpointId, String),
+    /// They live among others, who are in the way.
+    #[error(transparent)]
+    Conflict(#[from] Conflict),
+    /// The same when they are to be made again.
+    #[error("the processes of checkpoint {0} cannot be made again now: {1}")]
+    NotNow(CheckpointId, Conflict),
     /// It would fill the disk.
     #[error("there is no room for process images in {0}: {1} MiB may be needed, {2} MiB are free")]
     Room(String, u64, u64),
@@ -112,8 +124,9 @@ pub struct Images {
     folder: PathBuf,
     cgroup: PathBuf,
     contained: Arc<Mutex<Contained>>,
-    /// The command's number in its namespace.
-    root: i32,
+    /// The command's number in its namespace. Without one there is none: whose processes run already are among all
+    /// others, and where their tree begins is found at each dump.
+    root: Option<i32>,
     /// What it sees elsewhere than it stands.
     binds: Vec<(PathBuf, PathBuf)>,
     keep: usize,
@@ -154,7 +167,7 @@ impl Images {
         folder: PathBuf,
         cgroup: PathBuf,
         contained: Arc<Mutex<Contained>>,
-        root: i32,
+        root: Option<i32>,
         (roots, binds): (&[PathBuf], Vec<(PathBuf, PathBuf)>),
         keep: usize,
     ) -> io::Result<Self> {
@@ -207,9 +220,44 @@ impl Images {
         self.contained.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the command lives.
+    /// Whether the command lives, or anybody who was not begun as one.
     pub fn lives(&self) -> bool {
-        self.contained().ended().is_none()
+        match self.root {
+            Some(_) => self.contained().ended().is_none(),
+            None => !tasks_of_cgroup(&self.cgroup).is_empty(),
+        }
+    }
+
+    /// Looks whether the processes of a checkpoint could be made again if those that run now had ended.
+    ///
+    /// # Errors
+    /// [`ImagesError::NotNow`].
+    pub fn may_restore(&self, checkpoint: CheckpointId) -> Result<(), ImagesError> {
+        if self.root.is_some() {
+            return Ok(());
+        }
+        let numbers = numbers::numbers(&self.of(checkpoint)).map_err(other("pstree.img"))?;
+        let ours = |process| is_of_cgroup(process, &self.cgroup) == Some(true);
+        let may = beside::takes(&self.cgroup).and_then(|()| numbers::are_free(&numbers, ours));
+        may.map_err(|conflict| ImagesError::NotNow(checkpoint, conflict))
+    }
+
+    /// The same when they have ended: waits until whoever started them knows that.
+    ///
+    /// # Errors
+    /// [`ImagesError::NotNow`].
+    pub fn wait_until_free(&self, checkpoint: CheckpointId) -> Result<(), ImagesError> {
+        if self.root.is_some() {
+            return Ok(());
+        }
+        let numbers = numbers::numbers(&self.of(checkpoint)).map_err(other("pstree.img"))?;
+        let since = Instant::now();
+        loop {
+            match numbers::are_free(&numbers, |_| false) {
+                Err(_) if since.elapsed() < WAITED_FOR => std::thread::sleep(Duration::from_millis(5)),
+                free => return free.map_err(|conflict| ImagesError::NotNow(checkpoint, conflict)),
+            }
+        }
     }
 
     /// The checkpoints that can be gone back to, the newest last.
@@ -327,19 +375,23 @@ impl Images {
             .mode(0o700)
             .create(&unfinished)
             .map_err(other(format!("mkdir {}", unfinished.display())))?;
-        let processes = self.processes()?;
+        let (root, processes) = match self.root {
+            Some(root) => (root, self.processes(root)?),
+            None => beside::tree(&self.cgroup)?,
+        };
         room::check(&self.folder, &processes)?;
         let mut contained = self.contained();
-        let mut outside =
-            Outside::of(contained.first(), &processes).map_err(other("read what is open in /proc"))?;
+        let given = self.root.map(|_| contained.first());
+        let outside = given.map_or_else(|| Ok(Outside::default()), |first| Outside::of(first, &processes));
+        let mut outside = outside.map_err(other("read what is open in /proc"))?;
         outside.open =
             open_outside(&outside, &processes, &self.inside).map_err(other("read what is open in /proc"))?;
-        outside.of = Origin { checkpoint, root: self.root, binds: self.binds.clone() };
+        outside.of = Origin { checkpoint, root, binds: self.binds.clone() };
         outside.write(&unfinished.join(OUTSIDE)).map_err(other("write what comes from outside"))?;
-        let line = self.criu.dump(self.root, &unfinished, &self.cgroup, &outside);
+        let line = self.criu.dump(root, &unfinished, &self.cgroup, &outside);
         let failed = ImagesError::Dump;
         let printed = unfinished.join(PRINTED);
-        let ended = work(&mut contained, &line, None, &printed, || Ok(())).map_err(failed)?;
+        let ended = work(&mut contained, &line, None, &printed, |_| Ok(())).map_err(failed)?;
         if !ended.success() {
             return Err(failed(reason(&unfinished.join(DUMP_LOG))));
         }
@@ -350,7 +402,7 @@ impl Images {
     }
 
     /// The processes of the cgroup; all have to be descendants of the command.
-    fn processes(&self) -> Result<Vec<u32>, ImagesError> {
+    fn processes(&self, root: i32) -> Result<Vec<u32>, ImagesError> {
         let mut processes: Vec<u32> = tasks_of_cgroup(&self.cgroup).into_iter().map(|t| t.1).collect();
         processes.sort_unstable();
         processes.dedup();
@@ -361,7 +413,7 @@ impl Images {
                 let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
                 let inner =
                     field("NSpid:").and_then(|l| l.split_whitespace().next_back()?.parse::<i32>().ok());
-                if inner == Some(self.root) {
+                if inner == Some(root) {
                     break;
                 }
                 // The first process of the namespace is where orphans go.
@@ -410,15 +462,39 @@ impl Images {
         let outside = Outside::read(&images.join(OUTSIDE)).map_err(other("read what comes from outside"))?;
         let line = self.criu.restore(&images, &outside);
         let failed = |why: String| ImagesError::Restore(checkpoint, why);
+        let needed = match self.root {
+            Some(_) => None,
+            None => Some(numbers::numbers(&images).map_err(other("pstree.img"))?),
+        };
+        let mut in_the_way = None;
+        let among_others = |tool| {
+            let Some(numbers) = &needed else { return Ok(()) };
+            beside::is_empty_but(&self.cgroup, tool)?;
+            numbers::are_free(numbers, |_| false)
+        };
+        if let Some(numbers) = &needed {
+            beside::takes(&self.cgroup).map_err(|e| ImagesError::NotNow(checkpoint, e))?;
+            numbers::pass_by(numbers);
+        }
         let mut contained = self.contained();
         let printed = images.join(PRINTED);
         // Before it does, for it may end again at once.
         let before = contained.lives_again();
-        let ended = work(&mut contained, &line, Some(&self.cgroup), &printed, select);
+        let ended = work(&mut contained, &line, Some(&self.cgroup), &printed, |tool| {
+            if let Err(conflict) = among_others(tool) {
+                let why = conflict.to_string();
+                in_the_way = Some(conflict);
+                return Err(why);
+            }
+            select()
+        });
         if !ended.as_ref().is_ok_and(ExitStatus::success) {
             contained.is_as_before(before);
         }
         drop(contained);
+        if let Some(conflict) = in_the_way {
+            return Err(ImagesError::NotNow(checkpoint, conflict));
+        }
         if !ended.map_err(failed)?.success() {
             return Err(failed(reason(&images.join(RESTORE_LOG))));
         }
@@ -447,17 +523,20 @@ impl Images {
     }
 }
 
-/// Has a tool work in the namespaces, until it has ended; `before` is called while it is held.
+/// Has a tool work in the namespaces, until it has ended; `before` is called with its number while it is held.
 fn work(
     contained: &mut Contained,
     line: &[OsString],
     cgroup: Option<&Path>,
     printed: &Path,
-    before: impl FnOnce() -> Result<(), String>,
+    before: impl FnOnce(i32) -> Result<(), String>,
 ) -> Result<ExitStatus, String> {
     let text = |e: ProcessError| e.to_string();
-    contained.hold(Role::Tool, line, cgroup, Some(printed)).map_err(text)?;
-    before()?;
+    let tool = contained.hold(Role::Tool, line, cgroup, Some(printed)).map_err(text)?;
+    if let Err(why) = before(tool) {
+        contained.cancel().map_err(text)?;
+        return Err(why);
+    }
     contained.go(&line[0]).map_err(text)?;
     contained.tool_ended(Instant::now() + LIMIT).map_err(text)
 }

@@ -65,7 +65,7 @@ fn name_of(process: u32, fd: RawFd) -> io::Result<Option<(String, Option<u32>)>>
     Ok(Some((name, Some(mount))))
 }
 
-fn descriptors(process: u32) -> io::Result<Vec<RawFd>> {
+pub(super) fn descriptors(process: u32) -> io::Result<Vec<RawFd>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
         found.extend(entry?.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()));

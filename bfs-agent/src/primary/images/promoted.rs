@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use bfs_common::record::CheckpointId;
 
+use super::numbers::{behind, numbers};
 use super::{Images, ImagesError, OUTSIDE, Origin, Outside, folder, other};
 use crate::durable;
 
@@ -87,17 +88,6 @@ impl Export {
     }
 }
 
-/// The highest number of a process or thread in a set: each has a `core-NUMBER.img`.
-fn highest(images: &Path) -> io::Result<i32> {
-    let mut highest = 0;
-    for entry in fs::read_dir(images)? {
-        let name = entry?.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix("core-")?.strip_suffix(".img"));
-        highest = highest.max(number.and_then(|number| number.parse().ok()).unwrap_or(0));
-    }
-    Ok(highest)
-}
-
 impl Images {
     /// Makes processes that come from a backup; `select` as in [`Images::restore`].
     ///
@@ -110,12 +100,12 @@ impl Images {
     ) -> Result<CheckpointId, ImagesError> {
         let shown = from.display().to_string();
         let of = origin(from).map_err(other(shown.clone()))?;
-        let above = highest(from).map_err(other(shown.clone()))?;
+        let above = behind(1, &numbers(from).map_err(other(shown.clone()))?);
         let own = self.of(of.checkpoint);
         // From here on it cannot be begun once more.
         let taken = fs::rename(from, &own).and_then(|()| durable::directory(&self.folder));
         taken.map_err(other(format!("rename {shown} to {}", own.display())))?;
-        self.root = of.root;
+        self.root = Some(of.root);
         let expected = self.contained().expect(of.root, above);
         let expected = expected.map_err(|e| ImagesError::Restore(of.checkpoint, e.to_string()));
         if let Err(e) = expected.and_then(|()| self.restore(of.checkpoint, select)) {
@@ -143,7 +133,7 @@ mod tests {
         let mut export = Export::begin(&to).unwrap();
         export.put("core-2.img", b"a").unwrap();
         export.put("core-2.img", b"b").unwrap();
-        export.put("core-17.img", b"").unwrap();
+        export.put("pstree.img", b"magicmag").unwrap();
         assert!(!to.exists());
         let mut export = Export::begin(&to).unwrap();
         export.put("core-2.img", b"ab").unwrap();
@@ -155,6 +145,6 @@ mod tests {
         let text = serde_json::json!({ "files": {}, "of": of }).to_string();
         export.put(OUTSIDE, text.as_bytes()).unwrap();
         assert_eq!(export.end().unwrap(), of);
-        assert_eq!((origin(&to).unwrap(), highest(&to).unwrap()), (of, 17));
+        assert_eq!(origin(&to).unwrap(), of);
     }
 }

@@ -33,13 +33,22 @@ pub fn forget_sizes(image: &Path) -> io::Result<()> {
     if new == old { Ok(()) } else { fs::write(image, new) }
 }
 
-fn without_sizes(image: &[u8]) -> Option<Vec<u8>> {
-    let (magic, mut rest) = image.split_at_checked(MAGIC)?;
-    let mut new = magic.to_vec();
+/// The entries of an image.
+pub(super) fn entries(image: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut rest = image.get(MAGIC..)?;
+    let mut found = Vec::new();
     while !rest.is_empty() {
         let (length, behind) = rest.split_first_chunk::<4>()?;
         let (entry, behind) = behind.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        found.push(entry);
         rest = behind;
+    }
+    Some(found)
+}
+
+fn without_sizes(image: &[u8]) -> Option<Vec<u8>> {
+    let mut new = image.get(..MAGIC)?.to_vec();
+    for entry in entries(image)? {
         let mut kept = Vec::with_capacity(entry.len());
         for field in fields(entry)? {
             match field {
@@ -71,16 +80,17 @@ fn without_sizes(image: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// A field of a protocol buffer.
-struct Field<'a> {
-    number: u64,
+pub(super) struct Field<'a> {
+    pub number: u64,
     whole: &'a [u8],
     /// Of a field of variable length.
-    body: Option<&'a [u8]>,
+    pub body: Option<&'a [u8]>,
     /// Of a number.
-    value: Option<u64>,
+    pub value: Option<u64>,
 }
 
-fn fields(mut bytes: &[u8]) -> Option<Vec<Field<'_>>> {
+/// The fields of an entry.
+pub(super) fn fields(mut bytes: &[u8]) -> Option<Vec<Field<'_>>> {
     let mut found = Vec::new();
     while !bytes.is_empty() {
         let begin = bytes;
@@ -103,7 +113,8 @@ fn fields(mut bytes: &[u8]) -> Option<Vec<Field<'_>>> {
     Some(found)
 }
 
-fn varint(bytes: &mut &[u8]) -> Option<u64> {
+/// The number that these bytes begin with, which is taken off.
+pub(super) fn varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut value = 0u64;
     for shift in (0..64).step_by(7) {
         let (byte, rest) = bytes.split_first()?;

@@ -34,6 +34,12 @@ fn process_of(tid: u32) -> Option<u32> {
 #[must_use]
 pub fn in_cgroup(tid: u32, directory: &Path) -> Option<bool> {
     process_of(tid)?;
+    is_of_cgroup(tid, directory)
+}
+
+/// The same of one that may have ended, as long as nobody has waited for it; `None` when there is none.
+#[must_use]
+pub fn is_of_cgroup(tid: u32, directory: &Path) -> Option<bool> {
     let text = fs::read_to_string(format!("/proc/{tid}/cgroup")).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
     let mount = mount_point().ok()?;

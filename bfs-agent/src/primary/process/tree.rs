@@ -91,6 +91,14 @@ pub(super) fn group_lives(group: u32) -> bool {
     processes.any(|s| s.group == group && (s.state != 'Z' || s.threads > 1))
 }
 
+/// Every process, with its process group and its session.
+#[must_use]
+pub fn groups() -> Vec<(u32, u32, u32)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes = entries.filter_map(|entry| number(&entry.file_name()));
+    processes.filter_map(|pid| stat_of(pid).map(|s| (pid, s.group, s.session))).collect()
+}
+
 /// Set at the beginning of the end of a thread, before the probe at its end runs (`do_exit()` in kernel/exit.c;
 /// include/linux/sched.h).
 const PF_EXITING: u64 = 4;
@@ -99,6 +107,7 @@ struct Stat {
     state: char,
     parent: u32,
     group: u32,
+    session: u32,
     flags: u64,
     threads: u64,
     start_ticks: u64,
@@ -115,6 +124,7 @@ fn parse_stat(stat: &str) -> Option<Stat> {
         state: fields.first()?.chars().next()?,
         parent: fields.get(1)?.parse().ok()?,
         group: fields.get(2)?.parse().ok()?,
+        session: fields.get(3)?.parse().ok()?,
         flags: fields.get(6)?.parse().ok()?,
         threads: fields.get(17)?.parse().ok()?,
         start_ticks: fields.get(19)?.parse().ok()?,

@@ -1,6 +1,7 @@
 //! One group at work: capture, engine, shipper and control tied together.
 
 mod alerts;
+mod attached;
 mod begin;
 mod commands;
 mod comparing;
@@ -45,6 +46,7 @@ use super::engine::foreign::Policy;
 use super::failure::{FENCED_HINT, Failure, Kind, NOT_RECOVERED_HINT};
 use super::further::Confirm;
 use super::images::criu::Criu;
+use super::preflight;
 use super::process::{Inherited, Signals, exit_status, tree_of};
 use super::schedule::Schedule;
 use super::ship::Sending;
@@ -61,6 +63,7 @@ pub use hooks::{HookOptions, LIMIT as HOOK_LIMIT};
 pub use left::flush;
 pub use policies::PolicyOptions;
 pub use program::ProcessOptions;
+use restoring::After;
 pub use rollback::rollback;
 pub use state::group_id;
 use state::{Selection, State};
@@ -110,7 +113,7 @@ pub struct SessionOptions {
     pub rollback_on_failure: bool,
     /// How files are brought back.
     pub going_back: GoingBack,
-    /// `run`: checkpoints have process state as well.
+    /// `run` and `attach --cgroup`: checkpoints have process state as well.
     pub process: Option<ProcessOptions>,
     /// Longest write whose bytes travel through the ring; `None` for the built-in choice.
     pub inline_max: Option<u64>,
@@ -142,6 +145,16 @@ impl SessionOptions {
             format!("{what} together with --include or --exclude comes in a later version"),
             "restore what is needed with `bfs-replayer restore`",
         ))
+    }
+
+    /// Whether what is wanted of process state goes together with the rest.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`], [`Kind::Path`].
+    pub fn check_process(&self) -> Result<(), Failure> {
+        let Some(process) = &self.process else { return Ok(()) };
+        self.no_filter("--with-process")?;
+        preflight::check_images(&process.directory, &self.group, &self.roots)
     }
 
     /// Refuses what does not look at what others than the command change, as hooks are.
@@ -233,11 +246,11 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
             status.is_some()
         });
         match work.go_back_as_asked() {
-            Some(true) => {
+            Some(After::Runs) => {
                 status = None;
                 continue;
             }
-            Some(false) => status = program.ended(),
+            Some(After::Ended | After::Unfinished) => status = program.ended(),
             None => {}
         }
         match status {
@@ -312,6 +325,7 @@ pub fn attach(options: SessionOptions, whom: &Whom, inherited: &Inherited) -> Re
         }
         Whom::Everyone => None,
     };
+    let criu = options.process.as_ref().map(|process| Criu::find(&process.criu)).transpose()?;
     let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
     let ground = Ground::open(options, false)?;
     let probes = ground.load_probes(cgroup.as_ref().map(|c| c.id))?;
@@ -324,9 +338,10 @@ pub fn attach(options: SessionOptions, whom: &Whom, inherited: &Inherited) -> Re
     };
     let state = State::new(&ground.options, &program, selection);
     let mut work = ground.build(probes, stopper, &state, false)?;
-    if let Err(e) = work.find_mapped() {
+    let found = work.find_mapped().map_err(Failure::from);
+    if let Err(e) = found.and_then(|()| attached::begin(&mut work, criu, inherited)) {
         work.close();
-        return Err(e.into());
+        return Err(e);
     }
     work.expect_asynchronous();
     follow_processes(work, &group, inherited, &state.selection)
@@ -338,11 +353,12 @@ pub fn is_left(group: &str) -> bool {
     Probes::are_pinned(&group_dir(group)) && matches!(State::read(group), Ok(Some(_)))
 }
 
-/// Goes on for an agent that died, with the configuration in the group's state file.
+/// Goes on for an agent that died, with the configuration in the group's state file. With `process` what is in a cgroup that
+/// is somebody else's has process state again, from the next checkpoint on.
 ///
 /// # Errors
 /// [`Failure`].
-pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
+pub fn resume(group: &str, process: Option<ProcessOptions>, inherited: Inherited) -> Result<u8, Failure> {
     let nothing = |why: String| {
         Failure::new(
             Kind::NoAgent,
@@ -357,8 +373,11 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
     if !Probes::are_pinned(&pin_dir) {
         return Err(nothing("no probes are left of it".into()));
     }
+    let criu = process.as_ref().map(|process| Criu::find(&process.criu)).transpose()?;
     let guard = Guard::start().map_err(|e| cannot("start the guard process", &e))?;
-    let ground = Ground::open(state.options(group).map_err(nothing)?, true)?;
+    let options = SessionOptions { process, ..state.options(group).map_err(nothing)? };
+    options.check_process()?;
+    let ground = Ground::open(options, true)?;
     let probes = Probes::adopt(&pin_dir)?;
     let stopper: select::Stops = match &state.selection {
         Selection::Cgroup(directory) if directory.exists() => {
@@ -373,6 +392,7 @@ pub fn resume(group: &str, inherited: Inherited) -> Result<u8, Failure> {
     let complete = !state.incomplete;
     let mut work = ground.build(probes, stopper, &state, complete)?;
     work.find_mapped()?;
+    attached::begin(&mut work, criu, &inherited)?;
     work.expect_asynchronous();
     work.take_told()?;
     let status = follow_processes(work, group, &inherited, &state.selection)?;
@@ -403,7 +423,7 @@ fn follow_processes(
     work.link.service.ready(&format!("group {group} is followed"));
     work.start_hooks(inherited);
     work.start_alerts(inherited);
-    work.follow(|| {
+    let ended = || {
         asked.load(Ordering::Relaxed)
             || match selection {
                 Selection::Attached(directory) => !directory.exists(),
@@ -412,11 +432,23 @@ fn follow_processes(
                     probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty())
                 }
             }
-    });
+    };
+    let unfinished = loop {
+        work.follow(ended);
+        match work.go_back_as_asked() {
+            Some(After::Runs | After::Ended) => {}
+            Some(After::Unfinished) => break true,
+            None => break false,
+        }
+    };
     work.link.service.stopping();
     let ending = work.finish();
+    if let Some(mut images) = work.images.take() {
+        images.clear();
+    }
     work.close();
-    Ok(final_status(0, &ending, group))
+    let status = if unfinished { Kind::RollbackUnfinished.exit_status() } else { 0 };
+    Ok(final_status(status, &ending, group))
 }
 
 /// The command's status, or 75 where the last checkpoint is not on the backup.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{cannot, remove_cgroup};
 use crate::primary::capture::Probes;
-use crate::primary::contained::{Contained, Role};
+use crate::primary::contained::{Contained, Place, Role};
 use crate::primary::failure::{Failure, Kind};
 use crate::primary::images::criu::Criu;
 use crate::primary::images::{Images, export_folder, folder};
@@ -69,7 +69,7 @@ pub(super) fn prepare(
     let freezer = Freezer::create(group, guard)?;
     let waiting = (|| {
         if let Some(process) = process {
-            let mut contained = Contained::start(inherited)?;
+            let mut contained = Contained::start(inherited, Place::Apart)?;
             for (from, to) in &process.binds {
                 contained.bind(from, to)?;
             }
@@ -115,13 +115,39 @@ pub(super) fn select(probes: &Probes, cgroup: &Path) -> Result<(), String> {
     Ok(())
 }
 
+/// What was promoted and did not begin must not do so on files with which another program goes on.
+pub(super) fn forget_promoted(options: &ProcessOptions, group: &str) -> Result<(), Failure> {
+    let stale = export_folder(&options.directory, group);
+    if stale.exists() {
+        std::fs::remove_dir_all(&stale).map_err(|e| cannot(&format!("remove {}", stale.display()), &e))?;
+    }
+    Ok(())
+}
+
+/// What is wanted, by which CRIU, of which group, with these directories.
+type Wanted<'a> = (&'a ProcessOptions, Criu, &'a str, &'a [PathBuf]);
+
+/// The process state of what is in the cgroup; `root` as in [`Images::new`].
+pub(super) fn images_of(
+    (options, criu, group, roots): Wanted<'_>,
+    cgroup: &Path,
+    contained: &Arc<Mutex<Contained>>,
+    root: Option<i32>,
+) -> Result<Images, Failure> {
+    let folder = folder(&options.directory, group);
+    let shown = folder.display().to_string();
+    let (shared, binds) = (Arc::clone(contained), options.binds.clone());
+    Images::new(criu, folder, cgroup.to_owned(), shared, root, (roots, binds), options.keep)
+        .map_err(|e| Failure::new(Kind::Path, format!("--process-dir: {shown}: {e}"), ""))
+}
+
 impl Waiting {
     /// Lets it begin.
     pub(super) fn release(
         self,
         command: &[OsString],
         cgroup: &Path,
-        images: Option<(&ProcessOptions, Criu, &str, &[PathBuf])>,
+        images: Option<Wanted<'_>>,
         probes: &Probes,
     ) -> Result<(Program, Option<Images>), Failure> {
         let (contained, root, from) = match self {
@@ -131,24 +157,11 @@ impl Waiting {
         };
         let contained = Arc::new(Mutex::new(contained));
         if let (None, Some((options, _, group, _))) = (&from, &images) {
-            // What was promoted and did not begin must not do so on files with which another command goes on.
-            let stale = export_folder(&options.directory, group);
-            if stale.exists() {
-                std::fs::remove_dir_all(&stale)
-                    .map_err(|e| cannot(&format!("remove {}", stale.display()), &e))?;
-            }
+            forget_promoted(options, group)?;
         }
         // What can fail comes first: then nothing of the command has run.
-        let mut images = images
-            .map(|(options, criu, group, roots)| {
-                let folder = folder(&options.directory, group);
-                let shown = folder.display().to_string();
-                let shared = Arc::clone(&contained);
-                let binds = options.binds.clone();
-                Images::new(criu, folder, cgroup.to_owned(), shared, root, (roots, binds), options.keep)
-                    .map_err(|e| Failure::new(Kind::Path, format!("--process-dir: {shown}: {e}"), ""))
-            })
-            .transpose()?;
+        let mut images =
+            images.map(|wanted| images_of(wanted, cgroup, &contained, Some(root))).transpose()?;
         match (from, &mut images) {
             (Some(from), Some(images)) => {
                 let hint = "its files are as they were; when the cause is gone, the same command does it";

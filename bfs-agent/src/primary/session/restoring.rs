@@ -20,6 +20,17 @@ use crate::primary::images::LIMIT;
 use crate::primary::rollback::RollbackError;
 use crate::primary::stop::Limits;
 
+/// What there is when somebody wanted to go back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// Processes run, those that were there or those of the checkpoint.
+    Runs,
+    /// No process runs; the files are as they were, or as at the checkpoint.
+    Ended,
+    /// No process runs, and files are between the two: the next agent finishes that.
+    Unfinished,
+}
+
 /// Restarts are counted within this time.
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -148,7 +159,7 @@ impl Work {
         }
         if self.images.is_none() {
             let why = "no process state is kept of this group";
-            let hint = "start its command with `bfs-agent run --with-process`";
+            let hint = "start its command with `bfs-agent run --with-process`, or attach to its cgroup --with-process";
             return replies.send(Reply::failed(FailureKind::Failed, why, hint));
         }
         if self.go_back_asked.is_some() {
@@ -158,17 +169,21 @@ impl Work {
         self.go_back_asked = Some((replies, at));
     }
 
-    /// Goes back, if somebody asked for that, and answers. Whether the processes run again.
-    pub(super) fn go_back_as_asked(&mut self) -> Option<bool> {
+    /// Goes back, if somebody asked for that, and answers.
+    pub(super) fn go_back_as_asked(&mut self) -> Option<After> {
         let (replies, at) = self.go_back_asked.take()?;
         let went = self.find(at.as_deref()).and_then(|to| self.go_back_with_processes(to));
-        let runs = self.images.as_ref().is_some_and(|images| images.lives());
+        let after = match &went {
+            Err(failure) if failure.kind == Kind::RollbackUnfinished => After::Unfinished,
+            _ if self.images.as_ref().is_some_and(|images| images.lives()) => After::Runs,
+            _ => After::Ended,
+        };
         let outside = self.images.as_ref().map(|images| images.tally.outside.clone()).unwrap_or_default();
         replies.send(match went {
             Ok(checkpoint) => Reply::WentBack { checkpoint, outside },
             Err(e) => Reply::failed(FailureKind::GivenUp, e.message, e.hint),
         });
-        Some(runs)
+        Some(after)
     }
 
     /// The checkpoint that is meant.
@@ -193,18 +208,35 @@ impl Work {
             return Err(Failure::new(Kind::Usage, "no process state is kept", "run it --with-process"));
         };
         let to = images.choose(to).map_err(fail)?;
+        images.may_restore(to).map_err(fail)?;
         self.end_processes()?;
-        self.roll_back(to, false)?;
+        let done = self.bring_back(to);
         self.state = State::Following;
-        let Selection::Cgroup(cgroup) = self.kept.selection.clone() else {
+        done.map(|()| to).map_err(|mut failure| {
+            if matches!(self.kept.selection, Selection::Attached(_)) && failure.hint.is_empty() {
+                failure.hint =
+                    "the processes have ended; when the cause is gone, the same command makes them again"
+                        .into();
+            }
+            failure
+        })
+    }
+
+    /// Files and processes, when none is left of those that ran.
+    fn bring_back(&mut self, to: CheckpointId) -> Result<(), Failure> {
+        let fail = |e: crate::primary::images::ImagesError| Failure::new(Kind::GivenUp, e.to_string(), "");
+        if let Some(images) = &self.images {
+            images.wait_until_free(to).map_err(fail)?;
+        }
+        self.roll_back(to, false)?;
+        let (Selection::Cgroup(cgroup) | Selection::Attached(cgroup)) = self.kept.selection.clone() else {
             return Err(Failure::new(Kind::Other, "the command has no cgroup of its own", ""));
         };
         let probes = &self.link.probes;
         let Some(images) = &mut self.images else {
             return Err(Failure::new(Kind::Other, "no process state is kept", ""));
         };
-        images.restore(to, || select(probes, &cgroup)).map_err(fail)?;
-        Ok(to)
+        images.restore(to, || select(probes, &cgroup)).map_err(fail)
     }
 
     /// Ends what is left of the processes.

@@ -116,7 +116,7 @@ impl Freezer {
             return Err(StopError::NotACgroup(directory.to_owned()));
         }
         guard
-            .watch_cgroup(directory)
+            .watch_cgroup(directory, own)
             .map_err(|e| StopError::system("write", "the pipe to the guard process", e))?;
         let directory = directory.to_owned();
         let lock = File::open(&directory).map_err(|e| StopError::system("open", directory.display(), e))?;

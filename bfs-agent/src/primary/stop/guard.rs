@@ -80,8 +80,9 @@ impl Guard {
         }
     }
 
-    pub(super) fn watch_cgroup(&mut self, directory: &Path) -> io::Result<()> {
-        let mut line = b"cgroup ".to_vec();
+    /// `own`: it is removed at the end, if it is empty.
+    pub(super) fn watch_cgroup(&mut self, directory: &Path, own: bool) -> io::Result<()> {
+        let mut line = if own { b"own\ncgroup ".to_vec() } else { b"cgroup ".to_vec() };
         line.extend_from_slice(directory.as_os_str().as_bytes());
         line.push(b'\n');
         self.say(&line)
@@ -108,6 +109,7 @@ impl Drop for Guard {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Watch {
     cgroup: Option<PathBuf>,
+    own: bool,
     deadline: Option<Instant>,
 }
 
@@ -121,6 +123,8 @@ impl Watch {
             self.deadline = now.checked_add(Duration::from_millis(ms)).or(Some(now));
         } else if line == b"go" {
             self.deadline = None;
+        } else if line == b"own" {
+            self.own = true;
         }
     }
 
@@ -143,7 +147,7 @@ pub fn serve() -> io::Result<()> {
     let mut watch = Watch::default();
     let ended = watch_pipe(&pipe, &mut watch);
     watch.thaw();
-    if let Some(cgroup) = &watch.cgroup {
+    if let Some(cgroup) = watch.cgroup.as_ref().filter(|_| watch.own) {
         let _ = fs::remove_dir(cgroup);
     }
     ended
@@ -200,5 +204,8 @@ mod tests {
         assert_eq!(watch.deadline, Some(now + Duration::from_millis(1500)));
         watch.line(b"go", now);
         assert_eq!(watch.deadline, None);
+        assert!(!watch.own, "somebody else's stays");
+        watch.line(b"own", now);
+        assert!(watch.own);
     }
 }
