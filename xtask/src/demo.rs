@@ -38,7 +38,7 @@ pub fn release_binaries() -> Result<()> {
         // Binaries that were built elsewhere.
         return Ok(());
     }
-    setup::setup()?;
+    setup::setup(false)?;
     println!("building (release) ...");
     must(cargo().args(["build", "--quiet", "--release", "-p", "bfs-agent", "-p", "bfs-tests", "--bins"]))?;
     // SAFETY: xtask has no other thread yet.

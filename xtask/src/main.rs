@@ -44,6 +44,9 @@ enum Task {
         filter: Option<String>,
         /// After `kernels`: only versions that begin with one of these.
         versions: Vec<String>,
+        /// After `kernels`: only this test program, of those that run there.
+        #[arg(long, value_name = "NAME")]
+        only: Option<String>,
     },
     /// A demonstration on this machine, with a program of ours or with yours.
     #[command(override_usage = "cargo xtask run [-- --path DIR -- CMD ARGS...]")]
@@ -68,18 +71,15 @@ fn main() -> anyhow::Result<ExitCode> {
         words.remove(2);
     }
     match Arguments::parse_from(words).command {
-        Task::Test { filter: Some(word), versions, .. } if word == "kernels" => {
-            return kernels::test(&versions);
+        Task::Test { filter: Some(word), versions, only, .. } if word == "kernels" => {
+            return kernels::test(&versions, only.as_deref());
         }
         Task::Test { long, filter, .. } => return test::test(long, filter.as_deref()),
         Task::Setup { criu } => {
-            setup::setup()?;
-            if criu {
-                setup::criu()?;
-            }
+            setup::setup(criu)?;
         }
         Task::Ebpf => {
-            setup::setup()?;
+            setup::setup(false)?;
             ebpf::build()?;
         }
         Task::Run { path, command } => demo::run(path, command)?,

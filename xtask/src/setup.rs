@@ -2,7 +2,7 @@
 //! when all is there.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -44,24 +44,44 @@ const PROGRAMS: [Tool; 21] = [
 /// no distribution packages.
 const SUITES: [(&str, &str); 2] = [("fsx", "0.3.2"), ("pjdfstest", "0.2.2")];
 
-/// Makes this machine ready; see the module.
-pub fn setup() -> Result<()> {
+/// Makes this machine ready; see the module. With CRIU where that is wanted.
+pub fn setup(with_criu: bool) -> Result<()> {
     let mut apt = Apt::default();
     compiler(&mut apt)?;
-    linker()?;
-    install(&mut apt, &PROGRAMS)?;
+    let suites = begin_suites()?;
+    let rest = (|| {
+        linker()?;
+        install(&mut apt, &PROGRAMS)?;
+        if with_criu {
+            criu(&mut apt)?;
+        }
+        bpffs()
+    })();
+    // Nobody is left at work, whatever became of the rest.
+    for (line, mut suite) in suites {
+        let status = suite.wait()?;
+        ensure!(status.success(), "{line}: {status}");
+    }
+    rest
+}
+
+/// Installs the suites that are missing: they are compiled while the rest is fetched.
+fn begin_suites() -> Result<Vec<(String, Child)>> {
+    let mut begun = Vec::new();
     for (name, version) in SUITES {
         if find(name, &[target().join("tools/bin")]).is_none() {
             println!("setup: cargo install {name} {version} (into target/tools): the tests replicate it");
-            run(&mut installation(name, version))?;
+            let mut install = installation(name, version);
+            let child = install.spawn().with_context(|| format!("{} does not start", shown(&install)))?;
+            begun.push((shown(&install), child));
         }
     }
-    bpffs()
+    Ok(begun)
 }
 
 /// Provides a CRIU that works on this kernel, as `target/criu/criu`: the one that is installed where that does, else
 /// Debian's of a newer release in a folder of its own, started by its own loader with its own libraries.
-pub fn criu() -> Result<()> {
+fn criu(apt: &mut Apt) -> Result<()> {
     let folder = target().join("criu");
     let launcher = folder.join("criu");
     let works = |program: &Path| {
@@ -76,10 +96,7 @@ pub fn criu() -> Result<()> {
         None => {
             println!("setup: no CRIU that works on this kernel (it dumps and restores processes)");
             ensure!(is_root(), "unpacking one needs root: run `cargo xtask setup --criu` as root");
-            install(
-                &mut Apt::default(),
-                &[("debootstrap", "debootstrap", "unpacks packages of a newer release")],
-            )?;
+            install(apt, &[("debootstrap", "debootstrap", "unpacks packages of a newer release")])?;
             let root = folder.join("root");
             println!("setup: debootstrap trixie with criu (into {})", root.display());
             if root.exists() {
@@ -90,10 +107,12 @@ pub fn criu() -> Result<()> {
                     .args(["--variant=minbase", "--include=criu", "trixie"])
                     .arg(&root),
             )?;
-            let at = root.display();
+            let CriuProgram { file, loader } = criu_program().context("no CRIU was unpacked")?;
+            let (loader, folders) = loader.context("it has its own loader")?;
             format!(
-                "#!/bin/sh\nexec {at}/lib64/ld-linux-x86-64.so.2 --library-path \
-                 {at}/usr/lib/x86_64-linux-gnu:{at}/lib/x86_64-linux-gnu {at}/usr/sbin/criu \"$@\"\n"
+                "#!/bin/sh\nexec {} --library-path {folders} {} \"$@\"\n",
+                loader.display(),
+                file.display()
             )
         }
     };
@@ -107,6 +126,26 @@ pub fn criu() -> Result<()> {
         String::from_utf8_lossy(&checked.stderr)
     );
     Ok(())
+}
+
+/// Where CRIU is that [`setup`] provides.
+pub struct CriuProgram {
+    /// The program itself.
+    pub file: PathBuf,
+    /// Its loader, and where that looks for libraries, where these are not the system's.
+    pub loader: Option<(PathBuf, String)>,
+}
+
+/// Finds it.
+pub fn criu_program() -> Option<CriuProgram> {
+    let root = target().join("criu/root");
+    if !root.exists() {
+        return find("criu", &["/usr/sbin".into()]).map(|file| CriuProgram { file, loader: None });
+    }
+    let folders = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+    let folders = folders.map(|folder| root.join(folder).display().to_string()).join(":");
+    let loader = Some((root.join("lib64/ld-linux-x86-64.so.2"), folders));
+    Some(CriuProgram { file: root.join("usr/sbin/criu"), loader })
 }
 
 /// `cargo install` of a program into a folder below target/.

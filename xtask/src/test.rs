@@ -12,8 +12,8 @@ use anyhow::{Context, Result, ensure};
 use crate::shell::{cargo, root, shown};
 use crate::{setup, tidy};
 
-/// End-to-end tests beside each other. More of them only make each other late on a small machine.
-const E2E_THREADS: &str = "2";
+/// End-to-end tests beside each other. They wait more than they work; many more make each other late on a small machine.
+const E2E_THREADS: &str = "3";
 
 /// How long what a runner printed is waited for once it has ended: a process that it left may hold the pipe for ever.
 const LEFT_WAIT: Duration = Duration::from_secs(2);
@@ -55,7 +55,7 @@ pub fn test(long: bool, filter: Option<&str>) -> Result<ExitCode> {
     let mut totals = Totals::default();
     let mut parts = Parts::default();
     // The tests load probes: where nothing can be installed or loaded, this is where it ends.
-    totals.add(parts.time("setup", || report("setup", setup::setup().and_then(|()| setup::criu()))));
+    totals.add(parts.time("setup", || report("setup", setup::setup(true))));
     totals.add(parts.time("tidy", || report("tidy", tidy::tidy())));
     totals.add(parts.time("format", || {
         let mut both = step(cargo().args(["fmt", "--all", "--check"]));

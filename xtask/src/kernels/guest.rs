@@ -15,21 +15,43 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::fetch::Kernel;
-use crate::setup::quiet;
+use crate::setup::{self, quiet};
 use crate::shell::{find, target};
 use crate::test::{Runner, Totals, summary};
 
 /// What runs in the guest: test binary, and the filters of its tests that need no program that the
 /// guest has not.
-const RUNNERS: [(&str, &[&str]); 3] = [
+const RUNNERS: [(&str, &[&str]); 4] = [
     ("programs", &["append_writers", "racing_buffer", "sqlite"]),
     ("gate", &["nothing_of_a_pending_checkpoint_is_ever_seen"]),
     ("crashes", &["killed_during_appends", "runs_again"]),
+    ("process_ahead", &[""]),
 ];
 
 /// Modules that the guest loads, where the kernel has them as modules; those that they need follow.
-const MODULES: [&str; 8] =
-    ["crc32c_generic", "crc32c-intel", "loop", "ext4", "xfs", "btrfs", "overlay", "fuse"];
+const MODULES: [&str; 17] = [
+    "crc32c_generic",
+    "crc32c-intel",
+    "loop",
+    "ext4",
+    "xfs",
+    "btrfs",
+    "overlay",
+    "fuse",
+    // CRIU tries them when it looks at the kernel, and asks the last ones for sockets.
+    "tun",
+    "veth",
+    "nf_tables",
+    "unix_diag",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "netlink_diag",
+    "af_packet_diag",
+];
+
+/// Where CRIU stands in the guest, beside the programs under test.
+const CRIU: &str = "bfs/criu";
 
 /// Programs of this machine that the guest gets.
 const PROGRAMS: [&str; 6] = ["cp", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "setpriv", "taskset"];
@@ -71,8 +93,8 @@ poweroff -f
 
 /// Boots the kernel, runs the tests there, gives what they counted. What the guest prints goes to
 /// standard output, and into a file beside the kernel.
-pub fn run(kernel: &Kernel, folder: &Path, built: &[Runner]) -> Result<Totals> {
-    let image = pack(kernel, folder, built)?;
+pub fn run(kernel: &Kernel, folder: &Path, built: &[Runner], only: Option<&str>) -> Result<Totals> {
+    let image = pack(kernel, folder, built, only)?;
     let log = folder.join(format!("{}.log", kernel.version));
     println!("kernels: booting {} in QEMU (log: {})", kernel.version, log.display());
     let guest = Command::new("qemu-system-x86_64")
@@ -140,7 +162,7 @@ fn watch(mut guest: Guest, log: &Path) -> Result<Totals> {
 }
 
 /// The root file system as a file.
-fn pack(kernel: &Kernel, folder: &Path, built: &[Runner]) -> Result<PathBuf> {
+fn pack(kernel: &Kernel, folder: &Path, built: &[Runner], only: Option<&str>) -> Result<PathBuf> {
     let root = folder.join("root");
     let _ = fs::remove_dir_all(&root);
     for sub in ["bin", "bfs", "tests", "modules", "proc", "sys", "dev", "etc", "lib64", "var/tmp"] {
@@ -160,7 +182,8 @@ fn pack(kernel: &Kernel, folder: &Path, built: &[Runner]) -> Result<PathBuf> {
         place(&release.join(program), &format!("bfs/{program}"))?;
     }
     let mut runners = String::new();
-    for (name, filters) in RUNNERS {
+    let wanted = RUNNERS.iter().filter(|(name, _)| only.is_none_or(|only| only == *name));
+    for (name, filters) in wanted {
         place(runner(built, name)?, &format!("tests/{name}"))?;
         runners += &format!("/tests/{name} --test-threads 1 {}\n", filters.join(" "));
     }
@@ -168,6 +191,7 @@ fn pack(kernel: &Kernel, folder: &Path, built: &[Runner]) -> Result<PathBuf> {
         let path = find(program, &["/usr/sbin", "/sbin"].map(PathBuf::from));
         place(&path.with_context(|| format!("{program} is missing"))?, &format!("bin/{program}"))?;
     }
+    pack_criu(&root.join(CRIU))?;
     for library in libraries {
         let to = root.join(library.strip_prefix("/")?);
         fs::create_dir_all(to.parent().context("a library stands in a folder")?)?;
@@ -197,10 +221,46 @@ fn pack(kernel: &Kernel, folder: &Path, built: &[Runner]) -> Result<PathBuf> {
 
 /// The shared libraries of a program, and its loader.
 fn needed(program: &Path) -> Result<Vec<PathBuf>> {
-    let done = Command::new("ldd").arg(program).output().context("ldd does not start")?;
+    libraries(Command::new("ldd").arg(program))
+}
+
+/// What such a command lists.
+fn libraries(list: &mut Command) -> Result<Vec<PathBuf>> {
+    let done = list.output().with_context(|| format!("{} does not start", crate::shell::shown(list)))?;
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
     let words = text.lines().filter_map(|l| l.split_whitespace().find(|w| w.starts_with('/')));
     Ok(words.map(PathBuf::from).collect())
+}
+
+/// CRIU as `cargo xtask setup --criu` provides it, with a loader and libraries of its own.
+fn pack_criu(to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    let program = setup::criu_program().context("there is no CRIU")?;
+    let mut list = match &program.loader {
+        Some((loader, folders)) => {
+            let mut list = Command::new(loader);
+            list.args(["--library-path", folders, "--list"]);
+            list
+        }
+        None => Command::new("ldd"),
+    };
+    let (own, libraries): (Vec<_>, Vec<_>) = libraries(list.arg(&program.file))?
+        .into_iter()
+        .partition(|path| path.to_string_lossy().contains("/ld-"));
+    // The list names the system's loader also where it is another one's.
+    let loader = program.loader.map(|(loader, _)| loader).or(own.into_iter().next()).context("no loader")?;
+    let name = |path: &Path| path.file_name().map(ToOwned::to_owned).context("a library has a name");
+    for library in libraries.iter().chain([&loader]) {
+        fs::copy(library, to.join(name(library)?)).with_context(|| library.display().to_string())?;
+    }
+    fs::copy(&program.file, to.join("program"))?;
+    let launcher = format!(
+        "#!/bin/sh\nexec /{CRIU}/{} --library-path /{CRIU} /{CRIU}/program \"$@\"\n",
+        name(&loader)?.to_string_lossy()
+    );
+    fs::write(to.join("criu"), launcher)?;
+    fs::set_permissions(to.join("criu"), fs::Permissions::from_mode(0o755))?;
+    Ok(())
 }
 
 /// The end-to-end test program of that name.

@@ -26,12 +26,13 @@ const TOOLS: [Tool; 5] = [
     ("xz", "xz-utils", "unpacks kernel modules"),
 ];
 
-/// Runs the tests on each kernel whose version begins with one of `wanted` (all, without any).
+/// Runs the tests on each kernel whose version begins with one of `wanted` (all, without any); with `only`, one of the test
+/// programs.
 ///
 /// # Errors
 /// When something that is needed cannot be had.
-pub fn test(wanted: &[String]) -> Result<ExitCode> {
-    setup::setup()?;
+pub fn test(wanted: &[String], only: Option<&str>) -> Result<ExitCode> {
+    setup::setup(true)?;
     setup::tools(&TOOLS)?;
     run(cargo().args(["build", PROFILE, "--workspace", "--bins"]))?;
     let built = runners(&["--test", "*"])?;
@@ -46,7 +47,7 @@ pub fn test(wanted: &[String]) -> Result<ExitCode> {
         }
         tried += 1;
         println!("+ kernel {} (of {release})", kernel.version);
-        let sum = guest::run(&kernel, &folder, &built)?;
+        let sum = guest::run(&kernel, &folder, &built, only)?;
         println!("kernel {}: {} passed, {} failed", kernel.version, sum.passed, sum.failed);
         totals.add(sum);
     }
