@@ -10,8 +10,9 @@ use bfs_tests::processes::{
     STANDS, counted, counted_loosely, criu, criu_that, images, kill, on_backup, start, started, started_by,
     stopped,
 };
+use bfs_tests::random::Random;
 use bfs_tests::watch::{SOON, until};
-use bfs_tests::world::{Transport, World};
+use bfs_tests::world::{Transport, World, rounds};
 
 /// A checkpoint was given up: `bfs-agent --help`.
 const GIVEN_UP: i32 = 73;
@@ -54,6 +55,55 @@ fn the_program_goes_on_when_the_agent_dies_in_a_dump() {
     counted(&world);
     exercise::equal(&world).unwrap();
     check_backup(&mut world);
+}
+
+/// Whether CRIU works for this world.
+fn criu_works(world: &World) -> bool {
+    let images = world.root().join("images").display().to_string();
+    let of = |entry: fs::DirEntry| fs::read(entry.path().join("cmdline")).unwrap_or_default();
+    let lines = fs::read_dir("/proc").unwrap().flatten().map(of);
+    let mut lines = lines.map(|line| String::from_utf8_lossy(&line).into_owned());
+    lines.any(|line| line.contains("--images-dir") && line.contains(&images))
+}
+
+/// While processes are ended, files are brought back, or CRIU restores: either the program goes on, with memory and files of
+/// one instant, or nobody runs, on files of one instant; the backup gets what there is.
+#[test]
+fn the_agent_may_die_at_any_moment_of_a_going_back() {
+    let mut random = Random::printed();
+    let (mut went_on, mut went_back) = (0, 0);
+    let all = rounds(6, 100);
+    for round in 0..all {
+        let mut world = started("process-back", "counter.py", &[]);
+        until("a dump", SOON, || (images(&world).0 > 1).then_some(())).unwrap();
+        let (path, backup) = (world.place.data.display().to_string(), world.destination());
+        let had = counted_loosely(&world);
+        let mut asks =
+            world.spawn_agent_command(&["rollback", "--path", &path, "--backup", &backup]).unwrap();
+        std::thread::sleep(Duration::from_millis(random.below(500) as u64));
+        world.kill_agent().unwrap();
+        asks.wait().unwrap();
+        until("CRIU to end", SOON, || (!criu_works(&world)).then_some(())).unwrap();
+        let runs = world.program_runs();
+        println!("{round}: killed at about {had}; the program runs: {runs}");
+        if runs {
+            went_on += 1;
+            world.resume().unwrap();
+            progress(&world);
+            world.checkpoint().unwrap();
+            assert!(world.finish().unwrap().success(), "the program found itself wrong");
+        } else {
+            went_back += 1;
+            // It ends by itself: nobody is left.
+            let done = world.agent_command(&["resume", "--group", &world.group.clone()], SOON).unwrap();
+            assert!(done.status.success(), "{done:?}");
+        }
+        counted(&world);
+        exercise::equal(&world).unwrap();
+        check_backup(&mut world);
+    }
+    println!("{went_on} times the program went on, {went_back} times nobody ran");
+    assert_eq!(went_on + went_back, all);
 }
 
 #[test]

@@ -12,6 +12,7 @@ pub mod append;
 mod churn;
 pub mod fio;
 pub mod ladder;
+pub mod memory;
 pub mod names;
 pub mod puppet;
 pub mod racing;
@@ -215,6 +216,7 @@ pub fn main(args: &[String]) -> Result<()> {
         "append-writers" => append::run(&place, append::Pace::Steady, writer),
         "append-bursts" => append::run(&place, append::Pace::Bursts, writer),
         "ladder" => ladder::run(&place, writer),
+        "memory" => memory::run(&place, writer.context("MIB is missing")?),
         "racing-buffer" => racing::run(&place),
         "stores" => stores::run(&place),
         "steady" => steady::run(&place, writer.context("RATE is missing")?, false),

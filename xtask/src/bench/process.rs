@@ -22,6 +22,9 @@ pub const ABOUT: &str = "a stop for a checkpoint with process state; the baselin
 
 /// How often each is measured.
 const TIMES: usize = 5;
+/// Sets that the agent keeps. Before there are so many, each dump takes memory for its pages that nobody had yet, which a virtual
+/// machine has to get from its host.
+const KEPT: usize = 3;
 /// Most that one thing may take.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -64,7 +67,8 @@ fn rows(criu: &str, mib: &str, times: usize) -> Result<Vec<Row>> {
     let with = with_agent(criu, mib, times).with_context(|| format!("{mib} MiB under an agent"))?;
     let alone = alone(criu, mib, times).with_context(|| format!("{mib} MiB, criu alone"))?;
     Ok(vec![
-        Row::new(format!("{mib} MiB: stop"), "ms", alone.clone(), with.stops_ms),
+        Row::new(format!("{mib} MiB: stop, the first ones"), "ms", Vec::new(), with.first_ms),
+        Row::new(format!("{mib} MiB: stop, from then on"), "ms", alone.clone(), with.stops_ms),
         Row::new(format!("{mib} MiB: of that the dump"), "ms", alone, with.dumps_ms),
         Row::single(format!("{mib} MiB: images"), "MiB", with.images_mib),
         Row::single(format!("{mib} MiB: sent, of the last"), "MiB", with.sent_mib),
@@ -73,6 +77,8 @@ fn rows(criu: &str, mib: &str, times: usize) -> Result<Vec<Row>> {
 }
 
 struct WithAgent {
+    /// Until as many sets are there as are kept, and one goes.
+    first_ms: Vec<f64>,
     stops_ms: Vec<f64>,
     dumps_ms: Vec<f64>,
     images_mib: f64,
@@ -84,13 +90,22 @@ fn with_agent(criu: &str, mib: &str, times: usize) -> Result<WithAgent> {
     let mut world = World::new("bench-process", Transport::Unix)?;
     world.checkpoints("manual");
     let images = world.root().join("images").display().to_string();
-    world.agent_options(&["--with-process", "--criu", criu, "--process-dir", &images]);
+    let keep = KEPT.to_string();
+    world.agent_options(&[
+        "--with-process",
+        "--criu",
+        criu,
+        "--process-dir",
+        &images,
+        "--process-keep",
+        &keep,
+    ]);
     world.start_replayer()?;
     let (data, aux) = (world.place.data.display().to_string(), world.place.aux.display().to_string());
     world.run(&["python3", "-c", PROGRAM, mib, &data, &aux].map(str::to_owned))?;
     let number = |status: &serde_json::Value, name: &str| status["process"][name].as_f64().unwrap_or(0.0);
     let (mut stops, mut dumps, mut status) = (Vec::new(), Vec::new(), world.status()?);
-    for _ in 0..=times {
+    for _ in 0..=KEPT + times {
         let checkpoint = world.checkpoint()?;
         status = until("its images on the backup", LIMIT, || {
             world.status().ok().filter(|status| status["process"]["shipped"].as_u64() >= Some(checkpoint))
@@ -99,11 +114,13 @@ fn with_agent(criu: &str, mib: &str, times: usize) -> Result<WithAgent> {
         stops.push(number(&status, "last_stop_us") / 1e3);
         dumps.push(number(&status, "last_us") / 1e3);
     }
-    // The first sends everything, and looks at all pages for the first time.
-    let (stops_ms, dumps_ms) = (stops.split_off(1), dumps.split_off(1));
+    // The first one of all sends everything, and looks at all pages for the first time.
+    let (stops_ms, dumps_ms) = (stops.split_off(KEPT + 1), dumps.split_off(KEPT + 1));
+    let first_ms = stops.split_off(1);
     ensure!(world.finish()?.success(), "the program failed");
     const MIB: f64 = 1_048_576.0;
     Ok(WithAgent {
+        first_ms,
         stops_ms,
         dumps_ms,
         images_mib: number(&status, "last_bytes") / MIB,

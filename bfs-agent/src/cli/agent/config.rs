@@ -44,7 +44,7 @@ const fn key(name: &'static str, option: &'static str, form: Form) -> Key {
 }
 
 /// What a group may say, beside `run`.
-const KEYS: [Key; 38] = [
+const KEYS: [Key; 39] = [
     key("paths", "--path", Form::Texts),
     key("backup", "--backup", Form::TextOrTexts),
     key("confirm", "--confirm", Form::Text),
@@ -80,6 +80,7 @@ const KEYS: [Key; 38] = [
     key("criu", "--criu", Form::Text),
     key("restart_on_abort", "--restart-on-abort", Form::Numbers),
     key("process_keep", "--process-keep", Form::Numbers),
+    key("process_ahead", "--process-ahead", Form::Numbers),
     key("process_dir", "--process-dir", Form::Text),
     key("process_overrun", "--process-overrun", Form::Text),
     key("process_failure", "--process-failure", Form::Text),

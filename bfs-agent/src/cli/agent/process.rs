@@ -20,6 +20,11 @@ pub(super) struct Keeping {
     #[arg(long, value_name = "NUMBER", default_value = "3", requires = "with_process",
         value_parser = clap::value_parser!(u16).range(1..))]
     process_keep: u16,
+    /// Where the kernel tells which memory changed (`criu check --feature mem_dirty_track`): dump it ahead, while the
+    /// command runs, in so many rounds at most, so that it stands only for what changed since the last; 0 for none
+    #[arg(long, value_name = "ROUNDS", default_value = "3", requires = "with_process",
+        value_parser = clap::value_parser!(u32).range(..=10))]
+    process_ahead: u32,
     /// Where it is kept, in a folder of the group's name
     #[arg(long, value_name = "DIR", default_value = DIRECTORY, requires = "with_process")]
     process_dir: PathBuf,
@@ -94,6 +99,7 @@ impl Keeping {
             criu: self.criu,
             directory: self.process_dir,
             keep: usize::from(self.process_keep),
+            ahead: self.process_ahead,
             restarts: 0,
             restore: None,
             binds: Vec::new(),

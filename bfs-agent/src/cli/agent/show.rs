@@ -245,6 +245,17 @@ fn process(state: &ProcessStatus) -> String {
             duration_us(state.last_stop_us)
         )
     };
+    if state.ahead_rounds > 0 {
+        text.push_str(&format!(
+            "; {} of it dumped ahead, in {} rounds and {}",
+            size(state.ahead_bytes),
+            state.ahead_rounds,
+            duration_us(state.ahead_us)
+        ));
+    }
+    if let Some(why) = &state.ahead_failure {
+        text.push_str(&format!("; memory was not dumped ahead as it might be: {why}"));
+    }
     match (&state.shipped, &state.ship_failure) {
         (_, Some(why)) => text.push_str(&format!("; the backup does not get it: {why}")),
         (Some(shipped), None) => {

@@ -14,6 +14,7 @@ use std::{io, path::PathBuf};
 
 pub use probes::{LoadOptions, Probes};
 pub use ring::{Record, Ring};
+pub(crate) use sys::page_size;
 
 /// Why capture cannot begin or go on.
 #[derive(Debug, thiserror::Error)]

@@ -222,7 +222,7 @@ impl Contained {
     /// [`ProcessError`].
     pub fn cancel(&mut self) -> Result<(), ProcessError> {
         self.done(&Order::Cancel, "cancel")?;
-        self.tool_ended(Instant::now() + ANSWER).map(drop)
+        self.tool_within(ANSWER).map(drop)
     }
 
     /// How the command ended, if it has.
@@ -246,16 +246,20 @@ impl Contained {
         self.ended = ended;
     }
 
-    /// Waits for the end of the tool that was let go, at most until the deadline.
+    /// How the tool that was let go has ended; `None` where it still works after so long.
     ///
     /// # Errors
-    /// [`ProcessError`]; `TimedOut` where it still works.
-    pub fn tool_ended(&mut self, deadline: Instant) -> Result<ExitStatus, ProcessError> {
+    /// [`ProcessError`].
+    pub fn tool_within(&mut self, time: Duration) -> Result<Option<ExitStatus>, ProcessError> {
+        let deadline = Instant::now() + time;
         loop {
             if let Some(status) = self.tool.take() {
-                return Ok(status);
+                return Ok(Some(status));
             }
-            self.next(deadline).map_err(|e| system("wait for a tool in the namespaces", e))?;
+            match self.next(deadline) {
+                Err(e) if e.kind() == io::ErrorKind::TimedOut => return Ok(None),
+                next => next.map_err(|e| system("wait for a tool in the namespaces", e))?,
+            };
         }
     }
 

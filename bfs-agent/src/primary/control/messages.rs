@@ -436,8 +436,18 @@ pub struct ProcessStatus {
     pub failure: Option<String>,
     /// How long the last dump took, within the stop, microseconds.
     pub last_us: u64,
-    /// Its bytes.
+    /// Its bytes, with those that were dumped ahead.
     pub last_bytes: u64,
+    /// Whether the kernel tells which memory changed, so that it can be dumped ahead.
+    pub tracks_memory: bool,
+    /// In how many rounds that was done before the last dump.
+    pub ahead_rounds: u32,
+    /// Bytes of these.
+    pub ahead_bytes: u64,
+    /// How long they took, while the processes ran but for moments, microseconds.
+    pub ahead_us: u64,
+    /// Why there were not more of them.
+    pub ahead_failure: Option<String>,
     /// How long the processes stood for that checkpoint altogether, microseconds.
     pub last_stop_us: u64,
     /// How long of that it took until all of them stood, microseconds.

@@ -13,7 +13,7 @@ use bfs_common::record::{CheckpointId, Epoch};
 use bfs_common::wire::{Frame, PROCESS_BLOCK, PROCESS_PIECE, Refusal, process_file_is_valid};
 use bytes::Bytes;
 
-use super::PRINTED;
+use super::{PRINTED, whole};
 use crate::net::{AskError, ConnectError, Connection};
 use crate::primary::ship::{Connect, Limit, Sends};
 
@@ -50,6 +50,8 @@ struct Job {
 #[derive(Debug, Default)]
 struct State {
     next: Option<Job>,
+    /// What is being brought.
+    hand: Option<CheckpointId>,
     ended: bool,
     shipped: Shipped,
 }
@@ -103,7 +105,11 @@ impl Courier {
             while let Some(job) = take(&works) {
                 let since = Instant::now();
                 let brought = runtime.block_on(bring(&connect, limit.as_deref(), &group, epoch, &job));
+                if let Err(e) = whole::forget(&job.folder) {
+                    tracing::warn!("cannot remove images in {}: {e}", job.folder.display());
+                }
                 let mut state = works.state();
+                state.hand = None;
                 match brought {
                     Ok(bytes) => {
                         let Shipped { sent, skipped, .. } = state.shipped;
@@ -139,6 +145,12 @@ impl Courier {
         self.0.changed.notify_all();
     }
 
+    /// The set that is being brought: it has to stay where it is.
+    #[must_use]
+    pub fn hand(&self) -> Option<CheckpointId> {
+        self.0.state().hand
+    }
+
     /// What came of it so far.
     #[must_use]
     pub fn shipped(&self) -> Shipped {
@@ -163,13 +175,14 @@ fn take(shared: &Shared) -> Option<Job> {
             return None;
         }
         if let Some(job) = state.next.take() {
+            state.hand = Some(job.checkpoint);
             return Some(job);
         }
         state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
     }
 }
 
-/// The files of a set, by name; what CRIU tells people is not one of them.
+/// The files of a set, by name, as they stand alone; what CRIU tells people is not one of them.
 fn files(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder)? {
@@ -181,7 +194,8 @@ fn files(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
         if !process_file_is_valid(&name) {
             return Err(io::Error::other(format!("a file is called {name:?}")));
         }
-        found.push((name, entry.path()));
+        let path = whole::image(folder, &name);
+        found.push((name, path));
     }
     found.sort();
     Ok(found)
@@ -202,6 +216,7 @@ async fn bring(
         Frame::ProcessKept => return Ok(0),
         _ => return Err(AskError::Unexpected.into()),
     }
+    whole::make(&job.folder)?;
     let mut sent = 0;
     let mut chunk = vec![0; CHUNK];
     for (name, path) in files(&job.folder)? {

@@ -18,6 +18,7 @@ const GHOST_LIMIT: &str = "256M";
 pub struct Criu {
     program: PathBuf,
     version: (u32, u32),
+    tracks: bool,
 }
 
 fn cannot(why: String) -> Failure {
@@ -44,13 +45,13 @@ impl Criu {
     /// [`Kind::Usage`], with what it said itself.
     pub fn find(program: &Path) -> Result<Self, Failure> {
         let shown = program.display();
-        let run = |argument: &str| {
+        let run = |words: &[&str]| {
             Command::new(program)
-                .arg(argument)
+                .args(words)
                 .output()
                 .map_err(|e| cannot(format!("{shown} cannot be executed: {e}")))
         };
-        let said = run("--version")?;
+        let said = run(&["--version"])?;
         let text = String::from_utf8_lossy(&said.stdout).into_owned();
         let version = version_in(&text).ok_or_else(|| {
             cannot(format!("{shown} --version does not tell a version of CRIU: {:?}", last_line(&said)))
@@ -61,23 +62,31 @@ impl Criu {
                 version.0, version.1, VERSION_MIN.0, VERSION_MIN.1
             )));
         }
-        let checked = run("check")?;
+        let checked = run(&["check"])?;
         if !checked.status.success() {
             return Err(cannot(format!("`{shown} check` fails on this kernel: {}", last_line(&checked))));
         }
+        let tracks = run(&["check", "--feature", "mem_dirty_track"])?.status.success();
         // It is executed by a process whose working directory is another one.
         let program = if program.components().count() > 1 {
             std::path::absolute(program).map_err(|e| cannot(e.to_string()))?
         } else {
             program.to_owned()
         };
-        Ok(Self { program, version })
+        Ok(Self { program, version, tracks })
     }
 
     /// Its version, for status.
     #[must_use]
     pub fn version(&self) -> String {
         format!("{}.{}", self.version.0, self.version.1)
+    }
+
+    /// Whether this kernel tells which pages of a process have changed (soft-dirty, `Documentation/admin-guide/mm/soft-dirty.rst`): only
+    /// then memory can be dumped ahead.
+    #[must_use]
+    pub fn tracks_memory(&self) -> bool {
+        self.tracks
     }
 
     fn command(&self, what: &str, images: &Path, log: &str) -> Vec<OsString> {
@@ -88,11 +97,31 @@ impl Criu {
         line
     }
 
-    /// Dumps a tree of processes whose cgroup is frozen; it stays so.
+    /// Dumps the memory of a tree of processes that run: they stand for a moment only. `before` is the round before this
+    /// one, seen from `images`: what did not change since then is not dumped.
     #[must_use]
-    pub fn dump(&self, root: i32, images: &Path, cgroup: &Path, outside: &Outside) -> Vec<OsString> {
+    pub fn dump_ahead(&self, root: i32, images: &Path, before: Option<&str>) -> Vec<OsString> {
+        let mut line = self.command("pre-dump", images, DUMP_LOG);
+        line.extend(["--tree".into(), root.to_string().into()]);
+        line.extend(tracked(before));
+        line
+    }
+
+    /// Dumps a tree of processes whose cgroup is frozen; it stays so. `ahead` is the last round of [`Self::dump_ahead`].
+    #[must_use]
+    pub fn dump(
+        &self,
+        root: i32,
+        images: &Path,
+        cgroup: &Path,
+        outside: &Outside,
+        ahead: Option<&str>,
+    ) -> Vec<OsString> {
         let mut line = self.command("dump", images, DUMP_LOG);
         line.extend(["--tree".into(), root.to_string().into(), "--leave-running".into()]);
+        if ahead.is_some() {
+            line.extend(tracked(ahead));
+        }
         line.extend(["--freeze-cgroup".into(), cgroup.into(), "--ghost-limit".into(), GHOST_LIMIT.into()]);
         for key in outside.external() {
             line.extend(["--external".into(), key.into()]);
@@ -116,6 +145,12 @@ impl Criu {
     pub fn program(&self) -> &Path {
         &self.program
     }
+}
+
+/// The changes of memory are followed from now on, and what did not change since `before` is not dumped.
+fn tracked(before: Option<&str>) -> impl Iterator<Item = OsString> {
+    let before = before.into_iter().flat_map(|before| ["--prev-images-dir".into(), before.into()]);
+    ["--track-mem".into()].into_iter().chain(before)
 }
 
 /// What the logs are called, beside the images.

@@ -5,14 +5,17 @@
 //! They stand under the checkpoint's number only when they are complete; what is half there has another name and goes
 //! with the next dump.
 
+mod ahead;
 mod beside;
 mod courier;
 pub mod criu;
 mod numbers;
 mod outside;
 mod promoted;
+mod protobuf;
 mod room;
 mod sizes;
+mod whole;
 
 use std::ffi::OsString;
 use std::fs;
@@ -28,6 +31,7 @@ use bfs_common::record::{CheckpointId, Epoch};
 use super::contained::{Contained, Role};
 use super::process::{ProcessError, is_of_cgroup, tasks_of_cgroup};
 use super::ship::{Connect, Limit};
+pub use ahead::Ahead;
 use beside::Conflict;
 use courier::Courier;
 pub use courier::Shipped;
@@ -105,8 +109,10 @@ pub struct Tally {
     pub failure: Option<String>,
     /// How long the last dump took.
     pub last: Duration,
-    /// Its size, bytes.
+    /// Its size, bytes, with what was dumped ahead.
     pub bytes: u64,
+    /// What was dumped ahead of it.
+    pub ahead: Ahead,
     /// How long the processes stood for it, and how long it took of that until all of them did.
     pub stood: (Duration, Duration),
     /// What they had open outside of the replicated directories, when they were last dumped or restored.
@@ -130,6 +136,8 @@ pub struct Images {
     /// What it sees elsewhere than it stands.
     binds: Vec<(PathBuf, PathBuf)>,
     keep: usize,
+    /// Rounds ahead of a dump, at most.
+    rounds: u32,
     kept: Vec<CheckpointId>,
     /// What was dumped and does not count yet.
     new: Option<CheckpointId>,
@@ -158,7 +166,8 @@ impl Images {
         skips
     }
 
-    /// Makes the folder ready; with the replicated directories, and what of them the command sees elsewhere. What an earlier run left can be restored by nobody: its namespaces are gone.
+    /// Makes the folder ready; with the replicated directories, what of them the command sees elsewhere, and how many sets are kept and
+    /// rounds are dumped ahead. What an earlier run left can be restored by nobody: its namespaces are gone.
     ///
     /// # Errors
     /// What the file system said.
@@ -169,7 +178,7 @@ impl Images {
         contained: Arc<Mutex<Contained>>,
         root: Option<i32>,
         (roots, binds): (&[PathBuf], Vec<(PathBuf, PathBuf)>),
-        keep: usize,
+        (keep, rounds): (usize, u32),
     ) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
         remove_images(&folder)?;
@@ -186,6 +195,7 @@ impl Images {
             root,
             binds,
             keep: keep.max(1),
+            rounds,
             kept,
             new,
             courier,
@@ -354,16 +364,20 @@ impl Images {
         let dumped = self.try_dump_to(checkpoint);
         if dumped.is_err() {
             // Its logs say why; the pages are of no use, and the disk may be full.
-            let unfinished = fs::read_dir(self.folder.join(UNFINISHED)).into_iter().flatten().flatten();
-            let images = unfinished.filter(|entry| entry.path().extension().is_some_and(|e| e == "img"));
-            for image in images {
-                let _ = fs::remove_file(image.path());
+            for entry in fs::read_dir(self.folder.join(UNFINISHED)).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    let _ = fs::remove_dir_all(path);
+                } else if path.extension().is_some_and(|e| e == "img") {
+                    let _ = fs::remove_file(path);
+                }
             }
         }
         dumped
     }
 
-    fn try_dump_to(&self, checkpoint: CheckpointId) -> Result<(u64, Vec<OpenOutside>), ImagesError> {
+    /// An empty folder for what comes.
+    fn begin(&self) -> Result<PathBuf, ImagesError> {
         let unfinished = self.folder.join(UNFINISHED);
         match fs::remove_dir_all(&unfinished) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -375,11 +389,14 @@ impl Images {
             .mode(0o700)
             .create(&unfinished)
             .map_err(other(format!("mkdir {}", unfinished.display())))?;
-        let (root, processes) = match self.root {
-            Some(root) => (root, self.processes(root)?),
-            None => beside::tree(&self.cgroup)?,
-        };
-        room::check(&self.folder, &processes)?;
+        Ok(unfinished)
+    }
+
+    fn try_dump_to(&self, checkpoint: CheckpointId) -> Result<(u64, Vec<OpenOutside>), ImagesError> {
+        let ahead = Some(self.tally.ahead.rounds).filter(|rounds| *rounds > 0).map(ahead::name);
+        let unfinished = if ahead.is_some() { self.folder.join(UNFINISHED) } else { self.begin()? };
+        let (root, processes) = self.tree()?;
+        room::check(&self.folder, room::memory_of(&processes))?;
         let mut contained = self.contained();
         let given = self.root.map(|_| contained.first());
         let outside = given.map_or_else(|| Ok(Outside::default()), |first| Outside::of(first, &processes));
@@ -388,7 +405,7 @@ impl Images {
             open_outside(&outside, &processes, &self.inside).map_err(other("read what is open in /proc"))?;
         outside.of = Origin { checkpoint, root, binds: self.binds.clone() };
         outside.write(&unfinished.join(OUTSIDE)).map_err(other("write what comes from outside"))?;
-        let line = self.criu.dump(root, &unfinished, &self.cgroup, &outside);
+        let line = self.criu.dump(root, &unfinished, &self.cgroup, &outside, ahead.as_deref());
         let failed = ImagesError::Dump;
         let printed = unfinished.join(PRINTED);
         let ended = work(&mut contained, &line, None, &printed, |_| Ok(())).map_err(failed)?;
@@ -399,6 +416,14 @@ impl Images {
         let bytes = size(&unfinished).map_err(other("measure the images"))?;
         fs::rename(&unfinished, self.of(checkpoint)).map_err(other("name the images"))?;
         Ok((bytes, outside.open))
+    }
+
+    /// The root of the tree of processes, and all of them.
+    fn tree(&self) -> Result<(i32, Vec<u32>), ImagesError> {
+        match self.root {
+            Some(root) => Ok((root, self.processes(root)?)),
+            None => Ok(beside::tree(&self.cgroup)?),
+        }
     }
 
     /// The processes of the cgroup; all have to be descendants of the command.
@@ -438,8 +463,13 @@ impl Images {
         if let Some(courier) = &self.courier {
             courier.bring(checkpoint, self.of(checkpoint));
         }
-        while self.kept.len() > self.keep {
-            let oldest = self.kept.remove(0);
+        // Those that wait there give way to this one.
+        let hand = self.courier.as_ref().and_then(Courier::hand).filter(|hand| self.kept.contains(hand));
+        let beyond = |kept: &[CheckpointId]| kept.len() > self.keep + usize::from(hand.is_some());
+        while beyond(&self.kept)
+            && let Some(at) = self.kept.iter().position(|kept| Some(*kept) != hand)
+        {
+            let oldest = self.kept.remove(at);
             let oldest = self.of(oldest);
             self.make_room();
             if let Err(e) = fs::rename(&oldest, self.folder.join(SPARE)) {
@@ -516,6 +546,12 @@ impl Images {
         }
     }
 
+    /// Whether memory can be dumped ahead here.
+    #[must_use]
+    pub fn tracks_memory(&self) -> bool {
+        self.criu.tracks_memory()
+    }
+
     /// The version of CRIU.
     #[must_use]
     pub fn version(&self) -> String {
@@ -523,7 +559,24 @@ impl Images {
     }
 }
 
-/// Has a tool work in the namespaces, until it has ended; `before` is called with its number while it is held.
+/// Has a tool begin in the namespaces; `before` is called with its number while it is held.
+fn begin(
+    contained: &mut Contained,
+    line: &[OsString],
+    cgroup: Option<&Path>,
+    printed: &Path,
+    before: impl FnOnce(i32) -> Result<(), String>,
+) -> Result<(), String> {
+    let text = |e: ProcessError| e.to_string();
+    let tool = contained.hold(Role::Tool, line, cgroup, Some(printed)).map_err(text)?;
+    if let Err(why) = before(tool) {
+        contained.cancel().map_err(text)?;
+        return Err(why);
+    }
+    contained.go(&line[0]).map_err(text)
+}
+
+/// Has a tool work in the namespaces, until it has ended; `before` as in [`begin`].
 fn work(
     contained: &mut Contained,
     line: &[OsString],
@@ -531,14 +584,9 @@ fn work(
     printed: &Path,
     before: impl FnOnce(i32) -> Result<(), String>,
 ) -> Result<ExitStatus, String> {
-    let text = |e: ProcessError| e.to_string();
-    let tool = contained.hold(Role::Tool, line, cgroup, Some(printed)).map_err(text)?;
-    if let Err(why) = before(tool) {
-        contained.cancel().map_err(text)?;
-        return Err(why);
-    }
-    contained.go(&line[0]).map_err(text)?;
-    contained.tool_ended(Instant::now() + LIMIT).map_err(text)
+    begin(contained, line, cgroup, printed, before)?;
+    let ended = contained.tool_within(LIMIT).map_err(|e| e.to_string())?;
+    ended.ok_or_else(|| format!("it does not end within {} s", LIMIT.as_secs()))
 }
 
 /// Removes what has the name of images; a folder that is somebody else's keeps what it has.
@@ -554,11 +602,13 @@ fn remove_images(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Bytes of the files in a folder.
+/// Bytes of the files in a folder and those in it.
 fn size(folder: &Path) -> io::Result<u64> {
     let mut sum = 0;
     for entry in fs::read_dir(folder)? {
-        sum += entry?.metadata()?.len();
+        let entry = entry?;
+        let stat = entry.metadata()?;
+        sum += if stat.is_dir() { size(&entry.path())? } else { stat.len() };
     }
     Ok(sum)
 }

@@ -4,7 +4,7 @@
 //! sessions that had ended, for as long as it needs them. The kernel gives a number only where it is nobody's, be it as
 //! the number of a thread, of a group or of a session (`alloc_pid()` in kernel/pid.c).
 //!
-//! The image is as in `sizes`, with entries `pstree_entry` (CRIU's `images/pstree.proto`).
+//! The entries of the image are protocol buffers `pstree_entry` (CRIU's `images/pstree.proto`).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,7 @@ use std::io;
 use std::path::Path;
 
 use super::beside::{Conflict, Who};
-use super::sizes::{entries, fields, varint};
+use super::protobuf::{entries, fields, varint};
 use crate::primary::process::groups;
 
 /// `pstree_entry.pid`, `.pgid` and `.sid`

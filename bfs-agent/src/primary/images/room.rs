@@ -20,15 +20,20 @@ fn memory(status: &str) -> (u64, u64) {
     (bytes("RssAnon:") + bytes("VmSwap:"), bytes("RssShmem:"))
 }
 
-/// Looks whether a dump of these processes fits where it is written, with something left.
-///
-/// # Errors
-/// [`ImagesError::Room`].
-pub(super) fn check(folder: &Path, processes: &[u32]) -> Result<(), ImagesError> {
+/// What a dump of these processes may have, bytes.
+pub(super) fn memory_of(processes: &[u32]) -> u64 {
     let status = |process: &u32| fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let memory: Vec<_> = processes.iter().map(|process| memory(&status(process))).collect();
     let shared = memory.iter().map(|(_, shared)| *shared).max().unwrap_or(0);
-    let needed = MARGIN + shared + memory.iter().map(|(own, _)| *own).sum::<u64>();
+    shared + memory.iter().map(|(own, _)| *own).sum::<u64>()
+}
+
+/// Looks whether so many bytes fit where images are written, with something left.
+///
+/// # Errors
+/// [`ImagesError::Room`].
+pub(super) fn check(folder: &Path, bytes: u64) -> Result<(), ImagesError> {
+    let needed = MARGIN + bytes;
     let shown = folder.display().to_string();
     let disk = rustix::fs::statvfs(folder).map_err(|e| other(shown.clone())(e.into()))?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
@@ -49,8 +54,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_said() {
         let dir = tempfile::tempdir().unwrap();
-        check(dir.path(), &[]).unwrap();
+        check(dir.path(), 0).unwrap();
         let gone = dir.path().join("gone");
-        assert!(matches!(check(&gone, &[]), Err(ImagesError::Other(..))));
+        assert!(matches!(check(&gone, 0), Err(ImagesError::Other(..))));
     }
 }

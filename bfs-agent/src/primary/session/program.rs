@@ -25,6 +25,8 @@ pub struct ProcessOptions {
     pub directory: PathBuf,
     /// Of how many checkpoints.
     pub keep: usize,
+    /// In how many rounds memory is dumped ahead, at most.
+    pub ahead: u32,
     /// How often within an hour a command that was ended by a signal is restored; 0 for never.
     pub restarts: u32,
     /// Instead of a command that begins, the processes whose images stand there.
@@ -137,7 +139,7 @@ pub(super) fn images_of(
     let folder = folder(&options.directory, group);
     let shown = folder.display().to_string();
     let (shared, binds) = (Arc::clone(contained), options.binds.clone());
-    Images::new(criu, folder, cgroup.to_owned(), shared, root, (roots, binds), options.keep)
+    Images::new(criu, folder, cgroup.to_owned(), shared, root, (roots, binds), (options.keep, options.ahead))
         .map_err(|e| Failure::new(Kind::Path, format!("--process-dir: {shown}: {e}"), ""))
 }
 

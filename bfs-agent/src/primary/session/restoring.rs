@@ -10,7 +10,7 @@ use bfs_common::record::CheckpointId;
 use super::program::select;
 use super::rollback::{KILL_WAIT, send};
 use super::state::Selection;
-use super::work::Work;
+use super::work::{EVENTS_AT_ONCE, FLUSH_EVERY, Work};
 use crate::generation::At;
 use crate::primary::control::{FailureKind, ProcessStatus, Replies, Reply, State};
 use crate::primary::engine::host::Host;
@@ -62,6 +62,22 @@ impl Work {
     ) -> Result<Taken, CheckpointError> {
         let Some(images) = &mut self.images else { return self.engine.checkpoint(&mut self.link, request) };
         images.make_room();
+        let (engine, link) = (&mut self.engine, &mut self.link);
+        // What the program does meanwhile is taken in: a ring is soon full.
+        let (mut failed, mut flushed) = (None, Instant::now());
+        images.dump_ahead(&mut || {
+            link.service.alive();
+            let mut took = engine.take_some(link, EVENTS_AT_ONCE).map(drop);
+            if took.is_ok() && engine.needs_flush() && flushed.elapsed() >= FLUSH_EVERY {
+                flushed = Instant::now();
+                took = engine.flush(link);
+            }
+            link.release_ring();
+            failed = took.err().or(failed.take());
+        });
+        if let Some(failed) = failed {
+            return Err(failed.into());
+        }
         let Limits { reach, stand } = self.link.limits;
         self.link.limits = Limits { reach, stand: stand.max(LIMIT) };
         let options = self.options.process.as_ref();
@@ -103,23 +119,29 @@ impl Work {
     pub(super) fn process_status(&self) -> Option<ProcessStatus> {
         let images = self.images.as_ref()?;
         let (tally, shipped) = (&images.tally, images.shipped());
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Some(ProcessStatus {
             criu: images.version(),
             kept: images.kept().to_vec(),
             dumped: tally.dumped,
             failed: tally.failed,
             failure: tally.failure.clone(),
-            last_us: u64::try_from(tally.last.as_micros()).unwrap_or(u64::MAX),
+            last_us: us(tally.last),
             last_bytes: tally.bytes,
-            last_stop_us: u64::try_from(tally.stood.0.as_micros()).unwrap_or(u64::MAX),
-            last_reach_us: u64::try_from(tally.stood.1.as_micros()).unwrap_or(u64::MAX),
+            tracks_memory: images.tracks_memory(),
+            ahead_rounds: tally.ahead.rounds,
+            ahead_bytes: tally.ahead.bytes,
+            ahead_us: us(tally.ahead.took),
+            ahead_failure: tally.ahead.failure.clone(),
+            last_stop_us: us(tally.stood.0),
+            last_reach_us: us(tally.stood.1),
             outside: tally.outside.clone(),
             kept_outside: images.kept().iter().map(|at| (*at, images.outside_of(*at))).collect(),
             skipped: tally.skipped,
             restored: tally.restored,
             shipped: shipped.last,
             shipped_bytes: shipped.bytes,
-            shipped_us: u64::try_from(shipped.took.as_micros()).unwrap_or(u64::MAX),
+            shipped_us: us(shipped.took),
             not_shipped: shipped.skipped,
             ship_failure: shipped.failure,
         })

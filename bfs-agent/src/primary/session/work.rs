@@ -32,7 +32,7 @@ use crate::primary::ship::Progress;
 
 /// Records wait at most this long for their batch, unless a checkpoint or a command comes: each batch is
 /// a sync at the replayer, maybe on the disk that the program works on.
-const FLUSH_EVERY: Duration = Duration::from_millis(100);
+pub(super) const FLUSH_EVERY: Duration = Duration::from_millis(100);
 /// The same while the ring fills up: its room comes back only when what it held is durable.
 const FLUSH_SOON: Duration = Duration::from_millis(10);
 /// How often is looked at what was lost, and forgotten what is old.
@@ -44,7 +44,7 @@ const APPLIED_WAIT: Duration = Duration::from_secs(10);
 /// How long it waits for the spool, where that is to keep what the backup did not take in time.
 const SEALED_WAIT: Duration = Duration::from_secs(10);
 /// Events that are taken in before the loop looks at anything else.
-const EVENTS_AT_ONCE: usize = 4096;
+pub(super) const EVENTS_AT_ONCE: usize = 4096;
 /// Between two looks at an empty ring of the usual size; a small one is full sooner.
 const LOOK_MIN: Duration = Duration::from_millis(1);
 /// A ring that is smaller than this is small.
