@@ -290,7 +290,7 @@ fn a_successor_keeps_process_state_again() {
 #[test]
 fn who_runs_already_goes_on_when_the_agent_dies_in_a_dump() {
     let mut world = World::new("attached-dies", Transport::Unix).unwrap();
-    let criu = criu_that(&world.scratch, STANDS);
+    let criu = criu_that(&world.scratch, "dump", STANDS);
     let cgroup = attach(&mut world, criu.to_str().unwrap(), "counter.py", &[]);
     until("a dump", SOON, || (images(&world).0 > 1).then_some(())).unwrap();
     let (hold, held) = (world.scratch.join("hold"), world.scratch.join("held"));

@@ -17,6 +17,14 @@ use bfs_tests::world::{Transport, World, rounds};
 /// A checkpoint was given up: `bfs-agent --help`.
 const GIVEN_UP: i32 = 73;
 
+/// Once the mark `hold` is there, nothing is restored, after it is gone.
+const STANDS_AND_FAILS: &str = "\
+if [ -e $folder/hold ]; then
+    touch $folder/held
+    while [ -e $folder/hold ]; do sleep 0.02; done
+    exit 1
+fi";
+
 fn progress(world: &World) {
     let at = counted_loosely(world);
     until("the program to go on", SOON, || (counted_loosely(world) > at).then_some(())).unwrap();
@@ -32,7 +40,7 @@ fn check_backup(world: &mut World) {
 #[test]
 fn the_program_goes_on_when_the_agent_dies_in_a_dump() {
     let mut world = World::new("process-dies", Transport::Unix).unwrap();
-    let criu = criu_that(&world.scratch, STANDS);
+    let criu = criu_that(&world.scratch, "dump", STANDS);
     start(&mut world, criu.to_str().unwrap(), "counter.py", &[]);
     until("a dump", SOON, || (images(&world).0 > 1).then_some(())).unwrap();
     let (hold, held) = (world.scratch.join("hold"), world.scratch.join("held"));
@@ -95,7 +103,7 @@ fn the_agent_may_die_at_any_moment_of_a_going_back() {
         } else {
             went_back += 1;
             // It ends by itself: nobody is left.
-            let done = world.agent_command(&["resume", "--group", &world.group.clone()], SOON).unwrap();
+            let done = world.agent_command(&["resume"], SOON).unwrap();
             assert!(done.status.success(), "{done:?}");
         }
         counted(&world);
@@ -104,6 +112,31 @@ fn the_agent_may_die_at_any_moment_of_a_going_back() {
     }
     println!("{went_on} times the program went on, {went_back} times nobody ran");
     assert_eq!(went_on + went_back, all);
+}
+
+/// No probe has seen what the agent changed itself.
+#[test]
+fn files_that_were_brought_back_by_who_died_are_read_by_the_successor() {
+    let mut world = World::new("process-read", Transport::Unix).unwrap();
+    let criu = criu_that(&world.scratch, "restore", STANDS_AND_FAILS);
+    start(&mut world, criu.to_str().unwrap(), "counter.py", &[]);
+    until("dumps", SOON, || (images(&world).0 > 1).then_some(())).unwrap();
+    let (hold, held) = (world.scratch.join("hold"), world.scratch.join("held"));
+    fs::write(&hold, "").unwrap();
+    let (path, backup) = (world.place.data.display().to_string(), world.destination());
+    let mut asks = world.spawn_agent_command(&["rollback", "--path", &path, "--backup", &backup]).unwrap();
+    until("the files to be back", SOON, || held.exists().then_some(())).unwrap();
+    world.kill_agent().unwrap();
+    fs::remove_file(&hold).unwrap();
+    asks.wait().unwrap();
+    until("CRIU to end", SOON, || (!criu_works(&world)).then_some(())).unwrap();
+    assert!(!world.program_runs());
+    // It ends by itself: nobody is left.
+    let done = world.agent_command(&["resume"], SOON).unwrap();
+    assert!(done.status.success(), "{done:?}");
+    counted(&world);
+    exercise::equal(&world).unwrap();
+    check_backup(&mut world);
 }
 
 #[test]
@@ -238,7 +271,7 @@ fn without_process_state_there_is_no_checkpoint_if_it_is_wanted_so() {
 #[test]
 fn a_dump_that_takes_too_long_stretches_the_interval_or_is_skipped() {
     let folder = tempfile::tempdir().unwrap();
-    let slow = criu_that(folder.path(), "sleep 0.5");
+    let slow = criu_that(folder.path(), "dump", "sleep 0.5");
     let slow = slow.to_str().unwrap();
     let numbers = |world: &World| {
         let status = world.status().unwrap();

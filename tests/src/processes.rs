@@ -25,15 +25,15 @@ pub fn criu() -> String {
     beside.expect("`cargo xtask setup --criu` was run").display().to_string()
 }
 
-/// A CRIU of which each dump begins with these lines of shell; `$folder` has room for marks.
+/// A CRIU of which each `dump`, or each `restore`, begins with these lines of shell; `$folder` has room for marks.
 ///
 /// # Panics
 /// When it cannot be written.
 #[must_use]
-pub fn criu_that(folder: &Path, begins: &str) -> PathBuf {
+pub fn criu_that(folder: &Path, what: &str, begins: &str) -> PathBuf {
     let program = folder.join("criu");
     let text = format!(
-        "#!/bin/sh\ncriu={}\nfolder={}\nif [ \"$1\" = dump ]; then\n{begins}\nfi\nexec $criu \"$@\"\n",
+        "#!/bin/sh\ncriu={}\nfolder={}\nif [ \"$1\" = {what} ]; then\n{begins}\nfi\nexec $criu \"$@\"\n",
         criu(),
         folder.display()
     );

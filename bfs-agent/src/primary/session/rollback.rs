@@ -299,7 +299,10 @@ impl Work {
             return Err(RollbackError::Busy(users).into());
         }
         step.ended("nobody uses it");
-        // Both sides know of the intent before the first file changes.
+        // Both sides know of the intent before the first file changes, and of what: who dies behind the last change has a
+        // successor that reads it.
+        self.suspect_changes(&journal, &roots);
+        self.flush();
         if let Err(failure) = self.say_durably(&Record::RollbackIntent { to }) {
             clear_away(&folders);
             return Err(failure);
