@@ -446,7 +446,7 @@ pub struct ProcessStatus {
     pub ahead_bytes: u64,
     /// How long they took, while the processes ran but for moments, microseconds.
     pub ahead_us: u64,
-    /// Why there were not more of them.
+    /// Why there were none, where there might be.
     pub ahead_failure: Option<String>,
     /// How long the processes stood for that checkpoint altogether, microseconds.
     pub last_stop_us: u64,

@@ -2,13 +2,16 @@
 //! dump within the stop what changed since the last. The kernel has to tell what that is.
 //!
 //! A set of images then has folders `ahead-N` in it, each with a link `parent` to the one before; CRIU follows these at a
-//! restore. Where a round fails, the whole memory is dumped within the stop.
+//! restore. Where a round fails, the whole memory is dumped within the stop: the kernel may have been told already to forget
+//! what had changed until then. For the same reason nobody else may dump ahead between the first round and the dump.
 
-use std::fs::{self, DirBuilder};
-use std::io;
+use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::criu::{DUMP_LOG, reason};
 use super::{Images, ImagesError, LIMIT, PRINTED, begin, other, room, size};
@@ -28,7 +31,7 @@ pub struct Ahead {
     pub bytes: u64,
     /// How long they took, beside the processes.
     pub took: Duration,
-    /// Why there were not more of them.
+    /// Why there are none, where there might be.
     pub failure: Option<String>,
 }
 
@@ -41,23 +44,30 @@ impl Images {
     /// Dumps memory ahead of the next dump, if there is enough of it to be worth that. `beside` is called again and again
     /// meanwhile.
     pub fn dump_ahead(&mut self, beside: &mut dyn FnMut()) {
-        self.tally.ahead = Ahead::default();
+        (self.tally.ahead, self.tracking) = (Ahead::default(), None);
         if !self.criu.tracks_memory() || self.rounds == 0 {
             return;
         }
         let since = Instant::now();
-        let mut ahead = Ahead::default();
-        let done = self.rounds(&mut ahead, beside);
-        (ahead.took, ahead.failure) = (since.elapsed(), done.err().map(|e| e.to_string()));
-        self.tally.ahead = ahead;
+        let done = self.rounds(beside);
+        let took = since.elapsed();
+        self.tally.ahead = match done {
+            Ok(ahead) => Ahead { took, ..ahead },
+            Err(e) => {
+                self.tracking = None;
+                Ahead { took, failure: Some(e.to_string()), ..Ahead::default() }
+            }
+        };
     }
 
-    fn rounds(&mut self, ahead: &mut Ahead, beside: &mut dyn FnMut()) -> Result<(), ImagesError> {
+    fn rounds(&mut self, beside: &mut dyn FnMut()) -> Result<Ahead, ImagesError> {
+        let mut ahead = Ahead::default();
         let (root, processes) = self.tree()?;
         let memory = room::memory_of(&processes);
         if memory < ENOUGH {
-            return Ok(());
+            return Ok(ahead);
         }
+        self.tracking = Some(tracking(&self.cgroup)?);
         // All of it once more, should it have changed by then.
         room::check(&self.folder, memory.saturating_mul(2))?;
         let unfinished = self.begin()?;
@@ -65,21 +75,14 @@ impl Images {
         while ahead.rounds < self.rounds {
             let round = ahead.rounds + 1;
             let folder = unfinished.join(name(round));
-            let bytes = match self.round(root, &folder, ahead.rounds, beside) {
-                Ok(bytes) => bytes,
-                Err(e) => {
-                    // Those before it are complete.
-                    remove(&folder);
-                    return Err(e);
-                }
-            };
+            let bytes = self.round(root, &folder, ahead.rounds, beside)?;
             (ahead.rounds, ahead.bytes) = (round, ahead.bytes + bytes);
             if bytes < ENOUGH || bytes > last / 2 {
                 break;
             }
             last = bytes;
         }
-        Ok(())
+        Ok(ahead)
     }
 
     /// One round behind so many; gives its bytes.
@@ -112,11 +115,33 @@ impl Images {
     }
 }
 
-fn remove(folder: &Path) {
-    match fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!("cannot remove {}: {e}", folder.display());
+/// The right to have the kernel forget what changed, of all in a cgroup, for as long as it is open.
+fn tracking(cgroup: &Path) -> Result<File, ImagesError> {
+    let path = cgroup.join("cgroup.procs");
+    let shown = || path.display().to_string();
+    let file = File::open(&path).map_err(other(shown()))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => {
+            Err(ImagesError::Dump("another agent dumps the same processes ahead".into()))
         }
-        _ => {}
+        Err(e) => Err(other(shown())(e.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn one_at_a_time_dumps_ahead() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("cgroup.procs"), "").unwrap();
+        let first = tracking(dir.path()).unwrap();
+        assert!(tracking(dir.path()).unwrap_err().to_string().contains("another agent"));
+        drop(first);
+        tracking(dir.path()).unwrap();
     }
 }

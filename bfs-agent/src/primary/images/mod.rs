@@ -18,7 +18,7 @@ mod sizes;
 mod whole;
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -144,6 +144,8 @@ pub struct Images {
     courier: Option<Courier>,
     /// The replicated directories, as the processes see them.
     inside: Vec<PathBuf>,
+    /// Open from the first round ahead of a dump until that has ended.
+    tracking: Option<File>,
     /// When the last dump had ended.
     dumped: Option<Instant>,
     /// What came of it.
@@ -200,6 +202,7 @@ impl Images {
             new,
             courier,
             inside,
+            tracking: None,
             dumped: None,
             tally,
         })
@@ -323,7 +326,9 @@ impl Images {
         standing: impl FnOnce() -> bool,
     ) -> Result<(), ImagesError> {
         let since = Instant::now();
-        let (bytes, outside) = self.dump_to(checkpoint)?;
+        let dumped = self.dump_to(checkpoint);
+        self.tracking = None;
+        let (bytes, outside) = dumped?;
         (self.tally.last, self.dumped) = (since.elapsed(), Some(Instant::now()));
         self.new = Some(checkpoint);
         if !standing() {

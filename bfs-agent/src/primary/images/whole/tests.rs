@@ -1,3 +1,5 @@
+//! Sets of images that stand on others, made up, and what they are when they stand alone.
+
 use std::os::unix::fs::symlink;
 
 use proptest::prelude::*;
