@@ -22,7 +22,7 @@ async fn ask(to: &mut Connection, frame: Frame, body: &[u8]) -> (Frame, Vec<u8>)
 }
 
 fn put(epoch: Epoch, at: u64) -> Frame {
-    Frame::PutProcess { group: "g".into(), epoch, checkpoint: CheckpointId(at) }
+    Frame::PutProcess { group: "g".into(), epoch, checkpoint: CheckpointId(at), made_ns: None }
 }
 
 /// Sends a set of one file of whole blocks; gives how many of these were wanted.

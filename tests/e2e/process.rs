@@ -8,8 +8,8 @@ use std::time::Duration;
 use bfs_tests::exercise;
 use bfs_tests::hosts::Hosts;
 use bfs_tests::processes::{
-    counted, counted_in, counted_lines, counted_loosely, criu, images, kill, on_backup, script, started,
-    started_by, stopped,
+    counted, counted_in, counted_lines, counted_loosely, criu, images, kill, on_backup, script, start,
+    started, started_by, stopped,
 };
 use bfs_tests::random::Random;
 use bfs_tests::watch::{SOON, until};
@@ -326,4 +326,46 @@ fn a_promotion_that_is_killed_is_finished_by_the_same_command() {
     fs::write(hosts.a.place.stop(), "").unwrap();
     assert_eq!(hosts.ended("b").unwrap(), 0);
     assert!(counted_in(&log) > had);
+}
+
+/// A further destination gets whole checkpoints, and their processes: it can be promoted as well.
+#[test]
+fn a_further_destination_has_the_processes_too() {
+    let mut world = World::new("process-further", Transport::Unix).unwrap();
+    let (second, sock) = (world.root().join("second"), world.root().join("second.sock"));
+    let listen = format!("unix:{}", sock.display());
+    let second_word = second.display().to_string();
+    let mut serves =
+        world.spawn_replayer_command(&["serve", "--store", &second_word, "--listen", &listen]).unwrap();
+    until("another replayer", SOON, || sock.exists().then_some(())).unwrap();
+    start(&mut world, &criu(), "counter.py", &["--backup", &listen]);
+    let further = |world: &World| world.status().unwrap()["process"]["further"][0].clone();
+    let shipped = |world: &World| further(world)["shipped"].as_u64().unwrap_or(0);
+    until("process state there", SOON, || (shipped(&world) > 0).then_some(())).unwrap();
+    // Nothing goes there while it is paused, and the newest when it goes on.
+    world.agent_command(&["dest", "pause", &listen], SOON).unwrap();
+    let before = images(&world).0;
+    until("dumps", SOON, || (images(&world).0 > before + 3).then_some(())).unwrap();
+    let paused = shipped(&world);
+    world.agent_command(&["dest", "resume", &listen], SOON).unwrap();
+    until("process state there again", SOON, || (shipped(&world) > paused + 2).then_some(())).unwrap();
+    assert!(world.finish().unwrap().success());
+    counted(&world);
+    exercise::equal(&world).unwrap();
+
+    // It was told to end, and does as soon as it is restored.
+    let (to, folder) = (world.scratch.join("promoted"), world.scratch.join("images"));
+    fs::create_dir(&to).unwrap();
+    let [to_word, folder, third, spool] =
+        [&to, &folder, &world.scratch.join("third"), &world.scratch.join("spool")]
+            .map(|path| path.display().to_string());
+    let (group, backup, criu) = (world.group.clone(), format!("dir:{third}"), criu());
+    let words = ["promote", "--store", &second_word, "--group", &group, "--to", &to_word, "--with-process"];
+    let more = ["--process-dir", &folder, "--", "--backup", &backup, "--criu", &criu, "--spool", &spool];
+    let mut promote = world.spawn_replayer_command(&[&words[..], &more].concat()).unwrap();
+    assert!(promote.wait().unwrap().success());
+    let log = to.join(world.place.data.strip_prefix("/").unwrap()).join("log");
+    assert!(counted_in(&log) > 0);
+    serves.kill().unwrap();
+    serves.wait().unwrap();
 }

@@ -518,8 +518,8 @@ impl Session {
                 Ok(())
             }
             Frame::Look { group, at, look } => self.look(group, at, look).await,
-            Frame::PutProcess { group, epoch, checkpoint } => {
-                self.put_process(&group, epoch, checkpoint).await
+            Frame::PutProcess { group, epoch, checkpoint, made_ns } => {
+                self.put_process(&group, (epoch, made_ns), checkpoint).await
             }
             Frame::ProcessBlocks { file, size } => self.process_blocks(file, size, body).await,
             Frame::ProcessBytes => self.process_bytes(body).await,

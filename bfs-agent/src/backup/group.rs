@@ -41,6 +41,7 @@ use crate::log::LogRecord;
 use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
 use attending::Attendance;
 pub use attending::{Leave, Pulse, Slot};
+pub use processes::Puts;
 use promoting::Promoting;
 use taking::Pending;
 

@@ -6,14 +6,14 @@ use bfs_common::record::{CheckpointId, Epoch};
 use bfs_common::wire::{Frame, PROCESS_PIECE, Refusal};
 use bytes::{Bytes, BytesMut};
 
-use super::super::group::Group;
+use super::super::group::{Group, Puts};
 use super::super::process::put::{Put, PutError};
 use super::{Session, blocking};
 
 /// A set that comes in.
 pub(super) struct Putting {
     group: Arc<Group>,
-    epoch: Epoch,
+    by: Puts,
     put: Box<Put>,
 }
 
@@ -21,16 +21,16 @@ impl Session {
     pub(super) async fn put_process(
         &mut self,
         group: &str,
-        epoch: Epoch,
+        (epoch, made_ns): (Epoch, Option<i64>),
         at: CheckpointId,
     ) -> Result<(), Refusal> {
-        let group = self.group(group)?;
+        let (group, by) = (self.group(group)?, Puts::of(epoch, made_ns));
         // One that did not come to its end is given up.
         self.putting = None;
-        match group.put_process(epoch, at).await? {
+        match group.put_process(by, at).await? {
             None => self.answer(Frame::ProcessKept).await,
             Some(put) => {
-                self.putting = Some(Putting { group, epoch, put });
+                self.putting = Some(Putting { group, by, put });
                 self.answer(Frame::ProcessBegun).await;
             }
         }
@@ -46,14 +46,14 @@ impl Session {
         &mut self,
         work: impl FnOnce(&mut Put) -> Result<T, PutError> + Send + 'static,
     ) -> Result<T, Refusal> {
-        let Putting { group, epoch, mut put } = self.putting()?;
+        let Putting { group, by, mut put } = self.putting()?;
         let (put, done) = blocking(move || {
             let done = work(&mut put);
             Ok((put, done))
         })
         .await?;
         let done = group.more_of_process(done)?;
-        self.putting = Some(Putting { group, epoch, put });
+        self.putting = Some(Putting { group, by, put });
         Ok(done)
     }
 
@@ -77,8 +77,8 @@ impl Session {
     }
 
     pub(super) async fn process_end(&mut self) -> Result<(), Refusal> {
-        let Putting { group, epoch, put } = self.putting()?;
-        group.state().admit(epoch)?;
+        let Putting { group, by, put } = self.putting()?;
+        group.admit_process(by)?;
         let done = blocking(move || Ok(put.end())).await?;
         group.more_of_process(done)?;
         self.answer(Frame::ProcessKept).await;

@@ -15,6 +15,23 @@ use super::{Group, locked};
 /// How long images wait for their checkpoint: nothing else is heard on their connection meanwhile.
 const CONFIRMED: Duration = Duration::from_secs(5);
 
+/// Who puts images here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Puts {
+    /// The agent that writes the group's stream, in this epoch.
+    Epoch(Epoch),
+    /// One whose checkpoints come here whole: when the checkpoint was made, nanoseconds since 1970.
+    Moment(i64),
+}
+
+impl Puts {
+    /// As [`bfs_common::wire::Frame::PutProcess`] says it.
+    #[must_use]
+    pub fn of(epoch: Epoch, made_ns: Option<i64>) -> Self {
+        made_ns.map_or(Self::Epoch(epoch), Self::Moment)
+    }
+}
+
 fn refused(group: &str, error: PutError) -> Refusal {
     match error {
         PutError::Busy => Refusal::Busy { name: group.into() },
@@ -36,10 +53,10 @@ impl Group {
     /// Why they are not taken.
     pub async fn put_process(
         self: &Arc<Self>,
-        epoch: Epoch,
+        by: Puts,
         at: CheckpointId,
     ) -> Result<Option<Box<Put>>, Refusal> {
-        self.state().admit(epoch)?;
+        self.admit_process(by)?;
         let mut progress = self.progress();
         let confirmed = tokio::time::timeout(CONFIRMED, progress.wait_for(|p| p.confirmed >= at));
         match confirmed.await {
@@ -48,13 +65,18 @@ impl Group {
             Err(_) => return Err(Refusal::Behind(format!("checkpoint {at} is not confirmed yet"))),
         }
         // Who was fenced meanwhile may have another checkpoint of this number.
-        self.state().admit(epoch)?;
+        self.admit_process(by)?;
         let group = Arc::clone(self);
         let begin = move || {
             let label = group.label_of(at).map_err(|error| Refusal::Store(error.to_string()))?;
             let Some(label) = label else {
                 return Err(Refusal::Bad(format!("checkpoint {at} is not kept any more")));
             };
+            if let Puts::Moment(made_ns) = by
+                && made_ns != label.wall_ns
+            {
+                return Err(Refusal::Bad(format!("checkpoint {at} is another one here")));
+            }
             match group.process.begin(at, label.wall_ns) {
                 Ok(Begun::There) => Ok(None),
                 Ok(Begun::Put(put)) => Ok(Some(put)),
@@ -62,6 +84,17 @@ impl Group {
             }
         };
         tokio::task::spawn_blocking(begin).await.map_err(|error| Refusal::Store(error.to_string()))?
+    }
+
+    /// Whether somebody may put images here. Who names the moment of a checkpoint puts what belongs to that one.
+    ///
+    /// # Errors
+    /// The refusal for whoever is fenced.
+    pub fn admit_process(&self, by: Puts) -> Result<(), Refusal> {
+        match by {
+            Puts::Epoch(epoch) => self.state().admit(epoch).map(drop),
+            Puts::Moment(_) => Ok(()),
+        }
     }
 
     /// Whether there is room for so many bytes of images.

@@ -472,6 +472,23 @@ pub struct ProcessStatus {
     pub not_shipped: u64,
     /// Why the last one could not be sent, while it could not.
     pub ship_failure: Option<String>,
+    /// The same of the destinations beside the first.
+    pub further: Vec<FurtherProcess>,
+}
+
+/// Process state at a destination beside the first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FurtherProcess {
+    /// As given to `--backup`.
+    pub address: String,
+    /// The last checkpoint whose process state it has.
+    pub shipped: Option<CheckpointId>,
+    /// Bytes of it that had to be sent.
+    pub shipped_bytes: u64,
+    /// Checkpoints whose process state it has not got.
+    pub not_shipped: u64,
+    /// Why the last one could not be sent, while it could not.
+    pub ship_failure: Option<String>,
 }
 
 /// Files whose policy brings them back (recovery `automatic` and `request`).

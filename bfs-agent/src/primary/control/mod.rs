@@ -17,9 +17,9 @@ use std::path::PathBuf;
 
 pub use client::{Client, ClientError, milliseconds};
 pub use messages::{
-    CheckpointStatus, Counters, DestinationStatus, FailureKind, FencedStatus, ForeignStatus, HookStatus,
-    ProcessStatus, RecoveryStatus, Reply, SpoolStatus, Standing, State, Status, StopTimes, StrangerStatus,
-    VerifyReport,
+    CheckpointStatus, Counters, DestinationStatus, FailureKind, FencedStatus, ForeignStatus, FurtherProcess,
+    HookStatus, ProcessStatus, RecoveryStatus, Reply, SpoolStatus, Standing, State, Status, StopTimes,
+    StrangerStatus, VerifyReport,
 };
 pub use policies::PolicySettings;
 pub use request::{BadRequest, NEWEST, Request, WaitFor};

@@ -12,7 +12,7 @@ use crate::generation::next::{Apart, Step, carry, kept, next, pour};
 use crate::generation::{Client, OpenError, ReadError};
 use crate::net::{AskError, ConnectError};
 use crate::primary::control::Standing;
-use crate::primary::ship::{Limit, Sends};
+use crate::primary::ship::Sends;
 
 /// How often a destination is asked how it stands, when there is nothing for it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -127,14 +127,12 @@ struct Courier<'a> {
     client: Option<Client>,
     /// The newest checkpoint there, once it is known.
     newest: Option<GenerationLine>,
-    limit: Option<Limit>,
     connections: u64,
 }
 
 /// Until the destination is none any more.
 pub(super) fn run(shared: &Shared, id: u64, place: &Place) {
-    let limit = shared.options.rate_limit.map(Limit::new);
-    let mut courier = Courier { shared, id, place, client: None, newest: None, limit, connections: 0 };
+    let mut courier = Courier { shared, id, place, client: None, newest: None, connections: 0 };
     let mut again = AGAIN_MIN;
     loop {
         let seen = shared.lock().version;
@@ -349,10 +347,12 @@ impl Courier<'_> {
             if self.shared.leg(self.id, |leg| leg.paused).unwrap_or(true) {
                 return Err(ended());
             }
-            let Some(Err(at)) = self.limit.as_ref().map(|limit| limit.may(Sends::Records)) else { break };
+            let Some(Err(at)) = self.place.limit.as_ref().map(|limit| limit.may(Sends::Records)) else {
+                break;
+            };
             self.wait(at.saturating_duration_since(Instant::now()), |_| false);
         }
-        if let Some(limit) = &self.limit {
+        if let Some(limit) = &self.place.limit {
             limit.sent(Sends::Records, bytes);
         }
         self.shared.leg(self.id, |leg| leg.sent_bytes += bytes as u64).ok_or_else(ended)

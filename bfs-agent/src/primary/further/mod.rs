@@ -31,7 +31,7 @@ use bfs_common::wire::StoreState;
 
 use super::control::Standing;
 use super::engine::outbox::Batch;
-use super::ship::Connect;
+use super::ship::{Connect, Limit};
 use crate::generation::wall_ns;
 
 pub use confirm::{At, Confirm};
@@ -55,8 +55,6 @@ pub struct FurtherOptions {
     pub folder: PathBuf,
     /// Most bytes of it.
     pub bytes_max: u64,
-    /// Most bytes a second to each destination.
-    pub rate_limit: Option<u64>,
     /// Where the stream goes.
     pub first: Place,
     /// The group's roots where the stream begins.
@@ -76,6 +74,8 @@ pub struct Place {
     pub address: String,
     /// How to reach it.
     pub connect: Connect,
+    /// Most that it is sent, where it is a further one.
+    pub limit: Option<Arc<Limit>>,
 }
 
 impl std::fmt::Debug for Place {
@@ -324,6 +324,12 @@ impl Further {
                 self.shared.changed.notify_all();
             }
         }
+    }
+
+    /// How they stand.
+    #[must_use]
+    pub fn places(&self) -> Vec<Place> {
+        self.shared.lock().legs.iter().map(|(_, place, _)| place.clone()).collect()
     }
 
     /// How they stand.

@@ -13,9 +13,10 @@ use bfs_common::record::{CheckpointId, Epoch};
 use bfs_common::wire::{Frame, PROCESS_BLOCK, PROCESS_PIECE, Refusal, process_file_is_valid};
 use bytes::Bytes;
 
+use super::couriers::To;
 use super::{PRINTED, whole};
 use crate::net::{AskError, ConnectError, Connection};
-use crate::primary::ship::{Connect, Limit, Sends};
+use crate::primary::ship::{Limit, Sends};
 
 /// How long an answer may take: the first comes when the checkpoint is confirmed, the last after a sync.
 const ANSWER: Duration = Duration::from_secs(60);
@@ -41,10 +42,21 @@ pub struct Shipped {
     pub failure: Option<String>,
 }
 
+/// What a destination knows us by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// It gets the stream, of this epoch.
+    Epoch(Epoch),
+    /// It gets whole checkpoints: they are known by when they were made.
+    Moment,
+}
+
 #[derive(Debug)]
 struct Job {
     checkpoint: CheckpointId,
     folder: PathBuf,
+    /// When the checkpoint was made, nanoseconds since 1970.
+    made_ns: i64,
 }
 
 #[derive(Debug, Default)]
@@ -53,6 +65,8 @@ struct State {
     /// What is being brought.
     hand: Option<CheckpointId>,
     ended: bool,
+    /// Nothing is begun.
+    paused: bool,
     shipped: Shipped,
 }
 
@@ -93,19 +107,20 @@ impl CourierError {
 }
 
 impl Courier {
-    /// Starts one to a destination, for the agent of this epoch. The limit is the one of the stream, which goes first.
+    /// Starts one to a destination, with a number that no other one has. What else goes there goes first.
     ///
     /// # Errors
     /// When there is no thread.
-    pub fn start(connect: Connect, limit: Option<Arc<Limit>>, group: &str, epoch: Epoch) -> io::Result<Self> {
+    pub fn start(to: To, group: &str, number: u32) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let shared = Arc::new(Shared::default());
         let (works, group) = (Arc::clone(&shared), group.to_owned());
         std::thread::Builder::new().name("process images".into()).spawn(move || {
             while let Some(job) = take(&works) {
                 let since = Instant::now();
-                let brought = runtime.block_on(bring(&connect, limit.as_deref(), &group, epoch, &job));
-                if let Err(e) = whole::forget(&job.folder) {
+                let whole = whole::name(number);
+                let brought = runtime.block_on(bring(&to, &group, &whole, &job));
+                if let Err(e) = whole::forget(&job.folder, &whole) {
                     tracing::warn!("cannot remove images in {}: {e}", job.folder.display());
                 }
                 let mut state = works.state();
@@ -137,11 +152,17 @@ impl Courier {
     }
 
     /// These are to be brought, as soon as their checkpoint is confirmed.
-    pub fn bring(&self, checkpoint: CheckpointId, folder: PathBuf) {
+    pub fn bring(&self, checkpoint: CheckpointId, folder: PathBuf, made_ns: i64) {
         let mut state = self.0.state();
-        if state.next.replace(Job { checkpoint, folder }).is_some() {
+        if state.next.replace(Job { checkpoint, folder, made_ns }).is_some() {
             state.shipped.skipped += 1;
         }
+        self.0.changed.notify_all();
+    }
+
+    /// Nothing more is begun, or it goes on.
+    pub fn pause(&self, pause: bool) {
+        self.0.state().paused = pause;
         self.0.changed.notify_all();
     }
 
@@ -174,7 +195,9 @@ fn take(shared: &Shared) -> Option<Job> {
         if state.ended {
             return None;
         }
-        if let Some(job) = state.next.take() {
+        if !state.paused
+            && let Some(job) = state.next.take()
+        {
             state.hand = Some(job.checkpoint);
             return Some(job);
         }
@@ -182,8 +205,8 @@ fn take(shared: &Shared) -> Option<Job> {
     }
 }
 
-/// The files of a set, by name, as they stand alone; what CRIU tells people is not one of them.
-fn files(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+/// The files of a set, by name, as they stand alone in the folder `whole`; what CRIU tells people is not one of them.
+fn files(folder: &Path, whole: &str) -> io::Result<Vec<(String, PathBuf)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
@@ -194,7 +217,7 @@ fn files(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
         if !process_file_is_valid(&name) {
             return Err(io::Error::other(format!("a file is called {name:?}")));
         }
-        let path = whole::image(folder, &name);
+        let path = whole::image(folder, whole, &name);
         found.push((name, path));
     }
     found.sort();
@@ -202,24 +225,23 @@ fn files(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
 }
 
 /// Sends a set; gives the bytes that had to be sent.
-async fn bring(
-    connect: &Connect,
-    limit: Option<&Limit>,
-    group: &str,
-    epoch: Epoch,
-    job: &Job,
-) -> Result<u64, CourierError> {
-    let mut to = connect().await?;
-    let begin = Frame::PutProcess { group: group.into(), epoch, checkpoint: job.checkpoint };
+async fn bring(to: &To, group: &str, whole: &str, job: &Job) -> Result<u64, CourierError> {
+    let (limit, by) = (to.limit.as_deref(), to.by);
+    let mut to = (to.connect)().await?;
+    let (epoch, made_ns) = match by {
+        By::Epoch(epoch) => (epoch, None),
+        By::Moment => (Epoch(0), Some(job.made_ns)),
+    };
+    let begin = Frame::PutProcess { group: group.into(), epoch, checkpoint: job.checkpoint, made_ns };
     match ask(&mut to, &begin, &[]).await?.0 {
         Frame::ProcessBegun => {}
         Frame::ProcessKept => return Ok(0),
         _ => return Err(AskError::Unexpected.into()),
     }
-    whole::make(&job.folder)?;
+    whole::make(&job.folder, whole)?;
     let mut sent = 0;
     let mut chunk = vec![0; CHUNK];
-    for (name, path) in files(&job.folder)? {
+    for (name, path) in files(&job.folder, whole)? {
         let mut file = File::open(path)?;
         let size = file.metadata()?.len();
         let mut left = size;

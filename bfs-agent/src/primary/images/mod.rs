@@ -8,6 +8,7 @@
 mod ahead;
 mod beside;
 mod courier;
+mod couriers;
 pub mod criu;
 mod numbers;
 mod outside;
@@ -26,15 +27,14 @@ use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use bfs_common::record::{CheckpointId, Epoch};
+use bfs_common::record::CheckpointId;
 
 use super::contained::{Contained, Role};
 use super::process::{ProcessError, is_of_cgroup, tasks_of_cgroup};
-use super::ship::{Connect, Limit};
 pub use ahead::Ahead;
 use beside::Conflict;
-use courier::Courier;
-pub use courier::Shipped;
+pub use courier::{By, Shipped};
+pub use couriers::{Couriers, To};
 use criu::{Criu, DUMP_LOG, RESTORE_LOG, reason};
 pub use outside::{OpenOutside, Origin};
 use outside::{Outside, open_outside};
@@ -141,7 +141,8 @@ pub struct Images {
     kept: Vec<CheckpointId>,
     /// What was dumped and does not count yet.
     new: Option<CheckpointId>,
-    courier: Option<Courier>,
+    /// They bring each set to its destination.
+    pub couriers: Couriers,
     /// The replicated directories, as the processes see them.
     inside: Vec<PathBuf>,
     /// Open from the first round ahead of a dump until that has ended.
@@ -188,7 +189,7 @@ impl Images {
             binds.iter().find(|(from, _)| from == root).map_or_else(|| root.clone(), |(_, to)| to.clone())
         };
         let inside = roots.iter().map(seen).collect();
-        let (kept, new, courier, tally) = (Vec::new(), None, None, Tally::default());
+        let (kept, new, tally) = (Vec::new(), None, Tally::default());
         Ok(Self {
             criu,
             folder,
@@ -200,33 +201,12 @@ impl Images {
             rounds,
             kept,
             new,
-            courier,
+            couriers: Couriers::default(),
             inside,
             tracking: None,
             dumped: None,
             tally,
         })
-    }
-
-    /// From now on each set is brought to this destination, no faster than its limit.
-    ///
-    /// # Errors
-    /// When there is no thread for it.
-    pub fn bring_to(
-        &mut self,
-        connect: Connect,
-        limit: Option<Arc<Limit>>,
-        group: &str,
-        epoch: Epoch,
-    ) -> io::Result<()> {
-        self.courier = Some(Courier::start(connect, limit, group, epoch)?);
-        Ok(())
-    }
-
-    /// What came of that.
-    #[must_use]
-    pub fn shipped(&self) -> Shipped {
-        self.courier.as_ref().map(Courier::shipped).unwrap_or_default()
     }
 
     fn contained(&self) -> MutexGuard<'_, Contained> {
@@ -458,21 +438,19 @@ impl Images {
         Ok(processes)
     }
 
-    /// There is this checkpoint, and the processes run again: what was dumped for it counts, and is brought to the
-    /// destination; what is beyond the number that is kept does not count any more.
-    pub fn tidy(&mut self, checkpoint: CheckpointId) {
+    /// There is this checkpoint, made then, and the processes run again: what was dumped for it counts, and is brought to the
+    /// destinations; what is beyond the number that is kept does not count any more.
+    pub fn tidy(&mut self, checkpoint: CheckpointId, made_ns: i64) {
         if self.new.take() != Some(checkpoint) {
             return;
         }
         self.kept.push(checkpoint);
-        if let Some(courier) = &self.courier {
-            courier.bring(checkpoint, self.of(checkpoint));
-        }
+        self.couriers.bring(checkpoint, &self.of(checkpoint), made_ns);
         // Those that wait there give way to this one.
-        let hand = self.courier.as_ref().and_then(Courier::hand).filter(|hand| self.kept.contains(hand));
-        let beyond = |kept: &[CheckpointId]| kept.len() > self.keep + usize::from(hand.is_some());
-        while beyond(&self.kept)
-            && let Some(at) = self.kept.iter().position(|kept| Some(*kept) != hand)
+        let mut hands = self.couriers.hands();
+        hands.retain(|hand| self.kept.contains(hand));
+        while self.kept.len() > self.keep + hands.len()
+            && let Some(at) = self.kept.iter().position(|kept| !hands.contains(kept))
         {
             let oldest = self.kept.remove(at);
             let oldest = self.of(oldest);
@@ -544,7 +522,7 @@ impl Images {
 
     /// Removes all of them: nobody can restore them any more.
     pub fn clear(&mut self) {
-        self.courier = None;
+        self.couriers = Couriers::default();
         self.kept.clear();
         if let Err(e) = remove_images(&self.folder).and_then(|()| fs::remove_dir(&self.folder)) {
             tracing::warn!("cannot remove {}: {e}", self.folder.display());

@@ -15,8 +15,6 @@ use super::protobuf::{MAGIC, entry, fields, put_entry, put_varint};
 
 /// Where a set says of what it is the rest.
 const PARENT: &str = "parent";
-/// The folder in a set that has those of its images that did not stand alone.
-pub(super) const WHOLE: &str = "whole";
 /// Bytes that are copied at once.
 const CHUNK: usize = 1 << 20;
 
@@ -181,34 +179,39 @@ fn copy_bytes(from: &File, mut at: u64, mut length: u64, to: &mut File) -> io::R
     Ok(())
 }
 
-/// Where each image of a set stands alone: itself, or what is in the folder [`WHOLE`].
-pub(super) fn image(set: &Path, name: &str) -> PathBuf {
-    let whole = set.join(WHOLE).join(name);
+/// The folder in a set where who has this number puts those of its images that do not stand alone.
+pub(super) fn name(number: u32) -> String {
+    format!("whole-{number}")
+}
+
+/// Where each image of a set stands alone: itself, or what is in the folder `whole`.
+pub(super) fn image(set: &Path, whole: &str, name: &str) -> PathBuf {
+    let whole = set.join(whole).join(name);
     if whole.exists() { whole } else { set.join(name) }
 }
 
-/// Removes the folder [`WHOLE`] of a set.
+/// Removes the folder `whole` of a set.
 ///
 /// # Errors
 /// What the file system said.
-pub(super) fn forget(set: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(set.join(WHOLE)) {
+pub(super) fn forget(set: &Path, whole: &str) -> io::Result<()> {
+    match fs::remove_dir_all(set.join(whole)) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     }
 }
 
-/// Puts into the folder [`WHOLE`] of a set those of its images that do not stand alone.
+/// Puts into the folder `whole` of a set those of its images that do not stand alone.
 ///
 /// # Errors
 /// What the file system said, or that an image is not understood.
-pub(super) fn make(set: &Path) -> io::Result<()> {
-    forget(set)?;
+pub(super) fn make(set: &Path, whole: &str) -> io::Result<()> {
+    forget(set, whole)?;
     if !set.join(PARENT).exists() {
         return Ok(());
     }
     let page = page_size() as u64;
-    let to = set.join(WHOLE);
+    let to = set.join(whole);
     DirBuilder::new().mode(0o700).create(&to)?;
     for found in fs::read_dir(set)? {
         let Ok(name) = found?.file_name().into_string() else { continue };

@@ -50,7 +50,6 @@ impl Link {
                 group: options.group.clone(),
                 folder: spool.directory.clone(),
                 bytes_max,
-                rate_limit: options.sending.rate_limit,
                 first: self.first.clone(),
                 roots,
             });
@@ -102,6 +101,9 @@ impl Work {
                 if let Some(further) = &self.link.further {
                     further.remove(&to.to_string());
                 }
+                if let Some(images) = &mut self.images {
+                    images.couriers.remove(&to.to_string());
+                }
                 self.keep_destinations()?;
                 if self.options.further.is_empty() {
                     self.link.further = None;
@@ -110,6 +112,9 @@ impl Work {
             Change::Pause | Change::Resume => {
                 if let Some(further) = &self.link.further {
                     further.pause(&to.to_string(), change == Change::Pause);
+                }
+                if let Some(images) = &self.images {
+                    images.couriers.pause(&to.to_string(), change == Change::Pause);
                 }
             }
             Change::Resync => {
@@ -127,7 +132,8 @@ impl Work {
         preflight::check_paired(&self.options.keys, &to)?;
         preflight::check_store(&to, &self.options.roots)?;
         let (place, _) = left::place(&self.options, &to)?;
-        self.link.add_further(&self.options, self.engine.roots(), place)?;
+        self.link.add_further(&self.options, self.engine.roots(), place.clone())?;
+        self.bring_images_to(place);
         self.options.further.push(to);
         self.keep_destinations()
     }

@@ -20,7 +20,7 @@ use crate::primary::failure::{Failure, Kind};
 use crate::primary::further::Place;
 use crate::primary::preflight;
 use crate::primary::reader::{Reader, Root};
-use crate::primary::ship::{Connect, Progress, ShipError, ShipOptions, Shipper, network, send_left};
+use crate::primary::ship::{Connect, Limit, Progress, ShipError, ShipOptions, Shipper, network, send_left};
 use crate::primary::spool::{self, Address, Left, Spool, SpoolError, SpoolOptions};
 
 /// Between two lines about how it goes on.
@@ -66,7 +66,8 @@ pub(super) fn place(
             "take a store whose before-images are outside of every --path",
         ));
     }
-    Ok((Place { address: backup.to_string(), connect }, local))
+    let limit = options.sending.rate_limit.map(|rate| Arc::new(Limit::new(rate)));
+    Ok((Place { address: backup.to_string(), connect, limit }, local))
 }
 
 /// What a session says at a connection.

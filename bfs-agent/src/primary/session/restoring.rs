@@ -12,11 +12,12 @@ use super::rollback::{KILL_WAIT, send};
 use super::state::Selection;
 use super::work::{EVENTS_AT_ONCE, FLUSH_EVERY, Work};
 use crate::generation::At;
-use crate::primary::control::{FailureKind, ProcessStatus, Replies, Reply, State};
+use crate::primary::control::{FailureKind, FurtherProcess, ProcessStatus, Replies, Reply, State};
 use crate::primary::engine::host::Host;
 use crate::primary::engine::{CheckpointError, Request, Stop, Taken};
 use crate::primary::failure::{Failure, Kind};
-use crate::primary::images::LIMIT;
+use crate::primary::further::{Further, Place};
+use crate::primary::images::{By, LIMIT, To};
 use crate::primary::rollback::RollbackError;
 use crate::primary::stop::Limits;
 
@@ -44,11 +45,24 @@ impl Work {
         stop != Stop::Never && !every.is_some_and(|every| images.skips(every))
     }
 
-    /// Sets of images go to the destination from now on.
+    /// Sets of images go to the destinations from now on.
     pub(super) fn bring_images(&mut self) {
+        let (connect, limit) = (self.link.shipper.remote().connector(), self.link.shipper.limit());
+        self.send_images(To { address: None, connect, limit, by: By::Epoch(self.epoch) });
+        for place in self.link.further.as_ref().map(Further::places).unwrap_or_default() {
+            self.bring_images_to(place);
+        }
+    }
+
+    /// And to this further one.
+    pub(super) fn bring_images_to(&mut self, place: Place) {
+        let Place { address, connect, limit } = place;
+        self.send_images(To { address: Some(address), connect, limit, by: By::Moment });
+    }
+
+    fn send_images(&mut self, to: To) {
         let Some(images) = &mut self.images else { return };
-        let connect = self.link.shipper.remote().connector();
-        if let Err(e) = images.bring_to(connect, self.link.shipper.limit(), &self.options.group, self.epoch) {
+        if let Err(e) = images.couriers.add(to, &self.options.group) {
             self.last_error = Some(format!("process images stay on this host: no thread for them: {e}"));
         }
     }
@@ -105,7 +119,7 @@ impl Work {
             let stood = self.link.stops_us.last().copied().unwrap_or_default();
             images.tally.stood = (Duration::from_micros(stood), self.link.reached);
         }
-        images.tidy(taken.checkpoint);
+        images.tidy(taken.checkpoint, request.wall_ns);
         if let Some(why) = failure {
             let why = format!("checkpoint {} has files only, no process state: {why}", taken.checkpoint);
             if images.tally.failed == 1 {
@@ -118,7 +132,7 @@ impl Work {
 
     pub(super) fn process_status(&self) -> Option<ProcessStatus> {
         let images = self.images.as_ref()?;
-        let (tally, shipped) = (&images.tally, images.shipped());
+        let (tally, shipped) = (&images.tally, images.couriers.first());
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Some(ProcessStatus {
             criu: images.version(),
@@ -144,6 +158,18 @@ impl Work {
             shipped_us: us(shipped.took),
             not_shipped: shipped.skipped,
             ship_failure: shipped.failure,
+            further: images
+                .couriers
+                .further()
+                .into_iter()
+                .map(|(address, shipped)| FurtherProcess {
+                    address,
+                    shipped: shipped.last,
+                    shipped_bytes: shipped.bytes,
+                    not_shipped: shipped.skipped,
+                    ship_failure: shipped.failure,
+                })
+                .collect(),
         })
     }
 

@@ -17,6 +17,7 @@ enum Page {
     Below,
 }
 
+const WHOLE: &str = "whole-1";
 const HEAD: [u8; 2] = [0x08, 3];
 
 fn page() -> usize {
@@ -95,13 +96,13 @@ proptest! {
             }
         }
         let set = sets.last().unwrap();
-        make(set).unwrap();
+        make(set, WHOLE).unwrap();
         let last = layers.last().unwrap();
         prop_assert_eq!(set.join(WHOLE).join("pagemap-7.img").exists(), last.contains(&Page::Below));
-        let image_of = fs::read(image(set, "pagemap-7.img")).unwrap();
+        let image_of = fs::read(image(set, WHOLE, "pagemap-7.img")).unwrap();
         let map = Map::parse(&image_of, page() as u64).unwrap();
         prop_assert!(!map.has_parent());
-        let bytes = fs::read(image(set, "pages-3.img")).unwrap();
+        let bytes = fs::read(image(set, WHOLE, "pages-3.img")).unwrap();
         let mut found = vec![None; last.len()];
         for run in &map.runs {
             for n in 0..run.length as usize / page() {
@@ -116,8 +117,8 @@ proptest! {
             (last[at] != Page::None).then(|| content(own.unwrap(), at))
         };
         prop_assert_eq!(found, (0..last.len()).map(newest).collect::<Vec<_>>());
-        forget(set).unwrap();
-        prop_assert_eq!(image(set, "pages-3.img"), set.join("pages-3.img"));
+        forget(set, WHOLE).unwrap();
+        prop_assert_eq!(image(set, WHOLE, "pages-3.img"), set.join("pages-3.img"));
     }
 }
 
@@ -129,7 +130,7 @@ fn a_page_that_no_round_has_is_said() {
     write(&below, 0, &[Page::Own, Page::None], false);
     write(dir.path(), 1, &[Page::Below, Page::Below], false);
     symlink("ahead-1", dir.path().join(PARENT)).unwrap();
-    let said = make(dir.path()).unwrap_err().to_string();
+    let said = make(dir.path(), WHOLE).unwrap_err().to_string();
     assert!(said.contains("is in no round"), "{said}");
 }
 
@@ -139,5 +140,5 @@ fn what_is_no_image_is_not_understood() {
     fs::create_dir(dir.path().join("ahead-1")).unwrap();
     symlink("ahead-1", dir.path().join(PARENT)).unwrap();
     fs::write(dir.path().join("pagemap-7.img"), b"magicmag\x05\0\0\0abc").unwrap();
-    assert!(make(dir.path()).unwrap_err().to_string().contains("is not understood"));
+    assert!(make(dir.path(), WHOLE).unwrap_err().to_string().contains("is not understood"));
 }
