@@ -285,7 +285,12 @@ impl Images {
 
     /// What is not kept any more goes: just before a dump, whose pages come in its place. Memory that nobody has used
     /// for a while is dear where the host of a virtual machine has to give it anew, and a dump writes much.
-    pub fn make_room(&self) {
+    pub fn make_room(&mut self) {
+        self.let_go();
+        self.remove_spare();
+    }
+
+    fn remove_spare(&self) {
         let spare = self.folder.join(SPARE);
         match fs::remove_dir_all(&spare) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -446,7 +451,13 @@ impl Images {
         }
         self.kept.push(checkpoint);
         self.couriers.bring(checkpoint, &self.of(checkpoint), made_ns);
-        // Those that wait there give way to this one.
+        // Those that wait there have given way to this one.
+        self.let_go();
+    }
+
+    /// What is beyond the number that is kept does not count any more, but for what is being brought: that stays until
+    /// it is there.
+    fn let_go(&mut self) {
         let mut hands = self.couriers.hands();
         hands.retain(|hand| self.kept.contains(hand));
         while self.kept.len() > self.keep + hands.len()
@@ -454,7 +465,7 @@ impl Images {
         {
             let oldest = self.kept.remove(at);
             let oldest = self.of(oldest);
-            self.make_room();
+            self.remove_spare();
             if let Err(e) = fs::rename(&oldest, self.folder.join(SPARE)) {
                 tracing::warn!("cannot rename {}: {e}", oldest.display());
             }
