@@ -5,11 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::time::Duration;
 
-use bfs_tests::exercise;
 use bfs_tests::hosts::Hosts;
 use bfs_tests::processes::{
-    counted, counted_in, counted_lines, counted_loosely, criu, images, kill, on_backup, script, start,
-    started, started_by, stopped,
+    counted_in, counted_lines, counted_loosely, criu, ends_right, host_options, images, is_right, kill,
+    on_backup, promoted, rollback, script, start, started, started_by, stopped,
 };
 use bfs_tests::random::Random;
 use bfs_tests::watch::{SOON, until};
@@ -36,9 +35,7 @@ fn goes_on(name: &str, program: &str, times: usize) {
     let (dumped, failed, restored) = images(&world);
     println!("{name}: {dumped} dumps, {failed} failed, {restored} restored");
     assert_eq!((failed, restored), (0, times as u64));
-    assert!(world.finish().unwrap().success(), "the program found itself wrong");
-    assert!(counted(&world) > 0);
-    exercise::equal(&world).unwrap();
+    assert!(ends_right(&mut world) > 0);
 }
 
 #[test]
@@ -66,21 +63,13 @@ fn what_cannot_be_dumped_is_said_and_the_files_are_safe() {
     for _ in 0..3 {
         stopped(&world);
     }
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 /// `bfs-agent rollback` while the command runs: to a checkpoint that is named, as often as one likes.
 #[test]
 fn one_goes_back_by_hand_with_the_processes() {
     let mut world = started("process-by-hand", "counter.py", &["--process-keep", "50"]);
-    let path = world.place.data.display().to_string();
-    let backup = world.destination();
-    let rollback = |world: &World, to: &[&str]| {
-        let words = ["rollback", "--path", &path, "--backup", &backup];
-        world.agent_command(&words.iter().chain(to).copied().collect::<Vec<_>>(), SOON).unwrap()
-    };
     until("a dump", SOON, || (images(&world).0 > 0).then_some(())).unwrap();
     world.agent_command(&["checkpoint", "--tag", "here", "--wait", "applied"], SOON).unwrap();
     let had = counted_loosely(&world);
@@ -100,9 +89,7 @@ fn one_goes_back_by_hand_with_the_processes() {
     }
     assert_eq!(images(&world).2, before.2);
     assert!(world.program_runs());
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 /// The command is gone then, and the agent does not wait for it.
@@ -117,14 +104,11 @@ fn a_restore_that_fails_is_the_end_of_the_command() {
     until("progress", SOON, || (counted_loosely(&world) > 0).then_some(())).unwrap();
     let before = images(&world).0;
     until("dumps", SOON, || (images(&world).0 > before + 1).then_some(())).unwrap();
-    let path = world.place.data.display().to_string();
-    let words = ["rollback", "--path", &path, "--backup", &world.destination()];
-    let done = world.agent_command(&words, SOON).unwrap();
+    let done = rollback(&world, &[]);
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert!(!done.status.success() && said.contains("cannot restore"), "{said}");
     assert_eq!(world.finish().unwrap().code(), Some(128 + 9));
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    is_right(&world);
 }
 
 #[test]
@@ -135,7 +119,7 @@ fn a_command_that_ends_by_itself_or_by_a_signal_to_the_agent_has_ended() {
     // Before it is told to end by itself.
     until("its end", SOON, || (!world.program_runs()).then_some(())).unwrap();
     assert_eq!(world.finish().unwrap().code(), Some(128 + 15));
-    exercise::equal(&world).unwrap();
+    bfs_tests::exercise::equal(&world).unwrap();
 }
 
 #[test]
@@ -201,9 +185,7 @@ fn the_backup_has_the_processes_too() {
     for entry in fs::read_dir(&folder).unwrap() {
         assert_eq!(entry.unwrap().metadata().unwrap().permissions().mode() & 0o777, 0o600);
     }
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
     let had = on_backup(&world);
     assert!(had.iter().any(|(_, bytes)| bytes.is_some()), "{had:?}");
     assert_eq!(had.last().unwrap().1, None, "the program had ended");
@@ -222,20 +204,16 @@ fn promote(hosts: &mut Hosts, name: &str, to: &str, backup: &str) {
 fn promotion(hosts: &Hosts, name: &str, to: &str, backup: &str) -> Vec<String> {
     let images = hosts.host(name).own.join("images").display().to_string();
     let words = ["--to", to, "--with-process", "--process-dir", &images, "--", "--backup", backup];
-    words.iter().map(|word| (*word).to_owned()).chain(options(hosts, name)).collect()
+    words.iter().map(|word| (*word).to_owned()).chain(host_options(hosts, name)).collect()
 }
 
 /// Two hosts, each the backup of the other, and the counter on the first, with some of its state on the second.
 fn counter_on_a(name: &str) -> Hosts {
-    let mut hosts = Hosts::new(name).unwrap();
-    for (backup, primary) in [("b", "a"), ("a", "b")] {
-        hosts.serve(backup).unwrap();
-        hosts.pair(primary, backup, &[]).unwrap();
-    }
+    let mut hosts = Hosts::both_ways(name).unwrap();
     let (place, to_b) = (hosts.a.place.clone(), hosts.b.destination());
     let mut run = hosts.agent("a", "run");
     run.args(["--with-process", "--process-dir"]).arg(hosts.a.own.join("images"));
-    run.arg("--path").arg(&place.data).args(["--backup", &to_b]).args(options(&hosts, "a"));
+    run.arg("--path").arg(&place.data).args(["--backup", &to_b]).args(host_options(&hosts, "a"));
     run.args(["--", "python3"]).arg(script("counter.py")).args([&place.data, &place.aux]);
     hosts.start("a", run).unwrap();
     until("process state on the backup", SOON, || (shipped(&hosts, "a") > 2).then_some(())).unwrap();
@@ -245,13 +223,6 @@ fn counter_on_a(name: &str) -> Hosts {
 /// The last checkpoint whose processes the backup of a host has; 0 for none.
 fn shipped(hosts: &Hosts, name: &str) -> u64 {
     hosts.status(name).ok().and_then(|status| status["process"]["shipped"].as_u64()).unwrap_or(0)
-}
-
-fn options(hosts: &Hosts, name: &str) -> Vec<String> {
-    let own = &hosts.host(name).own;
-    let folder = |sub: &str| own.join(sub).display().to_string();
-    let words = ["--checkpoint", "every=150ms", "--criu", &criu(), "--keys", &folder("keys"), "--spool"];
-    words.iter().map(|word| (*word).to_owned()).chain([folder("spool")]).collect()
 }
 
 /// The primary dies, the program goes on on the other host, with memory and files of one instant; then the roles swap.
@@ -349,23 +320,9 @@ fn a_further_destination_has_the_processes_too() {
     let paused = shipped(&world);
     world.agent_command(&["dest", "resume", &listen], SOON).unwrap();
     until("process state there again", SOON, || (shipped(&world) > paused + 2).then_some(())).unwrap();
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 
-    // It was told to end, and does as soon as it is restored.
-    let (to, folder) = (world.scratch.join("promoted"), world.scratch.join("images"));
-    fs::create_dir(&to).unwrap();
-    let [to_word, folder, third, spool] =
-        [&to, &folder, &world.scratch.join("third"), &world.scratch.join("spool")]
-            .map(|path| path.display().to_string());
-    let (group, backup, criu) = (world.group.clone(), format!("dir:{third}"), criu());
-    let words = ["promote", "--store", &second_word, "--group", &group, "--to", &to_word, "--with-process"];
-    let more = ["--process-dir", &folder, "--", "--backup", &backup, "--criu", &criu, "--spool", &spool];
-    let mut promote = world.spawn_replayer_command(&[&words[..], &more].concat()).unwrap();
-    assert!(promote.wait().unwrap().success());
-    let log = to.join(world.place.data.strip_prefix("/").unwrap()).join("log");
-    assert!(counted_in(&log) > 0);
+    assert!(promoted(&world, &second) > 0);
     serves.kill().unwrap();
     serves.wait().unwrap();
 }

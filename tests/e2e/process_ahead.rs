@@ -1,10 +1,7 @@
 //! Memory that is dumped ahead of the stop, where the kernel tells what changed since: Debian's kernels do (`cargo xtask test
 //! kernels`). Where it does not, all is dumped within the stop.
 
-use std::fs;
-
-use bfs_tests::exercise;
-use bfs_tests::processes::{counted, counted_in, counted_loosely, criu, images, kill, on_backup};
+use bfs_tests::processes::{counted_loosely, criu, ends_right, images, kill, on_backup, promoted};
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World, binary};
 
@@ -71,26 +68,9 @@ fn memory_that_was_dumped_ahead_is_whole_again() {
     let brought = on_backup(&world);
     let newest = brought.iter().rev().find_map(|(_, bytes)| *bytes);
     assert!(newest >= Some(48 * MIB), "{brought:?}");
-    assert!(world.finish().unwrap().success(), "the program found itself wrong");
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 
-    // It was told to end: it does, as soon as it is restored and has looked at all of its memory.
-    let (to, folder) = (world.scratch.join("promoted"), world.scratch.join("images"));
-    fs::create_dir(&to).unwrap();
-    let [to_word, folder, second, spool] =
-        [&to, &folder, &world.scratch.join("second"), &world.scratch.join("spool")]
-            .map(|p| p.display().to_string());
-    let group = world.group.clone();
-    let words =
-        ["promote", "--group", &group, "--to", &to_word, "--with-process", "--process-dir", &folder, "--"];
-    let (backup, criu) = (format!("dir:{second}"), criu());
-    let options = ["--backup", &backup, "--criu", &criu, "--spool", &spool];
-    let done = world.of_replayer(&[&words[..], &options].concat()).unwrap();
-    assert!(done.status.success(), "{done:?}");
-    assert!(String::from_utf8_lossy(&done.stderr).contains("go on from checkpoint"), "{done:?}");
-    let log = to.join(world.place.data.strip_prefix("/").unwrap()).join("log");
-    assert!(counted_in(&log) > 0);
+    assert!(promoted(&world, &world.store) > 0);
 }
 
 #[test]
@@ -103,8 +83,6 @@ fn little_memory_and_none_wanted_is_dumped_within_the_stop() {
         let (_, rounds, _, within, stop_us) = last(&world);
         println!("{name}: {rounds} rounds, {within} B within {stop_us} us");
         assert_eq!(rounds, 0);
-        assert!(world.finish().unwrap().success());
-        counted(&world);
-        exercise::equal(&world).unwrap();
+        ends_right(&mut world);
     }
 }

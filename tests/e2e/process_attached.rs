@@ -3,14 +3,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
 use std::time::Duration;
 
-use bfs_tests::exercise;
 use bfs_tests::hosts::Hosts;
 use bfs_tests::processes::{
-    STANDS, attach, attached, close_others, counted, counted_in, counted_lines, counted_loosely, criu,
-    criu_that, images, on_backup, script,
+    STANDS, attach, attached, close_others, counted_in, counted_lines, counted_loosely, criu_that,
+    ends_right, host_options, images, on_backup, progress, rollback, script,
 };
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World};
@@ -20,24 +18,12 @@ const USAGE: i32 = 64;
 /// It was given up: `bfs-agent --help`.
 const GIVEN_UP: i32 = 73;
 
-fn rollback(world: &World, to: &[&str]) -> Output {
-    let path = world.place.data.display().to_string();
-    let backup = world.destination();
-    let words = ["rollback", "--path", &path, "--backup", &backup];
-    world.agent_command(&words.iter().chain(to).copied().collect::<Vec<_>>(), SOON).unwrap()
-}
-
 /// The next checkpoint that has processes, on the backup as well.
 fn tagged(world: &World, tag: &str) {
     let before = images(world).0;
     until("a dump", SOON, || (images(world).0 > before).then_some(())).unwrap();
     let done = world.agent_command(&["checkpoint", "--tag", tag, "--wait", "applied"], SOON).unwrap();
     assert!(done.status.success(), "{done:?}");
-}
-
-fn progress(world: &World) {
-    let at = counted_loosely(world);
-    until("the program to go on", SOON, || (counted_loosely(world) > at + 20).then_some(())).unwrap();
 }
 
 fn failure(world: &World) -> String {
@@ -79,9 +65,7 @@ fn who_runs_already_goes_back_with_its_files() {
     tagged(&world, "then");
     progress(&world);
     assert!(rollback(&world, &["--to", "tag:then"]).status.success());
-    assert!(world.finish().unwrap().success());
-    assert!(counted(&world) > had);
-    exercise::equal(&world).unwrap();
+    assert!(ends_right(&mut world) > had);
 }
 
 /// A process of the test with a number that the test chooses; it ends with it.
@@ -150,9 +134,7 @@ fn a_number_that_is_somebody_elses_is_found_before_anything_is_ended() {
     let there = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
     assert!(there.lines().any(|pid| pid == child.to_string()), "{there}");
     progress(&world);
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 /// A frozen cgroup takes nobody in; also that is found first.
@@ -166,9 +148,7 @@ fn a_cgroup_that_its_owner_froze_is_left_alone() {
     assert!(!done.status.success() && said.contains("frozen"), "{said}");
     fs::write(cgroup.join("cgroup.freeze"), "0").unwrap();
     progress(&world);
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 /// Whoever manages the program starts it anew as soon as it has ended.
@@ -196,9 +176,7 @@ fn who_comes_into_the_cgroup_meanwhile_is_named() {
     let done = rollback(&world, &[]);
     assert!(done.status.success(), "{done:?}");
     progress(&world);
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 /// What is no tree of its own has files only, and each time it is said why.
@@ -246,9 +224,7 @@ fn what_cannot_be_one_tree_has_files_only() {
     other.wait().unwrap();
     again(&world);
 
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 #[test]
@@ -281,9 +257,7 @@ fn a_successor_keeps_process_state_again() {
     let done = rollback(&world, &["--to", "tag:then"]);
     assert!(done.status.success(), "{done:?}");
     progress(&world);
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 /// The agent dies in a dump: CRIU leaves the cgroup frozen as it found it, and nobody else of the agent's is left who would thaw it.
@@ -306,19 +280,13 @@ fn who_runs_already_goes_on_when_the_agent_dies_in_a_dump() {
     progress(&world);
     assert!(rollback(&world, &[]).status.success());
     progress(&world);
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 /// The primary dies: what it had attached to goes on on the host of the backup, in namespaces of its own.
 #[test]
 fn who_ran_already_goes_on_on_the_other_host() {
-    let mut hosts = Hosts::new("attached-hosts").unwrap();
-    for (backup, primary) in [("b", "a"), ("a", "b")] {
-        hosts.serve(backup).unwrap();
-        hosts.pair(primary, backup, &[]).unwrap();
-    }
+    let mut hosts = Hosts::both_ways("attached-hosts").unwrap();
     let cgroup = hosts.cgroup("apart").unwrap();
     let place = hosts.a.place.clone();
     let mut program = hosts.a.command("setsid");
@@ -332,15 +300,10 @@ fn who_ran_already_goes_on_on_the_other_host() {
     ]);
     program.arg(cgroup.join("cgroup.procs")).arg("python3").arg(script("counter.py"));
     hosts.said(close_others(program.args([&place.data, &place.aux]))).unwrap();
-    let options = |hosts: &Hosts, name: &str| {
-        let folder = |sub: &str| hosts.host(name).own.join(sub).display().to_string();
-        let words = ["--checkpoint", "every=150ms", "--criu", &criu(), "--keys", &folder("keys"), "--spool"];
-        words.iter().map(|word| (*word).to_owned()).chain([folder("spool")]).collect::<Vec<_>>()
-    };
     let mut attach = hosts.agent("a", "attach");
     attach.args(["--with-process", "--process-dir"]).arg(hosts.a.own.join("images"));
     attach.arg("--cgroup").arg(&cgroup).arg("--path").arg(&place.data);
-    attach.args(["--backup", &hosts.b.destination()]).args(options(&hosts, "a"));
+    attach.args(["--backup", &hosts.b.destination()]).args(host_options(&hosts, "a"));
     hosts.start("a", attach).unwrap();
     let status = |hosts: &Hosts, name: &str| hosts.status(name).map(|status| status["process"].clone());
     let shipped = |hosts: &Hosts, name: &str| status(hosts, name).ok()?["shipped"].as_u64();
@@ -354,7 +317,7 @@ fn who_ran_already_goes_on_on_the_other_host() {
 
     let mut promote = hosts.replayer("b", "promote");
     promote.args(["--to", "/", "--with-process", "--process-dir"]).arg(hosts.b.own.join("images"));
-    promote.args(["--", "--backup", &hosts.a.destination()]).args(options(&hosts, "b"));
+    promote.args(["--", "--backup", &hosts.a.destination()]).args(host_options(&hosts, "b"));
     hosts.start("b", promote).unwrap();
     let log_b = hosts.b.data().join("log");
     until("progress on b", SOON, || (counted_lines(&log_b) > had + 100).then_some(())).unwrap();

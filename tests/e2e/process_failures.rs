@@ -5,10 +5,9 @@ use std::fs;
 use std::io::Write;
 use std::time::Duration;
 
-use bfs_tests::exercise;
 use bfs_tests::processes::{
-    STANDS, counted, counted_loosely, criu, criu_that, images, kill, on_backup, start, started, started_by,
-    stopped,
+    STANDS, begin_rollback, counted_loosely, criu, criu_that, ends_right, images, is_right, kill, on_backup,
+    progress, rollback, start, started, started_by, stopped,
 };
 use bfs_tests::random::Random;
 use bfs_tests::watch::{SOON, until};
@@ -24,11 +23,6 @@ if [ -e $folder/hold ]; then
     while [ -e $folder/hold ]; do sleep 0.02; done
     exit 1
 fi";
-
-fn progress(world: &World) {
-    let at = counted_loosely(world);
-    until("the program to go on", SOON, || (counted_loosely(world) > at).then_some(())).unwrap();
-}
 
 fn check_backup(world: &mut World) {
     world.kill_replayer().unwrap();
@@ -59,9 +53,7 @@ fn the_program_goes_on_when_the_agent_dies_in_a_dump() {
     world.checkpoint().unwrap();
     let all = on_backup(&world);
     assert!(all.iter().all(|(at, bytes)| bytes.is_none() || *at <= dumped), "after {dumped}: {all:?}");
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
     check_backup(&mut world);
 }
 
@@ -84,10 +76,8 @@ fn the_agent_may_die_at_any_moment_of_a_going_back() {
     for round in 0..all {
         let mut world = started("process-back", "counter.py", &[]);
         until("a dump", SOON, || (images(&world).0 > 1).then_some(())).unwrap();
-        let (path, backup) = (world.place.data.display().to_string(), world.destination());
         let had = counted_loosely(&world);
-        let mut asks =
-            world.spawn_agent_command(&["rollback", "--path", &path, "--backup", &backup]).unwrap();
+        let mut asks = begin_rollback(&world);
         std::thread::sleep(Duration::from_millis(random.below(500) as u64));
         world.kill_agent().unwrap();
         asks.wait().unwrap();
@@ -106,8 +96,7 @@ fn the_agent_may_die_at_any_moment_of_a_going_back() {
             let done = world.agent_command(&["resume"], SOON).unwrap();
             assert!(done.status.success(), "{done:?}");
         }
-        counted(&world);
-        exercise::equal(&world).unwrap();
+        is_right(&world);
         check_backup(&mut world);
     }
     println!("{went_on} times the program went on, {went_back} times nobody ran");
@@ -123,8 +112,7 @@ fn files_that_were_brought_back_by_who_died_are_read_by_the_successor() {
     until("dumps", SOON, || (images(&world).0 > 1).then_some(())).unwrap();
     let (hold, held) = (world.scratch.join("hold"), world.scratch.join("held"));
     fs::write(&hold, "").unwrap();
-    let (path, backup) = (world.place.data.display().to_string(), world.destination());
-    let mut asks = world.spawn_agent_command(&["rollback", "--path", &path, "--backup", &backup]).unwrap();
+    let mut asks = begin_rollback(&world);
     until("the files to be back", SOON, || held.exists().then_some(())).unwrap();
     world.kill_agent().unwrap();
     fs::remove_file(&hold).unwrap();
@@ -134,8 +122,7 @@ fn files_that_were_brought_back_by_who_died_are_read_by_the_successor() {
     // It ends by itself: nobody is left.
     let done = world.agent_command(&["resume"], SOON).unwrap();
     assert!(done.status.success(), "{done:?}");
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    is_right(&world);
     check_backup(&mut world);
 }
 
@@ -157,9 +144,7 @@ fn what_was_not_brought_when_the_agent_dies_is_not_there() {
     let newest = all.iter().rev().find(|(_, bytes)| bytes.is_some()).unwrap().0;
     // One that was on its way may have come.
     assert!(newest >= last && newest < taken, "{newest} of {all:?}");
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
     check_backup(&mut world);
 }
 
@@ -197,9 +182,7 @@ fn a_full_disk_on_the_primary_costs_process_state_only() {
     let before = images(&world);
     until("dumps again", SOON, || (images(&world).0 > before.0 + 1).then_some(())).unwrap();
 
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 #[test]
@@ -229,9 +212,7 @@ fn a_full_disk_on_the_backup_costs_no_file() {
     let before = shipped(&world);
     until("process state on the backup again", SOON, || (shipped(&world) > before).then_some(())).unwrap();
     assert!(process(&world, "ship_failure").is_null());
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
     check_backup(&mut world);
 }
 
@@ -262,9 +243,7 @@ fn without_process_state_there_is_no_checkpoint_if_it_is_wanted_so() {
         assert!(kept.as_array().unwrap().iter().any(|at| at.as_u64() >= Some(taken)), "{taken} {kept}");
     }
     assert_eq!(images(&world).1, failed);
-    assert!(world.finish().unwrap().success());
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    ends_right(&mut world);
 }
 
 /// Where a dump takes longer than the interval, checkpoints are further apart, or have files only now and then.
@@ -298,9 +277,7 @@ fn a_dump_that_takes_too_long_stretches_the_interval_or_is_skipped() {
 fn kill_and_finish(world: &mut World) {
     kill(world, images(world).2);
     progress(world);
-    assert!(world.finish().unwrap().success());
-    counted(world);
-    exercise::equal(world).unwrap();
+    ends_right(world);
 }
 
 /// What is open elsewhere is listed, of each checkpoint, with what becomes of it; and that becomes of it.
@@ -334,9 +311,7 @@ fn what_is_open_elsewhere_is_told() {
     let said = world.agent_command(&["status"], SOON).unwrap();
     assert!(String::from_utf8_lossy(&said.stdout).contains("open elsewhere"), "{said:?}");
 
-    let path = world.place.data.display().to_string();
-    let backup = world.destination();
-    let done = world.agent_command(&["rollback", "--path", &path, "--backup", &backup], SOON).unwrap();
+    let done = rollback(&world, &[]);
     let said = String::from_utf8_lossy(&done.stdout).into_owned();
     assert!(done.status.success() && said.contains(&format!("open elsewhere: {other}: ")), "{said} {done:?}");
     progress(&world);
@@ -350,11 +325,9 @@ fn what_is_open_elsewhere_is_told() {
     world.wait_applied(newest).unwrap();
     let newest = newest.to_string();
     fs::write(&other, "longer").unwrap();
-    let words = ["rollback", "--path", &path, "--backup", &backup, "--to", &newest];
-    let done = world.agent_command(&words, SOON).unwrap();
+    let done = rollback(&world, &["--to", &newest]);
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert!(!done.status.success() && said.contains("bad size"), "{said}");
     assert_eq!(world.finish().unwrap().code(), Some(128 + 9));
-    counted(&world);
-    exercise::equal(&world).unwrap();
+    is_right(&world);
 }

@@ -132,6 +132,19 @@ impl Host {
 }
 
 impl Hosts {
+    /// Each is the backup of the other.
+    ///
+    /// # Errors
+    /// When something of that cannot be made.
+    pub fn both_ways(name: &str) -> Result<Self> {
+        let mut hosts = Self::new(name)?;
+        for (backup, primary) in [("b", "a"), ("a", "b")] {
+            hosts.serve(backup)?;
+            hosts.pair(primary, backup, &[])?;
+        }
+        Ok(hosts)
+    }
+
     /// Two hosts with a wire between them.
     ///
     /// # Errors

@@ -7,9 +7,11 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Output};
 
 use crate::copy;
+use crate::exercise;
+use crate::hosts::Hosts;
 use crate::stores;
 use crate::watch::{SOON, until};
 use crate::world::{Transport, World, binary};
@@ -195,6 +197,88 @@ pub fn kill(world: &World, restored: u64) {
     // SAFETY: a process of this world.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
     until("the program to be restored", SOON, || (images(world).2 > restored).then_some(())).unwrap();
+}
+
+/// The program goes on: it counts.
+///
+/// # Panics
+/// When it does not.
+pub fn progress(world: &World) {
+    let at = counted_loosely(world);
+    until("the program to go on", SOON, || (counted_loosely(world) > at + 20).then_some(())).unwrap();
+}
+
+/// The log is right, and the backup is equal; how many lines there are.
+///
+/// # Panics
+/// When it is not so.
+pub fn is_right(world: &World) -> u64 {
+    let count = counted(world);
+    exercise::equal(world).unwrap();
+    count
+}
+
+/// The program is told to end, and found itself right; then as [`is_right`].
+///
+/// # Panics
+/// When it is not so.
+pub fn ends_right(world: &mut World) -> u64 {
+    assert!(world.finish().unwrap().success(), "the program found itself wrong");
+    is_right(world)
+}
+
+/// `bfs-agent rollback`, with these words behind those that it needs.
+///
+/// # Panics
+/// When it does not end.
+#[must_use]
+pub fn rollback(world: &World, more: &[&str]) -> Output {
+    let words = rollback_words(world);
+    let words = words.iter().map(String::as_str).chain(more.iter().copied());
+    world.agent_command(&words.collect::<Vec<_>>(), SOON).unwrap()
+}
+
+/// The same, which is not waited for.
+///
+/// # Panics
+/// When it does not start.
+#[must_use]
+pub fn begin_rollback(world: &World) -> Child {
+    world.spawn_agent_command(&rollback_words(world).each_ref().map(String::as_str)).unwrap()
+}
+
+fn rollback_words(world: &World) -> [String; 5] {
+    let path = world.place.data.display().to_string();
+    ["rollback".into(), "--path".into(), path, "--backup".into(), world.destination()]
+}
+
+/// Has a store's processes go on from their last checkpoint, in a directory of its own. They were told to end: they do, as soon as
+/// they are restored and have found themselves right. How many lines the log has.
+///
+/// # Panics
+/// When it is not so.
+pub fn promoted(world: &World, store: &Path) -> u64 {
+    let place = |name: &str| world.scratch.join(name).display().to_string();
+    let (to, folder, spool, criu) = (place("promoted"), place("images"), place("spool"), criu());
+    let (store, backup) = (store.display().to_string(), format!("dir:{}", place("other")));
+    fs::create_dir(&to).unwrap();
+    let words = ["promote", "--store", &store, "--group", &world.group, "--to", &to, "--with-process"];
+    let more = ["--process-dir", &folder, "--", "--backup", &backup, "--criu", &criu, "--spool", &spool];
+    let mut promote = world.spawn_replayer_command(&[&words[..], &more].concat()).unwrap();
+    assert!(promote.wait().unwrap().success());
+    let said = fs::read_to_string(world.logs().join("replayer-commands.log")).unwrap();
+    assert!(said.contains("go on from checkpoint"), "{said}");
+    let log = Path::new(&to).join(world.place.data.strip_prefix("/").unwrap()).join("log");
+    counted_in(&log)
+}
+
+/// What agents on a host need for process state, with checkpoints by time.
+#[must_use]
+pub fn host_options(hosts: &Hosts, name: &str) -> Vec<String> {
+    let own = &hosts.host(name).own;
+    let folder = |sub: &str| own.join(sub).display().to_string();
+    let words = ["--checkpoint", "every=150ms", "--criu", &criu(), "--keys", &folder("keys"), "--spool"];
+    words.iter().map(|word| (*word).to_owned()).chain([folder("spool")]).collect()
 }
 
 /// Lines of the log just now.

@@ -58,8 +58,9 @@ pub fn setup(with_criu: bool) -> Result<()> {
         bpffs()
     })();
     // Nobody is left at work, whatever became of the rest.
-    for (line, mut suite) in suites {
-        let status = suite.wait()?;
+    let ended: Vec<_> = suites.into_iter().map(|(line, mut suite)| (line, suite.wait())).collect();
+    for (line, status) in ended {
+        let status = status?;
         ensure!(status.success(), "{line}: {status}");
     }
     rest

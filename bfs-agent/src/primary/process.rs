@@ -26,7 +26,7 @@ use crate::primary::clock::timespec;
 
 pub use cgroup::{in_cgroup, is_of_cgroup, tasks_of_cgroup};
 pub use hook::{Hook, HookError};
-pub use tree::{Task, any_alive, groups, has_ended, start_of, threads_of, tree_of};
+pub use tree::{Task, any_alive, groups, has_ended, lives, start_of, threads_of, tree_of};
 
 /// Signals that the agent takes instead of dying of them. For `run` they go on to the command;
 /// for `attach` they ask the agent to end.

@@ -25,7 +25,8 @@ const RUNNERS: [(&str, &[&str]); 4] = [
     ("programs", &["append_writers", "racing_buffer", "sqlite"]),
     ("gate", &["nothing_of_a_pending_checkpoint_is_ever_seen"]),
     ("crashes", &["killed_during_appends", "runs_again"]),
-    ("process_ahead", &[""]),
+    // What it prints is what was measured.
+    ("process_ahead", &["--nocapture"]),
 ];
 
 /// Modules that the guest loads, where the kernel has them as modules; those that they need follow.
@@ -182,8 +183,9 @@ fn pack(kernel: &Kernel, folder: &Path, built: &[Runner], only: Option<&str>) ->
         place(&release.join(program), &format!("bfs/{program}"))?;
     }
     let mut runners = String::new();
-    let wanted = RUNNERS.iter().filter(|(name, _)| only.is_none_or(|only| only == *name));
-    for (name, filters) in wanted {
+    let wanted = || RUNNERS.iter().filter(|(name, _)| only.is_none_or(|only| only == *name));
+    ensure!(wanted().next().is_some(), "--only: of the test programs {:?} is none that runs there", only);
+    for (name, filters) in wanted() {
         place(runner(built, name)?, &format!("tests/{name}"))?;
         runners += &format!("/tests/{name} --test-threads 1 {}\n", filters.join(" "));
     }

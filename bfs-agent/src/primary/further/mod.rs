@@ -326,7 +326,7 @@ impl Further {
         }
     }
 
-    /// How they stand.
+    /// Where they are.
     #[must_use]
     pub fn places(&self) -> Vec<Place> {
         self.shared.lock().legs.iter().map(|(_, place, _)| place.clone()).collect()

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::outside::descriptors;
 use crate::primary::clock::timespec;
-use crate::primary::process::tasks_of_cgroup;
+use crate::primary::process::{lives, tasks_of_cgroup};
 
 /// A process, in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,6 +107,7 @@ pub(super) fn tree(cgroup: &Path) -> Result<(i32, Vec<u32>), Conflict> {
         {
             return Err(Conflict::Roots(Who::of(other), Who::of(*pid)));
         }
+        // What nobody has waited for is in no cgroup, and is dumped with its parent.
         if let Some(child) = children(*pid)?.into_iter().find(|child| !all.contains(child) && lives(*child)) {
             return Err(Conflict::Child(Who::of(child)));
         }
@@ -136,12 +137,6 @@ fn children(pid: u32) -> Result<Vec<u32>, Conflict> {
         found.extend(text.split_whitespace().filter_map(|child| child.parse::<u32>().ok()));
     }
     Ok(found)
-}
-
-/// Whether it has not ended: what nobody has waited for is in no cgroup, and is dumped with its parent.
-fn lives(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// Looks for pipes of which these processes have one kind of end, and others the other one.

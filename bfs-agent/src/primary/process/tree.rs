@@ -77,18 +77,20 @@ pub fn has_ended(tgid: u32, tid: u32) -> bool {
 /// Whether one of these processes (thread group, start) still has a thread that runs.
 #[must_use]
 pub fn any_alive(processes: impl IntoIterator<Item = (u32, u64)>) -> bool {
-    processes.into_iter().any(|(pid, start)| {
-        // A process whose first thread has ended is a zombie with other threads alive: it ends
-        // at the end of its group.
-        stat_of(pid).is_some_and(|s| s.start_ticks == start && (s.state != 'Z' || s.threads > 1))
-    })
+    processes.into_iter().any(|(pid, start)| stat_of(pid).is_some_and(|s| s.start_ticks == start && s.runs()))
+}
+
+/// Whether a process runs: it is there, and is not only not waited for yet.
+#[must_use]
+pub fn lives(pid: u32) -> bool {
+    stat_of(pid).is_some_and(|s| s.runs())
 }
 
 /// Whether a process of this process group runs.
 pub(super) fn group_lives(group: u32) -> bool {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut processes = entries.filter_map(|entry| stat_of(number(&entry.file_name())?));
-    processes.any(|s| s.group == group && (s.state != 'Z' || s.threads > 1))
+    processes.any(|s| s.group == group && s.runs())
 }
 
 /// Every process, with its process group and its session.
@@ -111,6 +113,13 @@ struct Stat {
     flags: u64,
     threads: u64,
     start_ticks: u64,
+}
+
+impl Stat {
+    /// A process whose first thread has ended is a zombie with other threads alive: it ends at the end of its group.
+    fn runs(&self) -> bool {
+        !matches!(self.state, 'Z' | 'X') || self.threads > 1
+    }
 }
 
 fn stat_of(pid: u32) -> Option<Stat> {
