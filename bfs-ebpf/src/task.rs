@@ -186,6 +186,14 @@ extern "C" fn follow_task(tid: u32, tgid: u32) -> i32 {
     0
 }
 
+/// A task is not followed any more. Whoever reads that nobody is can tell from the counter whether somebody went
+/// meanwhile, who may have left a child.
+#[inline(always)]
+fn let_go(tid: u32) {
+    count(counter::LET_GO);
+    let _ = TASKS.remove(tid);
+}
+
 /// Takes the slot of the current task away if it was moved out of the selection. Whether the task is not, or no
 /// longer, selected.
 ///
@@ -201,7 +209,7 @@ pub fn leaves(state: &mut TaskState, pid_tgid: u64) -> bool {
     }
     let (tid, tgid) = (pid_tgid as u32, (pid_tgid >> 32) as u32);
     run::end(state, tid);
-    let _ = TASKS.remove(tid);
+    let_go(tid);
     if cgroup::holds(kernel::task() as u64) {
         follow(tid, tgid);
     } else {
@@ -230,7 +238,7 @@ pub fn exec(old_tid: u32) {
     // The memory is new, and execve itself is not followed: nothing of the old state counts.
     follow(tid, tgid);
     if old_tid != tid {
-        let _ = TASKS.remove(old_tid);
+        let_go(old_tid);
     }
     emit(kind::EXEC, u32::MAX, tid, tgid, u64::from(old_tid), 0);
 }
@@ -256,6 +264,6 @@ pub fn exit(task: u64) -> Option<u32> {
     let dumped = u64::from(code & CORE_DUMPED != 0);
     // The record first: while the entry is there the agent waits for it.
     emit(kind::EXIT, u32::MAX, tid, tgid, dumped, u32::from(live == 0));
-    let _ = TASKS.remove(tid);
+    let_go(tid);
     Some(tid)
 }

@@ -159,6 +159,8 @@ pub mod counter {
     pub const WENT_ON: u32 = 12;
     /// Calls that saw an error of the disk on a file in scope, of which nothing could be told.
     pub const FAILED_LOST: u32 = 13;
+    /// Tasks that are not followed any more. Rises before the entry in `TASKS` goes.
+    pub const LET_GO: u32 = 14;
     /// How many counters there are.
     pub const COUNT: u32 = 16;
 }

@@ -197,7 +197,7 @@ impl Ground {
         let pin_dir = group_dir(&self.options.group);
         // The control socket is ours, so no agent of this group lives.
         match Probes::adopt(&pin_dir) {
-            Ok(old) if old.selected_tasks()?.is_empty() => old.unpin()?,
+            Ok(old) if old.nobody_is_selected()? => old.unpin()?,
             Ok(_) => {}
             // An agent died while it loaded them; probes of another version are left alone.
             Err(CaptureError::Kernel { .. }) if pin_dir.exists() => Probes::clear(&pin_dir)?,

@@ -8,6 +8,7 @@ use super::comparing::Comparing;
 use super::destinations::Change as Destination;
 use super::link::STOP_LIMITS;
 use super::paths::Change;
+use super::switching::StopAsked;
 use super::work::Work;
 use crate::primary::control::{
     FailureKind, Inbound, NEWEST, Replies, Reply, Request as Command, State, Ticket, WaitFor,
@@ -205,7 +206,9 @@ impl Work {
             Command::Switchover { timeout_ms, signal, kill } => {
                 self.begin_switching(millis(timeout_ms), (signal, kill), replies);
             }
-            Command::Stop { timeout_ms } => self.stop_asked = Some((replies, millis(timeout_ms))),
+            Command::Stop { timeout_ms } => {
+                self.stop_asked = Some(StopAsked { replies, limit: millis(timeout_ms), switches: false });
+            }
         }
     }
 

@@ -241,9 +241,10 @@ pub fn run(options: SessionOptions, command: Vec<OsString>, inherited: Inherited
     work.start_alerts(&inherited);
     let mut status = None;
     loop {
-        work.follow(|| {
+        work.follow(|switches| {
             status = program.ended();
-            status.is_some()
+            // Who the command left behind writes still.
+            status.is_some() && !switches
         });
         match work.go_back_as_asked() {
             Some(After::Runs) => {
@@ -423,15 +424,16 @@ fn follow_processes(
     work.link.service.ready(&format!("group {group} is followed"));
     work.start_hooks(inherited);
     work.start_alerts(inherited);
-    let ended = || {
+    let ended = |switches: bool| {
         asked.load(Ordering::Relaxed)
-            || match selection {
-                Selection::Attached(directory) => !directory.exists(),
-                Selection::Everyone => false,
-                Selection::Cgroup(_) | Selection::Processes(_) => {
-                    probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty())
+            || !switches
+                && match selection {
+                    Selection::Attached(directory) => !directory.exists(),
+                    Selection::Everyone => false,
+                    Selection::Cgroup(_) | Selection::Processes(_) => {
+                        probes.nobody_is_selected().is_ok_and(|nobody| nobody)
+                    }
                 }
-            }
     };
     let unfinished = loop {
         work.follow(ended);

@@ -293,7 +293,7 @@ impl Work {
         loop {
             send(&self.link.probes, libc::SIGKILL);
             self.capture();
-            let gone = self.link.probes.selected_tasks()?.is_empty();
+            let gone = self.link.probes.nobody_is_selected()?;
             if gone && !self.images.as_ref().is_some_and(|images| images.lives()) {
                 return Ok(());
             }

@@ -173,7 +173,7 @@ impl Work {
             let deadline = Instant::now() + *wait;
             while Instant::now() < deadline {
                 self.turn();
-                if self.link.probes.selected_tasks().is_ok_and(|tasks| tasks.is_empty()) {
+                if self.link.probes.nobody_is_selected().is_ok_and(|nobody| nobody) {
                     return true;
                 }
             }
@@ -403,7 +403,7 @@ fn end_left_over(group: &str) -> Result<(), Failure> {
         send(&probes, signal);
         let deadline = Instant::now() + wait;
         while Instant::now() < deadline {
-            if probes.selected_tasks()?.is_empty() {
+            if probes.nobody_is_selected()? {
                 return Ok(());
             }
             std::thread::sleep(LOOK);

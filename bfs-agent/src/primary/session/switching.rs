@@ -14,11 +14,27 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Somebody waits for the end of the program, and of the agent.
 pub(super) struct Switching {
-    pub replies: Replies,
-    pub deadline: Instant,
+    replies: Replies,
+    deadline: Instant,
     /// When those that still run are killed.
     kill_at: Option<Instant>,
     looked: Instant,
+}
+
+/// The end of the agent was asked for.
+pub(super) struct StopAsked {
+    pub replies: Replies,
+    /// How long the last checkpoint may take.
+    pub limit: Duration,
+    /// The first destination is to be the primary: what the others have does not matter.
+    pub switches: bool,
+}
+
+impl Switching {
+    /// It does not come about.
+    pub fn give_up(self, why: &str, hint: &str) {
+        self.replies.send(Reply::failed(FailureKind::Timeout, why.to_owned(), hint));
+    }
 }
 
 impl Work {
@@ -71,17 +87,17 @@ impl Work {
             switching.kill_at = None;
             send(&self.link.probes, libc::SIGKILL);
         }
-        let left = self.link.probes.selected_processes();
-        if left.as_ref().is_ok_and(Vec::is_empty) {
+        if self.link.probes.nobody_is_selected().is_ok_and(|nobody| nobody) {
             if let Some(Switching { replies, deadline, .. }) = self.switching.take() {
-                self.stop_asked = Some((replies, deadline.saturating_duration_since(now)));
+                let limit = deadline.saturating_duration_since(now);
+                self.stop_asked = Some(StopAsked { replies, limit, switches: true });
             }
         } else if now >= switching.deadline
-            && let Some(Switching { replies, .. }) = self.switching.take()
+            && let Some(switching) = self.switching.take()
         {
-            let why = format!("the program did not end: processes {:?}", left.unwrap_or_default());
+            let left = self.link.probes.selected_processes().unwrap_or_default();
             let hint = "it is followed as before; end it, or give --kill or a longer --timeout";
-            replies.send(Reply::failed(FailureKind::Timeout, why, hint));
+            switching.give_up(&format!("the program did not end: processes {left:?}"), hint);
         }
     }
 }

@@ -16,7 +16,7 @@ use super::hooks::Hooks;
 use super::link::Link;
 use super::mending::Mending;
 use super::recoveries::Recovery;
-use super::switching::Switching;
+use super::switching::{StopAsked, Switching};
 use super::triggers::Since;
 use super::watching::Watch;
 use crate::backup::ReplayerHandle;
@@ -137,7 +137,7 @@ pub struct Work {
     last_followed: Instant,
     pub(super) since: Since,
     look: Duration,
-    pub(super) stop_asked: Option<(Replies, Duration)>,
+    pub(super) stop_asked: Option<StopAsked>,
     /// Somebody waits for the end of the program.
     pub(super) switching: Option<Switching>,
     pub(super) comparisons: Comparisons,
@@ -209,8 +209,8 @@ impl Work {
     }
 
     /// Works until `ended` says so or a command asks to stop. The first checkpoint is the first
-    /// copy.
-    pub fn follow(&mut self, mut ended: impl FnMut() -> bool) {
+    /// copy. `ended` hears whether a switchover is under way, which waits itself until nobody is left.
+    pub fn follow(&mut self, mut ended: impl FnMut(bool) -> bool) {
         // Short pauses are meant as they are said: the default slack is 50 us (prctl(2)).
         // SAFETY: sets a number of this thread, touches no memory.
         unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000 as libc::c_ulong, 0, 0, 0) };
@@ -222,7 +222,7 @@ impl Work {
         while self.stop_asked.is_none() && self.go_back_asked.is_none() {
             if looked.elapsed() >= Duration::from_millis(5) {
                 looked = Instant::now();
-                if ended() {
+                if ended(self.switching.is_some()) {
                     break;
                 }
             }
@@ -426,12 +426,15 @@ impl Work {
             self.let_go(held);
         }
         self.end_hooks();
-        // The command of `run` may have ended before it was seen that all processes have.
-        let switching = self.switching.take();
-        let switches = switching.is_some();
-        let left = |s: Switching| (s.replies, s.deadline.saturating_duration_since(Instant::now()));
-        let asked = self.stop_asked.take().or(switching.map(left));
-        let limit = asked.as_ref().map_or(self.options.final_wait, |a| a.1);
+        if let Some(switching) = self.switching.take() {
+            switching.give_up(
+                "the agent was told to end before all processes had",
+                "end them, then promote the backup",
+            );
+        }
+        let asked = self.stop_asked.take();
+        let switches = asked.as_ref().is_some_and(|asked| asked.switches);
+        let limit = asked.as_ref().map_or(self.options.final_wait, |asked| asked.limit);
         let deadline = Instant::now() + limit;
         self.finish_mending(deadline);
         let taken = self.with_hooks("end", |work| work.take_last(deadline));
@@ -445,7 +448,7 @@ impl Work {
             }
         };
         self.answer_waiters();
-        if let Some((replies, _)) = asked {
+        if let Some(StopAsked { replies, .. }) = asked {
             let Ending { checkpoint, reached, send_by, not_recovered, .. } = ending.clone();
             replies.send(Reply::Ended { checkpoint, reached, send_by, not_recovered });
         }

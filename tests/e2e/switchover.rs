@@ -1,0 +1,111 @@
+//! `switchover`: when it says that nothing is behind the last checkpoint, then the first destination has all that anybody
+//! of the program ever wrote.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use bfs_tests::processes::{counted_loosely, images, started, stopped};
+use bfs_tests::stores::{kept, restored_equals};
+use bfs_tests::watch::{SOON, until};
+use bfs_tests::world::{Transport, World};
+
+/// The command was ended by SIGTERM, as a shell tells.
+const ENDED_BY_TERM: i32 = 128 + 15;
+
+fn switchover(world: &World, more: &[&str]) -> (Option<i32>, String) {
+    let to = world.destination();
+    let words = [&["switchover", "--to", &to], more].concat();
+    let done = world.agent_command(&words, Duration::from_secs(60)).unwrap();
+    let said = [done.stdout, done.stderr].concat();
+    (done.status.code(), String::from_utf8_lossy(&said).into_owned())
+}
+
+/// The last checkpoint of the store is what lies here.
+fn all_is_there(world: &World) {
+    let last = *kept(world, &world.store).last().unwrap();
+    restored_equals(world, &world.store, last, &world.place.data);
+}
+
+fn lines(file: &Path) -> usize {
+    fs::read_to_string(file).unwrap_or_default().lines().count()
+}
+
+/// The command ends at once; what it started goes on for two seconds, and hears no signal.
+#[test]
+fn who_was_left_behind_by_the_command_is_waited_for() {
+    let mut world = World::new("switch-left", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    let log = world.place.data.join("log");
+    let command = world.script(
+        "cd \"$1\"; touch \"$2/ready\"; (trap '' TERM; until [ -e \"$2/last\" ]; do echo line >> log; sleep 0.01; done; \
+          for i in 1 2 3 4 5 6 7 8; do sleep 0.25; echo late $i >> log; done; mv log after) &
+         while :; do sleep 0.05; done",
+    );
+    world.run(&command).unwrap();
+    until("the program to write", SOON, || (lines(&log) > 10).then_some(())).unwrap();
+    world.checkpoint().unwrap();
+    fs::write(world.place.aux.join("last"), "").unwrap();
+    let (status, said) = switchover(&world, &[]);
+    assert!(status == Some(0) && said.contains("nothing is behind it"), "{said}");
+    assert!(world.place.data.join("after").exists(), "the switchover did not wait");
+    assert_eq!(world.finish().unwrap().code(), Some(ENDED_BY_TERM));
+    all_is_there(&world);
+}
+
+/// They do not end: that is said, and the agent ends with its command, as ever.
+#[test]
+fn who_does_not_end_is_named_and_killed_where_that_is_wanted() {
+    for kill in [false, true] {
+        let mut world = World::new("switch-stays", Transport::Unix).unwrap();
+        world.start_replayer().unwrap();
+        let log = world.place.data.join("log");
+        let script = "cd \"$1\"; touch \"$2/ready\"; (trap '' TERM; for i in $(seq 3000); do echo line >> log; sleep 0.01; done) & while :; do sleep 0.05; done";
+        world.run(&world.script(script)).unwrap();
+        until("the program to write", SOON, || (lines(&log) > 10).then_some(())).unwrap();
+        let more: &[&str] = if kill { &["--kill"] } else { &["--timeout", "1s"] };
+        let (status, said) = switchover(&world, more);
+        if kill {
+            assert!(status == Some(0) && said.contains("nothing is behind it"), "{said}");
+        } else {
+            assert!(status == Some(74) && said.contains("did not end: processes"), "{said}");
+        }
+        assert_eq!(world.finish().unwrap().code(), Some(ENDED_BY_TERM), "{said}");
+        if kill {
+            all_is_there(&world);
+        }
+    }
+}
+
+/// A command that is brought back when a signal ends it ends for good here.
+#[test]
+fn who_is_ended_for_a_switchover_is_not_brought_back() {
+    let mut world = started("switch-restart", "counter.py", &["--restart-on-abort", "5"]);
+    until("a dump", SOON, || (images(&world).0 > 0 && counted_loosely(&world) > 0).then_some(())).unwrap();
+    stopped(&world);
+    let (status, said) = switchover(&world, &[]);
+    assert!(status == Some(0) && said.contains("nothing is behind it"), "{said}");
+    assert_eq!(world.finish().unwrap().code(), Some(ENDED_BY_TERM));
+    all_is_there(&world);
+}
+
+/// Another destination has confirmed the last checkpoint, and that would be enough for a checkpoint; but the first one, which
+/// is to be promoted, does not have it.
+#[test]
+fn what_only_another_destination_has_is_not_enough() {
+    let mut world = World::new("switch-first", Transport::Unix).unwrap();
+    let other = format!("dir:{}", world.root().join("other").display());
+    world.agent_options(&["--backup", &other, "--confirm", "any", "--spool-size", "64M"]);
+    world.start_replayer().unwrap();
+    let ready = world.place.data.join("ready");
+    world
+        .run(&world.script("cd \"$1\"; touch \"$2/ready\"; echo one > ready; while :; do sleep 0.05; echo more >> ready; done"))
+        .unwrap();
+    until("the program to write", SOON, || (lines(&ready) > 3).then_some(())).unwrap();
+    world.checkpoint().unwrap();
+    world.pause_replayer(true).unwrap();
+    let (status, said) = switchover(&world, &["--timeout", "3s"]);
+    assert!(status == Some(75) && said.contains("not confirmed by"), "{status:?} {said}");
+    world.pause_replayer(false).unwrap();
+    world.finish().unwrap();
+}
