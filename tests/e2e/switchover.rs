@@ -97,15 +97,24 @@ fn what_only_another_destination_has_is_not_enough() {
     let other = format!("dir:{}", world.root().join("other").display());
     world.agent_options(&["--backup", &other, "--confirm", "any", "--spool-size", "64M"]);
     world.start_replayer().unwrap();
-    let ready = world.place.data.join("ready");
-    world
-        .run(&world.script("cd \"$1\"; touch \"$2/ready\"; echo one > ready; while :; do sleep 0.05; echo more >> ready; done"))
-        .unwrap();
-    until("the program to write", SOON, || (lines(&ready) > 3).then_some(())).unwrap();
-    world.checkpoint().unwrap();
-    world.pause_replayer(true).unwrap();
-    let (status, said) = switchover(&world, &["--timeout", "3s"]);
-    assert!(status == Some(75) && said.contains("not confirmed by"), "{status:?} {said}");
-    world.pause_replayer(false).unwrap();
-    world.finish().unwrap();
+    let log = world.place.data.join("log");
+    let script = "cd \"$1\"; trap 'touch \"$2/told\"' TERM; touch \"$2/ready\"; \
+        until [ -e \"$2/last\" ]; do sleep 0.05; echo line >> log; done";
+    world.start_program(&world.script(script)).unwrap();
+    world.attach().unwrap();
+    until("the program to write", SOON, || (lines(&log) > 3).then_some(())).unwrap();
+    let number = world.checkpoint().unwrap();
+    until("the other to have it", SOON, || {
+        (world.status().ok()?["destinations"][1]["applied"].as_u64()? >= number).then_some(())
+    })
+    .unwrap();
+    let to = world.destination();
+    let asked = world.spawn_agent_command(&["switchover", "--to", &to, "--timeout", "6s"]).unwrap();
+    // It has begun when the first one is away; what the program does then goes into the spool, and from there to the other.
+    until("the program to be told", SOON, || world.place.aux.join("told").exists().then_some(())).unwrap();
+    world.kill_replayer().unwrap();
+    fs::write(world.place.aux.join("last"), "").unwrap();
+    let done = asked.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(done.status.code() == Some(75) && said.contains("not confirmed by"), "{done:?}");
 }
