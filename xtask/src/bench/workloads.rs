@@ -80,7 +80,7 @@ macro_rules! as_postgres {
 }
 
 /// All of them.
-pub const WORKLOADS: [Workload; 12] = [
+pub const WORKLOADS: [Workload; 13] = [
     Workload {
         name: "fio 64 KiB",
         aim: Some(1.04),
@@ -97,6 +97,16 @@ pub const WORKLOADS: [Workload; 12] = [
         work: fio!("4k", "--rw=write"),
         amounts: [64, 256, 800],
         beside_peers: true,
+        ..PLAIN
+    },
+    // Beside the row above: what a call costs where no memory has to be found for what it writes.
+    Workload {
+        name: "fio 4 KiB, over a file",
+        aim: Some(1.08),
+        tools: FIO,
+        prepare: "dd if=/dev/zero of=\"$data/file\" bs=1M count=$amount status=none",
+        work: fio!("4k", "--rw=write"),
+        amounts: [64, 256, 800],
         ..PLAIN
     },
     Workload {
