@@ -12,7 +12,7 @@ use bfs_tests::copy;
 use bfs_tests::programs::append::AppendWriters;
 use bfs_tests::programs::names::RandomNames;
 use bfs_tests::random::{Random, given_seed};
-use bfs_tests::stores::{is_sound, kept, replayer, restored_equals};
+use bfs_tests::stores::{has, is_sound, kept, replayer, restored_equals};
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{How, Transport, World, command_ok, rounds};
 
@@ -62,14 +62,6 @@ fn stands(world: &World, at: usize) -> (u64, String) {
     let destination = &status["destinations"][at];
     let standing = destination["standing"].as_str().unwrap().to_owned();
     (destination["confirmed"].as_u64().unwrap(), standing)
-}
-
-fn has(world: &World, at: usize, number: u64) {
-    until(&format!("checkpoint {number} at destination {at}"), SOON, || {
-        let status = world.status().ok()?;
-        (status["destinations"][at]["applied"].as_u64()? >= number).then_some(())
-    })
-    .unwrap_or_else(|error| panic!("{error:#}: {:#}", world.status().unwrap()["destinations"]));
 }
 
 fn dest(world: &World, words: &[&str]) -> Result<String, (Option<i32>, String)> {

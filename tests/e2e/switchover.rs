@@ -2,11 +2,10 @@
 //! of the program ever wrote.
 
 use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
-use bfs_tests::processes::{counted_loosely, images, started, stopped};
-use bfs_tests::stores::{kept, restored_equals};
+use bfs_tests::processes::{counted_lines, counted_loosely, images, started, stopped};
+use bfs_tests::stores::{has, kept, restored_equals};
 use bfs_tests::watch::{SOON, until};
 use bfs_tests::world::{Transport, World};
 
@@ -27,10 +26,6 @@ fn all_is_there(world: &World) {
     restored_equals(world, &world.store, last, &world.place.data);
 }
 
-fn lines(file: &Path) -> usize {
-    fs::read_to_string(file).unwrap_or_default().lines().count()
-}
-
 /// The command ends at once; what it started goes on for two seconds, and hears no signal.
 #[test]
 fn who_was_left_behind_by_the_command_is_waited_for() {
@@ -43,7 +38,7 @@ fn who_was_left_behind_by_the_command_is_waited_for() {
          while :; do sleep 0.05; done",
     );
     world.run(&command).unwrap();
-    until("the program to write", SOON, || (lines(&log) > 10).then_some(())).unwrap();
+    until("the program to write", SOON, || (counted_lines(&log) > 10).then_some(())).unwrap();
     world.checkpoint().unwrap();
     fs::write(world.place.aux.join("last"), "").unwrap();
     let (status, said) = switchover(&world, &[]);
@@ -62,7 +57,7 @@ fn who_does_not_end_is_named_and_killed_where_that_is_wanted() {
         let log = world.place.data.join("log");
         let script = "cd \"$1\"; touch \"$2/ready\"; (trap '' TERM; for i in $(seq 3000); do echo line >> log; sleep 0.01; done) & while :; do sleep 0.05; done";
         world.run(&world.script(script)).unwrap();
-        until("the program to write", SOON, || (lines(&log) > 10).then_some(())).unwrap();
+        until("the program to write", SOON, || (counted_lines(&log) > 10).then_some(())).unwrap();
         let more: &[&str] = if kill { &["--kill"] } else { &["--timeout", "1s"] };
         let (status, said) = switchover(&world, more);
         if kill {
@@ -102,12 +97,9 @@ fn what_only_another_destination_has_is_not_enough() {
         until [ -e \"$2/last\" ]; do sleep 0.05; echo line >> log; done";
     world.start_program(&world.script(script)).unwrap();
     world.attach().unwrap();
-    until("the program to write", SOON, || (lines(&log) > 3).then_some(())).unwrap();
+    until("the program to write", SOON, || (counted_lines(&log) > 3).then_some(())).unwrap();
     let number = world.checkpoint().unwrap();
-    until("the other to have it", SOON, || {
-        (world.status().ok()?["destinations"][1]["applied"].as_u64()? >= number).then_some(())
-    })
-    .unwrap();
+    has(&world, 1, number);
     let to = world.destination();
     let asked = world.spawn_agent_command(&["switchover", "--to", &to, "--timeout", "6s"]).unwrap();
     // It has begun when the first one is away; what the program does then goes into the spool, and from there to the other.
@@ -117,4 +109,23 @@ fn what_only_another_destination_has_is_not_enough() {
     let done = asked.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert!(done.status.code() == Some(75) && said.contains("not confirmed by"), "{done:?}");
+}
+
+/// It is told to end while it waits for a program that does not: whoever asked for the switchover hears that nothing came of it.
+#[test]
+fn who_waits_for_a_switchover_hears_that_the_agent_was_stopped() {
+    let mut world = World::new("switch-stop", Transport::Unix).unwrap();
+    world.start_replayer().unwrap();
+    let script =
+        "trap 'touch \"$2/told\"' TERM; touch \"$2/ready\"; until [ -e \"$2/last\" ]; do sleep 0.05; done";
+    world.start_program(&world.script(script)).unwrap();
+    world.attach().unwrap();
+    let to = world.destination();
+    let asked = world.spawn_agent_command(&["switchover", "--to", &to, "--timeout", "60s"]).unwrap();
+    until("the program to be told", SOON, || world.place.aux.join("told").exists().then_some(())).unwrap();
+    world.stop_agent().unwrap();
+    let done = asked.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(!done.status.success() && said.contains("was told to end before"), "{done:?}");
+    fs::write(world.place.aux.join("last"), "").unwrap();
 }

@@ -7,6 +7,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::oracle;
+use crate::watch::{SOON, until};
 use crate::world::{World, binary, command_ok};
 
 /// `bfs-replayer WORDS... --store STORE`.
@@ -58,4 +59,16 @@ pub fn below(world: &World) -> PathBuf {
 /// When it has.
 pub fn is_sound(store: &Path) {
     command_ok(&mut replayer(&["check", "--read-data"], store)).unwrap();
+}
+
+/// Waits until the destination of that index has applied a checkpoint.
+///
+/// # Panics
+/// When it does not.
+pub fn has(world: &World, at: usize, number: u64) {
+    until(&format!("checkpoint {number} at destination {at}"), SOON, || {
+        let status = world.status().ok()?;
+        (status["destinations"][at]["applied"].as_u64()? >= number).then_some(())
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {:#}", world.status().unwrap()["destinations"]));
 }

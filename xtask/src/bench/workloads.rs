@@ -48,6 +48,14 @@ const PLAIN: Workload = Workload {
     beside_peers: false,
 };
 
+/// 4 KiB at a time where there is something already: no memory has to be found for what is written.
+const OVER_A_FILE: Workload = Workload {
+    aim: Some(1.08),
+    tools: FIO,
+    prepare: "dd if=/dev/zero of=\"$data/file\" bs=1M count=$amount status=none",
+    ..PLAIN
+};
+
 const FIO: &[Tool] = &[("fio", "fio", "a workload of `bench`")];
 const CC: &[Tool] = &[("cc", "gcc libc6-dev", "compiles in a workload of `bench`")];
 const POSTGRES: &[Tool] = &[("pgbench", "postgresql", "a workload of `bench`")];
@@ -99,24 +107,17 @@ pub const WORKLOADS: [Workload; 13] = [
         beside_peers: true,
         ..PLAIN
     },
-    // Beside the row above: what a call costs where no memory has to be found for what it writes.
     Workload {
         name: "fio 4 KiB, over a file",
-        aim: Some(1.08),
-        tools: FIO,
-        prepare: "dd if=/dev/zero of=\"$data/file\" bs=1M count=$amount status=none",
         work: fio!("4k", "--rw=write"),
         amounts: [64, 256, 800],
-        ..PLAIN
+        ..OVER_A_FILE
     },
     Workload {
         name: "fio 4 KiB, random, over a file",
-        aim: Some(1.08),
-        tools: FIO,
-        prepare: "dd if=/dev/zero of=\"$data/file\" bs=1M count=$amount status=none",
         work: fio!("4k", "--rw=randwrite"),
         amounts: [64, 128, 512],
-        ..PLAIN
+        ..OVER_A_FILE
     },
     Workload {
         name: "fio 64 KiB, O_DIRECT",

@@ -130,7 +130,7 @@ impl Work {
     fn wants_hooks(&self) -> bool {
         let lives = || {
             self.kept.selection == Selection::Everyone
-                || self.link.probes.selected_tasks().is_ok_and(|tasks| !tasks.is_empty())
+                || self.link.probes.nobody_is_selected().is_ok_and(|nobody| !nobody)
         };
         self.hooks.inherited.is_some()
             && !self.options.hooks.is_empty()
