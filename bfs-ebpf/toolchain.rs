@@ -101,7 +101,7 @@ impl Toolchain {
             // `-Z` on a stable compiler.
             .env("RUSTC_BOOTSTRAP", "1")
             // Without types (--btf needs debuginfo) the kernel refuses callbacks.
-            .env("RUSTFLAGS", "-C debuginfo=2 -C link-arg=--btf")
+            .env("RUSTFLAGS", "-C debuginfo=2 -C link-arg=--btf -C link-arg=--disable-expand-memcpy-in-order")
             .env("PATH", self.path());
         let output =
             command.output().map_err(|error| format!("cannot run {}: {error}", self.cargo.display()))?;
