@@ -5,6 +5,8 @@
 pub enum Mutant {
     /// The log says that a batch is durable without a sync.
     AcknowledgesBeforeSync,
+    /// A segment is written over before its old name is gone for good.
+    RenewsBeforeSync,
     /// A step that goes on takes its before-images once more.
     RetakesImages,
     /// A marker passes the gate while a gap is open.

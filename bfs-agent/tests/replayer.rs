@@ -489,8 +489,11 @@ impl Small {
         (now.f_bavail * now.f_frsize) as usize
     }
 
-    /// Somebody else uses all but so many bytes.
+    /// Somebody else uses all but so many bytes. What the replayer would give back first, it has given back.
     fn leave(&self, bytes: usize) {
+        for spare in bfs_agent::log::spares::list(&self.mount.join("store/log/g")).unwrap() {
+            std::fs::remove_file(spare).unwrap();
+        }
         std::fs::write(self.mount.join("ballast"), vec![1; self.free() - bytes]).unwrap();
         rustix::fs::sync();
     }
@@ -559,6 +562,23 @@ async fn generations_make_room_before_anything_is_refused() {
     assert_eq!(replayer.status()[0].state, StoreState::Ready);
     let new = std::fs::read(tree(&small.mount.join("store")).join("new")).unwrap();
     assert!(new == vec![7; 6 << 20]);
+    drop((agent, replayer));
+}
+
+#[tokio::test]
+async fn segments_to_be_written_over_are_given_back_when_room_is_short() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = Small::make(dir.path(), 64);
+    let (replayer, agent) = on_a_small_disk(&small).await;
+    let kept = || bfs_agent::log::spares::list(&small.mount.join("store/log/g")).unwrap().len();
+    assert!(kept() > 0);
+    // Log and tree need 4 MiB, the margin 3; with less than another one beside that, room is short.
+    let ballast = small.free() - (9 << 20);
+    std::fs::write(small.mount.join("ballast"), vec![1; ballast]).unwrap();
+    rustix::fs::sync();
+    let (agent, applied) = try_to_checkpoint(&replayer, agent, 2, 10).await;
+    assert!(applied, "{:?}", replayer.status()[0]);
+    assert_eq!(kept(), 0);
     drop((agent, replayer));
 }
 

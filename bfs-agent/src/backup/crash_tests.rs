@@ -26,6 +26,7 @@ use super::plan::Plan;
 use super::step::apply_step;
 use super::store::Store;
 use super::sums;
+use crate::log::spares::SPARES;
 use crate::log::writer::{Batch, LogWriter};
 
 pub(super) const GROUP: &str = "g";
@@ -156,7 +157,7 @@ pub(super) fn converges(steps: &[Does], from: usize, crashes: &[u64]) -> bool {
         for left in ["stage", "aside"] {
             assert_eq!(fs::read_dir(store.path().join(left).join(GROUP)).unwrap().count(), 0, "{left}");
         }
-        LogWriter::remove_applied(&log_dir, row.applied.sequence).unwrap();
+        LogWriter::remove_applied(&log_dir, row.applied.sequence, SPARES).unwrap();
         index.compare_copy();
         if number % 2 == 1 {
             assert!(index.copy(&|| true).unwrap());

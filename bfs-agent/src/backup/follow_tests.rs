@@ -17,6 +17,7 @@ use super::gate::Marker;
 use super::model::{Model, ROOT, TOP};
 use super::past::Source;
 use super::step::apply_step;
+use crate::log::spares::SPARES;
 use crate::log::writer::LogWriter;
 use crate::policy::{Backup, Policy, Table};
 
@@ -204,7 +205,7 @@ fn run(turns: &[Turn]) {
             }
         };
         apply::clean(&area, &index.view(row.number).unwrap()).unwrap();
-        LogWriter::remove_applied(&log_dir, row.applied.sequence).unwrap();
+        LogWriter::remove_applied(&log_dir, row.applied.sequence, SPARES).unwrap();
         if let Some(all) = &mut followers {
             all.applied(&row);
         }

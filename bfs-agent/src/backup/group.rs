@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 mod adopting;
 mod applying;
@@ -24,6 +24,7 @@ mod taking;
 
 use bfs_common::record::{CheckpointId, CheckpointLabel, Epoch, GroupId, PathBytes, Record, Sequence};
 use bfs_common::wire::{GenerationLine, GroupStatus, Position, Refusal, StoreState};
+use tokio::runtime::Runtime;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::apply::Area;
@@ -37,8 +38,8 @@ use super::process::Sets;
 use super::retention::Retention;
 use super::room::{Disk, Disks, Need, Room};
 use super::transfer::Incoming;
-use crate::log::LogRecord;
 use crate::log::writer::{Batch, LogWriter, SEGMENT_BYTES};
+use crate::log::{LogRecord, spares};
 use attending::Attendance;
 pub use attending::{Leave, Pulse, Slot};
 pub use processes::Puts;
@@ -49,6 +50,8 @@ use taking::Pending;
 const QUEUE: usize = 8;
 /// Bytes that are synced together at most.
 const GROUP_COMMIT_BYTES: usize = 32 << 20;
+/// After so long without a record the log notes durably that all of it is synced.
+const LOG_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a group may take and keep.
 #[derive(Clone, Debug)]
@@ -219,6 +222,8 @@ pub struct Group {
     /// What is taken in of a stream, before the log has it.
     incoming: Incoming,
     limits: Limits,
+    /// How many files of applied segments stay to be written over.
+    spares: usize,
     room: Arc<Room>,
     disks: Disks,
     /// Images of processes.
@@ -308,7 +313,9 @@ impl Group {
                 .map_err(BackupError::io("start a thread for group", name))
         };
         let (for_log, for_apply) = (group.clone(), group.clone());
-        let log_thread = spawn("log", Box::new(move || for_log.run_log(writer, from_group)))?;
+        let clock = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        let clock = clock.map_err(BackupError::io("start the clock of group", name))?;
+        let log_thread = spawn("log", Box::new(move || for_log.run_log(writer, from_group, &clock)))?;
         let apply_thread = spawn("apply", Box::new(move || for_apply.run_apply()))?;
         locked(&group.threads).extend([log_thread, apply_thread]);
         Ok(group)
@@ -347,6 +354,7 @@ impl Group {
         let applied = (row.checkpoint, row.label.clone());
         let mut state = State::new(gate, row.granted, applied, row.histories.clone());
         (state.steps, state.pending) = (steps, pending);
+        let spares = spares::limit(&log);
         let process = Arc::new(Sets::open(area.process().to_owned(), row.id)?);
         let (to_log, from_group) = mpsc::channel(QUEUE);
         let group = Arc::new(Self {
@@ -365,6 +373,7 @@ impl Group {
             log,
             incoming,
             limits,
+            spares,
             room,
             disks,
             process,
@@ -406,9 +415,23 @@ impl Group {
         wait.await.map_err(|_| closed())?.map_err(Refusal::Store)
     }
 
-    fn run_log(&self, mut log: LogWriter, mut from_group: mpsc::Receiver<ToLog>) {
+    fn run_log(&self, mut log: LogWriter, mut from_group: mpsc::Receiver<ToLog>, clock: &Runtime) {
         let mut failed = false;
-        while let Some(first) = from_group.blocking_recv() {
+        loop {
+            let next = if failed || log.is_sealed() {
+                from_group.blocking_recv()
+            } else {
+                let soon = async { tokio::time::timeout(LOG_PAUSE, from_group.recv()).await };
+                let Ok(next) = clock.block_on(soon) else {
+                    // Nothing depends on it now: the next batch does it, or fails.
+                    if let Err(error) = log.seal() {
+                        tracing::debug!("group {}: {error}", self.name);
+                    }
+                    continue;
+                };
+                next
+            };
+            let Some(first) = next else { break };
             self.log_together(first, &mut log, &mut from_group, &mut failed);
         }
         if !failed && let Err(error) = log.seal() {

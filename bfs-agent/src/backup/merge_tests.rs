@@ -23,6 +23,7 @@ use super::model::{May, Model, TOP};
 use super::past::{Loaded, Past, Source};
 use super::step::apply_step;
 use super::store::Store;
+use crate::log::spares::SPARES;
 use crate::log::writer::LogWriter;
 
 const GROUP: &str = "g";
@@ -68,7 +69,7 @@ impl Kept {
 
     fn apply(&mut self, marker: Marker) {
         self.row = apply_marker(&self.index, &self.area, &self.log_dir, &self.row, marker);
-        LogWriter::remove_applied(&self.log_dir, self.row.applied.sequence).unwrap();
+        LogWriter::remove_applied(&self.log_dir, self.row.applied.sequence, SPARES).unwrap();
     }
 
     fn source(&self) -> Source<'_> {

@@ -5,12 +5,13 @@
 //! DIR/NNNNNNNNNNNNNNNNNNNN.log      NN..: sequence number of the first record
 //! ```
 //! Only the last segment can have a torn tail: bytes that are no record, with no commit behind
-//! them. It is cut when the log is opened. Everything else that does not fit (a checksum, a number,
+//! them. It is cut when the log is opened, and so is what a file that was a segment before has behind its last commit. Everything else that does not fit (a checksum, a number,
 //! a chain hash, a record that is not understood, a file that is shorter than what was synced) is
 //! damage, named and never repaired by itself. A segment gets its name when its header is synced;
 //! before that it is called `*.new`.
 
 pub mod segment;
+pub mod spares;
 pub mod writer;
 
 use std::collections::HashMap;
@@ -215,7 +216,11 @@ impl Payloads {
         let path = segment_path(&self.dir, from.segment);
         let file = match self.segments.entry(from.segment) {
             Entry::Occupied(open) => open.into_mut(),
-            Entry::Vacant(free) => free.insert(File::open(&path).map_err(LogError::io("open", &path))?),
+            Entry::Vacant(free) => {
+                let file = segment::open_shared(&path).map_err(LogError::io("open", &path))?;
+                segment::read_header(&file, &path, from.segment)?;
+                free.insert(file)
+            }
         };
         if self.buffer.len() < len {
             self.buffer.resize(len, 0);

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! 0    8   "bfslog1\n"
-//! 8    4   version 1                       all integers little-endian
+//! 8    4   version: 1, or 2 in a file that was a segment before     all integers little-endian
 //! 12   4   CRC32C over bytes 0..12 and 16..104
 //! 16   16  group id
 //! 32   8   sequence number of the first record
 //! 40   8   epoch before it
 //! 48   32  chain hash before it
-//! 80   24  zeros
+//! 80   8   in version 2 the mark of its commits, drawn by lot; else zeros
+//! 88   16  zeros
 //! 104  8   bytes of the file that are known to be synced
 //! 112  4   CRC32C over bytes 104..112
 //! 116  12  zeros
@@ -19,7 +20,7 @@
 //!
 //! ```text
 //! 0    8   "bfscommt"
-//! 8    8   number of the segment
+//! 8    8   number of the segment; in version 2 its mark
 //! 16   8   offset of the commit in the file
 //! 24   32  chain hash after the last record before it
 //! ```
@@ -29,7 +30,15 @@
 //! refused too; a file grows in order, so this is rare.) Without one they are a torn tail. Whole
 //! records are kept either way. The synced length is written with the *next* batch: below it
 //! damage is damage whatever the commits say.
+//!
+//! A file that was a segment before ([`renew`]) is written over in place: the file system then has no blocks to find
+//! and no size to note at each sync, which halves what a sync costs. Above the synced length it may hold anything: what it
+//! held before, and after a power cut any mixture of that and of the last batch. So only records with a commit
+//! behind them are read there, in which the mark keeps what was once written by others from being taken for one; the rest
+//! is its end, not damage. What follows in the next segment shows by number and chain hash that nothing is missing. Such
+//! a segment is never read ahead of what is durable by a reader that goes on later.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -41,9 +50,12 @@ use bytes::Bytes;
 
 use super::{LogError, LogRecord, LogRef, segment_path};
 use crate::durable;
+use crate::mutant::{self, Mutant};
 
 const MAGIC: [u8; 8] = *b"bfslog1\n";
 const VERSION: u32 = 1;
+/// Of a file that was a segment before.
+const VERSION_RENEWED: u32 = 2;
 /// Bytes before the first record.
 pub const HEADER: u64 = 128;
 const SYNCED_AT: usize = 104;
@@ -62,6 +74,8 @@ pub struct Header {
     pub first: Sequence,
     /// Position before the first record.
     pub before: Position,
+    /// In a file that was a segment before: what its commits have in place of its number.
+    pub mark: Option<u64>,
 }
 
 impl Header {
@@ -70,11 +84,13 @@ impl Header {
     pub fn encode(&self) -> [u8; HEADER as usize] {
         let mut out = [0; HEADER as usize];
         out[..8].copy_from_slice(&MAGIC);
-        out[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        let version = if self.mark.is_some() { VERSION_RENEWED } else { VERSION };
+        out[8..12].copy_from_slice(&version.to_le_bytes());
         out[16..32].copy_from_slice(&self.group.0);
         out[32..40].copy_from_slice(&self.first.0.to_le_bytes());
         out[40..48].copy_from_slice(&self.before.epoch.0.to_le_bytes());
         out[48..80].copy_from_slice(&self.before.chain.0);
+        out[80..88].copy_from_slice(&self.mark.unwrap_or(0).to_le_bytes());
         let crc = crc32c::crc32c_append(crc32c::crc32c(&out[..12]), &out[16..SYNCED_AT]);
         out[12..16].copy_from_slice(&crc.to_le_bytes());
         out[SYNCED_AT..SYNCED_AT + 12].copy_from_slice(&encode_synced(HEADER));
@@ -91,9 +107,15 @@ impl Header {
         if bytes[..8] != MAGIC {
             return Err("does not begin like a log segment".into());
         }
-        if u32_at(8) != VERSION {
-            return Err(format!("has version {}, this release knows {VERSION}", u32_at(8)));
-        }
+        let mark = match u32_at(8) {
+            VERSION => None,
+            VERSION_RENEWED => Some(u64_at(80)),
+            other => {
+                return Err(format!(
+                    "has version {other}, this release knows {VERSION} and {VERSION_RENEWED}"
+                ));
+            }
+        };
         if u32_at(12) != crc32c::crc32c_append(crc32c::crc32c(&bytes[..12]), &bytes[16..SYNCED_AT]) {
             return Err("the checksum of its header does not fit".into());
         }
@@ -108,7 +130,13 @@ impl Header {
         };
         let group = GroupId(bytes[16..32].try_into().expect("16 bytes"));
         let fits = u32_at(SYNCED_AT + 8) == crc32c::crc32c(&bytes[SYNCED_AT..SYNCED_AT + 8]);
-        Ok((Self { group, first, before }, fits.then(|| u64_at(SYNCED_AT))))
+        Ok((Self { group, first, before, mark }, fits.then(|| u64_at(SYNCED_AT))))
+    }
+
+    /// What its commits say that they belong to.
+    #[must_use]
+    pub fn of_commits(&self) -> u64 {
+        self.mark.unwrap_or(self.first.0)
     }
 }
 
@@ -120,7 +148,7 @@ fn encode_synced(length: u64) -> [u8; 12] {
     out
 }
 
-/// The commit behind a batch that ends at this position.
+/// The commit behind a batch that ends at this position, in the segment of this number or mark.
 #[must_use]
 pub fn encode_commit(segment: u64, at: u64, after: &Position) -> [u8; COMMIT] {
     let mut out = [0; COMMIT];
@@ -162,6 +190,50 @@ pub fn create(dir: &Path, header: &Header) -> Result<File, LogError> {
     make().map_err(LogError::io("make", &path))
 }
 
+/// As [`create`], in a file that was a segment, is applied, and lies beside the others under this name. Nobody else may
+/// have it open, or it stays what it was.
+///
+/// # Errors
+/// What the system says; the file then has its old name, and its bytes may be of both.
+pub fn renew(dir: &Path, old: &Path, header: &Header) -> std::io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).open(old)?;
+    // Whoever reads it has it locked, until the end.
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+    // With its new bytes it must not come back under the name that it had as a segment.
+    if !mutant::is(Mutant::RenewsBeforeSync) {
+        durable::directory(dir)?;
+    }
+    file.write_all_at(&header.encode(), 0)?;
+    durable::data(&file)?;
+    std::fs::rename(old, segment_path(dir, header.first.0))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::Unlock)?;
+    Ok(file)
+}
+
+/// Opens a segment to read it: as long as the handle lives it is not renewed.
+///
+/// # Errors
+/// What the system says, also if it is being renewed.
+pub(super) fn open_shared(path: &Path) -> std::io::Result<File> {
+    let file = File::open(path)?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockShared) {
+        Err(error @ rustix::io::Errno::WOULDBLOCK) => Err(error.into()),
+        // Where there are no locks nothing is renewed.
+        _ => Ok(file),
+    }
+}
+
+/// Reads the header of a segment, which has to be of this number.
+pub(super) fn read_header(file: &File, path: &Path, number: u64) -> Result<(Header, Option<u64>), LogError> {
+    let mut bytes = [0; HEADER as usize];
+    file.read_exact_at(&mut bytes, 0).map_err(|_| LogError::corrupt(path, "is shorter than its header"))?;
+    let (header, synced) = Header::decode(&bytes).map_err(|why| LogError::corrupt(path, why))?;
+    if header.first.0 != number {
+        return Err(LogError::corrupt(path, "belongs to another group or another place"));
+    }
+    Ok((header, synced))
+}
+
 /// Notes in the header how many bytes are synced (durable with the next sync).
 ///
 /// # Errors
@@ -183,6 +255,12 @@ pub struct SegmentReader {
     buffer: Bytes,
     /// Offset in the file of the first byte of `buffer`.
     at: u64,
+    /// Number of the next record, if it is known.
+    expected: Option<Sequence>,
+    /// In a renewed file: records without a commit so far.
+    held: VecDeque<Item>,
+    /// Records with a commit behind them, and that.
+    ready: VecDeque<Item>,
 }
 
 /// What stands in a segment.
@@ -204,7 +282,7 @@ pub enum Item {
 /// How a segment ends.
 #[derive(Debug)]
 pub enum Tail {
-    /// After a whole record.
+    /// After a whole record; in a renewed file also with what it held before.
     Clean,
     /// With bytes that are no record, from here.
     Torn {
@@ -222,21 +300,23 @@ impl SegmentReader {
     /// [`LogError::Corrupt`] or what the system says.
     pub fn open(dir: &Path, number: u64, group: GroupId) -> Result<Self, LogError> {
         let path = segment_path(dir, number);
-        let file = File::open(&path).map_err(LogError::io("open", &path))?;
-        let mut bytes = [0; HEADER as usize];
-        file.read_exact_at(&mut bytes, 0)
-            .map_err(|_| LogError::corrupt(&path, "is shorter than its header"))?;
-        let (header, synced) = Header::decode(&bytes).map_err(|why| LogError::corrupt(&path, why))?;
-        if header.group != group || header.first.0 != number {
+        let file = open_shared(&path).map_err(LogError::io("open", &path))?;
+        let (header, synced) = read_header(&file, &path, number)?;
+        if header.group != group {
             return Err(LogError::corrupt(&path, "belongs to another group or another place"));
         }
-        Ok(Self { file, path, number, header, synced, buffer: Bytes::new(), at: HEADER })
+        let (buffer, expected) = (Bytes::new(), Some(header.first));
+        let (held, ready) = Default::default();
+        Ok(Self { file, path, number, header, synced, buffer, at: HEADER, expected, held, ready })
     }
 
     /// Goes on at this offset, where a record begins.
     pub fn skip_to(&mut self, offset: u64) {
         self.at = offset;
         self.buffer = Bytes::new();
+        self.expected = None;
+        self.held.clear();
+        self.ready.clear();
     }
 
     /// The next record; `None` at the end of the file.
@@ -256,25 +336,50 @@ impl SegmentReader {
         }
     }
 
-    /// The next record or commit, or how the segment ends.
+    /// The next record or commit, or how the segment ends: a renewed file ends behind its last commit.
     ///
     /// # Errors
     /// What the system says.
     pub fn next_or_tail(&mut self) -> Result<Result<Item, Tail>, LogError> {
         loop {
+            if let Some(item) = self.ready.pop_front() {
+                return Ok(Ok(item));
+            }
+            match self.parse()? {
+                Ok(item) => {
+                    let waits = self.header.mark.is_some() && matches!(item, Item::Record(_));
+                    self.held.push_back(item);
+                    if !waits {
+                        self.ready.append(&mut self.held);
+                    }
+                }
+                Err(tail) => return Ok(Err(tail)),
+            }
+        }
+    }
+
+    fn parse(&mut self) -> Result<Result<Item, Tail>, LogError> {
+        loop {
             match codec::take(&mut self.buffer) {
                 Ok(Some(encoded)) => {
-                    if let Some((sequence, chain)) = decode_commit(&encoded, self.number, self.at) {
-                        self.at += encoded.bytes.len() as u64;
-                        return Ok(Ok(Item::Commit { sequence, chain, end: self.at }));
+                    let end = self.at + encoded.bytes.len() as u64;
+                    if let Some((sequence, chain)) =
+                        decode_commit(&encoded, self.header.of_commits(), self.at)
+                    {
+                        self.at = end;
+                        return Ok(Ok(Item::Commit { sequence, chain, end }));
+                    }
+                    if self.may_be_old() && self.expected.is_some_and(|next| next != encoded.sequence) {
+                        return Ok(Err(Tail::Clean));
                     }
                     let (record, payload) = match encoded.decode() {
                         Ok(found) => found,
                         Err(why) => return Ok(Err(Tail::Torn { at: self.at, why })),
                     };
-                    self.at += encoded.bytes.len() as u64;
-                    let at = LogRef { segment: self.number, offset: self.at - payload.len() as u64 };
-                    return Ok(Ok(Item::Record(LogRecord { encoded, record, payload, at, end: self.at })));
+                    self.expected = Some(encoded.sequence.next());
+                    self.at = end;
+                    let at = LogRef { segment: self.number, offset: end - payload.len() as u64 };
+                    return Ok(Ok(Item::Record(LogRecord { encoded, record, payload, at, end })));
                 }
                 Ok(None) => {
                     if !self.more()? {
@@ -283,12 +388,21 @@ impl SegmentReader {
                 }
                 Err(why @ CodecError::Truncated { .. }) => {
                     if !self.more()? {
-                        return Ok(Err(Tail::Torn { at: self.at, why }));
+                        return Ok(Err(self.torn(why)));
                     }
                 }
-                Err(why) => return Ok(Err(Tail::Torn { at: self.at, why })),
+                Err(why) => return Ok(Err(self.torn(why))),
             }
         }
+    }
+
+    /// Whether what stands here may be left of what the file was before, or of a batch that a power cut tore.
+    fn may_be_old(&self) -> bool {
+        self.header.mark.is_some() && self.synced.is_none_or(|synced| self.at >= synced)
+    }
+
+    fn torn(&self, why: CodecError) -> Tail {
+        if self.may_be_old() { Tail::Clean } else { Tail::Torn { at: self.at, why } }
     }
 
     /// Whether a commit stands anywhere behind this offset.
@@ -303,7 +417,9 @@ impl SegmentReader {
         let starts = (codec::PREFIX..self.buffer.len()).filter(at_magic).map(|at| at - codec::PREFIX);
         for start in starts {
             let found = codec::take(&mut self.buffer.slice(start..)).ok().flatten();
-            if found.is_some_and(|found| decode_commit(&found, self.number, from + start as u64).is_some()) {
+            if found.is_some_and(|found| {
+                decode_commit(&found, self.header.of_commits(), from + start as u64).is_some()
+            }) {
                 return Ok(true);
             }
         }

@@ -16,7 +16,7 @@ use bfs_common::wire::Position;
 use bytes::Bytes;
 
 use super::segment::{self, COMMIT, HEADER, Header, Item, SegmentReader, Tail};
-use super::{LogError, LogRecord, segment_path, segments, sync_dir, write_again};
+use super::{LogError, LogRecord, segment_path, segments, spares, sync_dir, write_again};
 use crate::durable;
 use crate::mutant::{self, Mutant};
 
@@ -40,8 +40,12 @@ pub struct LogWriter {
 struct Open {
     file: File,
     number: u64,
+    /// What its commits say that they belong to.
+    of_commits: u64,
     /// Bytes that are synced.
     synced: u64,
+    /// Bytes of which the file says, durably, that they are.
+    noted: u64,
 }
 
 /// Encoded records that follow one another.
@@ -151,10 +155,12 @@ impl LogWriter {
                 let length = file.metadata().map_err(LogError::io("stat", &path))?.len();
                 if length > end {
                     file.set_len(end).map_err(LogError::io("cut", &path))?;
-                    opened.cut = Some((path.clone(), length - end));
+                    // Behind its last commit one that was used before has always something.
+                    let torn = reader.header.mark.is_none();
+                    opened.cut = torn.then(|| (path.clone(), length - end));
                 }
                 if end > committed {
-                    let commit = segment::encode_commit(*number, end, &here);
+                    let commit = segment::encode_commit(reader.header.of_commits(), end, &here);
                     file.write_all_at(&commit, end).map_err(LogError::io("write", &path))?;
                     end += COMMIT as u64;
                 }
@@ -165,7 +171,9 @@ impl LogWriter {
                 durable::file(&file).map_err(LogError::io("sync", &path))?;
                 // A crash may have come between its name and the sync of that.
                 sync_dir(dir)?;
-                writer.segment = Some(Open { file, number: *number, synced: end });
+                let of_commits = reader.header.of_commits();
+                writer.segment =
+                    Some(Open { file, number: *number, of_commits, synced: end, noted: unsure.min(end) });
             }
             expected = Some(here);
         }
@@ -234,7 +242,7 @@ impl LogWriter {
                 at += bytes.len() as u64;
             }
             if let Some(last) = batches.last() {
-                open.file.write_all_at(&segment::encode_commit(open.number, at, &last.after), at)?;
+                open.file.write_all_at(&segment::encode_commit(open.of_commits, at, &last.after), at)?;
                 at += COMMIT as u64;
             }
             Ok(at)
@@ -251,24 +259,35 @@ impl LogWriter {
         self.seal()?;
         self.settle()?;
         let first = self.durable.sequence.next();
-        let file = segment::create(&self.dir, &Header { group: self.group, first, before: self.durable })?;
+        let fresh = Header { group: self.group, first, before: self.durable, mark: None };
+        let (file, of_commits) = match spares::take(&self.dir, &fresh) {
+            Some(renewed) => renewed,
+            None => (segment::create(&self.dir, &fresh)?, fresh.of_commits()),
+        };
         sync_dir(&self.dir)?;
-        self.segment = Some(Open { file, number: first.0, synced: HEADER });
+        self.segment = Some(Open { file, number: first.0, of_commits, synced: HEADER, noted: HEADER });
         Ok(())
     }
 
-    /// Notes durably that the whole segment is synced.
+    /// Notes durably that the whole segment is synced: from then on all damage in it is found.
     ///
     /// # Errors
     /// What the system says.
     pub fn seal(&mut self) -> Result<(), LogError> {
-        if let Some(open) = &self.segment {
+        if let Some(open) = self.segment.as_mut().filter(|open| open.noted < open.synced) {
             let path = segment_path(&self.dir, open.number);
             segment::note_synced(&open.file, open.synced)
                 .and_then(|()| durable::data(&open.file))
                 .map_err(LogError::io("sync", path))?;
+            open.noted = open.synced;
         }
         Ok(())
+    }
+
+    /// Whether all damage in it would be found.
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
+        self.segment.as_ref().is_none_or(|open| open.noted == open.synced)
     }
 
     /// After a failure: the segment is at its end, at the length that we know to be synced.
@@ -304,20 +323,27 @@ impl LogWriter {
         self.segment = None;
     }
 
-    /// Removes segments of which every record is applied; never the last one.
+    /// Removes segments of which every record is applied; never the last one. So many stay as spare files, to be
+    /// written over.
     ///
     /// # Errors
     /// What the system says.
-    pub fn remove_applied(dir: &Path, applied: Sequence) -> Result<(), LogError> {
+    pub fn remove_applied(dir: &Path, applied: Sequence, spares_max: usize) -> Result<(), LogError> {
         let all = segments(dir)?;
+        let mut spare = spares::list(dir)?.len();
         for pair in all.windows(2) {
             if pair[1] > applied.0 + 1 {
                 break;
             }
-            let path = segment_path(dir, pair[0]);
-            fs::remove_file(&path).map_err(LogError::io("remove", &path))?;
+            if spare < spares_max {
+                spares::keep(dir, pair[0])?;
+                spare += 1;
+            } else {
+                let path = segment_path(dir, pair[0]);
+                fs::remove_file(&path).map_err(LogError::io("remove", &path))?;
+            }
         }
-        Ok(())
+        spares::limit_to(dir, spares_max)
     }
 
     /// The segment that is written, and how many bytes of it are synced.
@@ -344,15 +370,15 @@ fn remove_unborn(dir: &Path) -> Result<(), LogError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use bfs_common::codec;
     use bfs_common::record::{ObjectId, Record};
     use bytes::BytesMut;
 
-    const GROUP: GroupId = GroupId([7; 16]);
+    pub const GROUP: GroupId = GroupId([7; 16]);
 
-    fn append(writer: &mut LogWriter, count: u64) {
+    pub fn append(writer: &mut LogWriter, count: u64) {
         let before = writer.durable();
         let mut position = before;
         let mut out = BytesMut::new();
@@ -368,7 +394,7 @@ mod tests {
         writer.append(&[Batch { bytes: out.freeze(), before, after: position }]).unwrap();
     }
 
-    fn open(dir: &Path) -> Result<(LogWriter, Vec<u64>, Opened), LogError> {
+    pub fn open(dir: &Path) -> Result<(LogWriter, Vec<u64>, Opened), LogError> {
         let mut seen = Vec::new();
         let each = |r: LogRecord| {
             seen.push(r.encoded.sequence.0);
@@ -378,7 +404,7 @@ mod tests {
         Ok((writer, seen, opened))
     }
 
-    fn only_segment(dir: &Path) -> PathBuf {
+    pub fn only_segment(dir: &Path) -> PathBuf {
         segment_path(dir, *segments(dir).unwrap().last().unwrap())
     }
 
@@ -404,7 +430,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!(some, (8..=22).collect::<Vec<_>>());
-        LogWriter::remove_applied(dir.path(), Sequence(22)).unwrap();
+        LogWriter::remove_applied(dir.path(), Sequence(22), 0).unwrap();
         assert!(segments(dir.path()).unwrap()[0] <= 23);
     }
 

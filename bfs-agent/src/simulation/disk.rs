@@ -9,7 +9,8 @@
 //! sync, at the end, or at any change in between, with the same inodes.
 //!
 //! The index counts as durable with each transaction: that is redb's, and cuts of a real disk are tested elsewhere
-//! (`tests/e2e/power.rs`). A batch grows on the disk from its beginning to its end.
+//! (`bfs-agent/tests/faults.rs`). A batch grows on the disk from its beginning to its end, but for one in a file that was a segment
+//! before: that is written over, in any order.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -451,9 +452,16 @@ impl Disk {
     }
 }
 
+/// Whether these are a segment in a file that was one before.
+pub fn is_renewed(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"bfslog1\n\x02")
+}
+
 /// What a disk may have of a file that had `old` when it was synced and has `new` in memory. One that `grows` is
 /// written from its beginning to its end, but for its head; another in any order.
 fn mixed(random: &mut Random, old: &[u8], new: &[u8], grows: bool) -> Vec<u8> {
+    let renewed = grows && is_renewed(new) && old.len() >= HEAD;
+    let grows = grows && !renewed;
     match random.below(4) {
         _ if old == new => new.to_vec(),
         0 => old.to_vec(),
@@ -485,6 +493,10 @@ fn mixed(random: &mut Random, old: &[u8], new: &[u8], grows: bool) -> Vec<u8> {
                 let have = from.get(index * SECTOR..).unwrap_or(&[]);
                 let count = have.len().min(sector.len());
                 sector[..count].copy_from_slice(&have[..count]);
+            }
+            if renewed {
+                let head = if random.chance(50) { old } else { new };
+                mixed[..HEAD].copy_from_slice(&head[..HEAD]);
             }
             mixed
         }

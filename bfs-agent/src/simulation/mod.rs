@@ -100,7 +100,7 @@ fn run_all(seeds: u64, further: &[u64], beside: Beside) -> Option<Sum> {
     let sum = Sum(all);
     println!(
         "{} seeds: {} checkpoints applied, {} kills, {} power cuts, {} failed calls, {} agents, {} markers refused, \
-         {} promotions, {} refused who were fenced; to further destinations {} steps and {} of others, {} begun again",
+         {} promotions, {} refused who were fenced; {} starts behind a segment written over; to further destinations {} steps and {} of others, {} begun again",
         sum.0.len(),
         sum.of(|s| s.applied),
         sum.of(|s| s.kills),
@@ -110,6 +110,7 @@ fn run_all(seeds: u64, further: &[u64], beside: Beside) -> Option<Sum> {
         sum.of(|s| s.refused_markers),
         sum.of(|s| s.promotions),
         sum.of(|s| s.fenced),
+        sum.of(|s| s.renewed),
         sum.of(|s| s.steps),
         sum.of(|s| s.carried),
         sum.of(|s| s.begun_again),
@@ -119,7 +120,7 @@ fn run_all(seeds: u64, further: &[u64], beside: Beside) -> Option<Sum> {
     if beside.further {
         often.extend([(|s| s.steps) as fn(&Seen) -> u64, |s| s.carried, |s| s.applied_further]);
     } else {
-        often.push(|s| s.refused_markers);
+        often.extend([(|s| s.refused_markers) as fn(&Seen) -> u64, |s| s.renewed]);
     }
     for what in often {
         assert!(sum.of(what) > seeds / 20);
@@ -180,6 +181,11 @@ fn an_acknowledgement_before_the_sync_is_noticed() {
 #[test]
 fn before_images_that_are_taken_again_are_noticed() {
     caught(Mutant::RetakesImages);
+}
+
+#[test]
+fn a_segment_that_comes_back_with_the_bytes_of_another_is_noticed() {
+    caught(Mutant::RenewsBeforeSync);
 }
 
 #[test]

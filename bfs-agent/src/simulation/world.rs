@@ -64,6 +64,8 @@ struct Connection {
 pub struct Seen {
     pub kills: u64,
     pub power_cuts: u64,
+    /// Starts of a replayer whose log had been writing over a file that was a segment before.
+    pub renewed: u64,
     pub failed_calls: u64,
     pub agents: u64,
     pub spooled: u64,
@@ -297,6 +299,7 @@ impl World {
         }
         if self.replayer.is_none() && (self.calm || self.random.chance(10)) {
             let refused = disk::refused(BACKUP);
+            self.seen.renewed += u64::from(self.log_is_renewed());
             match Simulated::open(&self.folder.join("backup"), writer(0), self.retention.clone()) {
                 Ok(replayer) => {
                     self.replayer = Some(replayer);
@@ -617,6 +620,14 @@ impl World {
     /// The stream that counts.
     fn stream(&self) -> &Stream {
         &self.hosts[self.writer].primary.stream
+    }
+
+    /// Whether the newest segment of the backup's log is in a file that was one before.
+    fn log_is_renewed(&self) -> bool {
+        let log = self.folder.join("backup/log/g");
+        let newest = crate::log::segments(&log).ok().and_then(|all| all.last().copied());
+        let bytes = newest.and_then(|number| std::fs::read(crate::log::segment_path(&log, number)).ok());
+        bytes.is_some_and(|bytes| disk::is_renewed(&bytes))
     }
 
     /// After a start of the replayer: what it acknowledged is there.

@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use bfs_agent::keys::Folder;
+use bfs_agent::log::{segment_path, segments};
 use bfs_agent::net::{self, Connection, Destination};
 use bfs_common::record::*;
 use bfs_common::wire::*;
@@ -21,6 +22,10 @@ use super::stream::Stream;
 const SOON: Duration = Duration::from_secs(60);
 /// Generations that are kept: the steps are more, so some are dropped.
 const KEEP: u64 = 2;
+/// Each step also writes to this object as much as a segment of the log holds on a disk of this size. So segments are
+/// ended, and those that are applied written over.
+const FILLER: u64 = 9;
+const SEGMENT_BYTES: usize = 1 << 20;
 
 pub struct Run {
     faults: Faults,
@@ -40,6 +45,8 @@ pub struct Run {
     told: BTreeSet<String>,
     /// Length of the log when it was started.
     said: usize,
+    /// Checkpoints at which a segment of the log stood in a file that was one before.
+    written_over: usize,
     dir: tempfile::TempDir,
 }
 
@@ -49,6 +56,8 @@ pub struct Done {
     pub calls: u64,
     /// Those that did.
     pub failed: usize,
+    /// Checkpoints at which a segment of the log stood in a file that was one before.
+    pub written_over: usize,
 }
 
 impl Run {
@@ -71,6 +80,7 @@ impl Run {
             acknowledged: (Sequence(0), CheckpointId(0), CheckpointId(0)),
             told: BTreeSet::new(),
             said: 0,
+            written_over: 0,
         }
     }
 
@@ -106,7 +116,11 @@ impl Run {
         runtime.block_on(async {
             self.connect().await;
             for (number, step) in STEPS.iter().enumerate() {
-                step(self.stream.as_mut().unwrap());
+                let stream = self.stream.as_mut().unwrap();
+                step(stream);
+                if number > 0 {
+                    stream.write(FILLER, 4096 * number as u64, &[number as u8; SEGMENT_BYTES]);
+                }
                 let checkpoint = self.stream.as_mut().unwrap().checkpoint();
                 copy::exact(&self.stream.as_ref().unwrap().data, &self.copy(checkpoint)).unwrap();
                 self.applied(checkpoint).await;
@@ -117,7 +131,8 @@ impl Run {
         });
         drop(runtime);
         self.end();
-        let done = Done { calls: self.faults.count(), failed: self.hit + self.faults.failed().len() };
+        let failed = self.hit + self.faults.failed().len();
+        let done = Done { calls: self.faults.count(), failed, written_over: self.written_over };
         self.look_back();
         done
     }
@@ -342,6 +357,9 @@ impl Run {
             }
         }
         let stream = self.stream.as_ref().unwrap();
+        let log = self.store().join("log/g");
+        let renewed = |number| fs::read(segment_path(&log, number)).is_ok_and(|bytes| bytes[8] == 2);
+        self.written_over += usize::from(segments(&log).unwrap().into_iter().any(renewed));
         let differences = oracle::compare(&stream.data, &Stream::backup(&self.store())).unwrap();
         if !differences.is_empty() {
             self.fail(&format!("at checkpoint {checkpoint}: {differences:#?}"));
@@ -411,6 +429,7 @@ const STEPS: [fn(&mut Stream); 6] = [
         s.xattr(3, "user.x", Some(b"value"));
         s.directory(7, "other");
         s.file(8, "gone", &[8; 70_000]);
+        s.file(FILLER, "filler", &[1; SEGMENT_BYTES]);
     },
     |s| {
         // Bytes over others, a hole, a cut; names that go round; a directory in another.
@@ -423,16 +442,16 @@ const STEPS: [fn(&mut Stream); 6] = [
         s.xattr(7, "user.y", Some(b"of a directory"));
         s.mode(4, 0o700);
         s.remove(8);
-        s.file(9, "gone", b"its successor");
+        s.file(10, "gone", b"its successor");
     },
     |s| {
         s.write(2, 0, b"again");
-        s.file(10, "big", &[10; 600_000]);
+        s.file(11, "big", &[10; 600_000]);
     },
     |s| {
         s.rename(3, "c");
-        s.rename(9, "b");
-        s.remove(10);
+        s.rename(10, "b");
+        s.remove(11);
         s.mode(2, 0o640);
         s.truncate(5, 0);
     },
@@ -442,8 +461,8 @@ const STEPS: [fn(&mut Stream); 6] = [
     },
     |s| {
         s.remove(6);
-        s.remove(9);
-        s.directory(11, "new");
+        s.remove(10);
+        s.directory(12, "new");
         s.write(2, 3, b"end");
     },
 ];

@@ -4,6 +4,7 @@ use std::fs;
 
 use bfs_agent::backup::images::{self, ImageWriter, Line};
 use bfs_agent::backup::index::{Node, Place};
+use bfs_agent::log::segment::{Header, encode_commit};
 use bfs_agent::log::writer::{Batch, LogWriter};
 use bfs_agent::log::{LogError, segment_path};
 use bfs_common::codec;
@@ -167,10 +168,10 @@ pub fn frames() -> Vec<Vec<u8>> {
     streams
 }
 
-/// Segments of one batch and of several.
+/// Segments of one batch and of several; the last one in a file that was a segment before.
 pub fn segments() -> Vec<Vec<u8>> {
     let (records, positions) = stream();
-    [records.len(), 5, 1]
+    let mut all: Vec<Vec<u8>> = [records.len(), 5, 1]
         .map(|at_once| {
             let dir = super::folder();
             let (mut log, _) =
@@ -182,7 +183,19 @@ pub fn segments() -> Vec<Vec<u8>> {
             }
             fs::read(segment_path(dir.path(), 1)).unwrap()
         })
-        .into()
+        .into();
+    let mark = 9;
+    let header = Header { group: GROUP, first: Sequence(1), before: Position::START, mark: Some(mark) };
+    let mut renewed = header.encode().to_vec();
+    for (record, position) in records.iter().zip(&positions).take(records.len() / 2) {
+        renewed.extend_from_slice(record);
+        let commit = encode_commit(mark, renewed.len() as u64, position);
+        renewed.extend_from_slice(&commit);
+    }
+    let before = &all[2][renewed.len()..];
+    renewed.extend_from_slice(before);
+    all.push(renewed);
+    all
 }
 
 /// Files with lines of each kind.

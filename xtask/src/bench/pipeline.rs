@@ -7,6 +7,8 @@
 //!   That over a unix socket, and once more by TCP, encrypted;
 //! - how fast the applier is: the same bytes, from the confirmed checkpoint to the applied one;
 //! - the time of a command from a small write to the acknowledgement, p50 and p99;
+//! - what a sync costs in a file that is written over, beside one that grows (the baseline): why the log writes over
+//!   segments that are applied;
 //! - bytes that the replayer wrote for each byte of the stream (`write_bytes` of /proc/PID/io), for new files;
 //! - the net effect, for a compile-like workload, where temporaries come and go between two checkpoints: the bytes that
 //!   the program wrote, and all that the replayer wrote for them, log and tree.
@@ -47,6 +49,20 @@ pub fn run(settings: &Settings, report: &mut Report) -> Result<()> {
     let repetitions = settings.repetitions(3);
     if settings.takes("new files") {
         report.attempt("new files", new_files_rows(settings.sized(BYTES / 8, BYTES), repetitions));
+    }
+    if settings.takes("synced over a file") {
+        let rows = || {
+            let sizes =
+                [("4 KiB", 4 << 10, settings.sized(50, 1000)), ("4 MiB", 4 << 20, settings.sized(4, 16))];
+            sizes
+                .into_iter()
+                .map(|(name, size, count)| {
+                    let (grown, over) = syncs(size, count, repetitions)?;
+                    Ok(Row::new(format!("{name} synced over a file"), "ms", grown, over))
+                })
+                .collect()
+        };
+        report.attempt("synced over a file", rows());
     }
     if settings.takes("acknowledged") {
         let rows = latency(settings.sized(10, SMALL)).map(|all| {
@@ -150,10 +166,37 @@ struct NewFiles {
 }
 
 /// Bytes that are no zeros, for the program to copy.
+/// Median time of a write with its sync, in ms, for each repetition: where the file grows, and where it is written over.
+fn syncs(size: usize, count: usize, repetitions: usize) -> Result<(Vec<f64>, Vec<f64>)> {
+    let folder = tempfile::tempdir()?;
+    let bytes = noise(size as u64);
+    let (mut grown, mut over) = (Vec::new(), Vec::new());
+    for number in 0..repetitions {
+        let path = folder.path().join(number.to_string());
+        for all in [&mut grown, &mut over] {
+            let mut file = File::options().create(true).truncate(false).write(true).open(&path)?;
+            let mut times = Vec::new();
+            for _ in 0..count {
+                let begun = Instant::now();
+                file.write_all(&bytes)?;
+                file.sync_data()?;
+                times.push(begun.elapsed().as_secs_f64() * 1e3);
+            }
+            all.extend(percentile(&times, 50));
+        }
+        fs::remove_file(&path)?;
+    }
+    Ok((grown, over))
+}
+
 fn source(world: &World, len: u64) -> Result<()> {
+    Ok(fs::write(world.place.aux.join("src"), noise(len))?)
+}
+
+/// So many bytes that cannot be packed.
+fn noise(len: u64) -> Vec<u8> {
     let mut random = Random::new(len);
-    let bytes: Vec<u8> = (0..len / 8).flat_map(|_| random.next().to_le_bytes()).collect();
-    Ok(fs::write(world.place.aux.join("src"), bytes)?)
+    (0..len / 8).flat_map(|_| random.next().to_le_bytes()).collect()
 }
 
 const WAIT: &str = ": > \"$2/ready\"; while [ ! -e \"$2/go\" ]; do sleep 0.01; done;";

@@ -19,6 +19,7 @@ use super::super::retention::{Kept, Space};
 use super::super::step::{self, apply_step};
 use super::{Group, Held, locked};
 use crate::generation::wall_ns;
+use crate::log::spares;
 use crate::log::writer::LogWriter;
 
 /// How long the applier waits before it tries again what failed; each time twice as long.
@@ -179,12 +180,15 @@ impl Group {
     /// Drops the generations that are not to be kept, and removes what is applied from the log. A step under way
     /// does not mind: the generation that its images begin from is the newest.
     pub(super) fn tidy(&self, applied: bool) -> Result<(), BackupError> {
+        let spares = if self.room.is_short(&self.disks) { 0 } else { self.spares };
+        // Before any generation.
+        spares::limit_to(&self.log, spares)?;
         self.retire()?;
         if !applied {
             return Ok(());
         }
         let tree = locked(&self.tree);
-        Ok(LogWriter::remove_applied(&self.log, tree.applied.sequence)?)
+        Ok(LogWriter::remove_applied(&self.log, tree.applied.sequence, spares)?)
     }
 
     /// Drops generations. Nobody waits for it but the applier: readers look again. The oldest go at once, which

@@ -36,7 +36,7 @@ pub(crate) struct Simulated {
 }
 
 /// Bytes of a segment of its log.
-const SEGMENT: u64 = 2048;
+const SEGMENT: u64 = 1024;
 
 impl Simulated {
     /// Opens or makes a store with its group, as a replayer that starts.
@@ -166,6 +166,9 @@ impl Simulated {
     pub fn log(&mut self) {
         if let Ok(first) = self.from_group.try_recv() {
             self.group.log_together(first, &mut self.log, &mut self.from_group, &mut self.failed);
+        } else if !self.failed {
+            // As after a pause.
+            let _ = self.log.seal();
         }
     }
 

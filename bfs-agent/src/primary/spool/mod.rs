@@ -243,7 +243,7 @@ impl Spool {
     /// # Errors
     /// What the system says.
     pub fn acknowledged(&mut self, up_to: Sequence) -> Result<(), SpoolError> {
-        LogWriter::remove_applied(&self.log, up_to)?;
+        LogWriter::remove_applied(&self.log, up_to, 0)?;
         self.look()
     }
 
