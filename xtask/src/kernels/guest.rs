@@ -78,7 +78,7 @@ mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t tracefs trace /sys/kernel/tracing
 ip link set lo up
 for module in $(cat /modules/order); do insmod /modules/$module || echo "guest: $module was refused"; done
-truncate -s 1G /dev/shm/disk
+truncate -s 1600M /dev/shm/disk
 mkfs.ext4 -q /dev/shm/disk
 mkdir -p /tmp
 mount -o loop /dev/shm/disk /tmp || echo "guest: no ext4"
