@@ -385,7 +385,9 @@ fn the_first_may_come_back_as_a_further_one() {
 #[test]
 fn a_new_destination_is_copied_beside_a_busy_program() {
     let mut world = World::new("dest-new", Transport::Unix).unwrap();
-    let mebibytes = rounds(16, 2048) as u64;
+    // In a long run 10 GiB, of which half is there.
+    let mebibytes = rounds(16, 5120) as u64;
+    let sparse_bytes = mebibytes << rounds(26, 20);
     let dense = |name: &str, seed: u64| {
         let mut random = Random::new(seed);
         let mut file = fs::File::create(world.place.data.join(name)).unwrap();
@@ -397,9 +399,9 @@ fn a_new_destination_is_copied_beside_a_busy_program() {
     };
     dense("dense", 1);
     let sparse = fs::File::create(world.place.data.join("sparse")).unwrap();
-    sparse.set_len(mebibytes << 26).unwrap();
+    sparse.set_len(sparse_bytes).unwrap();
     for at in 0..16 {
-        sparse.write_all_at(b"an island", at * (mebibytes << 22) + 5000).unwrap();
+        sparse.write_all_at(b"an island", at * (sparse_bytes / 16) + 5000).unwrap();
     }
     let sent = |world: &World| world.status().unwrap()["destinations"][1]["sent_bytes"].as_u64().unwrap();
     let mut other = Other::new(&world, "second");
@@ -415,7 +417,10 @@ fn a_new_destination_is_copied_beside_a_busy_program() {
         files.filter(|file| file.is_file()).map(|file| file.len()).sum()
     };
     let before = appended(&world);
-    assert!(copy >= mebibytes << 20 && copy < (mebibytes + 16) << 20, "{copy} bytes for {mebibytes} MiB");
+    let (dense, meanwhile) = (mebibytes << 20, before - (mebibytes << 20) - sparse_bytes);
+    eprintln!("{copy} bytes sent for {dense}, beside {meanwhile} that were appended");
+    // Each line that is appended is a record.
+    assert!(copy >= dense && copy < dense + (16 << 20) + 4 * meanwhile, "{copy} bytes for {mebibytes} MiB");
 
     other.kill();
     for _ in 0..5 {
@@ -425,7 +430,10 @@ fn a_new_destination_is_copied_beside_a_busy_program() {
     let last = copied(&world, "then-1");
     has(&world, 1, last.0);
     let (rest, touched) = (sent(&world) - copy, appended(&world) - before);
-    assert!(rest < touched + (8 << 20), "{rest} bytes after the outage, of which {touched} were appended");
+    assert!(
+        rest < 4 * touched + (8 << 20),
+        "{rest} bytes after the outage, of which {touched} were appended"
+    );
     assert!(world.finish().unwrap().success());
     other.kill();
     assert!(equals_its_own(&world, &other.store, &[first, last]) >= 1);

@@ -289,6 +289,56 @@ fn past_its_bound_the_spool_keeps_what_was_touched() {
     exercise::equal(&world).unwrap();
 }
 
+/// A long outage beside a tree of many files, past the bound of the spool: what is read and sent for it follows what was
+/// rewritten, not the tree.
+#[test]
+fn after_an_outage_what_was_rewritten_is_read_and_sent() {
+    let (files, mebibytes) = (rounds(5_000, 100_000), rounds(16, 1024) as u64);
+    let mut world = World::new("spool-outage", Transport::Unix).unwrap();
+    world.agent_options(&["--spool-size", "4M"]);
+    world.start_replayer().unwrap();
+    let script = format!(
+        "cd \"$1\"; mkdir many; head -c $(({files} * 4096)) /dev/urandom | split -a 5 -b 4096 - many/f
+         head -c {mebibytes}M /dev/urandom > large; touch \"$2/ready\"
+         until [ -e \"$2/go\" ]; do sleep 0.05; done
+         head -c {mebibytes}M /dev/urandom | dd of=large bs=64k conv=notrunc 2> \"$2/said\"
+         for n in 1 2 3; do for i in aaaaa aaaab aaaac; do echo $n > many/f$i; done; done; touch \"$2/done\"
+         until [ -e \"$2/stop\" ]; do sleep 0.05; done"
+    );
+    world.run(&world.script(&script)).unwrap();
+    world.checkpoint().unwrap();
+    let sent = |world: &World| world.status().unwrap()["destinations"][0]["sent_bytes"].as_u64().unwrap();
+    let read = |world: &World| {
+        let all = fs::read_to_string(format!("/proc/{}/io", world.agent_pid().unwrap())).unwrap();
+        let line = all.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap();
+        line.parse::<u64>().unwrap()
+    };
+    let then = (sent(&world), read(&world));
+    world.kill_replayer().unwrap();
+    fs::write(world.place.aux.join("go"), "").unwrap();
+    until("all to be rewritten", SOON, || world.place.aux.join("done").exists().then_some(())).unwrap();
+    // A checkpoint asks for all of it, and the spool has no room for that.
+    let words = ["checkpoint", "--wait", "sealed", "--timeout", "5s"];
+    let asked = world.agent_command(&words, SOON).unwrap();
+    assert!([Some(73), Some(74)].contains(&asked.status.code()), "{asked:?}");
+    let notes =
+        |world: &World, only: bool| (spool_of(world)["notes_only"].as_bool() == Some(only)).then_some(());
+    until("the spool to be full", SOON, || notes(&world, true)).unwrap();
+
+    world.start_replayer().unwrap();
+    until("bytes to be sent again", SOON, || notes(&world, false)).unwrap();
+    world.checkpoint().unwrap();
+    let (sent, read) = (sent(&world) - then.0, read(&world) - then.1);
+    eprintln!("{files} files, {mebibytes} MiB rewritten: {sent} bytes sent, {read} read");
+    let rewritten = mebibytes << 20;
+    assert!((rewritten..rewritten * 5 / 4 + (4 << 20)).contains(&sent), "{sent} bytes sent of {rewritten}");
+    // Once before the spool was full, and once when there was room; and the spool.
+    assert!(read < 2 * rewritten + (12 << 20), "{read} bytes read of {rewritten}");
+    fs::write(world.place.stop(), "").unwrap();
+    world.finish().unwrap();
+    exercise::equal(&world).unwrap();
+}
+
 /// As much waits on the backup, without a checkpoint, as may (`--pending-max`): it says so and keeps what it has, the program
 /// and its agent go on, and with a larger bound all of it comes by itself, from the same agent or its successor, and
 /// nothing else.
