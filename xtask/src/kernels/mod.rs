@@ -32,6 +32,7 @@ const TOOLS: [Tool; 5] = [
 /// # Errors
 /// When something that is needed cannot be had.
 pub fn test(wanted: &[String], only: Option<&str>) -> Result<ExitCode> {
+    only.map(guest::knows).transpose()?;
     setup::setup(true)?;
     setup::tools(&TOOLS)?;
     run(cargo().args(["build", PROFILE, "--workspace", "--bins"]))?;

@@ -202,23 +202,24 @@ async fn read(shared: &Shared, reader: &mut FrameReader) -> ShipError {
     }
 }
 
+/// Heartbeats and answers.
+async fn speak(shared: &Shared, writer: &mut FrameWriter, ping_at: &mut Instant) -> Result<(), FrameError> {
+    if Instant::now() >= *ping_at {
+        *ping_at = Instant::now() + PING_EVERY;
+        writer.send(&Frame::Ping(shared.pinging()), b"").await?;
+    }
+    while let Some(frame) = shared.next_answer() {
+        writer.send(&frame, b"").await?;
+        shared.answered(&frame);
+    }
+    Ok(())
+}
+
 async fn write(shared: &Shared, writer: &mut FrameWriter, lz4: bool) -> ShipError {
     let mut ping_at = Instant::now();
     let mut spool = None;
     loop {
-        let sent: Result<(), FrameError> = async {
-            if Instant::now() >= ping_at {
-                ping_at = Instant::now() + PING_EVERY;
-                writer.send(&Frame::Ping(shared.pinging()), b"").await?;
-            }
-            while let Some(frame) = shared.next_answer() {
-                writer.send(&frame, b"").await?;
-                shared.answered(&frame);
-            }
-            Ok(())
-        }
-        .await;
-        if let Err(error) = sent {
+        if let Err(error) = speak(shared, writer, &mut ping_at).await {
             return error.into();
         }
         if let Some(limit) = &shared.limit
@@ -232,7 +233,20 @@ async fn write(shared: &Shared, writer: &mut FrameWriter, lz4: bool) -> ShipErro
         let batch = match shared.next_to_send() {
             Next::Batch(batch) => batch,
             Next::Spooled { after, claimed, to } => {
-                match from_spool(shared, &mut spool, after, claimed, to).await {
+                let reading = from_spool(shared, &mut spool, after, claimed, to);
+                tokio::pin!(reading);
+                let read = loop {
+                    // Where it was is far behind, or the disk slow: that takes time, and the peer must hear of us.
+                    tokio::select! {
+                        read = &mut reading => break read,
+                        _ = tokio::time::timeout_at(ping_at, shared.wake.notified()) => {
+                            if let Err(error) = speak(shared, writer, &mut ping_at).await {
+                                return error.into();
+                            }
+                        }
+                    }
+                };
+                match read {
                     Ok(batch) => batch,
                     Err(error) => return error,
                 }

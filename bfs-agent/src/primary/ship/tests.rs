@@ -277,16 +277,8 @@ fn what_a_destination_that_is_away_misses_is_kept_and_sent_when_it_is_back() {
     let (shipper, script, ends) = started_with(spool);
     drop(script);
     drop(Script::accept(&ends, Frame::Refused(Refusal::Busy { name: "g".into() })));
-    let mut at = BEGIN;
-    for _ in 0..20 {
-        // More than memory may hold.
-        let mut next = batch(&mut at, &[500, 500]);
-        while let Err(Full(back)) = shipper.try_push(next, false) {
-            next = back;
-            let _ = shipper.wait_change(shipper.progress().version, Instant::now() + Duration::from_secs(1));
-        }
-    }
-    let progress = until(&shipper, |p| p.sealed == at.0);
+    let mut at = spooled(&shipper);
+    let progress = shipper.progress();
     assert_eq!((progress.durable.sequence, progress.spool.records), (Sequence(0), 40));
     assert_eq!(progress.released_ring_position, Some(4000), "the ring is free for what is durable here");
     assert!(progress.spool.bytes > 20_000 && progress.spool.oldest.is_some());
@@ -309,6 +301,51 @@ fn what_a_destination_that_is_away_misses_is_kept_and_sent_when_it_is_back() {
     assert_eq!((progress.durable.sequence, progress.sealed, progress.retained_bytes), (at.0, at.0, 0));
     drop(shipper);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "an empty spool leaves nothing behind");
+}
+
+/// Pushes more than memory may hold, while the destination is away, and waits until all of it is in the spool.
+fn spooled(shipper: &Shipper) -> (Sequence, ChainHash) {
+    let mut at = BEGIN;
+    for _ in 0..20 {
+        let mut next = batch(&mut at, &[500, 500]);
+        while let Err(Full(back)) = shipper.try_push(next, false) {
+            next = back;
+            let _ = shipper.wait_change(shipper.progress().version, Instant::now() + Duration::from_secs(1));
+        }
+    }
+    until(shipper, |p| p.sealed == at.0);
+    at
+}
+
+/// It is read from where the destination stands, which can take longer than a peer is silent before it counts as dead.
+#[test]
+fn heartbeats_go_on_while_the_spool_is_read() {
+    let (_dir, _, spool) = spool(1 << 20);
+    let log = spool.log().to_owned();
+    let (shipper, script, ends) = started_with(spool);
+    drop(script);
+    drop(Script::accept(&ends, Frame::Refused(Refusal::Busy { name: "g".into() })));
+    let at = spooled(&shipper);
+    // Its segment cannot be opened before somebody writes to it.
+    let segment = crate::log::segment_path(&log, 1);
+    let aside = segment.with_extension("new");
+    std::fs::rename(&segment, &aside).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &segment, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let (mut script, _) = Script::accept(&ends, welcome(position(BEGIN)));
+    for _ in 0..4 {
+        match script.next() {
+            (Frame::Ping(number), _) => script.send(Frame::Pong(number)),
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+    let opened = std::fs::OpenOptions::new().write(true).open(&segment).unwrap();
+    std::fs::rename(&aside, &segment).unwrap();
+    drop((opened, script));
+    let (mut script, _) = Script::accept(&ends, welcome(position(BEGIN)));
+    let mut last = 0;
+    while last < at.0.0 {
+        last = *script.records().last().unwrap();
+    }
 }
 
 #[test]
