@@ -104,6 +104,9 @@ pub enum BackupError {
         /// The record that the batch follows.
         follows: Sequence,
     },
+    /// A fault of this program: a panic, which the part that had it survives.
+    #[error("a fault of this program, please report it: {0}")]
+    Panicked(String),
     /// The index failed.
     #[error("the store's index failed: {0}")]
     Index(Box<redb::Error>),

@@ -242,6 +242,16 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Does something of which a panic is an error like any other: the thread goes on, and tries it again.
+fn contained<T>(work: impl FnOnce() -> T) -> Result<T, BackupError> {
+    // What it was doing is read again from index and log before the next try.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        BackupError::Panicked(text.unwrap_or_else(|| "a panic without words".into()))
+    })
+}
+
 /// What opening a log gives: its end, the gate there, the steps that are not applied, and how
 /// stands behind the last of them.
 type OpenLog = (LogWriter, Gate, VecDeque<Taken>, Pending);
@@ -432,10 +442,27 @@ impl Group {
                 next
             };
             let Some(first) = next else { break };
-            self.log_together(first, &mut log, &mut from_group, &mut failed);
+            self.log_contained(first, &mut log, &mut from_group, &mut failed);
         }
         if !failed && let Err(error) = log.seal() {
             tracing::warn!("group {}: {error}", self.name);
+        }
+    }
+
+    /// As [`Self::log_together`]. After a panic it is not known what became of the batches, so the log is opened again
+    /// before it takes anything, as after a failed call.
+    fn log_contained(
+        &self,
+        first: ToLog,
+        log: &mut LogWriter,
+        from_group: &mut mpsc::Receiver<ToLog>,
+        failed: &mut bool,
+    ) {
+        let logged = contained(|| self.log_together(first, log, from_group, failed));
+        if let Err(error) = logged {
+            log.abandon();
+            *failed = true;
+            self.log_failed(&error);
         }
     }
 

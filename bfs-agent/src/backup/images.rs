@@ -256,20 +256,20 @@ pub fn read(
     let bad = |why: &str| BackupError::corrupt(&path, why);
     let file = File::open(&path).map_err(BackupError::io("open", &path))?;
     let size = file.metadata().map_err(BackupError::io("stat", &path))?.len();
-    let mut reader = std::io::BufReader::with_capacity(256 << 10, file);
-    let mut take = |bytes: &mut [u8]| reader.read_exact(bytes).map_err(BackupError::io("read", &path));
+    // Large enough for most lines, and small beside the bytes of a whole block, which are passed over.
+    let mut reader = std::io::BufReader::with_capacity(4 << 10, file);
+    let failed = |error: std::io::Error| BackupError::io("read", &path)(error);
     let mut found = [0; HEADER];
-    take(&mut found)?;
+    reader.read_exact(&mut found).map_err(failed)?;
     let to = end_of(&found, group, from).ok_or_else(|| bad(WRONG_HEADER))?;
     let mut at = HEADER as u64;
     let mut lines = 0;
-    let mut skipped = vec![0; BLOCK];
     loop {
         let mut prefix = [0; PREFIX];
         if size < at + PREFIX as u64 {
             return Err(bad("it ends before its last line"));
         }
-        take(&mut prefix)?;
+        reader.read_exact(&mut prefix).map_err(failed)?;
         let word = |n: usize| u32::from_le_bytes(prefix[n * 4..n * 4 + 4].try_into().expect("4 bytes"));
         let (head_len, data_len) = (word(0) as usize, word(1) as usize);
         let end = at + (PREFIX + head_len + data_len) as u64;
@@ -277,14 +277,13 @@ pub fn read(
             return Err(bad("a line is longer than the file"));
         }
         let mut head = vec![0; head_len];
-        take(&mut head)?;
+        reader.read_exact(&mut head).map_err(failed)?;
         if crc32c::crc32c_append(crc32c::crc32c(&prefix[..12]), &head) != word(3) {
             return Err(bad("the checksum of a line does not fit"));
         }
         let block =
             BlockRef { image: from, at: at + (PREFIX + head_len) as u64, len: data_len as u32, crc: word(2) };
-        // Through the buffer: a seek would throw it away at each line.
-        take(&mut skipped[..data_len])?;
+        reader.seek_relative(data_len as i64).map_err(failed)?;
         at = end;
         let line = rmp_serde::from_slice(&head).map_err(|e| bad(&e.to_string()))?;
         if let Line::End(count) = line {

@@ -290,8 +290,8 @@ impl LogWriter {
         self.segment.as_ref().is_none_or(|open| open.noted == open.synced)
     }
 
-    /// After a failure: the segment is at its end, at the length that we know to be synced.
-    fn abandon(&mut self) {
+    /// After a failure: the segment is at its end, at the length that we know to be synced ([`Self::settle`]).
+    pub fn abandon(&mut self) {
         if let Some(open) = self.segment.take() {
             self.stump = Some(open);
         }

@@ -25,6 +25,8 @@ use bfs_tests::random::Random;
 
 thread_local! {
     static DISKS: RefCell<Vec<Disk>> = const { RefCell::new(Vec::new()) };
+    /// Whoever works now survives a panic.
+    static PANICS: Cell<bool> = const { Cell::new(false) };
     /// The one that the applier works on.
     static APPLIER: Cell<usize> = const { Cell::new(0) };
 }
@@ -94,6 +96,14 @@ pub fn install(root: &Path, seed: u64) -> usize {
         });
         disks.len() - 1
     })
+}
+
+/// While this is done, some of the calls that fail once are faults of the program instead: it panics there.
+pub fn panics<T>(work: impl FnOnce() -> T) -> T {
+    PANICS.set(true);
+    let done = work();
+    PANICS.set(false);
+    done
 }
 
 /// There are no simulated disks any more.
@@ -279,6 +289,9 @@ impl Disk {
                 None if how == Failure::Once => {
                     self.left = None;
                     self.refused += 1;
+                    if PANICS.get() && self.random.chance(40) {
+                        panics_in_the_middle();
+                    }
                     return Err(io::Error::other("a call fails"));
                 }
                 None => self.fail(how),
@@ -455,6 +468,10 @@ impl Disk {
 /// Whether these are a segment in a file that was one before.
 pub fn is_renewed(bytes: &[u8]) -> bool {
     bytes.starts_with(b"bfslog1\n\x02")
+}
+
+fn panics_in_the_middle() -> ! {
+    panic!("the program is wrong, as it is to be here");
 }
 
 /// What a disk may have of a file that had `old` when it was synced and has `new` in memory. One that `grows` is

@@ -17,7 +17,7 @@ use super::super::index::GenerationRow;
 use super::super::merge::Dropping;
 use super::super::retention::{Kept, Space};
 use super::super::step::{self, apply_step};
-use super::{Group, Held, locked};
+use super::{Group, Held, contained, locked};
 use crate::generation::wall_ns;
 use crate::log::spares;
 use crate::log::writer::LogWriter;
@@ -58,14 +58,7 @@ impl Group {
                     };
                 }
             };
-            let applied = self.apply_next();
-            if self.room.is_short(&self.disks)
-                && let Err(error) = self.look_closer()
-            {
-                tracing::debug!("group {}: what waits cannot be looked at: {error}", self.name);
-            }
-            self.merge_asked();
-            let tidied = if only_follows { Ok(()) } else { self.tidy(applied.is_ok()) };
+            let (applied, tidied) = self.turn(only_follows);
             let mut state = self.state();
             state.applying = false;
             let done = applied.is_ok();
@@ -103,6 +96,23 @@ impl Group {
                 pause = RETRY_MIN;
             }
         }
+    }
+
+    /// What there is to do once: a step, what was asked for, and what is to be removed then. How the step went, and the
+    /// removing.
+    pub(super) fn turn(&self, only_follows: bool) -> (Result<(), BackupError>, Result<(), BackupError>) {
+        let turn = contained(|| {
+            let applied = self.apply_next();
+            if self.room.is_short(&self.disks)
+                && let Err(error) = self.look_closer()
+            {
+                tracing::debug!("group {}: what waits cannot be looked at: {error}", self.name);
+            }
+            self.merge_asked();
+            let tidied = if only_follows { Ok(()) } else { self.tidy(applied.is_ok()) };
+            (applied, tidied)
+        });
+        turn.unwrap_or_else(|error| (Err(error), Ok(())))
     }
 
     /// Does the step to the next durable marker, if there is one, to the last name in `stage/` and `aside/`: these

@@ -19,6 +19,7 @@ use super::super::store::Store;
 use super::super::transfer::{Incoming, Receiver, finish_all, send};
 use super::{Group, Limits, Progress, QUEUE, Slot, ToLog, locked};
 use crate::log::writer::LogWriter;
+use crate::simulation::disk;
 
 /// Name of the only group.
 pub(crate) const NAME: &str = "g";
@@ -165,7 +166,9 @@ impl Simulated {
     /// The log thread's turn.
     pub fn log(&mut self) {
         if let Ok(first) = self.from_group.try_recv() {
-            self.group.log_together(first, &mut self.log, &mut self.from_group, &mut self.failed);
+            disk::panics(|| {
+                self.group.log_contained(first, &mut self.log, &mut self.from_group, &mut self.failed);
+            });
         } else if !self.failed {
             // As after a pause.
             let _ = self.log.seal();
@@ -183,8 +186,7 @@ impl Simulated {
             // Until all of it has worked.
             state.untidy = true;
         }
-        let applied = self.group.apply_next();
-        let tidied = self.group.tidy(applied.is_ok());
+        let (applied, tidied) = disk::panics(|| self.group.turn(false));
         applied?;
         self.group.tell_applied();
         tidied?;
