@@ -137,6 +137,12 @@ impl Reader {
         self.mounts.iter().map(|m| m.handles.dev).collect()
     }
 
+    /// Whether one of the subtrees lies on btrfs.
+    #[must_use]
+    pub fn has_btrfs(&self) -> bool {
+        self.mounts.iter().any(|m| m.handles.form == Form::Btrfs)
+    }
+
     fn mount(&self, dev: u32) -> Option<&Mount> {
         self.mounts.iter().find(|m| m.handles.dev == dev)
     }

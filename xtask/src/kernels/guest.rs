@@ -66,7 +66,14 @@ const DONE: &str = "guest: done";
 
 /// The first process of the guest.
 const INIT: &str = r#"#!/bin/sh
-export PATH=/bin HOME=/ BFS_BIN_DIR=/bfs BFS_GUEST=1
+export PATH=/bin HOME=/ BFS_BIN_DIR=/bfs
+# The first root cannot be exchanged for another (pivot_root(2)); a mount of it can.
+if [ ! -d /again ]; then
+    mkdir /again
+    mount -o bind / /again
+    exec chroot /again /init
+fi
+ulimit -n 1048576
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

@@ -55,19 +55,41 @@ pub struct KernelTypes {
 const TRACE: &[u8] = b"btf_trace_";
 
 impl KernelTypes {
-    /// Reads the types from `path`, usually [`KERNEL_BTF`].
+    /// Reads the types from `path`, usually [`KERNEL_BTF`], and those of btrfs, which is a module in most kernels, beside it.
     pub fn read(path: &Path) -> Result<Self, CaptureError> {
-        let bytes = std::fs::read(path)
-            .map_err(|source| CaptureError::NoBtf { path: path.to_owned(), reason: source.to_string() })?;
-        Self::parse(&bytes).ok_or_else(|| CaptureError::NoBtf {
-            path: path.to_owned(),
-            reason: "it is not in the BTF format".to_owned(),
-        })
+        let no = |path: &Path, reason: String| CaptureError::NoBtf { path: path.to_owned(), reason };
+        let bytes = std::fs::read(path).map_err(|source| no(path, source.to_string()))?;
+        let wrong = |path: &Path| no(path, "it is not in the BTF format".to_owned());
+        let mut types = Self::parse(&bytes).ok_or_else(|| wrong(path))?;
+        let module = path.with_file_name("btrfs");
+        match std::fs::read(&module) {
+            Ok(bytes) => types.extend(&bytes).ok_or_else(|| wrong(&module))?,
+            // A part of the kernel, or not loaded.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(no(&module, error.to_string())),
+        }
+        Ok(types)
     }
 
     /// Takes BTF apart; `None` if it is malformed.
     #[must_use]
     pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut this = Self {
+            strings: Vec::new(),
+            // Type 0 is void.
+            types: vec![Type::Other],
+            members: Vec::new(),
+            structs: HashMap::new(),
+            enums: HashMap::new(),
+            traces: HashMap::new(),
+        };
+        this.extend(bytes)?;
+        Some(this)
+    }
+
+    /// Takes in the types of a module, whose numbers and strings go on where the kernel's end.
+    fn extend(&mut self, bytes: &[u8]) -> Option<()> {
+        let this = self;
         let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
         if u16::from_le_bytes(bytes.get(..2)?.try_into().ok()?) != MAGIC {
             return None;
@@ -77,17 +99,8 @@ impl KernelTypes {
             let start = header.checked_add(offset as usize)?;
             bytes.get(start..start.checked_add(len as usize)?)
         };
-        let strings = section(word(16)?, word(20)?)?.to_vec();
+        this.strings.extend_from_slice(section(word(16)?, word(20)?)?);
         let mut rest = section(word(8)?, word(12)?)?;
-        // Type 0 is void.
-        let mut this = Self {
-            strings,
-            types: vec![Type::Other],
-            members: Vec::new(),
-            structs: HashMap::new(),
-            enums: HashMap::new(),
-            traces: HashMap::new(),
-        };
         while !rest.is_empty() {
             let head: [u32; 3] = take(&mut rest)?;
             let [name, info, size_or_type] = head;
@@ -151,7 +164,7 @@ impl KernelTypes {
             };
             this.types.push(parsed);
         }
-        Some(this)
+        Some(())
     }
 
     fn string(&self, offset: u32) -> Option<&[u8]> {
@@ -228,6 +241,13 @@ impl KernelTypes {
             field: paths.first().copied().unwrap_or_default(),
         })
     }
+}
+
+/// Whether btrfs is a part of the kernel, and no module.
+#[must_use]
+pub fn kernel_has_btrfs(path: &Path) -> bool {
+    let types = std::fs::read(path).ok().and_then(|bytes| KernelTypes::parse(&bytes));
+    types.is_some_and(|types| types.offset("btrfs_inode", "root").is_some())
 }
 
 fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u32; N]> {
@@ -378,6 +398,46 @@ mod tests {
             assert_eq!(types.trace_arguments("io_uring_submit_req"), Some(1));
             assert_eq!(types.trace_arguments("io_uring_submit_sqe"), None);
         }
+    }
+
+    /// BTF of these strings and types; each type is words.
+    fn btf(strings: &[u8], types: &[u32]) -> Vec<u8> {
+        let types: Vec<u8> = types.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut out = MAGIC.to_le_bytes().to_vec();
+        out.extend([1, 0]);
+        for word in [24, 0, types.len() as u32, types.len() as u32, strings.len() as u32] {
+            out.extend(word.to_le_bytes());
+        }
+        [&out[..], &types, strings].concat()
+    }
+
+    #[test]
+    fn types_of_a_module_go_on_where_the_kernels_end() {
+        let composite = |members: u32| STRUCT << 24 | members;
+        let kernel = btf(b"\0inode\0i_ino\0", &[1, composite(1), 8, 7, 0, 64]);
+        let base = 13;
+        // A root, a pointer to it (type 3), and what has that and an inode (type 1).
+        let module = btf(
+            b"btrfs_root\0anon_dev\0btrfs_inode\0root\0vfs_inode\0",
+            &[
+                &[base, composite(1), 8, base + 11, 0, 32][..],
+                &[0, 2 << 24, 2],
+                &[base + 20, composite(2), 24, base + 32, 3, 0, base + 37, 1, 64],
+            ]
+            .concat(),
+        );
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmlinux");
+        std::fs::write(&path, &kernel).unwrap();
+        assert_eq!(KernelTypes::read(&path).unwrap().offset("btrfs_inode", "root"), None);
+        std::fs::write(folder.path().join("btrfs"), &module).unwrap();
+        let types = KernelTypes::read(&path).unwrap();
+        let offsets = ["root", "vfs_inode", "vfs_inode.i_ino"].map(|of| types.offset("btrfs_inode", of));
+        assert_eq!(offsets, [Some(0), Some(8), Some(16)]);
+        assert_eq!(types.offset("btrfs_root", "anon_dev"), Some(4));
+        assert_eq!(types.offset("inode", "i_ino"), Some(8));
+        std::fs::write(folder.path().join("btrfs"), b"nonsense").unwrap();
+        assert!(matches!(KernelTypes::read(&path), Err(CaptureError::NoBtf { .. })));
     }
 
     #[test]

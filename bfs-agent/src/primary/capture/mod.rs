@@ -30,6 +30,11 @@ pub enum CaptureError {
         /// What was wrong.
         reason: String,
     },
+    /// A subtree lies on btrfs, and where its files say of which subvolume they are is not known.
+    #[error(
+        "this kernel does not say how a file on btrfs is recognised (/sys/kernel/btf/btrfs): nothing could be captured there"
+    )]
+    NoBtrfs,
     /// No place to pin maps.
     #[error("the BPF file system cannot be used at {path}: {source}", path = path.display())]
     NoBpfFs {

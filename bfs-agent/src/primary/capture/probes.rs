@@ -98,6 +98,8 @@ pub struct LoadOptions {
     /// Devices with subtrees in scope (`s_dev` in the kernel's form; on btrfs the anonymous device
     /// of the subvolume), at most [`DEVICES_MAX`].
     pub devices: Vec<u32>,
+    /// Whether one of them is on btrfs.
+    pub btrfs: bool,
     /// Below which directories it counts what others change; none: on all of these devices.
     pub roots: Vec<InodeId>,
     /// Identity of the cgroup whose tasks are selected, of those that are born or moved into it too
@@ -127,6 +129,7 @@ impl LoadOptions {
         Self {
             pin_dir: group_dir(group),
             devices,
+            btrfs: false,
             roots: Vec::new(),
             cgroup: None,
             foreign: true,
@@ -195,6 +198,8 @@ pub struct Probes {
     cpus: usize,
     /// Only with [`LoadOptions::log`].
     log: Option<ProbeLog>,
+    /// Whether they are known to recognise files on btrfs; of those that another agent loaded it is not known.
+    btrfs: bool,
 }
 
 fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> CaptureError {
@@ -208,6 +213,10 @@ impl Probes {
         let settings = options.settings()?;
         let types = btf::KernelTypes::read(&options.btf)?;
         let offsets = btf::offsets(&types)?;
+        let btrfs = offsets.btrfs_root != 0;
+        if options.btrfs && !btrfs {
+            return Err(CaptureError::NoBtrfs);
+        }
         if !rustix::process::geteuid().is_root() {
             return Err(CaptureError::NotRoot);
         }
@@ -223,6 +232,7 @@ impl Probes {
         }
         let loaded = load_pinned(options, &types, &offsets, &settings).and_then(|mut ebpf| {
             let mut probes = Self::adopt(&options.pin_dir)?;
+            probes.btrfs = btrfs;
             if options.log > 0 {
                 probes.log = Some(ProbeLog::open(&mut ebpf)?);
             }
@@ -233,6 +243,13 @@ impl Probes {
             remove_pins(&options.pin_dir).map_err(kernel("cannot remove the pins of a failed load"))?;
         }
         loaded
+    }
+
+    /// Whether they are known to recognise files on btrfs. Of probes that another agent loaded, only where btrfs is a part
+    /// of the kernel: a module may have come since.
+    #[must_use]
+    pub fn knows_btrfs(&self) -> bool {
+        self.btrfs || btf::kernel_has_btrfs(Path::new(btf::KERNEL_BTF))
     }
 
     /// Takes over the probes that an agent left in `pin_dir`.
@@ -289,6 +306,7 @@ impl Probes {
                 source,
             })?,
             log: None,
+            btrfs: false,
         })
     }
 

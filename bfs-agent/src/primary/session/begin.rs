@@ -77,7 +77,7 @@ impl From<CaptureError> for Failure {
     fn from(error: CaptureError) -> Self {
         let (kind, hint) = match &error {
             CaptureError::NotRoot => (Kind::NotRoot, "run it with sudo"),
-            CaptureError::NoBtf { .. } | CaptureError::MissingField { .. } => {
+            CaptureError::NoBtf { .. } | CaptureError::NoBtrfs | CaptureError::MissingField { .. } => {
                 (Kind::NoBpf, "use a kernel >= 6.12 built with CONFIG_DEBUG_INFO_BTF=y")
             }
             CaptureError::Load { .. } | CaptureError::NoBpfFs { .. } => {
@@ -207,6 +207,7 @@ impl Ground {
         let ring_bytes = self.options.ring_bytes.map_or(RING_BYTES, |n| n.min(1 << 30) as u32);
         let mut load = LoadOptions::new(&self.options.group, self.reader.devices());
         load.cgroup = cgroup;
+        load.btrfs = self.reader.has_btrfs();
         load.roots = self.roots.iter().map(|root| root.stat.inode).collect();
         // What others changed is to stay as it is there.
         load.foreign = !self.options.rollback_on_failure;

@@ -12,6 +12,7 @@ use super::commands::Awaited;
 use super::left;
 use super::link::probes_failed;
 use super::work::Work;
+use crate::primary::capture::CaptureError;
 use crate::primary::control::{FailureKind, Replies, Reply, WaitFor};
 use crate::primary::engine::host::{Host, HostError};
 use crate::primary::preflight;
@@ -61,11 +62,18 @@ impl Work {
                 "what lies below a replicated directory is replicated with it",
             ));
         }
+        let had_btrfs = self.link.reader.has_btrfs();
         let root = self
             .link
             .reader
             .add_root(&path)
             .map_err(|e| (e.to_string(), "choose a directory on ext4, xfs, btrfs or tmpfs"))?;
+        if !had_btrfs && self.link.reader.has_btrfs() && !self.link.probes.knows_btrfs() {
+            return Err((
+                CaptureError::NoBtrfs.to_string(),
+                "end the agent and begin with that directory as well",
+            ));
+        }
         let spool = &self.options.spool;
         preflight::check_spool(spool, &self.options.group, std::slice::from_ref(&path))
             .and_then(|()| {
