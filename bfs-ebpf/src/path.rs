@@ -71,12 +71,13 @@ fn string(scratch: &mut Scratch, at: u32, address: u64) -> u32 {
         let to = (&raw mut scratch.path_record.bytes).cast::<u8>().add(at as usize);
         bpf_probe_read_user_str(to.cast(), PATH_MAX as u32, address as *const _)
     };
-    if read <= 0 {
+    if read < 0 {
         scratch.path_record.event.header.flags |= flag::PATH_UNREADABLE;
         count(counter::USER_UNREADABLE);
         return 0;
     }
-    (read - 1) as u32
+    // Before 6.13 an empty string has no terminating zero that counts (`strncpy_from_user_nofault()` in mm/maccess.c).
+    if read == 0 { 0 } else { (read - 1) as u32 }
 }
 
 /// Whether the path at `start` in the bytes of the record has no slash and is neither empty nor `.`
