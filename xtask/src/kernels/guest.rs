@@ -67,11 +67,15 @@ const DONE: &str = "guest: done";
 /// The first process of the guest.
 const INIT: &str = r#"#!/bin/sh
 export PATH=/bin HOME=/ BFS_BIN_DIR=/bfs
-# The first root cannot be exchanged for another (pivot_root(2)); a mount of it can.
-if [ ! -d /again ]; then
-    mkdir /again
-    mount -o bind / /again
-    exec chroot /again /init
+# The first root cannot be exchanged for another (pivot_root(2)); one that is mounted can.
+if [ ! -e /moved ]; then
+    mkdir /next
+    mount -t tmpfs -o mode=755,size=2G next /next
+    for entry in /*; do
+        [ $entry = /next ] || cp -a $entry /next/
+    done
+    touch /next/moved
+    exec switch_root /next /init
 fi
 ulimit -n 1048576
 mount -t proc proc /proc
