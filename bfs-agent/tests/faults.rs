@@ -66,9 +66,11 @@ fn the_power_of_the_store_may_fail_at_any_moment() {
     let reference = reference();
     let mut random = Random::new(printed_seed());
     let cuts = if is_long() { LONG_CUTS } else { CUTS };
+    // With few cases each must come about, which the very last calls may not.
+    let calls = reference.calls - reference.calls / 32;
     let cases: Vec<_> = (0..cuts / 2)
         .map(|_| {
-            let (at, torn) = (1 + random.next() % reference.calls, random.chance(50));
+            let (at, torn) = (1 + random.next() % calls, random.chance(50));
             (Fault { at, lasting: false, effect: Effect::Halts, torn }, random.next())
         })
         .collect();
@@ -128,5 +130,5 @@ where
     println!("{calls} calls, {hit} of {} cases hit, {:?}", cases.len(), began.elapsed());
     assert_eq!(wrong, 0, "of {} cases so many went wrong, see above", cases.len());
     // The very last calls may not come about: how batches meet in the log is a matter of time.
-    assert!(hit >= cases.len() * 9 / 10, "{hit} of {} faults came about", cases.len());
+    assert!(hit * 100 >= cases.len() * 90, "{hit} of {} faults came about", cases.len());
 }

@@ -343,7 +343,7 @@ impl LogWriter {
                 fs::remove_file(&path).map_err(LogError::io("remove", &path))?;
             }
         }
-        spares::limit_to(dir, spares_max)
+        Ok(())
     }
 
     /// The segment that is written, and how many bytes of it are synced.

@@ -23,6 +23,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bfs_tests::random::Random;
 
+use crate::log::segment::{HEADER, Header};
+
 thread_local! {
     static DISKS: RefCell<Vec<Disk>> = const { RefCell::new(Vec::new()) };
     /// Whoever works now survives a panic.
@@ -39,7 +41,7 @@ const LOG: &str = "log/g";
 /// Bytes that are written together.
 const SECTOR: usize = 64;
 /// The first bytes of a segment: written in place, unlike the rest.
-const HEAD: usize = 128;
+const HEAD: usize = HEADER as usize;
 
 /// An inode under a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -466,8 +468,9 @@ impl Disk {
 }
 
 /// Whether these are a segment in a file that was one before.
-pub fn is_renewed(bytes: &[u8]) -> bool {
-    bytes.starts_with(b"bfslog1\n\x02")
+fn is_renewed(bytes: &[u8]) -> bool {
+    let header = bytes.first_chunk().and_then(|head| Header::decode(head).ok());
+    header.is_some_and(|(header, _)| header.mark.is_some())
 }
 
 fn panics_in_the_middle() -> ! {

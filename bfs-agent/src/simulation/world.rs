@@ -21,6 +21,8 @@ use super::stream::Stream;
 use crate::backup::group::simulated::Simulated;
 use crate::backup::model::{May, Model, TOP};
 use crate::backup::retention::Retention;
+use crate::log::segment::SegmentReader;
+use crate::log::segments;
 use further::Further;
 
 /// The backup's disk: the applier works on the first one.
@@ -625,9 +627,9 @@ impl World {
     /// Whether the newest segment of the backup's log is in a file that was one before.
     fn log_is_renewed(&self) -> bool {
         let log = self.folder.join("backup/log/g");
-        let newest = crate::log::segments(&log).ok().and_then(|all| all.last().copied());
-        let bytes = newest.and_then(|number| std::fs::read(crate::log::segment_path(&log, number)).ok());
-        bytes.is_some_and(|bytes| disk::is_renewed(&bytes))
+        let newest = segments(&log).ok().and_then(|all| all.last().copied());
+        let reader = newest.and_then(|number| SegmentReader::open(&log, number, writer(0)).ok());
+        reader.is_some_and(|reader| reader.header.mark.is_some())
     }
 
     /// After a start of the replayer: what it acknowledged is there.

@@ -8,7 +8,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use bfs_agent::keys::Folder;
-use bfs_agent::log::{segment_path, segments};
+use bfs_agent::log::segment::SegmentReader;
+use bfs_agent::log::segments;
 use bfs_agent::net::{self, Connection, Destination};
 use bfs_common::record::*;
 use bfs_common::wire::*;
@@ -22,6 +23,7 @@ use super::stream::Stream;
 const SOON: Duration = Duration::from_secs(60);
 /// Generations that are kept: the steps are more, so some are dropped.
 const KEEP: u64 = 2;
+const GROUP_ID: GroupId = GroupId([5; 16]);
 /// Each step also writes to this object as much as a segment of the log holds on a disk of this size. So segments are
 /// ended, and those that are applied written over.
 const FILLER: u64 = 9;
@@ -258,7 +260,7 @@ impl Run {
             let epoch = self.stream.as_ref().map(|stream| stream.end().epoch);
             let hello = Frame::Hello {
                 group: "g".into(),
-                group_id: GroupId([5; 16]),
+                group_id: GROUP_ID,
                 boot_id: [1; 16],
                 epoch,
                 take_over: false,
@@ -358,7 +360,9 @@ impl Run {
         }
         let stream = self.stream.as_ref().unwrap();
         let log = self.store().join("log/g");
-        let renewed = |number| fs::read(segment_path(&log, number)).is_ok_and(|bytes| bytes[8] == 2);
+        let renewed = |number| {
+            SegmentReader::open(&log, number, GROUP_ID).is_ok_and(|reader| reader.header.mark.is_some())
+        };
         self.written_over += usize::from(segments(&log).unwrap().into_iter().any(renewed));
         let differences = oracle::compare(&stream.data, &Stream::backup(&self.store())).unwrap();
         if !differences.is_empty() {

@@ -25,8 +25,8 @@ pub(super) static ROWS: &[&Row] = &[
     &Row::new("attributes/chmod", chmod),
     &Row::new("attributes/chown", chown),
     &Row::new("attributes/times", times),
-    // tmpfs has none of users before 6.6.
-    &Row::new("attributes/xattr", xattr).refused_by(&["tmpfs"]),
+    // None of users.
+    &Row::new("attributes/xattr", xattr).refused_by(&["tmpfs"]).before(6, 6),
     &Row::new("attributes/xattr-at", xattr_at),
     &Row::new("attributes/acl", acl),
     &Row::new("attributes/capability", capability),

@@ -31,8 +31,7 @@ pub(super) static ROWS: &[&Row] = &[
     &Row::new("data/shared-position-race", shared_position_race),
     &Row::new("data/descriptor-changes", descriptor_changes),
     &Row::new("data/descriptor-numbers", descriptor_numbers),
-    // tmpfs takes no O_DIRECT before 6.6.
-    &Row::new("data/direct", direct).refused_by(&["tmpfs"]),
+    &Row::new("data/direct", direct).refused_by(&["tmpfs"]).before(6, 6),
     &Row::new("data/sync", sync),
     &Row::new("data/sendfile", sendfile),
     &Row::new("data/splice", splice),

@@ -32,6 +32,8 @@ pub struct Row {
     pub run: fn(&At) -> io::Result<()>,
     /// File systems that refuse the call, as its own errno says.
     pub refused_by: &'static [&'static str],
+    /// The kernel from which on they do not.
+    pub refused_before: Option<(u32, u32)>,
     /// Whether it makes everything suspect (and so would hide what the others miss).
     pub everything: bool,
     /// How many records it may cost from its first pause on.
@@ -41,12 +43,23 @@ pub struct Row {
 impl Row {
     /// A row that every file system can do.
     const fn new(name: &'static str, run: fn(&At) -> io::Result<()>) -> Self {
-        Self { name, run, refused_by: &[], everything: false, records_max: u64::MAX }
+        Self { name, run, refused_by: &[], refused_before: None, everything: false, records_max: u64::MAX }
     }
 
     /// These file systems may refuse the call.
     const fn refused_by(self, file_systems: &'static [&'static str]) -> Self {
         Self { refused_by: file_systems, ..self }
+    }
+
+    /// Only before this kernel.
+    const fn before(self, major: u32, minor: u32) -> Self {
+        Self { refused_before: Some((major, minor)), ..self }
+    }
+
+    /// Whether this file system may refuse the call on this kernel.
+    #[must_use]
+    pub fn may_be_refused_by(&self, file_system: &str) -> bool {
+        self.refused_by.contains(&file_system) && self.refused_before.is_none_or(|since| kernel() < since)
     }
 
     /// It may cost so many records.
@@ -58,6 +71,13 @@ impl Row {
     const fn everything(self) -> Self {
         Self { everything: true, ..self }
     }
+}
+
+/// Major and minor version of the running kernel.
+fn kernel() -> (u32, u32) {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
+    let mut numbers = release.split('.').map(|part| part.parse().expect("a number"));
+    (numbers.next().expect("major"), numbers.next().expect("minor"))
 }
 
 /// All rows, in the order in which they are done.

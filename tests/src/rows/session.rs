@@ -68,7 +68,7 @@ pub fn run(file_system: FileSystem) -> Result<Outcome> {
                 let name = rest.split(' ').next().unwrap_or_default();
                 let row = all().into_iter().find(|row| row.name == name).context("no such row")?;
                 let enosys = rest.ends_with(&format!(" {}", libc::ENOSYS));
-                if !enosys && !row.refused_by.contains(&file_system.name()) {
+                if !enosys && !row.may_be_refused_by(file_system.name()) {
                     outcome.wrong.push(format!("{rest}: refused by {}", file_system.name()));
                 }
                 outcome.unsupported.push(rest.to_owned());

@@ -165,7 +165,6 @@ struct NewFiles {
     cpu: [f64; 2],
 }
 
-/// Bytes that are no zeros, for the program to copy.
 /// Median time of a write with its sync, in ms, for each repetition: where the file grows, and where it is written over.
 fn syncs(size: usize, count: usize, repetitions: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let folder = tempfile::tempdir()?;
@@ -189,6 +188,7 @@ fn syncs(size: usize, count: usize, repetitions: usize) -> Result<(Vec<f64>, Vec
     Ok((grown, over))
 }
 
+/// Bytes that are no zeros, for the program to copy.
 fn source(world: &World, len: u64) -> Result<()> {
     Ok(fs::write(world.place.aux.join("src"), noise(len))?)
 }

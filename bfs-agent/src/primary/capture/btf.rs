@@ -89,7 +89,6 @@ impl KernelTypes {
 
     /// Takes in the types of a module, whose numbers and strings go on where the kernel's end.
     fn extend(&mut self, bytes: &[u8]) -> Option<()> {
-        let this = self;
         let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
         if u16::from_le_bytes(bytes.get(..2)?.try_into().ok()?) != MAGIC {
             return None;
@@ -99,7 +98,7 @@ impl KernelTypes {
             let start = header.checked_add(offset as usize)?;
             bytes.get(start..start.checked_add(len as usize)?)
         };
-        this.strings.extend_from_slice(section(word(16)?, word(20)?)?);
+        self.strings.extend_from_slice(section(word(16)?, word(20)?)?);
         let mut rest = section(word(8)?, word(12)?)?;
         while !rest.is_empty() {
             let head: [u32; 3] = take(&mut rest)?;
@@ -107,20 +106,20 @@ impl KernelTypes {
             let count = (info & 0xffff) as usize;
             let kind = info >> 24 & 0x1f;
             let bitfields = info >> 31 != 0;
-            let id = u32::try_from(this.types.len()).ok()?;
+            let id = u32::try_from(self.types.len()).ok()?;
             let parsed = match kind {
                 STRUCT | UNION => {
-                    let first = this.members.len();
+                    let first = self.members.len();
                     for _ in 0..count {
                         let [name, type_id, offset] = take(&mut rest)?;
                         let bits = if bitfields { offset & 0xff_ffff } else { offset };
-                        this.members.push(Member { name, type_id, bits });
+                        self.members.push(Member { name, type_id, bits });
                     }
-                    if let Some(name) = this.string(name).filter(|name| !name.is_empty()) {
+                    if let Some(name) = self.string(name).filter(|name| !name.is_empty()) {
                         let name = name.to_vec();
                         // The first one counts: later ones of the same name are of some driver.
                         if count > 0 {
-                            this.structs.entry(name).or_insert(id);
+                            self.structs.entry(name).or_insert(id);
                         }
                     }
                     Type::Composite { first, count }
@@ -128,9 +127,9 @@ impl KernelTypes {
                 // typedef, volatile, const, restrict, type tag
                 8..=11 | 18 => {
                     let trace =
-                        this.string(name).and_then(|name| name.strip_prefix(TRACE)).map(<[u8]>::to_vec);
+                        self.string(name).and_then(|name| name.strip_prefix(TRACE)).map(<[u8]>::to_vec);
                     if let Some(trace) = trace {
-                        this.traces.insert(trace, size_or_type);
+                        self.traces.insert(trace, size_or_type);
                     }
                     Type::Alias(size_or_type)
                 }
@@ -144,9 +143,9 @@ impl KernelTypes {
                         let [name, value] = take(&mut rest)?;
                         values.push((name, value));
                     }
-                    if let Some(name) = this.string(name).filter(|name| !name.is_empty()) {
+                    if let Some(name) = self.string(name).filter(|name| !name.is_empty()) {
                         let name = name.to_vec();
-                        this.enums.entry(name).or_insert(values);
+                        self.enums.entry(name).or_insert(values);
                     }
                     Type::Other
                 }
@@ -162,7 +161,7 @@ impl KernelTypes {
                 7 | 12 | 16 => Type::Other,
                 _ => return None,
             };
-            this.types.push(parsed);
+            self.types.push(parsed);
         }
         Some(())
     }

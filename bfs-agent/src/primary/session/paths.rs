@@ -69,6 +69,8 @@ impl Work {
             .add_root(&path)
             .map_err(|e| (e.to_string(), "choose a directory on ext4, xfs, btrfs or tmpfs"))?;
         if !had_btrfs && self.link.reader.has_btrfs() && !self.link.probes.knows_btrfs() {
+            // Else the next try would find one there.
+            self.link.reader.keep(|dev| self.engine.model().is_device_of_roots(dev));
             return Err((
                 CaptureError::NoBtrfs.to_string(),
                 "end the agent and begin with that directory as well",
